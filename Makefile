@@ -1,0 +1,91 @@
+# Two commands for a fresh machine, `make demo` and `make test`, and the pieces they are made of.
+
+PYTHON ?= python3
+# The environment to make and use. Empty: use PYTHON as it is and install nothing.
+VENV ?= .venv
+# In pip's words, split at spaces: TORCH="torch==2.13.0", TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch>=2.11
+TRITON ?= triton>=3.6
+# Test processes. More of them need more memory: torch and Triton's compiler are loaded in each.
+JOBS ?= 2
+# Further arguments for the demo, pytest or the benchmarks: make test-cpu ARGS="-k hashing"
+ARGS ?=
+
+# Triton reads it at import, so only the interpret lane may see it.
+unexport TRITON_INTERPRET
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+ready = check-python
+else
+PY := $(VENV)/bin/python
+# An environment is ready for an extra once this file is there. Its name is keyed to what it was made from.
+KEY := $(shell { cat pyproject.toml; $(PYTHON) --version; printf '%s\n' '$(PYTHON)' '$(TORCH)' '$(TRITON)'; } 2>&1 \
+	| sha256sum | cut -c 1-12)
+STAMP := $(VENV)/.engram_kernels-$(KEY)
+ready = $(STAMP)-$(1)
+endif
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-cpu test-interpret test-compile gpu bench lint check-python
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+	@echo "PYTHON, VENV, TORCH, TRITON, JOBS and ARGS are explained at the top of the Makefile."
+
+demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
+	$(PY) -m engram_kernels demo $(ARGS)
+
+test: test-cpu test-interpret test-compile ## every check that needs no GPU
+
+test-cpu: $(call ready,test) ## the references, the CPU path, packaging
+	$(PY) -m pytest -n $(JOBS) --lane cpu tests $(ARGS)
+
+test-interpret: $(call ready,test) ## the kernels in Triton's interpreter
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret tests $(ARGS)
+
+test-compile: $(call ready,test) ## the kernels compiled for four GPU generations, and what came out
+	$(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
+
+gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed
+	$(PYTHON) -m pytest --lane gpu tests
+	$(PYTHON) -m bench
+
+bench: $(call ready,bench) ## benchmarks
+	$(PY) -m bench $(ARGS)
+
+lint: $(call ready,test) ## ruff, check and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+minor_version = import sys; print("%d.%d" % sys.version_info[:2])
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		found=$$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null); \
+		echo "engram_kernels needs Python 3.11 or later; $(PYTHON) is $${found:-missing or does not run}." \
+			"Install a newer one, or run: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+
+ifneq ($(strip $(VENV)),)
+# torch and Triton come first and alone, so that --index-url holds for torch only, and because a CPU build of torch does not
+# ask for Triton. The variables are split by the shell ($$words), where `>=` is no redirection; set -f keeps `*` as it is.
+# Older stamps go before anything is installed: a failure half-way must not leave one that lies.
+$(STAMP)-%: | check-python
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+		minor=$$($(PYTHON) -c '$(minor_version)'); \
+		echo "engram_kernels: $(PYTHON) has no venv module. Install it (Debian, Ubuntu: apt install python$$minor-venv)," \
+			"or use an environment that has the dependencies: make $(MAKECMDGOALS) VENV=" >&2; exit 1; }
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@want=$$($(PYTHON) -c '$(minor_version)'); have=$$($(PY) -c '$(minor_version)'); [ "$$want" = "$$have" ] || { \
+		echo "engram_kernels: $(VENV) holds Python $$have and $(PYTHON) is $$want." \
+			"Remove $(VENV), or run: make $(MAKECMDGOALS) VENV=.venv$$want" >&2; exit 1; }
+	@$(PY) -c 'import pip' 2>/dev/null || { \
+		echo "engram_kernels: $(PY) has no pip. Install it with: $(PY) -m ensurepip" >&2; exit 1; }
+	@for old in $(VENV)/.engram_kernels-*; do case $$old in $(STAMP)-*) ;; *) rm -f "$$old" ;; esac; done
+	@echo "Setting up $(VENV), once. torch is a large download."
+	set -f; words='$(TORCH)'; $(PY) -m pip install --disable-pip-version-check $$words
+	set -f; words='$(TRITON)'; $(PY) -m pip install --disable-pip-version-check --quiet $$words
+	$(PY) -m pip install --disable-pip-version-check --quiet --editable '.[$*]'
+	@touch $@
+endif

@@ -1,0 +1,24 @@
+"""Kernels for Engram, the conditional memory of DeepSeek (arXiv 2601.07372)."""
+
+from .config import EngramConfig
+from .gate import gate_residual
+from .gate_conv import gate_conv_residual
+from .hash_rows import hash_lookup
+from .hashing import ngram_hash
+from .plan import HashPlan
+from .rows import lookup
+from .table import EngramTable
+from .token_map import build_token_map
+from .version import __version__
+
+__all__ = [
+    "EngramConfig",
+    "EngramTable",
+    "HashPlan",
+    "build_token_map",
+    "gate_conv_residual",
+    "gate_residual",
+    "hash_lookup",
+    "lookup",
+    "ngram_hash",
+]

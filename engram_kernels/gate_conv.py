@@ -1,0 +1,452 @@
+"""Gated residual addition with a short convolution, the paper's form.
+
+    v   = gate * value                                              (gate as in gate.py)
+    out = hidden + v + silu(conv(rms(v) * conv_norm))
+
+conv is depthwise over tokens, causal, of K taps ``dilation`` tokens apart; tap K-1 is the current token. It never crosses
+a sequence. T tokens, B sequences, H branches, D hidden size. Source: arXiv 2601.07372, section 2.3.
+
+Since v = gate * value, ``rms(v)`` is ``value * scale`` with one scalar ``scale = gate * rsqrt(mean(v^2) + conv_eps)`` per
+token and branch. So two passes do: one finds gate and scale ``[T, H]``, the other reads value and these scalars. Nothing
+``[T, H, D]`` but the output is written, 18 D elements a token move at H = 4 (9 D in each pass), and the state of a sequence
+is ``value`` and ``scale`` of its last (K-1) * dilation tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import reference
+from .arguments import check_batch, check_tensor, is_kernel_device, records_gradient
+from .gate import FLOAT_DTYPES, branch_gate, check_gate, check_gate_out, flatten_tokens, float32_eps, gate_config
+from .sequences import find_sequence, sequence_arguments
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tokens and elements of D per program of the second pass, and its warps."""
+
+    block_t: int
+    block_d: int
+    num_warps: int
+
+
+def conv_config(num_tokens: int, hidden_size: int) -> ConvConfig:
+    """32 tokens share what a tile reads before its first token (9 at K = 4, dilation 3); decode has few tokens.
+
+    No sum runs over T or D here, so the tile may depend on T without changing a bit.
+    """
+    block_t = min(32, max(4, triton.next_power_of_2(num_tokens)))
+    return ConvConfig(block_t, min(64, triton.next_power_of_2(hidden_size)), 8 if block_t > 8 else 4)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
+def gate_scale_kernel(
+    hidden_ptr,
+    key_ptr,
+    value_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    gate_ptr,
+    scale_ptr,
+    stride_hidden_t,
+    stride_hidden_h,
+    stride_key_t,
+    stride_key_h,
+    stride_value_t,
+    num_tokens,
+    num_seqs,
+    eps,
+    conv_eps,
+    clamp,
+    NUM_BRANCHES: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    COPYSIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """First pass, BLOCK_T tokens: their gates and the scales of their normed values, both float32 ``[T, H]``.
+
+    Grid (cdiv(T, BLOCK_T),). A masked or padding token gets zeros, and nothing of it is read.
+    """
+    eps, conv_eps, clamp = tl.cast(eps, tl.float32), tl.cast(conv_eps, tl.float32), tl.cast(clamp, tl.float32)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = token < num_tokens
+    live = mask_t
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
+    if cu_seqlens_ptr is not None:
+        live = live & (token < tl.load(cu_seqlens_ptr + num_seqs))
+    gate = branch_gate(
+        token,
+        live,
+        hidden_ptr,
+        key_ptr,
+        query_norm_ptr,
+        key_norm_ptr,
+        stride_hidden_t,
+        stride_hidden_h,
+        stride_key_t,
+        stride_key_h,
+        eps,
+        clamp,
+        NUM_BRANCHES,
+        HIDDEN_SIZE,
+        COPYSIGN,
+        BLOCK_T,
+        BLOCK_H,
+        BLOCK_D,
+    )
+    gate = tl.where(live[:, None], gate, 0.0)
+    square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
+        offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
+        mask = live[:, None] & (offs_d < HIDDEN_SIZE)
+        value = tl.load(value_ptr + token[:, None] * stride_value_t + offs_d, mask=mask, other=0).to(tl.float32)
+        square += value * value
+    mean = (tl.sum(square, axis=1) / HIDDEN_SIZE)[:, None]
+    scale = gate * tl.rsqrt(gate * gate * mean + conv_eps)
+    offs_h = tl.arange(0, BLOCK_H)[None, :]
+    offs_out = token[:, None] * NUM_BRANCHES + offs_h
+    mask_out = mask_t[:, None] & (offs_h < NUM_BRANCHES)
+    tl.store(gate_ptr + offs_out, gate, mask=mask_out)
+    tl.store(scale_ptr + offs_out, scale, mask=mask_out)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len"])
+def conv_residual_kernel(
+    hidden_ptr,
+    value_ptr,
+    gate_ptr,
+    scale_ptr,
+    conv_norm_ptr,
+    conv_weight_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    state_value_ptr,
+    state_scale_ptr,
+    out_ptr,
+    stride_hidden_t,
+    stride_hidden_h,
+    stride_value_t,
+    stride_weight_h,
+    stride_weight_d,
+    stride_weight_k,
+    stride_out_t,
+    stride_out_h,
+    num_tokens,
+    num_seqs,
+    search_steps,
+    seq_len,
+    NUM_BRANCHES: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    NUM_TAPS: tl.constexpr,
+    DILATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Second pass: BLOCK_T tokens x BLOCK_D elements of the output, branch by branch.
+
+    Grid (cdiv(D, BLOCK_D), cdiv(T, BLOCK_T)). The K tiles of value come from memory for the first branch and from the
+    cache for the others. In place is safe: hidden is read where it is written and nowhere else.
+    """
+    SPAN: tl.constexpr = (NUM_TAPS - 1) * DILATION
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
+    mask = mask_t[:, None] & mask_d[None, :]
+    seq, start, padding = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
+    token64 = token.to(tl.int64)
+    for branch in range(NUM_BRANCHES):
+        conv_norm = tl.load(conv_norm_ptr + branch * HIDDEN_SIZE + offs_d, mask=mask_d, other=0).to(tl.float32)
+        weight_ptr = conv_weight_ptr + branch * stride_weight_h + offs_d.to(tl.int64) * stride_weight_d
+        conv = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for tap in tl.static_range(NUM_TAPS):
+            source = token - (NUM_TAPS - 1 - tap) * DILATION
+            inside = mask_t & (source >= start) & (source >= 0)
+            if mask_ptr is not None:
+                inside = inside & (tl.load(mask_ptr + source, mask=inside, other=0) != 0)
+            source64 = source.to(tl.int64)
+            scale = tl.load(scale_ptr + source64 * NUM_BRANCHES + branch, mask=inside, other=0)
+            value_tile = value_ptr + source64[:, None] * stride_value_t + offs_d[None, :]
+            value = tl.load(value_tile, mask=inside[:, None] & mask_d[None, :], other=0).to(tl.float32)
+            normed = value * scale[:, None]
+            if state_value_ptr is not None and tap < NUM_TAPS - 1:
+                slot = seq.to(tl.int64) * SPAN + SPAN + source - start
+                before = mask_t & (source < start) & ~padding
+                scale = tl.load(state_scale_ptr + slot * NUM_BRANCHES + branch, mask=before, other=0).to(tl.float32)
+                state_tile = state_value_ptr + slot[:, None] * HIDDEN_SIZE + offs_d[None, :]
+                value = tl.load(state_tile, mask=before[:, None] & mask_d[None, :], other=0).to(tl.float32)
+                normed += value * scale[:, None]
+            weight = tl.load(weight_ptr + tap * stride_weight_k, mask=mask_d, other=0).to(tl.float32)
+            conv += normed * (conv_norm * weight)[None, :]
+        gate = tl.load(gate_ptr + token64 * NUM_BRANCHES + branch, mask=mask_t, other=0)
+        live = mask_t
+        if mask_ptr is not None:
+            live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
+        value_tile = value_ptr + token64[:, None] * stride_value_t + offs_d[None, :]
+        value = tl.load(value_tile, mask=live[:, None] & mask_d[None, :], other=0).to(tl.float32)
+        result = gate[:, None] * value + conv / (1.0 + tl.exp(-conv))
+        if RESIDUAL:
+            hidden_tile = hidden_ptr + token64[:, None] * stride_hidden_t + branch * stride_hidden_h + offs_d[None, :]
+            hidden = tl.load(hidden_tile, mask=mask, other=0)
+            result = (result + hidden.to(tl.float32)).to(out_ptr.dtype.element_ty)
+            result = tl.where(padding[:, None], hidden, result)
+        else:
+            result = tl.where(padding[:, None], 0.0, result).to(out_ptr.dtype.element_ty)
+        out_tile = out_ptr + token64[:, None] * stride_out_t + branch * stride_out_h + offs_d[None, :]
+        tl.store(out_tile, result, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seq_len"])
+def advance_state_kernel(
+    value_ptr,
+    scale_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    state_value_ptr,
+    state_scale_ptr,
+    new_value_ptr,
+    new_scale_ptr,
+    stride_value_t,
+    seq_len,
+    SPAN: tl.constexpr,
+    NUM_BRANCHES: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One entry of one sequence's new state: a token of this batch, or an entry of the old state moved up.
+
+    Grid (B * SPAN,). The entry is a block of one: Triton 3.9's interpreter widens a scalar condition that it broadcasts.
+    """
+    entry = tl.program_id(0) + tl.arange(0, 1)[:, None]
+    seq = entry // SPAN
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + seq)
+        length = tl.load(cu_seqlens_ptr + seq + 1) - start
+    else:
+        start, length = seq * seq_len, seq_len
+    position = length - SPAN + entry - seq * SPAN
+    inside = position >= 0
+    token = tl.where(inside, start + position, 0).to(tl.int64)
+    slot = (seq * SPAN + tl.where(inside, 0, position + SPAN)).to(tl.int64)
+    present = inside
+    if mask_ptr is not None:
+        present = present & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
+    offs_h = tl.arange(0, BLOCK_H)[None, :]
+    mask_h = offs_h < NUM_BRANCHES
+    new_scale = tl.load(scale_ptr + token * NUM_BRANCHES + offs_h, mask=mask_h & inside, other=0)
+    old_scale = tl.load(state_scale_ptr + slot * NUM_BRANCHES + offs_h, mask=mask_h & ~inside, other=0)
+    scale = tl.where(inside, new_scale.to(old_scale.dtype), old_scale)
+    tl.store(new_scale_ptr + entry.to(tl.int64) * NUM_BRANCHES + offs_h, scale, mask=mask_h)
+    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
+        offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
+        mask_d = offs_d < HIDDEN_SIZE
+        new_value = tl.load(value_ptr + token * stride_value_t + offs_d, mask=mask_d & present, other=0)
+        old_value = tl.load(state_value_ptr + slot * HIDDEN_SIZE + offs_d, mask=mask_d & ~inside, other=0)
+        value = tl.where(inside, new_value, old_value)
+        tl.store(new_value_ptr + entry.to(tl.int64) * HIDDEN_SIZE + offs_d, value, mask=mask_d)
+
+
+def launch_gate_conv_residual(
+    hidden,
+    key,
+    value,
+    query_norm,
+    key_norm,
+    conv_norm,
+    conv_weight,
+    shape,
+    dilation,
+    eps,
+    conv_eps,
+    clamp,
+    mask,
+    zero_gate,
+    residual,
+    cu_seqlens,
+    conv_state,
+    new_state,
+    out,
+) -> None:
+    """Two launches, and a third where there is a state; tokens of ``shape`` ``[T]`` or ``[B, S]``, flattened to T."""
+    num_tokens, branches, hidden_size = hidden.shape
+    num_taps = conv_weight.shape[2]
+    sequences = sequence_arguments(shape, cu_seqlens)
+    gate, scale = torch.empty(2, num_tokens, branches, dtype=torch.float32, device=hidden.device)
+    first, second = gate_config(branches, hidden_size), conv_config(num_tokens, hidden_size)
+    state_value, state_scale = conv_state or (None, None)
+    common = dict(NUM_BRANCHES=branches, HIDDEN_SIZE=hidden_size, enable_fp_fusion=True)
+    with torch.cuda.device_of(hidden):
+        if num_tokens:
+            gate_scale_kernel[(triton.cdiv(num_tokens, first.block_t),)](
+                hidden,
+                key,
+                value,
+                query_norm,
+                key_norm,
+                mask,
+                cu_seqlens,
+                gate,
+                scale,
+                hidden.stride(0),
+                hidden.stride(1),
+                key.stride(0),
+                key.stride(1),
+                value.stride(0),
+                num_tokens,
+                sequences["num_seqs"],
+                float32_eps(eps),
+                float32_eps(conv_eps),
+                float(clamp),
+                COPYSIGN=zero_gate == "copysign",
+                BLOCK_T=first.block_t,
+                BLOCK_H=first.block_h,
+                BLOCK_D=first.block_d,
+                num_warps=first.num_warps,
+                **common,
+            )
+            grid = (triton.cdiv(hidden_size, second.block_d), triton.cdiv(num_tokens, second.block_t))
+            conv_residual_kernel[grid](
+                hidden,
+                value,
+                gate,
+                scale,
+                conv_norm,
+                conv_weight,
+                mask,
+                cu_seqlens,
+                state_value,
+                state_scale,
+                out,
+                hidden.stride(0),
+                hidden.stride(1),
+                value.stride(0),
+                *conv_weight.stride(),
+                out.stride(0),
+                out.stride(1),
+                num_tokens,
+                **sequences,
+                NUM_TAPS=num_taps,
+                DILATION=dilation,
+                RESIDUAL=residual,
+                BLOCK_T=second.block_t,
+                BLOCK_D=second.block_d,
+                num_warps=second.num_warps,
+                **common,
+            )
+        if conv_state is not None and state_value.numel():
+            advance_state_kernel[(state_value.shape[0] * state_value.shape[1],)](
+                value,
+                scale,
+                mask,
+                cu_seqlens,
+                *conv_state,
+                *new_state,
+                value.stride(0),
+                num_tokens if len(shape) == 1 else shape[1],
+                SPAN=(num_taps - 1) * dilation,
+                BLOCK_H=first.block_h,
+                BLOCK_D=min(1024, triton.next_power_of_2(hidden_size)),
+                num_warps=4,
+                **common,
+            )
+
+
+def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state) -> None:
+    """Types, shapes and devices of what the convolution reads beyond the gate."""
+    *tokens, branches, hidden_size = hidden.shape
+    device = hidden.device
+    batch = check_batch(where, tokens, cu_seqlens, device)
+    check_tensor(where, "conv_norm", conv_norm, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=device)
+    check_tensor(where, "conv_weight", conv_weight, dtypes=FLOAT_DTYPES, device=device, contiguous=False)
+    if conv_weight.dim() != 3 or conv_weight.shape[:2] != (branches, hidden_size) or conv_weight.shape[2] < 1:
+        raise ValueError(
+            f"{where}: conv_weight must have shape [H, D, K] = [{branches}, {hidden_size}, K >= 1], "
+            f"got {list(conv_weight.shape)}"
+        )
+    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f"{where}: dilation must be a positive int, got {dilation!r}")
+    if conv_eps is not None and not 0 <= conv_eps < float("inf"):
+        raise ValueError(f"{where}: conv_eps must be a finite number of at least 0, got {conv_eps}")
+    if conv_state is not None:
+        if not isinstance(conv_state, tuple) or len(conv_state) != 2:
+            raise TypeError(f"{where}: conv_state must be a pair (value, scale), got {type(conv_state).__name__}")
+        span = (conv_weight.shape[2] - 1) * dilation
+        scale_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        for part, dtype, last in ((0, hidden.dtype, hidden_size), (1, scale_dtype, branches)):
+            name, expected = f"conv_state[{part}]", (batch, span, last)
+            check_tensor(where, name, conv_state[part], dtypes=(dtype,), shape=expected, device=device)
+
+
+def gate_conv_residual(
+    hidden: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_norm: torch.Tensor,
+    key_norm: torch.Tensor,
+    conv_norm: torch.Tensor,
+    conv_weight: torch.Tensor,
+    *,
+    dilation: int,
+    eps: float | None,
+    conv_eps: float | None,
+    clamp: float = 1e-6,
+    mask: torch.Tensor | None = None,
+    zero_gate: str = "copysign",
+    residual: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    conv_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """``hidden + v + silu(conv(rms(v) * conv_norm))`` ``[T, H, D]`` (or ``[B, S, H, D]``) with ``v = gate * value``.
+
+    hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual and out are those of
+    :func:`gate_residual`; where mask is False v is 0, and the convolution of the tokens around it still applies.
+    conv_norm: ``[H, D]``, contiguous. conv_weight: ``[H, D, K]``, any strides; tap K-1 is the current token.
+    conv_eps: of the norm before the convolution; None is the machine epsilon.
+    cu_seqlens: as for :func:`ngram_hash`; padding tokens come back as hidden.
+    conv_state: (value ``[B, (K-1) * dilation, D]`` in hidden's dtype, scale ``[B, (K-1) * dilation, H]`` float32), oldest
+    first, zeros before a sequence's start. It is not written; with it the result is (out, new state).
+    """
+    where = "gate_conv_residual"
+    check_gate(where, hidden, key, value, query_norm, key_norm, eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
+    check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state)
+    check_gate_out(where, hidden, out)
+    tensors = (hidden, key, value, query_norm, key_norm, conv_norm, conv_weight)
+    if not is_kernel_device(hidden) or hidden.dtype == torch.float64 or records_gradient(*tensors):
+        options = dict(dilation=dilation, eps=eps, conv_eps=conv_eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
+        options |= dict(residual=residual, cu_seqlens=cu_seqlens, conv_state=conv_state, out=out)
+        return reference.gate_conv_residual(*tensors, **options)
+    if out is None:
+        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    new_state = None if conv_state is None else tuple(torch.empty_like(part) for part in conv_state)
+    launch_gate_conv_residual(
+        flatten_tokens(where, "hidden", hidden, 2),
+        flatten_tokens(where, "key", key, 2),
+        flatten_tokens(where, "value", value, 1),
+        query_norm,
+        key_norm,
+        conv_norm,
+        conv_weight,
+        hidden.shape[:-2],
+        dilation,
+        eps,
+        conv_eps,
+        clamp,
+        mask,
+        zero_gate,
+        residual,
+        cu_seqlens,
+        conv_state,
+        new_state,
+        flatten_tokens(where, "out", out, 2),
+    )
+    return out if conv_state is None else (out, new_state)

@@ -1,0 +1,201 @@
+"""Hash and lookup in one launch: the rows of every n-gram that ends at each token, for all layers of a plan.
+
+Row ids are computed where they are used and never written (formulas in hashing.py and rows.py). T tokens, L layers,
+C columns, R elements a row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from . import reference
+from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device
+from .hashing import hash_arguments, ngram_rows
+from .plan import HashPlan
+from .rows import (
+    check_row_out,
+    check_tables,
+    copy_rows,
+    kernel_out,
+    make_row_out,
+    processors,
+    row_constants,
+    rows_config,
+)
+from .table import EngramTable, table_descriptors
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos"])
+def hash_lookup_kernel(
+    token_ids_ptr,
+    cu_seqlens_ptr,
+    history_ptr,
+    dead_ptr,
+    token_map_ptr,
+    multipliers_ptr,
+    primes_ptr,
+    offsets_ptr,
+    reciprocals_ptr,
+    orders_ptr,
+    tables_ptr,
+    out_ptr,
+    out_scale_ptr,
+    num_tokens,
+    num_seqs,
+    search_steps,
+    seq_len,
+    vocab_size,
+    pad,
+    eos,
+    NUM_LAYERS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    MAX_NGRAM: tl.constexpr,
+    HAS_EOS: tl.constexpr,
+    NON_NEGATIVE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALING: tl.constexpr,
+    STORAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Hash and copy BLOCK_ROWS rows of one layer at a time, layers in order.
+
+    Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31 and contiguous arguments.
+    """
+    num_rows = num_tokens * NUM_COLUMNS
+    layer_steps = tl.cdiv(num_rows, BLOCK_ROWS)
+    for step in range(tl.program_id(0), layer_steps * NUM_LAYERS, tl.num_programs(0)):
+        layer = step // layer_steps
+        index = (step - layer * layer_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask_row = index < num_rows
+        row = ngram_rows(
+            index // NUM_COLUMNS,
+            mask_row,
+            index % NUM_COLUMNS,
+            mask_row,
+            layer,
+            token_ids_ptr,
+            cu_seqlens_ptr,
+            history_ptr,
+            dead_ptr,
+            token_map_ptr,
+            multipliers_ptr,
+            primes_ptr,
+            offsets_ptr,
+            reciprocals_ptr,
+            orders_ptr,
+            num_seqs,
+            search_steps,
+            seq_len,
+            NUM_COLUMNS,
+            vocab_size,
+            pad,
+            eos,
+            MAX_NGRAM,
+            HAS_EOS,
+            NON_NEGATIVE,
+        )
+        table_ptr = tables_ptr + layer * 4
+        copy_rows(
+            row,
+            layer.to(tl.int64) * num_rows + index,
+            mask_row,
+            tl.load(table_ptr),
+            tl.load(table_ptr + 1),
+            tl.load(table_ptr + 2),
+            tl.load(table_ptr + 3),
+            out_ptr,
+            out_scale_ptr,
+            WIDTH,
+            ELEMENT,
+            SCALING,
+            STORAGE,
+            GROUP,
+            CHUNK,
+        )
+
+
+def launch_hash_lookup(token_ids, plan: HashPlan, tables, cu_seqlens, history, dead, out, storage, programs) -> None:
+    """One launch for all layers."""
+    num_layers, num_columns = plan.primes.shape
+    num_rows = token_ids.numel() * num_columns
+    if num_rows == 0:
+        return
+    table, device = tables[0], token_ids.device
+    config = rows_config(
+        table.width, table.format.dtype.itemsize, num_layers * num_rows, processors(device), table.placement
+    )
+    steps = triton.cdiv(num_rows, config.block_rows) * num_layers
+    values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
+    out_ptr, out_scale_ptr = kernel_out(out, table.format, storage)
+    with torch.cuda.device_of(token_ids):
+        hash_lookup_kernel[(min(programs or config.programs, steps),)](
+            **values,
+            tables_ptr=table_descriptors(tables, device),
+            out_ptr=out_ptr,
+            out_scale_ptr=out_scale_ptr,
+            **constants,
+            **row_constants(table, storage, config),
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+
+
+def hash_lookup(
+    token_ids: torch.Tensor,
+    plan: HashPlan,
+    tables: Sequence[EngramTable],
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    dead: torch.Tensor | None = None,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_format: str = "values",
+    programs: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, hashed and read in one launch.
+
+    tables: one :class:`EngramTable` per layer of the plan, in its order, of one format and width.
+    Tokens, cu_seqlens, history and dead are those of :func:`ngram_hash`; out, out_dtype, out_format and programs those of
+    :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes as float32 ``[L]``.
+    """
+    where = "hash_lookup"
+    check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
+    tables = tuple(tables)
+    num_layers, num_columns = plan.primes.shape
+    if len(tables) != num_layers:
+        raise ValueError(f"{where}: tables must be one per layer of the plan, {num_layers}, got {len(tables)}")
+    check_tables(where, tables, token_ids.device)
+    for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
+        if table.rows < rows:
+            raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
+    if token_ids.numel() * num_columns >= 2**31:
+        raise ValueError(f"{where}: T * C must be below 2^31, got {token_ids.numel()} * {num_columns}")
+    check_programs(where, programs)
+    shape = (num_layers, *token_ids.shape, num_columns, tables[0].width)
+    check_row_out(where, tables[0], shape, token_ids.device, out, out_dtype, out_format)
+    check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
+    if not is_kernel_device(token_ids) or tables[0].format.dtype == torch.float64:
+        return reference.hash_lookup(
+            token_ids,
+            plan,
+            tables,
+            cu_seqlens=cu_seqlens,
+            history=history,
+            dead=dead,
+            out=out,
+            out_dtype=out_dtype,
+            out_format=out_format,
+        )
+    storage = out_format == "storage"
+    if out is None:
+        out = make_row_out(tables[0], shape, token_ids.device, out_dtype, out_format)
+    launch_hash_lookup(token_ids, plan, tables, cu_seqlens, history, dead, out, storage, programs)
+    if storage and tables[0].format.scaling == "table":
+        return out[0], torch.stack([table.scale for table in tables])
+    return out

@@ -1,0 +1,266 @@
+"""Row ids of the n-grams that end at each token.
+
+    mix_n = XOR over s < n of id[t-s] * multipliers[l, s]           (wrapping int64)
+    row   = floor_mod(mix_n, primes[l, c]) + offsets[l, c]          (column c is of order n)
+
+T tokens, B sequences, L layers, C columns, N the longest n-gram. Source: arXiv 2601.07372, section 2.2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import reference
+from .arguments import check_out, check_token_values, check_tokens, is_kernel_device
+from .plan import HashPlan
+from .sequences import find_sequence, sequence_arguments
+
+
+@dataclass(frozen=True)
+class HashConfig:
+    """Tokens per program, and its warps."""
+
+    block_t: int
+    num_warps: int
+
+
+def hash_config(num_tokens: int, columns: int) -> HashConfig:
+    """16 tokens x 32 columns keep 128 threads busy with four ids each; a few tokens need one warp."""
+    return HashConfig(16, 4) if num_tokens > 4 and columns > 1 else HashConfig(4, 1)
+
+
+@triton.jit
+def remainder(mix, prime, reciprocals_ptr, offs_param, mask_param, NON_NEGATIVE: tl.constexpr):
+    """``floor_mod(mix, prime)`` as int64.
+
+    With 0 <= mix < 2^63 and prime < 2^31, ``umulhi(mix, floor(2^64 / prime))`` is the quotient or one less, so that the
+    32-bit residue needs one correction: 11 instructions instead of about 90 for a 64-bit division.
+    """
+    if NON_NEGATIVE:
+        reciprocal = tl.load(reciprocals_ptr + offs_param, mask=mask_param, other=0).to(tl.uint64, bitcast=True)
+        quotient = tl.umulhi(mix.to(tl.uint64, bitcast=True), reciprocal).to(tl.uint32)
+        divisor = prime.to(tl.uint32)
+        residue = mix.to(tl.uint32) - quotient * divisor
+        return tl.where(residue >= divisor, residue - divisor, residue).to(tl.int64)
+    else:
+        truncated = mix % prime  # takes the sign of mix
+        return tl.where(truncated < 0, truncated + prime, truncated)
+
+
+@triton.jit
+def ngram_rows(
+    token,
+    mask_token,
+    column,
+    mask_column,
+    layer,
+    token_ids_ptr,
+    cu_seqlens_ptr,
+    history_ptr,
+    dead_ptr,
+    token_map_ptr,
+    multipliers_ptr,
+    primes_ptr,
+    offsets_ptr,
+    reciprocals_ptr,
+    orders_ptr,
+    num_seqs,
+    search_steps,
+    seq_len,
+    num_columns,
+    vocab_size,
+    pad,
+    eos,
+    MAX_NGRAM: tl.constexpr,
+    HAS_EOS: tl.constexpr,
+    NON_NEGATIVE: tl.constexpr,
+):
+    """Row ids, int64, of every (token, column) pair of one layer; -1 for padding and invalid ids.
+
+    ``token`` and ``column`` broadcast against each other: ``[BLOCK_T, 1]`` and ``[1, BLOCK_C]``, or both ``[BLOCK]``.
+    """
+    seq, start, bad = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
+    order = tl.load(orders_ptr + column, mask=mask_column, other=0)
+    blocked = token < 0
+    mix = (token * 0).to(tl.int64) + (column * 0).to(tl.int64)
+    for shift in tl.static_range(MAX_NGRAM):
+        source = token - shift
+        inside = mask_token & (source >= start) & (source >= 0)
+        raw = tl.load(token_ids_ptr + source, mask=inside, other=-1).to(tl.int64)
+        if shift > 0:
+            if history_ptr is not None:
+                slot = MAX_NGRAM - 1 + source - start
+                before = mask_token & (source < start) & (slot >= 0)
+                past = tl.load(history_ptr + seq.to(tl.int64) * (MAX_NGRAM - 1) + slot, mask=before, other=-1)
+                raw = tl.where(inside, raw, past.to(tl.int64))
+            blocked = blocked | ((raw == -1) & ~inside)
+            if HAS_EOS:
+                blocked = blocked | (raw == eos)
+        if dead_ptr is not None:
+            blocked = blocked | (tl.load(dead_ptr + source, mask=inside, other=0) != 0)
+        valid = (raw >= 0) & (raw < vocab_size)
+        if token_map_ptr is not None:
+            raw = tl.load(token_map_ptr + raw, mask=mask_token & valid & ~blocked, other=0).to(tl.int64)
+        value = tl.where(blocked, pad, raw)
+        multiplier = tl.load(multipliers_ptr + layer * MAX_NGRAM + shift)
+        reads = order > shift
+        mix = mix ^ tl.where(reads, value * multiplier, 0)
+        bad = bad | (reads & ~valid & ~blocked)
+    # An invalid id makes its column -1; what it does to the mix must stay within the reciprocal's range.
+    mix = tl.where(bad, 0, mix)
+    offs_param = layer * num_columns + column
+    prime = tl.load(primes_ptr + offs_param, mask=mask_column, other=1)
+    offset = tl.load(offsets_ptr + offs_param, mask=mask_column, other=0)
+    row = remainder(mix, prime, reciprocals_ptr, offs_param, mask_column, NON_NEGATIVE) + offset
+    return tl.where(bad, -1, row)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos"])
+def ngram_hash_kernel(
+    token_ids_ptr,
+    cu_seqlens_ptr,
+    history_ptr,
+    dead_ptr,
+    token_map_ptr,
+    multipliers_ptr,
+    primes_ptr,
+    offsets_ptr,
+    reciprocals_ptr,
+    orders_ptr,
+    out_ptr,
+    num_tokens,
+    num_seqs,
+    search_steps,
+    seq_len,
+    vocab_size,
+    pad,
+    eos,
+    NUM_LAYERS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    MAX_NGRAM: tl.constexpr,
+    HAS_EOS: tl.constexpr,
+    NON_NEGATIVE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Row ids of BLOCK_T tokens in all columns of one layer.
+
+    Grid (cdiv(T, BLOCK_T), L). Relies on T < 2^31 and on contiguous arguments.
+    """
+    layer = tl.program_id(1)
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    column = tl.arange(0, BLOCK_C)[None, :]
+    mask_token = token < num_tokens
+    mask_column = column < NUM_COLUMNS
+    row = ngram_rows(
+        token,
+        mask_token,
+        column,
+        mask_column,
+        layer,
+        token_ids_ptr,
+        cu_seqlens_ptr,
+        history_ptr,
+        dead_ptr,
+        token_map_ptr,
+        multipliers_ptr,
+        primes_ptr,
+        offsets_ptr,
+        reciprocals_ptr,
+        orders_ptr,
+        num_seqs,
+        search_steps,
+        seq_len,
+        NUM_COLUMNS,
+        vocab_size,
+        pad,
+        eos,
+        MAX_NGRAM,
+        HAS_EOS,
+        NON_NEGATIVE,
+    )
+    offs_out = (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
+    tl.store(out_ptr + offs_out, row.to(out_ptr.dtype.element_ty), mask=mask_token & mask_column)
+
+
+def hash_arguments(token_ids, plan: HashPlan, cu_seqlens, history, dead) -> tuple[dict, dict]:
+    """Keyword arguments that every hashing kernel takes: (run-time values, compile-time constants)."""
+    values = dict(
+        token_ids_ptr=token_ids,
+        cu_seqlens_ptr=cu_seqlens,
+        history_ptr=history,
+        dead_ptr=dead,
+        token_map_ptr=plan.token_map,
+        multipliers_ptr=plan.multipliers,
+        primes_ptr=plan.primes,
+        offsets_ptr=plan.offsets,
+        reciprocals_ptr=plan.reciprocals,
+        orders_ptr=plan.orders,
+        num_tokens=token_ids.numel(),
+        vocab_size=2**63 - 1 if plan.vocab_size is None else plan.vocab_size,
+        pad=plan.pad,
+        eos=-1 if plan.eos is None else plan.eos,
+        **sequence_arguments(token_ids.shape, cu_seqlens),
+    )
+    constants = dict(
+        NUM_LAYERS=plan.primes.shape[0],
+        NUM_COLUMNS=plan.primes.shape[1],
+        MAX_NGRAM=plan.max_ngram,
+        HAS_EOS=plan.eos is not None,
+        NON_NEGATIVE=plan.non_negative,
+    )
+    return values, constants
+
+
+def launch_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, history, dead, out) -> None:
+    """One launch for all layers and orders; writes row ids to ``out``."""
+    num_tokens = token_ids.numel()
+    if num_tokens == 0:
+        return
+    num_layers, num_columns = plan.primes.shape
+    config = hash_config(num_tokens, num_columns)
+    values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
+    with torch.cuda.device_of(token_ids):
+        ngram_hash_kernel[(triton.cdiv(num_tokens, config.block_t), num_layers)](
+            **values,
+            out_ptr=out,
+            **constants,
+            BLOCK_T=config.block_t,
+            BLOCK_C=triton.next_power_of_2(num_columns),
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+
+
+def ngram_hash(
+    token_ids: torch.Tensor,
+    plan: HashPlan,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    dead: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Row ids ``[T, L, C]`` (``[B, S, L, C]``), offsets included; int32, or int64 for layers of 2^31 rows or more.
+
+    token_ids: raw ids, int32 or int64, ``[T]`` packed or ``[B, S]`` with each row a sequence; contiguous.
+    cu_seqlens: int32 ``[B + 1]``, where packed sequences begin and the last ends; None for one sequence. Tokens at or
+    beyond ``cu_seqlens[B]`` are padding.
+    history: ``[B, N - 1]`` raw ids before each sequence's first token here, oldest first, -1 for none.
+    dead: bool ``[T]`` (``[B, S]``), tokens that take no part in an n-gram and block what is older.
+
+    A look-back that is blocked reads as the pad id (the EOS in the "eos" dialect). An invalid id raises ValueError on the
+    CPU; in a kernel the columns that read it get -1, as do padding tokens.
+    """
+    check_tokens("ngram_hash", token_ids, plan, cu_seqlens, history, dead)
+    shape = (*token_ids.shape, *plan.primes.shape)
+    check_out("ngram_hash", out, shape, plan.index_dtype, token_ids.device)
+    check_token_values("ngram_hash", token_ids, plan, cu_seqlens, history, dead)
+    if not is_kernel_device(token_ids):
+        return reference.ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead, out=out)
+    if out is None:
+        out = torch.empty(shape, dtype=plan.index_dtype, device=token_ids.device)
+    launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out)
+    return out

@@ -1,0 +1,64 @@
+"""Storage formats of table rows: element type, bytes per row, and how a row is scaled.
+
+A row is R elements. Dense formats hold them as they are. The two fp8 formats hold e4m3 bytes and a scale:
+``e4m3_ue8m0`` one exponent byte per 32 elements (byte s means 2^(s-127), 255 is NaN), as in DeepSeek-V4.1;
+``e4m3`` one float32 for the whole table, as in Qwen3.8-Flash-Next.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+SCALE_GROUP = 32  # elements that share one ue8m0 byte
+ROW_ALIGNMENT = 16  # bytes; the width of one vector load
+MAX_ROW_WIDTH = 1024  # elements
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One storage format. ``scaling`` is "none", "group" (ue8m0 bytes) or "table" (one float32)."""
+
+    name: str
+    dtype: torch.dtype
+    scaling: str = "none"
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of one row of ``width`` elements, scales not counted."""
+        return width * self.dtype.itemsize
+
+    def scale_bytes(self, width: int) -> int:
+        """Bytes of one row's own scales; 0 where the format has none per row."""
+        return width // SCALE_GROUP if self.scaling == "group" else 0
+
+    def check_width(self, width: int, where: str) -> None:
+        """Raise ValueError unless a row of ``width`` elements can be read in 16-byte loads."""
+        if not 0 < width <= MAX_ROW_WIDTH:
+            raise ValueError(f"{where}: row width must be between 1 and {MAX_ROW_WIDTH} elements, got {width}")
+        if self.row_bytes(width) % ROW_ALIGNMENT:
+            raise ValueError(
+                f"{where}: bytes of a row must be a multiple of {ROW_ALIGNMENT}, "
+                f"got {width} x {self.name} = {self.row_bytes(width)}"
+            )
+        if self.scaling == "group" and width % SCALE_GROUP:
+            raise ValueError(f"{where}: {self.name} needs a row width divisible by {SCALE_GROUP}, got {width}")
+
+
+FORMATS = {
+    entry.name: entry
+    for entry in (
+        RowFormat("float32", torch.float32),
+        RowFormat("bfloat16", torch.bfloat16),
+        RowFormat("float16", torch.float16),
+        RowFormat("e4m3_ue8m0", torch.float8_e4m3fn, "group"),
+        RowFormat("e4m3", torch.float8_e4m3fn, "table"),
+        # For conformance tests against float64 models. The references read it; kernels refuse it.
+        RowFormat("float64", torch.float64),
+    )
+}
+
+
+def row_format(name: str, where: str) -> RowFormat:
+    """The format called ``name``; ValueError naming the choices otherwise."""
+    if name not in FORMATS:
+        raise ValueError(f"{where}: format must be one of {', '.join(FORMATS)}, got {name!r}")
+    return FORMATS[name]

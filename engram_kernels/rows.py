@@ -1,0 +1,333 @@
+"""Rows of a table by id, dequantised in float32 and rounded once.
+
+    dense         row
+    e4m3_ue8m0    row * 2^(scale byte - 127), one byte per 32 elements; byte 255 is NaN
+    e4m3          row * scale, one float32 for the table
+
+C columns, R elements a row. An id outside the table, -1 among them, reads as a row of zeros and touches no memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import reference
+from .arguments import check_choice, check_out, check_programs, check_tensor, is_kernel_device
+from .row_format import ROW_ALIGNMENT, SCALE_GROUP, RowFormat
+from .table import EngramTable, table_descriptors
+
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_POINTEE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Rows per step of a program, elements of a row read at once, warps, and programs of the persistent grid."""
+
+    block_rows: int
+    chunk: int
+    num_warps: int
+    programs: int
+
+
+def rows_config(width: int, itemsize: int, num_rows: int, processors: int, placement: str) -> RowsConfig:
+    """A step moves about 4 KiB, two 16-byte loads a thread: rows of 256 B come 16 at a time.
+
+    One program per multiprocessor has 132 x 4 KiB in flight on an H200, more than the 72 KB that PCIe Gen5 needs; device
+    memory needs eight times as many. Wider chunks would only add registers.
+    """
+    chunk = min(256, triton.next_power_of_2(width))
+    block_rows = max(4, min(32, 4096 // (chunk * itemsize)))
+    wanted = processors * (8 if placement == "device" else 1)
+    return RowsConfig(block_rows, chunk, 4, max(1, min(wanted, triton.cdiv(num_rows, block_rows))))
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """float32 of e4m3 bytes, from their bits: the interpreter's own conversion gives 480 for NaN, and sm_80 has none.
+
+    Sign, exponent and mantissa in their float32 places read 2^120 too small, subnormals included. Only the NaN bytes
+    0x7F and 0xFF come out as 480; testing for that takes two instructions, a test of the bits four.
+    """
+    bits = (byte.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -2014314496  # 0x87F00000
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    return tl.where(tl.abs(value) == 480.0, float("nan"), value)
+
+
+@triton.jit
+def decode_ue8m0(byte):
+    """float32 2^(byte - 127) of scale bytes (any integer type): 0 is the subnormal 2^-127, 255 is NaN."""
+    exponent = byte.to(tl.uint32)
+    bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
+    return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def copy_rows(
+    row,
+    out_row,
+    mask_row,
+    weight_address,
+    scale_address,
+    num_table_rows,
+    scale_bits,
+    out_ptr,
+    out_scale_ptr,
+    WIDTH: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALING: tl.constexpr,
+    STORAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Read rows ``row [BLOCK]`` (int64) of the table at ``weight_address``; write them to rows ``out_row`` of the output.
+
+    Chunks of CHUNK elements as tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group. Addresses are
+    int64 and 16-byte aligned. The scale bytes of a row are read as one word where they are 1, 2, 4 or a multiple of 8.
+    """
+    present = mask_row & (row >= 0) & (row < num_table_rows)
+    weight_ptr = tl.multiple_of(weight_address.to(tl.pointer_type(ELEMENT)), 16)
+    NUM_SCALES: tl.constexpr = WIDTH // GROUP
+    CHUNK_SCALES: tl.constexpr = CHUNK // GROUP
+    offs_scale = tl.arange(0, CHUNK_SCALES)
+    for begin in tl.static_range(0, WIDTH, CHUNK):
+        offs_w = begin + offs_scale[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+        mask = present[:, None, None]
+        mask_out = mask_row[:, None, None]
+        if begin + CHUNK > WIDTH:
+            mask = mask & (offs_w < WIDTH)
+            mask_out = mask_out & (offs_w < WIDTH)
+        value = tl.load(weight_ptr + row[:, None, None] * WIDTH + offs_w, mask=mask, other=0)
+        if SCALING == "group":
+            scales = load_scales(row, present, scale_address, begin // GROUP, NUM_SCALES, CHUNK_SCALES)
+            if STORAGE:
+                offs_s = begin // GROUP + offs_scale
+                mask_s = mask_row[:, None] & (offs_s < NUM_SCALES)[None, :]
+                out_s = out_scale_ptr + out_row[:, None] * NUM_SCALES + offs_s[None, :]
+                tl.store(out_s, scales.to(tl.uint8), mask=mask_s)
+            else:
+                value = decode_e4m3(value) * decode_ue8m0(scales)[:, :, None]
+        elif SCALING == "table" and not STORAGE:
+            scale = scale_bits.to(tl.int32).to(tl.float32, bitcast=True)
+            # A missing row is zero even where the scale is infinite.
+            value = tl.where(present[:, None, None], decode_e4m3(value) * scale, 0.0)
+        value = value.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_row[:, None, None] * WIDTH + offs_w, value, mask=mask_out)
+
+
+@triton.jit
+def load_scales(row, present, scale_address, begin, NUM_SCALES: tl.constexpr, CHUNK_SCALES: tl.constexpr):
+    """Scale bytes ``begin`` .. ``begin + CHUNK_SCALES`` of each row, as integers ``[BLOCK, CHUNK_SCALES]``."""
+    offs = tl.arange(0, CHUNK_SCALES)
+    if NUM_SCALES % 8 == 0 and CHUNK_SCALES == 8:
+        word_ptr = tl.multiple_of(scale_address.to(tl.pointer_type(tl.uint64)), 8)
+        word = tl.load(word_ptr + row * (NUM_SCALES // 8) + begin // 8, mask=present, other=0)
+        return ((word[:, None] >> (8 * offs)[None, :].to(tl.uint64)) & 0xFF).to(tl.uint32)
+    elif NUM_SCALES == 4:
+        word_ptr = tl.multiple_of(scale_address.to(tl.pointer_type(tl.uint32)), 4)
+        word = tl.load(word_ptr + row, mask=present, other=0)
+        return (word[:, None] >> (8 * offs)[None, :].to(tl.uint32)) & 0xFF
+    elif NUM_SCALES == 2:
+        word_ptr = tl.multiple_of(scale_address.to(tl.pointer_type(tl.uint16)), 2)
+        word = tl.load(word_ptr + row, mask=present, other=0).to(tl.uint32)
+        return (word[:, None] >> (8 * offs)[None, :].to(tl.uint32)) & 0xFF
+    else:
+        byte_ptr = scale_address.to(tl.pointer_type(tl.uint8))
+        mask = present[:, None] & (begin + offs < NUM_SCALES)[None, :]
+        return tl.load(byte_ptr + row[:, None] * NUM_SCALES + begin + offs[None, :], mask=mask, other=0).to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+def lookup_kernel(
+    row_ids_ptr,
+    table_ptr,
+    out_ptr,
+    out_scale_ptr,
+    num_rows,
+    num_columns,
+    stride_ids_t,
+    stride_ids_c,
+    WIDTH: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALING: tl.constexpr,
+    STORAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Rows of ids ``[T, C]`` with any strides, BLOCK_ROWS at a time.
+
+    Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31.
+    """
+    weight_address, scale_address = tl.load(table_ptr), tl.load(table_ptr + 1)
+    num_table_rows, scale_bits = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    for step in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0)):
+        out_row = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask_row = out_row < num_rows
+        offs_t = (out_row // num_columns).to(tl.int64)
+        offs_c = (out_row % num_columns).to(tl.int64)
+        ids = row_ids_ptr + offs_t * stride_ids_t + offs_c * stride_ids_c
+        row = tl.load(ids, mask=mask_row, other=-1).to(tl.int64)
+        copy_rows(
+            row,
+            out_row.to(tl.int64),
+            mask_row,
+            weight_address,
+            scale_address,
+            num_table_rows,
+            scale_bits,
+            out_ptr,
+            out_scale_ptr,
+            WIDTH,
+            ELEMENT,
+            SCALING,
+            STORAGE,
+            GROUP,
+            CHUNK,
+        )
+
+
+def row_constants(table: EngramTable, storage: bool, config: RowsConfig) -> dict:
+    """Compile-time constants that every kernel reading rows takes."""
+    return dict(
+        WIDTH=table.width,
+        ELEMENT=_POINTEE.get(table.format.dtype, tl.uint8),
+        SCALING=table.format.scaling,
+        STORAGE=storage,
+        GROUP=SCALE_GROUP if table.format.scaling == "group" else config.chunk,
+        BLOCK_ROWS=config.block_rows,
+        CHUNK=config.chunk,
+    )
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 for the interpreter, so that programs take several steps."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def kernel_out(out, row_format: RowFormat, storage: bool):
+    """``(out_ptr, out_scale_ptr)`` of the output that the caller sees; fp8 bytes as uint8."""
+    if not storage:
+        return out, None
+    rows, scales = out
+    rows = rows if row_format.scaling == "none" else rows.view(torch.uint8)
+    return rows, scales if row_format.scaling == "group" else None
+
+
+def launch_lookup(row_ids, table: EngramTable, out, storage: bool, programs: int | None) -> None:
+    """One launch; ``row_ids [T, C]`` with any strides."""
+    if row_ids.numel() == 0:
+        return
+    device = row_ids.device
+    config = rows_config(
+        table.width, table.format.dtype.itemsize, row_ids.numel(), processors(device), table.placement
+    )
+    out_ptr, out_scale_ptr = kernel_out(out, table.format, storage)
+    with torch.cuda.device_of(row_ids):
+        lookup_kernel[(min(programs or config.programs, triton.cdiv(row_ids.numel(), config.block_rows)),)](
+            row_ids,
+            table_descriptors((table,), device),
+            out_ptr,
+            out_scale_ptr,
+            row_ids.numel(),
+            row_ids.shape[1],
+            row_ids.stride(0),
+            row_ids.stride(1),
+            **row_constants(table, storage, config),
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+
+
+def check_tables(where: str, tables, device: torch.device) -> None:
+    """Tables that one launch can read together on ``device``."""
+    for table in tables:
+        if not isinstance(table, EngramTable):
+            raise TypeError(f"{where}: expected an EngramTable, got {type(table).__name__}")
+        table.check_readable_on(device, where)
+        if (table.format, table.width) != (tables[0].format, tables[0].width):
+            raise ValueError(f"{where}: tables must share format and width, got {tables[0]!r} and {table!r}")
+        if device.type == "cuda" and table.format.dtype == torch.float64:
+            raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu' and CPU tensors")
+        misaligned = table.weight.data_ptr() % ROW_ALIGNMENT
+        if misaligned or (table.format.scaling == "group" and table.scale.data_ptr() % 8):
+            raise ValueError(f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not")
+
+
+def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype, out_format) -> None:
+    """Raise unless ``out`` (a tensor, or (rows, scales) for "storage", or None) and the output's type fit."""
+    check_choice(where, "out_format", out_format, ("values", "storage"))
+    if out_format == "values":
+        dtype = out_dtype or table.default_out_dtype
+        if dtype not in OUT_DTYPES and not dtype == table.format.dtype == torch.float64:
+            raise TypeError(f"{where}: out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
+        check_out(where, out, shape, dtype, device)
+        return
+    if out_dtype is not None:
+        raise ValueError(f"{where}: out_format 'storage' keeps the table's own dtype, got out_dtype={out_dtype}")
+    if out is None:
+        return
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(f"{where}: out must be a pair (rows, scales) for 'storage', got {type(out).__name__}")
+    check_out(where, out[0], shape, table.format.dtype, device)
+    if table.format.scaling == "group":
+        check_out(where, out[1], (*shape[:-1], table.width // SCALE_GROUP), torch.uint8, device)
+    elif out[1] is not None:
+        raise ValueError(f"{where}: a table of format {table.format.name} has no scales per row, got out[1]")
+
+
+def make_row_out(table: EngramTable, shape, device, out_dtype, out_format):
+    """A new output as :func:`check_row_out` describes it."""
+    if out_format == "values":
+        return torch.empty(shape, dtype=out_dtype or table.default_out_dtype, device=device)
+    scales = None
+    if table.format.scaling == "group":
+        scales = torch.empty((*shape[:-1], table.width // SCALE_GROUP), dtype=torch.uint8, device=device)
+    return torch.empty(shape, dtype=table.format.dtype, device=device), scales
+
+
+def lookup(
+    table: EngramTable,
+    row_ids: torch.Tensor,
+    *,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_format: str = "values",
+    programs: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows ``[..., C, R]`` of ids ``[..., C]``, int32 or int64; an id outside the table, such as -1, reads as zeros.
+
+    out_dtype: bfloat16, float16 or float32; None is the table's own dtype, bfloat16 for fp8.
+    out_format: "values", or "storage" for the raw rows in the table's dtype and their scales: uint8 ``[..., C, R / 32]``
+    for e4m3_ue8m0, the table's float32 scalar for e4m3, None for dense formats.
+    out: a contiguous tensor to write to; a pair (rows, scales) for "storage".
+    programs: size of the persistent grid, None for all multiprocessors; fewer leave them to other work.
+    """
+    check_tensor("lookup", "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
+    check_tables("lookup", (table,), row_ids.device)
+    check_programs("lookup", programs)
+    if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
+        raise ValueError(f"lookup: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
+    shape = (*row_ids.shape, table.width)
+    check_row_out("lookup", table, shape, row_ids.device, out, out_dtype, out_format)
+    if not is_kernel_device(row_ids) or table.format.dtype == torch.float64:
+        return reference.lookup(table, row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
+    if out is None:
+        out = make_row_out(table, shape, row_ids.device, out_dtype, out_format)
+    launch_lookup(_two_dimensional(row_ids), table, out, out_format == "storage", programs)
+    return (out[0], table.scale) if out_format == "storage" and table.format.scaling == "table" else out
+
+
+def _two_dimensional(row_ids: torch.Tensor) -> torch.Tensor:
+    """``row_ids`` as a view ``[T, C]``; a copy is made of no tensor."""
+    if row_ids.dim() == 1 or row_ids.is_contiguous():
+        return row_ids.view(-1, 1)
+    try:
+        return row_ids.view(-1, row_ids.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            "lookup: leading dimensions of row_ids must be viewable as one, "
+            f"got shape {list(row_ids.shape)} with strides {list(row_ids.stride())}"
+        ) from None

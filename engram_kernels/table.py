@@ -1,0 +1,244 @@
+"""The table of one Engram layer: rows in a storage format, in the memory of a placement.
+
+    placement   memory                                                  read by
+    device      GPU memory                                              kernels, ordinary loads
+    host        exact-size mapping, registered with the driver          kernels, over UVA
+    cpu         ordinary memory                                         the reference
+
+Without a GPU a host table is mapped but not registered: the reference reads it, and only written pages cost memory.
+"""
+
+import struct
+
+import torch
+
+from .host_memory import HostMapping, RuntimeDriver
+from .row_format import FORMATS, SCALE_GROUP, RowFormat, row_format
+
+PLACEMENTS = ("device", "host", "cpu")
+
+
+class EngramTable:
+    """Rows of one layer. Make one with :meth:`empty` or :meth:`from_tensors`.
+
+    weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32
+    scalar on the CPU for ``e4m3`` (fixed at construction), else None.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        format: RowFormat,
+        placement: str,
+        mappings: tuple[HostMapping, ...] = (),
+    ):
+        self._weight, self._scale, self._mappings = weight, scale, mappings
+        self.format, self.placement = format, placement
+        self.rows, self.width = weight.shape
+        self._descriptors: dict[tuple, torch.Tensor] = {}
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        width: int,
+        format: str,
+        *,
+        placement: str,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> "EngramTable":
+        """A table of ``rows`` x ``width`` elements whose content is undefined (zero for placement "host").
+
+        format: a name of ``row_format.FORMATS``. scale: the table's scale, for format "e4m3".
+        device: the GPU of placement "device"; None is the current one.
+        """
+        where = "EngramTable.empty"
+        fmt = row_format(format, where)
+        fmt.check_width(width, where)
+        if rows < 1:
+            raise ValueError(f"{where}: rows must be at least 1, got {rows}")
+        device = _checked_placement(placement, device, fmt, where)
+        mappings: list[HostMapping] = []
+
+        def allocate(elements: int, dtype: torch.dtype) -> torch.Tensor:
+            if placement != "host":
+                return torch.empty(rows, elements, dtype=dtype, device=device)
+            driver = RuntimeDriver() if torch.cuda.is_available() else None
+            mappings.append(HostMapping(rows * elements * dtype.itemsize, driver))
+            return mappings[-1].bytes.view(dtype).view(rows, elements)
+
+        weight = allocate(width, fmt.dtype)
+        scales = None
+        if fmt.scaling == "group":
+            scales = allocate(width // SCALE_GROUP, torch.uint8)
+        elif fmt.scaling == "table":
+            scales = torch.tensor(float(scale), dtype=torch.float32)
+        return cls(weight, scales, fmt, placement, tuple(mappings))
+
+    @classmethod
+    def from_tensors(
+        cls,
+        weight: torch.Tensor,
+        scale: torch.Tensor | float | None = None,
+        *,
+        placement: str,
+        device: torch.device | str | None = None,
+    ) -> "EngramTable":
+        """A table with the rows of ``weight [rows, width]``, contiguous; the dtype and ``scale`` tell the format.
+
+        float8_e4m3fn takes ``scale``: uint8 or float8_e8m0fnu ``[rows, width / 32]``, or one float.
+        Placement "cpu" shares the tensors' memory, "device" does where they are on that device, "host" copies.
+        """
+        where = "EngramTable.from_tensors"
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.is_contiguous():
+            got = f"shape {list(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight).__name__
+            raise ValueError(f"{where}: weight must be a contiguous [rows, width] tensor, got {got}")
+        fmt, scale = _format_of(weight, scale, where)
+        fmt.check_width(weight.shape[1], where)
+        device = _checked_placement(placement, device, fmt, where)
+        if placement == "host":
+            value = float(scale) if fmt.scaling == "table" else 1.0
+            table = cls.empty(*weight.shape, fmt.name, placement=placement, scale=value)
+            table._weight.view(torch.uint8).copy_(weight.view(torch.uint8))
+            if fmt.scaling == "group":
+                table._scale.copy_(scale)
+            return table
+        if placement == "cpu" and weight.device.type != "cpu":
+            raise ValueError(f"{where}: placement 'cpu' needs a weight on the CPU, got {weight.device}")
+        if fmt.scaling == "group":
+            scale = scale.to(device)
+        return cls(weight.to(device), scale, fmt, placement)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        self._check_open()
+        return self._weight
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        self._check_open()
+        return self._scale
+
+    @property
+    def closed(self) -> bool:
+        return self._weight is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows and their scales."""
+        return self.rows * (self.format.row_bytes(self.width) + self.format.scale_bytes(self.width))
+
+    @property
+    def default_out_dtype(self) -> torch.dtype:
+        """The table's own dtype where that is dense, bfloat16 for fp8."""
+        return self.format.dtype if self.format.scaling == "none" else torch.bfloat16
+
+    def discard(self) -> None:
+        """Give the pages of an unregistered host table back: all rows read as zero afterwards."""
+        self._check_open()
+        if self.placement != "host":
+            raise ValueError(f"EngramTable.discard: only placement 'host' can give pages back, got {self.placement!r}")
+        for mapping in self._mappings:
+            mapping.discard()
+
+    def close(self) -> None:
+        """Unregister and release the memory. Using the table afterwards is an error; closing again is not.
+
+        A GPU must be done with it: synchronise the streams that read it first.
+        """
+        self._weight = self._scale = None
+        self._descriptors.clear()
+        for mapping in self._mappings:
+            mapping.close()
+        self._mappings = ()
+
+    def __enter__(self) -> "EngramTable":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.nbytes / 2**30:.2f} GiB"
+        return f"EngramTable({self.rows:,} x {self.width} {self.format.name}, {self.placement}, {state})"
+
+    def check_readable_on(self, device: torch.device, where: str) -> None:
+        """Raise ValueError unless an op on ``device`` can read this table."""
+        if self.closed:
+            raise ValueError(f"{where}: the table is closed")
+        if device.type == "cpu":
+            readable, need = self._weight.device.type == "cpu", "a table in CPU memory (placement 'cpu' or 'host')"
+        elif self.placement == "host":
+            readable, need = all(mapping.registered for mapping in self._mappings), "a registered host table"
+        else:
+            readable, need = self._weight.device == device, f"a table on {device} or a registered host table"
+        if not readable:
+            raise ValueError(f"{where}: tensors on {device} need {need}, got {self!r} on {self._weight.device}")
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("EngramTable: the table is closed")
+
+    def _describe(self) -> tuple[int, int, int, int]:
+        """What kernels know of a table: address of rows, of scales, number of rows, bits of the float32 scale."""
+        per_row = self.format.scaling == "group"
+        scale_bits = 0
+        if self.format.scaling == "table":
+            scale_bits = struct.unpack("<i", struct.pack("<f", float(self._scale)))[0]
+        return self._weight.data_ptr(), self._scale.data_ptr() if per_row else 0, self.rows, scale_bits
+
+
+def table_descriptors(tables, device: torch.device) -> torch.Tensor:
+    """int64 ``[L, 4]`` on ``device``: one line of :meth:`EngramTable._describe` per table.
+
+    Kept by value on the first table, so that only the first call with these tables copies to the device.
+    """
+    key = (device, *(table._describe() for table in tables))
+    kept = tables[0]._descriptors
+    if key not in kept:
+        kept[key] = torch.tensor(key[1:], dtype=torch.int64).to(device)
+    return kept[key]
+
+
+def _checked_placement(placement: str, device, fmt: RowFormat, where: str) -> torch.device:
+    if placement not in PLACEMENTS:
+        raise ValueError(f"{where}: placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+    if placement != "device":
+        if device is not None:
+            raise ValueError(f"{where}: device is for placement 'device', got {device} with {placement!r}")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"{where}: placement 'device' needs a GPU, and torch finds none")
+    if fmt.name == "float64":
+        raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu', got 'device'")
+    device = torch.device(device or "cuda")
+    return torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _format_of(weight: torch.Tensor, scale, where: str) -> tuple[RowFormat, torch.Tensor | None]:
+    """The format of a weight and its scale, and the scale as tables keep it."""
+    if weight.dtype != torch.float8_e4m3fn:
+        if weight.dtype not in {fmt.dtype for fmt in FORMATS.values()}:
+            raise TypeError(
+                f"{where}: weight must be float32, bfloat16, float16, float8_e4m3fn or float64, got {weight.dtype}"
+            )
+        if scale is not None:
+            raise ValueError(f"{where}: a {weight.dtype} weight takes no scale, got one")
+        return FORMATS[str(weight.dtype).removeprefix("torch.")], None
+    if isinstance(scale, (int, float)) or (isinstance(scale, torch.Tensor) and scale.numel() == 1 < weight.shape[0]):
+        return FORMATS["e4m3"], torch.tensor(float(scale), dtype=torch.float32)
+    expected = [weight.shape[0], weight.shape[1] // SCALE_GROUP]
+    if (
+        not isinstance(scale, torch.Tensor)
+        or scale.dtype not in (torch.uint8, torch.float8_e8m0fnu)
+        or list(scale.shape) != expected
+        or not scale.is_contiguous()
+    ):
+        got = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, torch.Tensor) else repr(scale)
+        raise ValueError(
+            f"{where}: scale of a float8_e4m3fn weight must be one float, or uint8 or float8_e8m0fnu {expected}, "
+            f"contiguous, got {got}"
+        )
+    return FORMATS["e4m3_ue8m0"], scale.view(torch.uint8)

@@ -1,0 +1,13 @@
+"""Pure PyTorch reference of every op: the specification, and what runs on a CPU.
+
+Same file and function names as the kernels in ``engram_kernels``, same signatures. Written to be read: no loop over
+tokens, differentiable where the op is, float64 where the inputs are. Works on any device.
+"""
+
+from .gate import gate_residual
+from .gate_conv import gate_conv_residual
+from .hash_rows import hash_lookup
+from .hashing import ngram_hash
+from .rows import lookup
+
+__all__ = ["gate_conv_residual", "gate_residual", "hash_lookup", "lookup", "ngram_hash"]

@@ -1,0 +1,109 @@
+"""Gated residual addition with a short convolution, the paper's form.
+
+    v   = gate * value                                              (gate as in gate.py)
+    out = hidden + v + silu(conv(rms(v) * conv_norm))
+
+conv is depthwise over tokens, causal, of K taps ``dilation`` tokens apart; tap K-1 is the current token. It never crosses
+a sequence. T tokens, B sequences, H branches, D hidden size. Source: arXiv 2601.07372, section 2.3.
+
+Since v = gate * value, ``rms(v)`` is ``value * scale`` with one scalar ``scale = gate * rsqrt(mean(v^2) + conv_eps)`` per
+token and branch. The state of a sequence is therefore ``value`` and ``scale`` of its last (K-1) * dilation tokens.
+"""
+
+import torch
+
+from .gate import branch_gate
+from .sequences import token_sequences
+
+
+def gate_conv_residual(
+    hidden,
+    key,
+    value,
+    query_norm,
+    key_norm,
+    conv_norm,
+    conv_weight,
+    *,
+    dilation,
+    eps,
+    conv_eps,
+    clamp=1e-6,
+    mask=None,
+    zero_gate="copysign",
+    residual=True,
+    cu_seqlens=None,
+    conv_state=None,
+    out=None,
+):
+    """``hidden + v + silu(conv)`` ``[..., H, D]``, and the new state where ``conv_state`` is given.
+
+    Arguments as ``engram_kernels.gate_conv_residual``.
+    """
+    shape, (branches, width) = hidden.shape[:-2], hidden.shape[-2:]
+    sequence, start, padding = token_sequences(shape, cu_seqlens, hidden.device)
+    flat_hidden, key = hidden.reshape(-1, branches, width), key.reshape(-1, branches, width)
+    value = value.reshape(-1, width)
+    live = ~padding if mask is None else ~padding & mask.reshape(-1)
+    key, value = key.where(live[:, None, None], 0), value.where(live[:, None], 0)
+    gate = branch_gate(flat_hidden, key, query_norm, key_norm, eps=eps, clamp=clamp, zero_gate=zero_gate)
+    gate = gate.where(live[:, None], 0)
+    v = gate[..., None] * value[:, None].to(gate.dtype)
+    conv_eps = torch.finfo(v.dtype).eps if conv_eps is None else conv_eps
+    scale = gate * torch.rsqrt(v.square().mean(-1) + conv_eps)
+
+    taps = conv_weight.shape[-1]
+    span = (taps - 1) * dilation
+    conv = torch.zeros_like(v)
+    for tap in range(taps):
+        source = torch.arange(len(v), device=v.device) - (taps - 1 - tap) * dilation
+        past_value, past_scale = _at(source, value, scale, sequence, start, conv_state, span)
+        normed = past_value[:, None].to(v.dtype) * past_scale[..., None] * conv_norm.to(v.dtype)
+        conv = conv + normed * conv_weight[..., tap].to(v.dtype)
+    addend = v + torch.nn.functional.silu(conv)
+    result = (flat_hidden.to(v.dtype) + addend if residual else addend).to(hidden.dtype)
+    unchanged = flat_hidden if residual else torch.zeros_like(flat_hidden)
+    result = torch.where(padding[:, None, None], unchanged, result).view(hidden.shape)
+    result = result if out is None else out.copy_(result)
+    if conv_state is None:
+        return result
+    return result, _advance(conv_state, value, scale, shape, cu_seqlens, span)
+
+
+def _at(source, value, scale, sequence, start, conv_state, span):
+    """``value [T, D]`` and ``scale [T, H]`` at tokens ``source``: from the batch, the state before it, or zero."""
+    inside = source >= start
+    here = source.clamp(min=0)
+    past_value, past_scale = value[here].where(inside[:, None], 0), scale[here].where(inside[:, None], 0)
+    if conv_state is None or span == 0 or not len(source):
+        return past_value, past_scale
+    slot = torch.where(inside, 0, span + source - start)
+    old_value, old_scale = (state[sequence, slot] for state in conv_state)
+    return (
+        torch.where(inside[:, None], past_value, old_value.to(value.dtype)),
+        torch.where(inside[:, None], past_scale, old_scale.to(scale.dtype)),
+    )
+
+
+def _advance(conv_state, value, scale, shape, cu_seqlens, span):
+    """The state after this batch: the last ``span`` entries of each sequence's old state and its tokens here."""
+    old_value, old_scale = conv_state
+    batch = old_value.shape[0]
+    if cu_seqlens is None:
+        length = shape[-1] if len(shape) == 2 else shape.numel()
+        starts = torch.arange(batch, device=value.device) * length
+        lengths = torch.full_like(starts, length)
+    else:
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.long().diff()
+    # Entry i of the new state is position i - span, counted from the sequence's end here.
+    position = lengths[:, None] + torch.arange(-span, 0, device=value.device)
+    inside = position >= 0
+    token = torch.where(inside, starts[:, None] + position, 0)
+    slot = torch.where(inside, 0, position + span)
+    sequence = torch.arange(batch, device=value.device)[:, None]
+
+    def last(old, new):
+        kept = old[sequence, slot]
+        return torch.where(inside[..., None], new[token].to(old.dtype), kept) if len(new) else kept
+
+    return last(old_value, value), last(old_scale, scale)

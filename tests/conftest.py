@@ -1,0 +1,113 @@
+"""Lanes, and the count of kernel launches.
+
+``--lane cpu`` (default) runs what needs no kernel, ``interpret`` every test marked ``kernel`` in Triton's interpreter on CPU
+tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Each lane checks that
+it runs in the mode it was asked for. A kernel test that launches no kernel fails, and so does a whole lane in which
+some kernel of the package never ran.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections import Counter
+
+import pytest
+import torch
+import triton
+
+import engram_kernels
+
+LANES = {"cpu": (), "interpret": ("kernel",), "compile": ("compile",), "gpu": ("kernel", "gpu")}
+launches = Counter()  # kernel name -> launches in this process
+
+
+def pytest_addoption(parser):
+    parser.addoption("--lane", choices=tuple(LANES), default="cpu", help="which lane of tests to run")
+
+
+def pytest_configure(config):
+    lane, interpreting = config.getoption("--lane"), triton.knobs.runtime.interpret
+    if interpreting != (lane == "interpret"):
+        wanted = "with TRITON_INTERPRET=1" if lane == "interpret" else "without TRITON_INTERPRET"
+        raise pytest.UsageError(f"lane {lane!r} runs {wanted}, set before Triton is imported")
+    if lane == "gpu" and not torch.cuda.is_available() and not config.option.collectonly:
+        raise pytest.UsageError("lane 'gpu' needs a GPU, and torch finds none")
+    if lane in ("interpret", "gpu"):
+        _count_launches()
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = set(LANES[config.getoption("--lane")])
+    special = {mark for marks in LANES.values() for mark in marks}
+    kept = [item for item in items if _belongs(special & {mark.name for mark in item.iter_markers()}, wanted)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _belongs(marks, wanted):
+    return bool(marks & wanted) if wanted else not marks
+
+
+def package_kernels():
+    """Every kernel of the package that a launcher starts: functions named ``*_kernel``."""
+    kernels = {}
+    for module in pkgutil.iter_modules(engram_kernels.__path__):
+        if module.name in ("__main__", "reference"):
+            continue
+        names = vars(importlib.import_module(f"engram_kernels.{module.name}"))
+        kernels.update({name: value for name, value in names.items() if name.endswith("_kernel")})
+    return kernels
+
+
+def _count_launches():
+    kinds = {type(kernel) for kernel in package_kernels().values()}
+    for kind in kinds:
+        run = kind.run
+
+        @functools.wraps(run)
+        def counted(self, *args, _run=run, **kwargs):
+            launches[self.fn.__name__] += 1
+            return _run(self, *args, **kwargs)
+
+        kind.run = counted
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = launches.total()
+    result = yield
+    if item.get_closest_marker("kernel") and launches.total() == before:
+        pytest.fail("this kernel test launched no kernel of the package", pytrace=False)
+    return result
+
+
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    if hasattr(config, "workeroutput"):  # a process of pytest-xdist reports to the one that started it
+        config.workeroutput["launches"] = dict(launches)
+        return
+    whole_lane = not config.option.keyword and all("::" not in arg and ".py" not in arg for arg in config.args)
+    if config.getoption("--lane") not in ("interpret", "gpu") or not whole_lane or config.option.collectonly:
+        return
+    idle = sorted(set(package_kernels()) - set(launches))
+    if idle and exitstatus == 0:
+        config.pluginmanager.getplugin("terminalreporter").write_line(
+            f"FAILED: kernels that no test of this lane launched: {', '.join(idle)}", red=True
+        )
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    launches.update(getattr(node, "workeroutput", {}).get("launches", {}))
+
+
+@pytest.fixture
+def device(request):
+    """Where a kernel test keeps its tensors: the CPU for the interpreter, the GPU in the gpu lane."""
+    return torch.device("cuda", 0) if request.config.getoption("--lane") == "gpu" else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_run():
+    torch.manual_seed(20260112)
