@@ -10,13 +10,17 @@ import functools
 import importlib
 import pkgutil
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
 
 import engram_kernels
+from engram_kernels import EngramConfig, HashPlan
 
+DATA = Path(__file__).parent / "data"
 LANES = {"cpu": (), "interpret": ("kernel",), "compile": ("compile",), "gpu": ("kernel", "gpu")}
 launches = Counter()  # kernel name -> launches in this process
 
@@ -111,3 +115,14 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _same_numbers_every_run():
     torch.manual_seed(20260112)
+
+
+@pytest.fixture(scope="session")
+def v41_token_map():
+    """The token map of the V4-series tokenizer, kept as data so that a GPU machine needs no tokenizer."""
+    return torch.from_numpy(np.load(DATA / "deepseek_v4_token_map.npz")["token_map"].astype(np.int32))
+
+
+@pytest.fixture(scope="session")
+def v41_plan(v41_token_map):
+    return HashPlan.build(EngramConfig.deepseek_v41_flash(), v41_token_map)

@@ -1,0 +1,208 @@
+"""gate_residual: the reference against another formulation and golden data, the kernel against float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engram_kernels import gate_residual, reference
+from engram_kernels.gate import gate_config
+
+from . import oracles, tolerances
+from .guards import Guarded
+
+EPS = 1e-6
+
+
+def inputs(tokens, branches, width, dtype=torch.float32, norm_dtype=torch.float32, seed=0):
+    """hidden, key, value, query_norm, key_norm on the CPU; the first keys oppose, repeat or ignore the hidden state."""
+    generator = torch.Generator().manual_seed(seed + tokens * 100 + branches * 10 + width)
+    hidden, key = torch.randn(2, tokens, branches, width, generator=generator)
+    query_norm, key_norm = torch.rand(2, branches, width, generator=generator) + 0.5
+    if tokens > 3:
+        key[0], key[1], key[2] = hidden[0], -3 * hidden[1], 0  # saturation on both sides, and d = 0
+    value = torch.randn(tokens, width, generator=generator)
+    return *(x.to(dtype) for x in (hidden, key, value)), *(x.to(norm_dtype) for x in (query_norm, key_norm))
+
+
+def doubles(tensors):
+    return [x.double().cpu().numpy() for x in tensors]
+
+
+def check(result, tensors, dtype, *, zero_gate="copysign", clamp=1e-6, residual=True):
+    """Within the derived bound of the float64 oracle."""
+    hidden, key, value, query_norm, key_norm = doubles(tensors)
+    d, magnitude = oracles.gate_parts(hidden, key, query_norm, key_norm, EPS)
+    exact = oracles.gate_of(d, clamp, zero_gate)[..., None] * value[:, None]
+    base = hidden if residual else np.zeros_like(hidden)
+    error = tolerances.gate_bound(d, magnitude, hidden.shape[-1], clamp, zero_gate)
+    tolerances.assert_within(
+        result, base + exact, tolerances.gated_bound(base + exact, base, value, error, dtype)
+    )
+
+
+@pytest.mark.parametrize("zero_gate", ["copysign", "sign"])
+def test_reference_equals_oracle_in_float64(zero_gate):
+    tensors = inputs(6, 3, 40, torch.float64, torch.float64)
+    result = reference.gate_residual(*tensors, eps=EPS, zero_gate=zero_gate)
+    assert result.dtype == torch.float64
+    np.testing.assert_allclose(result.numpy(), oracles.gated(*doubles(tensors), eps=EPS, zero_gate=zero_gate), rtol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reference_within_bounds(dtype):
+    tensors = inputs(6, 4, 96, dtype)
+    check(reference.gate_residual(*tensors, eps=EPS), tensors, dtype)
+
+
+def test_reference_eps_none_is_the_machine_epsilon():
+    for dtype in (torch.float32, torch.float64):
+        tensors = [x.to(dtype) for x in inputs(4, 2, 16)]
+        expected = reference.gate_residual(*tensors, eps=torch.finfo(dtype).eps)
+        assert torch.equal(reference.gate_residual(*tensors, eps=None), expected)
+
+
+def test_reference_gradients():
+    tensors = [x.requires_grad_() for x in inputs(3, 2, 5, torch.float64, torch.float64)]
+    mask = torch.tensor([True, False, True])
+    assert torch.autograd.gradcheck(lambda *x: reference.gate_residual(*x, eps=EPS, mask=mask), tensors)
+    assert torch.autograd.gradcheck(lambda *x: gate_residual(*x, eps=EPS, residual=False), tensors)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("tokens", "branches", "width", "dtype", "norm_dtype", "zero_gate"),
+    [
+        (1, 4, 64, torch.float32, torch.float32, "copysign"),
+        (7, 4, 80, torch.bfloat16, torch.float32, "sign"),
+        (5, 3, 300, torch.float16, torch.bfloat16, "copysign"),
+        (3, 1, 1000, torch.float32, torch.float16, "sign"),
+        (9, 8, 48, torch.bfloat16, torch.bfloat16, "copysign"),
+        (4, 5, 7, torch.float32, torch.float32, "sign"),
+        (4, 2, 1, torch.float32, torch.float32, "copysign"),
+        (5, 4, 5120, torch.bfloat16, torch.bfloat16, "copysign"),
+        (1, 1, 16_384, torch.float32, torch.float32, "copysign"),
+    ],
+)
+def test_kernel(device, tokens, branches, width, dtype, norm_dtype, zero_gate):
+    tensors = inputs(tokens, branches, width, dtype, norm_dtype)
+    moved = [x.to(device) for x in tensors]
+    for residual in (True, False):
+        out = Guarded((tokens, branches, width), dtype, device)
+        gate_residual(*moved, eps=EPS, zero_gate=zero_gate, residual=residual, out=out.tensor)
+        check(out.check(), tensors, dtype, zero_gate=zero_gate, residual=residual)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernel_views_of_kv_in_place(device, dtype):
+    """Key and value as views of one kv tensor whose rows start misaligned, hidden a slice, the result in place."""
+    hidden, key, value, *norms = inputs(6, 4, 72, dtype)
+    kv = torch.cat([key.flatten(1), value], 1)
+    wide = torch.zeros(6, 5 * 72 + 3, dtype=dtype, device=device)
+    wide[:, 3:] = kv.to(device)
+    views = wide[:, 3:-72].unflatten(1, (4, 72)), wide[:, -72:]
+    room = torch.full((6, 9, 72), 7.0, dtype=dtype, device=device)
+    stream = room[:, 2:6]
+    stream.copy_(hidden)
+    result = gate_residual(stream, *views, *(x.to(device) for x in norms), eps=EPS, out=stream)
+    assert result is stream
+    check(stream, (hidden, key, value, *norms), dtype)
+    assert room[:, :2].eq(7).all() and room[:, 6:].eq(7).all()
+
+
+@pytest.mark.kernel
+def test_kernel_batch_shape(device):
+    hidden, key, value, *norms = (x.to(device) for x in inputs(6, 2, 32))
+    flat = gate_residual(hidden, key, value, *norms, eps=EPS)
+    batch = gate_residual(hidden.view(2, 3, 2, 32), key.view(2, 3, 2, 32), value.view(2, 3, 32), *norms, eps=EPS)
+    assert torch.equal(batch.view_as(flat), flat)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [True, False])
+def test_kernel_mask(device, dtype, residual):
+    """Masked tokens: NaN in key and value does not spread, and hidden comes back bit for bit, -0.0 and NaN included."""
+    hidden, key, value, *norms = inputs(7, 4, 48, dtype)
+    mask = torch.tensor([True, False, True, True, False, True, False])
+    hidden[1, 0, :3] = torch.tensor([-0.0, math.nan, math.inf])
+    spoiled_key, spoiled_value = key.clone(), value.clone()
+    spoiled_key[~mask], spoiled_value[~mask] = math.nan, math.nan
+    arguments = [x.to(device) for x in (hidden, spoiled_key, spoiled_value, *norms, mask)]
+    result = gate_residual(*arguments[:-1], eps=EPS, mask=arguments[-1], residual=residual).cpu()
+    kept = hidden[~mask] if residual else torch.zeros_like(hidden[~mask])
+    assert torch.equal(result[~mask].view(torch.uint8), kept.view(torch.uint8))
+    check(result[mask], (hidden[mask], key[mask], value[mask], *norms), dtype, residual=residual)
+    on_cpu = reference.gate_residual(hidden, spoiled_key, spoiled_value, *norms, eps=EPS, mask=mask, residual=residual)
+    assert torch.equal(on_cpu[~mask].view(torch.uint8), kept.view(torch.uint8))
+
+
+@pytest.mark.kernel
+def test_kernel_zero_product(device):
+    """d = 0 exactly: +1e-3 before the sigmoid with "copysign", 0.5 with "sign"; -0.0 counts as zero."""
+    hidden, key, value, *norms = inputs(4, 2, 16)
+    key.zero_()
+    key[1] = -0.0
+    moved = [x.to(device) for x in (hidden, key, value, *norms)]
+    half = gate_residual(*moved, eps=EPS, zero_gate="sign", residual=False).cpu()
+    assert torch.equal(half, (0.5 * value)[:, None].expand_as(half))
+    above = gate_residual(*moved, eps=EPS, zero_gate="copysign", residual=False).cpu()
+    gate = 1 / (1 + math.exp(-1e-3))
+    torch.testing.assert_close(above, (gate * value)[:, None].expand_as(above), rtol=4e-7, atol=0)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("zero_gate", ["copysign", "sign"])
+def test_kernel_nan_and_infinity(device, zero_gate):
+    """NaN in d makes the gate NaN, in its own token and branch alone; an infinite hidden state does so too."""
+    hidden, key, value, *norms = inputs(5, 2, 24)
+    hidden[1, 0, 3], key[2, 1, 5], hidden[3, 1, 0] = math.nan, math.nan, math.inf
+    moved = [x.to(device) for x in (hidden, key, value, *norms)]
+    result = gate_residual(*moved, eps=EPS, zero_gate=zero_gate, residual=False).cpu()
+    spoiled = torch.zeros(5, 2, dtype=torch.bool)
+    spoiled[1, 0] = spoiled[2, 1] = spoiled[3, 1] = True
+    assert torch.equal(result.isnan().all(-1), spoiled) and torch.equal(result.isnan().any(-1), spoiled)
+    expected = reference.gate_residual(hidden, key, value, *norms, eps=EPS, zero_gate=zero_gate, residual=False)
+    assert torch.equal(expected.isnan(), result.isnan())
+
+
+@pytest.mark.kernel
+def test_kernel_clamp(device):
+    """Below the clamp the gate is flat: a huge clamp makes every gate the same on its side of zero."""
+    tensors = inputs(5, 2, 64)
+    result = gate_residual(*(x.to(device) for x in tensors), eps=EPS, clamp=9.0, residual=False)
+    check(result, tensors, torch.float32, clamp=9.0, residual=False)
+    assert (result.cpu() / tensors[2][:, None]).sub(1 / (1 + math.exp(-3.0))).abs().min() < 1e-6
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_batch_invariance_and_repeat(device, dtype):
+    """A token's bits are its own: alone, anywhere in a batch of any length, and twice in a row."""
+    tensors = [x.to(device) for x in inputs(11, 4, 320, dtype)]
+    whole = gate_residual(*tensors, eps=EPS)
+    assert torch.equal(gate_residual(*tensors, eps=EPS), whole)
+    norms = tensors[3:]
+    for first, last in ((0, 1), (6, 7), (3, 11), (10, 11)):
+        part = [x[first:last] for x in tensors[:3]]
+        assert torch.equal(gate_residual(*part, *norms, eps=EPS), whole[first:last])
+
+
+@pytest.mark.kernel
+def test_gradient_runs_the_reference(device):
+    tensors = [x.to(device) for x in inputs(3, 2, 8)]
+    gate_residual(*tensors, eps=EPS)  # the kernel, where nothing is recorded
+    tensors[2].requires_grad_()
+    gate_residual(*tensors, eps=EPS).sum().backward()
+    assert tensors[2].grad is not None and tensors[2].grad.ne(0).all()
+
+
+def test_gate_config_is_a_function_of_shape():
+    config = gate_config(4, 5120)
+    assert (config.block_t, config.block_h, config.block_d, config.num_warps) == (4, 4, 256, 8)
+    for branches in range(1, 9):
+        for width in (1, 7, 64, 80, 2560, 5120, 16_384):
+            config = gate_config(branches, width)
+            assert config.block_h >= branches and config.block_t * config.block_h * config.block_d <= 4096
