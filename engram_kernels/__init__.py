@@ -9,7 +9,7 @@ from .plan import HashPlan
 from .rows import lookup
 from .table import EngramTable
 from .token_map import build_token_map
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "EngramConfig",

@@ -1,11 +1,14 @@
 """Checks of the public functions' arguments, and where an op runs.
 
-Every error names the function, the argument, what was expected and what came. Checks of values (ids, cu_seqlens) are made
+Every error names the function, the argument, what was expected and what came. Checks of values (ids, cu_seqlens) are
+made
 on the CPU only: on a GPU they would wait for it, and the kernels give invalid ids a defined meaning instead.
 """
 
 import torch
 import triton
+
+from .plan import HashPlan
 
 _ID_DTYPES = (torch.int32, torch.int64)
 _MAX_TOKENS = 2**31 - 1
@@ -83,7 +86,11 @@ def check_tokens(where, token_ids, plan, cu_seqlens, history, dead) -> None:
     """Types, shapes and devices of what a hash reads."""
     check_tensor(where, "token_ids", token_ids, dtypes=_ID_DTYPES)
     if token_ids.dim() not in (1, 2) or token_ids.numel() > _MAX_TOKENS:
-        raise ValueError(f"{where}: token_ids must have shape [T] or [B, S], below 2^31 ids, got {list(token_ids.shape)}")
+        raise ValueError(
+            f"{where}: token_ids must have shape [T] or [B, S], below 2^31 ids, got {list(token_ids.shape)}"
+        )
+    if not isinstance(plan, HashPlan):
+        raise TypeError(f"{where}: plan must be a HashPlan, got {type(plan).__name__}")
     if plan.device != token_ids.device:
         raise ValueError(f"{where}: plan must be on {token_ids.device} (plan.to(...)), got {plan.device}")
     batch = check_batch(where, token_ids.shape, cu_seqlens, token_ids.device)

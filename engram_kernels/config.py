@@ -224,23 +224,39 @@ def _field(fields: Mapping[str, Any], name: str):
     return value
 
 
+def _integer(fields: Mapping[str, Any], name: str) -> int:
+    value = _field(fields, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"EngramConfig.from_hf: {name!r} must be an integer, got {value!r}")
+    return value
+
+
+def _integers(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """A required field that is an integer or a list of at least one."""
+    value = _field(fields, name)
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not values or not all(isinstance(entry, int) for entry in values):
+        raise ValueError(f"EngramConfig.from_hf: {name!r} must be one or more integers, got {value!r}")
+    return values
+
+
 def _from_deepseek(cls, fields: Mapping[str, Any]) -> EngramConfig:
-    max_ngram = int(_field(fields, "engram_max_ngram_size"))
+    max_ngram = _integer(fields, "engram_max_ngram_size")
     config = cls(
-        layers=tuple(_field(fields, "engram_layer_ids")),
+        layers=_integers(fields, "engram_layer_ids"),
         max_ngram=max_ngram,
-        heads=int(_field(fields, "engram_n_heads")),
-        row_width=int(_field(fields, "engram_head_dim")),
-        table_sizes=(int(_field(fields, "engram_vocab_size")),) * (max_ngram - 1),
-        hidden_size=int(_field(fields, "hidden_size")),
-        branches=int(_field(fields, "hc_mult")),
-        raw_vocab_size=int(_field(fields, "vocab_size")),
-        vocab_size=int(_field(fields, "engram_compressed_vocab_size")),
-        pad_id=int(_field(fields, "engram_pad_token_id")),
+        heads=_integer(fields, "engram_n_heads"),
+        row_width=_integer(fields, "engram_head_dim"),
+        table_sizes=(_integer(fields, "engram_vocab_size"),) * (max_ngram - 1),
+        hidden_size=_integer(fields, "hidden_size"),
+        branches=_integer(fields, "hc_mult"),
+        raw_vocab_size=_integer(fields, "vocab_size"),
+        vocab_size=_integer(fields, "engram_compressed_vocab_size"),
+        pad_id=_integer(fields, "engram_pad_token_id"),
         format="e4m3_ue8m0",
         eps=float(_field(fields, "rms_norm_eps")),
     )
-    stored = tuple(int(rows) for rows in _field(fields, "engram_num_embeddings"))
+    stored = _integers(fields, "engram_num_embeddings")
     if stored != config.rows_per_layer:
         raise ValueError(
             "EngramConfig.from_hf: 'engram_num_embeddings' does not fit 'engram_vocab_size', 'engram_n_heads' and "
@@ -250,8 +266,8 @@ def _from_deepseek(cls, fields: Mapping[str, Any]) -> EngramConfig:
 
 
 def _from_qwen(cls, fields: Mapping[str, Any]) -> EngramConfig:
-    max_ngram, heads = int(_field(fields, "ngram_size")), int(_field(fields, "heads_per_ngram"))
-    width, rest = divmod(int(_field(fields, "ple_embed_dim")), max(1, (max_ngram - 1) * heads))
+    max_ngram, heads = _integer(fields, "ngram_size"), _integer(fields, "heads_per_ngram")
+    width, rest = divmod(_integer(fields, "ple_embed_dim"), max(1, (max_ngram - 1) * heads))
     if rest:
         raise ValueError(
             f"EngramConfig.from_hf: 'ple_embed_dim' must be a multiple of (ngram_size - 1) * heads_per_ngram = "
@@ -262,32 +278,32 @@ def _from_qwen(cls, fields: Mapping[str, Any]) -> EngramConfig:
         raise ValueError(
             f"EngramConfig.from_hf: 'ple_embedding_dtype' must be one of {', '.join(_QWEN_FORMATS)}, got {dtype!r}"
         )
-    eos = _field(fields, "eos_token_id")
-    rows, parts = int(_field(fields, "make_ngram_vocab_size_divisible_by")), int(_field(fields, "split_ngram_parts"))
+    eos = _integers(fields, "eos_token_id")  # one id or a list, the first of which ends a document
+    rows, parts = _integer(fields, "make_ngram_vocab_size_divisible_by"), _integer(fields, "split_ngram_parts")
     config = cls(
         # ple_layer_ids count from 1
-        layers=tuple(int(layer) - 1 for layer in _field(fields, "ple_layer_ids")),
+        layers=tuple(layer - 1 for layer in _integers(fields, "ple_layer_ids")),
         max_ngram=max_ngram,
         heads=heads,
         row_width=width,
-        table_sizes=(int(_field(fields, "ngram_vocab_size_base")),) * (max_ngram - 1),
-        hidden_size=int(_field(fields, "hidden_size")),
-        branches=int(_field(fields, "hc_count")),
-        raw_vocab_size=int(_field(fields, "vocab_size")),
-        vocab_size=int(_field(fields, "vocab_size")),
-        eos_id=int(eos[0] if isinstance(eos, (list, tuple)) else eos),
+        table_sizes=(_integer(fields, "ngram_vocab_size_base"),) * (max_ngram - 1),
+        hidden_size=_integer(fields, "hidden_size"),
+        branches=_integer(fields, "hc_count"),
+        raw_vocab_size=_integer(fields, "vocab_size"),
+        vocab_size=_integer(fields, "vocab_size"),
+        eos_id=eos[0],
         window="eos",
         multiplier_rule="splitmix64",
-        seed=int(_field(fields, "seed")),
+        seed=_integer(fields, "seed"),
         row_multiple=rows,
         format=_QWEN_FORMATS[dtype],
         eps=float(_field(fields, "rms_norm_eps")),
-        conv_kernel=int(_field(fields, "ple_conv_kernel_size")),
+        conv_kernel=_integer(fields, "ple_conv_kernel_size"),
         conv_eps=float(_field(fields, "rms_norm_eps")),
         norm_offset=1.0,
         zero_gate="sign",
     )
-    uneven = [total for total in config.rows_per_layer if total % parts]
+    uneven = [total for total in config.rows_per_layer if parts < 1 or total % parts]
     if uneven:
         raise ValueError(
             f"EngramConfig.from_hf: 'split_ngram_parts' must divide the padded rows {uneven[0]}, got {parts}"

@@ -32,14 +32,35 @@ class GateConfig:
 
 
 def gate_config(branches: int, hidden_size: int) -> GateConfig:
-    """Tiles of 4,096 elements, 16 a thread, with 256 of D, so that a warp sums a row of a tile alone.
+    """Tiles of 2,048 elements, 16 a thread, with 256 of D, so that a warp sums a row of a tile alone.
 
-    Four tokens share the norm weights they load: in float32 those are 2 H D * 4 bytes, more than the hidden state and
-    key of one token. A function of H and D only: it fixes the order of the sums over D, hence a token's bits.
+    Two tokens share the norm weights they load: in float32 those are 2 H D * 4 bytes, more than the hidden state and
+    key of one token. With four, the weights' tile has another layout than the hidden state's, and Triton converts one
+    to the other through shared memory. A function of H and D only: it fixes the order of the sums over D, hence a
+    token's bits.
     """
     block_h, block_d = triton.next_power_of_2(branches), min(256, triton.next_power_of_2(hidden_size))
-    block_t = max(1, min(8, 4096 // (block_h * block_d)))
-    return GateConfig(block_t, block_h, block_d, max(1, min(8, block_t * block_h * block_d // 512)))
+    block_t = max(1, min(8, 2048 // (block_h * block_d)))
+    return GateConfig(block_t, block_h, block_d, max(1, min(4, block_t * block_h * block_d // 512)))
+
+
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "gate_residual_kernel": dict(sm_80=(168, 4096), sm_90=(168, 4096), sm_100=(168, 4096), gfx942=(80, 8192)),
+}
+
+
+@triton.jit
+def token_rows(base_ptr, token, offs_h, stride_t, stride_h, ALIGNED: tl.constexpr):
+    """Pointers ``[BLOCK_T, BLOCK_H, 1]`` to the rows of tokens and branches.
+
+    ALIGNED: the launcher found every row at a multiple of 16 bytes. Triton itself takes that from a stride only where
+    it is a multiple of 16 elements.
+    """
+    rows = base_ptr + (token[:, None, None] * stride_t + offs_h * stride_h)
+    if ALIGNED:
+        rows = tl.multiple_of(rows, (16, 16, 16))
+    return rows
 
 
 @triton.jit
@@ -59,14 +80,15 @@ def branch_gate(
     NUM_BRANCHES: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     COPYSIGN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Gates ``[BLOCK_T, BLOCK_H]`` of tokens ``token [BLOCK_T]`` (int64); those not ``live`` are not read."""
     offs_h = tl.arange(0, BLOCK_H)[None, :, None]
-    hidden_row = hidden_ptr + token[:, None, None] * stride_hidden_t + offs_h * stride_hidden_h
-    key_row = key_ptr + token[:, None, None] * stride_key_t + offs_h * stride_key_h
+    hidden_row = token_rows(hidden_ptr, token, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
+    key_row = token_rows(key_ptr, token, offs_h, stride_key_t, stride_key_h, ALIGNED)
     mask_row = live[:, None, None] & (offs_h < NUM_BRANCHES)
     hidden_square = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
     key_square = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
@@ -118,14 +140,15 @@ def gate_residual_kernel(
     HIDDEN_SIZE: tl.constexpr,
     COPYSIGN: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """BLOCK_T tokens: their gates, then ``hidden + gate * value`` in all branches, a chunk of value read once for all.
 
-    Grid (cdiv(T, BLOCK_T),). Relies on a dense last dimension. In place is safe: a token's sums over D are needed before
-    its first store, and a chunk is read and written by the same program.
+    Grid (cdiv(T, BLOCK_T),). Relies on a dense last dimension. In place is safe: a token's sums over D are needed
+    before its first store, and a chunk is read and written by the same program.
     """
     eps, clamp = tl.cast(eps, tl.float32), tl.cast(clamp, tl.float32)
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -149,14 +172,15 @@ def gate_residual_kernel(
         NUM_BRANCHES,
         HIDDEN_SIZE,
         COPYSIGN,
+        ALIGNED,
         BLOCK_T,
         BLOCK_H,
         BLOCK_D,
     )
     offs_h = tl.arange(0, BLOCK_H)[None, :, None]
-    hidden_row = hidden_ptr + token[:, None, None] * stride_hidden_t + offs_h * stride_hidden_h
-    out_row = out_ptr + token[:, None, None] * stride_out_t + offs_h * stride_out_h
-    value_row = value_ptr + token[:, None, None] * stride_value_t
+    hidden_row = token_rows(hidden_ptr, token, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
+    out_row = token_rows(out_ptr, token, offs_h, stride_out_t, stride_out_h, ALIGNED)
+    value_row = token_rows(value_ptr, token, tl.arange(0, 1)[None, :, None], stride_value_t, 0, ALIGNED)
     mask_row = mask_t[:, None, None] & (offs_h < NUM_BRANCHES)
     for begin in range(0, HIDDEN_SIZE, BLOCK_D):
         offs_d = begin + tl.arange(0, BLOCK_D)[None, None, :]
@@ -171,14 +195,20 @@ def gate_residual_kernel(
         tl.store(out_row + offs_d, result.to(out_ptr.dtype.element_ty), mask=mask_row & mask_d)
 
 
+def rows_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every row of every tensor starts at a multiple of 16 bytes."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
 def float32_eps(eps: float | None) -> float:
     """What the kernels add inside a norm: None is the machine epsilon, as in torch.nn.RMSNorm."""
     return torch.finfo(torch.float32).eps if eps is None else float(eps)
 
 
-def launch_gate_residual(
-    hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual, out
-) -> None:
+def launch_gate_residual(hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual, out) -> None:
     """One launch; hidden, key and out ``[T, H, D]``, value ``[T, D]``, with strides."""
     num_tokens, branches, hidden_size = hidden.shape
     if num_tokens == 0:
@@ -207,6 +237,7 @@ def launch_gate_residual(
             HIDDEN_SIZE=hidden_size,
             COPYSIGN=zero_gate == "copysign",
             RESIDUAL=residual,
+            ALIGNED=rows_aligned(hidden, key, value, out),
             BLOCK_T=config.block_t,
             BLOCK_H=config.block_h,
             BLOCK_D=config.block_d,
@@ -227,20 +258,18 @@ def check_gate(where, hidden, key, value, query_norm, key_norm, *, eps, clamp, m
             f"got {list(hidden.shape)}"
         )
     for name, tensor, shape in (("key", key, hidden.shape), ("value", value, (*tokens, hidden_size))):
-        check_tensor(
-            where, name, tensor, dtypes=(hidden.dtype,), shape=shape, device=hidden.device, contiguous=False
-        )
+        check_tensor(where, name, tensor, dtypes=(hidden.dtype,), shape=shape, device=hidden.device, contiguous=False)
     for name, tensor in (("hidden", hidden), ("key", key), ("value", value)):
         if tensor.stride(-1) != 1 and hidden_size > 1:
-            raise ValueError(f"{where}: the last dimension of {name} must be dense, got strides {list(tensor.stride())}")
+            raise ValueError(
+                f"{where}: the last dimension of {name} must be dense, got strides {list(tensor.stride())}"
+            )
     for name, tensor in (("query_norm", query_norm), ("key_norm", key_norm)):
-        check_tensor(
-            where, name, tensor, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=hidden.device
-        )
+        check_tensor(where, name, tensor, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=hidden.device)
     if mask is not None:
         check_tensor(where, "mask", mask, dtypes=(torch.bool,), shape=tokens, device=hidden.device)
-    for name, number in (("eps", eps), ("clamp", clamp)):
-        if number is not None and not 0 <= number < float("inf"):
+    for name, number, optional in (("eps", eps, True), ("clamp", clamp, False)):
+        if not (optional if number is None else 0 <= number < float("inf")):
             raise ValueError(f"{where}: {name} must be a finite number of at least 0, got {number}")
     check_choice(where, "zero_gate", zero_gate, ("copysign", "sign"))
     if hidden.is_cuda and torch.float64 in (hidden.dtype, query_norm.dtype, key_norm.dtype):
@@ -284,6 +313,7 @@ def gate_residual(
     hidden, key: ``[T, H, D]``, value ``[T, D]``, of one dtype: bfloat16, float16 or float32 (float64 on the CPU), last
     dimension dense. key and value may be views of one ``kv [T, (H + 1) * D]``.
     query_norm, key_norm: ``[H, D]``, any float dtype, contiguous. eps: of both norms; None is the machine epsilon.
+    clamp: below it ``|d|`` counts as clamp, which bounds the slope of the square root.
     mask: bool ``[T]``; where False, key and value are not read and hidden comes back bit for bit.
     zero_gate: "copysign" (a gate at d = 0 counts as positive) or "sign" (it is 0.5).
     residual: False returns ``gate * value`` alone. out: a contiguous tensor, or hidden itself.

@@ -3,13 +3,13 @@
     v   = gate * value                                              (gate as in gate.py)
     out = hidden + v + silu(conv(rms(v) * conv_norm))
 
-conv is depthwise over tokens, causal, of K taps ``dilation`` tokens apart; tap K-1 is the current token. It never crosses
-a sequence. T tokens, B sequences, H branches, D hidden size. Source: arXiv 2601.07372, section 2.3.
+conv is depthwise over tokens, causal, of K taps ``dilation`` tokens apart; tap K-1 is the current token. It never
+crosses a sequence. T tokens, B sequences, H branches, D hidden size. Source: arXiv 2601.07372, section 2.3.
 
-Since v = gate * value, ``rms(v)`` is ``value * scale`` with one scalar ``scale = gate * rsqrt(mean(v^2) + conv_eps)`` per
-token and branch. So two passes do: one finds gate and scale ``[T, H]``, the other reads value and these scalars. Nothing
-``[T, H, D]`` but the output is written, 18 D elements a token move at H = 4 (9 D in each pass), and the state of a sequence
-is ``value`` and ``scale`` of its last (K-1) * dilation tokens.
+Since v = gate * value, ``rms(v)`` is ``value * scale`` with one scalar ``scale = gate * rsqrt(mean(v^2) + conv_eps)``
+per token and branch. So two passes do: one finds gate and scale ``[T, H]``, the other reads value and these scalars.
+Nothing ``[T, H, D]`` but the output is written, 18 D elements a token move at H = 4 (9 D in each pass), and the state
+of a sequence is ``value`` and ``scale`` of its last (K-1) * dilation tokens.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,17 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_batch, check_tensor, is_kernel_device, records_gradient
-from .gate import FLOAT_DTYPES, branch_gate, check_gate, check_gate_out, flatten_tokens, float32_eps, gate_config
+from .conv_state import check_conv_state, launch_advance_state
+from .gate import (
+    FLOAT_DTYPES,
+    branch_gate,
+    check_gate,
+    check_gate_out,
+    flatten_tokens,
+    float32_eps,
+    gate_config,
+    rows_aligned,
+)
 from .sequences import find_sequence, sequence_arguments
 
 
@@ -40,6 +50,13 @@ def conv_config(num_tokens: int, hidden_size: int) -> ConvConfig:
     """
     block_t = min(32, max(4, triton.next_power_of_2(num_tokens)))
     return ConvConfig(block_t, min(64, triton.next_power_of_2(hidden_size)), 8 if block_t > 8 else 4)
+
+
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "gate_scale_kernel": dict(sm_80=(120, 4096), sm_90=(112, 4096), sm_100=(112, 4096), gfx942=(80, 8192)),
+    "conv_residual_kernel": dict(sm_80=(152, 256), sm_90=(152, 256), sm_100=(176, 256), gfx942=(88, 256)),
+}
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
@@ -66,6 +83,7 @@ def gate_scale_kernel(
     NUM_BRANCHES: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     COPYSIGN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -98,6 +116,7 @@ def gate_scale_kernel(
         NUM_BRANCHES,
         HIDDEN_SIZE,
         COPYSIGN,
+        ALIGNED,
         BLOCK_T,
         BLOCK_H,
         BLOCK_D,
@@ -187,11 +206,7 @@ def conv_residual_kernel(
             weight = tl.load(weight_ptr + tap * stride_weight_k, mask=mask_d, other=0).to(tl.float32)
             conv += normed * (conv_norm * weight)[None, :]
         gate = tl.load(gate_ptr + token64 * NUM_BRANCHES + branch, mask=mask_t, other=0)
-        live = mask_t
-        if mask_ptr is not None:
-            live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
-        value_tile = value_ptr + token64[:, None] * stride_value_t + offs_d[None, :]
-        value = tl.load(value_tile, mask=live[:, None] & mask_d[None, :], other=0).to(tl.float32)
+        # The last tap is the token itself, so value is its own here.
         result = gate[:, None] * value + conv / (1.0 + tl.exp(-conv))
         if RESIDUAL:
             hidden_tile = hidden_ptr + token64[:, None] * stride_hidden_t + branch * stride_hidden_h + offs_d[None, :]
@@ -202,57 +217,6 @@ def conv_residual_kernel(
             result = tl.where(padding[:, None], 0.0, result).to(out_ptr.dtype.element_ty)
         out_tile = out_ptr + token64[:, None] * stride_out_t + branch * stride_out_h + offs_d[None, :]
         tl.store(out_tile, result, mask=mask)
-
-
-@triton.jit(do_not_specialize=["seq_len"])
-def advance_state_kernel(
-    value_ptr,
-    scale_ptr,
-    mask_ptr,
-    cu_seqlens_ptr,
-    state_value_ptr,
-    state_scale_ptr,
-    new_value_ptr,
-    new_scale_ptr,
-    stride_value_t,
-    seq_len,
-    SPAN: tl.constexpr,
-    NUM_BRANCHES: tl.constexpr,
-    HIDDEN_SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One entry of one sequence's new state: a token of this batch, or an entry of the old state moved up.
-
-    Grid (B * SPAN,). The entry is a block of one: Triton 3.9's interpreter widens a scalar condition that it broadcasts.
-    """
-    entry = tl.program_id(0) + tl.arange(0, 1)[:, None]
-    seq = entry // SPAN
-    if cu_seqlens_ptr is not None:
-        start = tl.load(cu_seqlens_ptr + seq)
-        length = tl.load(cu_seqlens_ptr + seq + 1) - start
-    else:
-        start, length = seq * seq_len, seq_len
-    position = length - SPAN + entry - seq * SPAN
-    inside = position >= 0
-    token = tl.where(inside, start + position, 0).to(tl.int64)
-    slot = (seq * SPAN + tl.where(inside, 0, position + SPAN)).to(tl.int64)
-    present = inside
-    if mask_ptr is not None:
-        present = present & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
-    offs_h = tl.arange(0, BLOCK_H)[None, :]
-    mask_h = offs_h < NUM_BRANCHES
-    new_scale = tl.load(scale_ptr + token * NUM_BRANCHES + offs_h, mask=mask_h & inside, other=0)
-    old_scale = tl.load(state_scale_ptr + slot * NUM_BRANCHES + offs_h, mask=mask_h & ~inside, other=0)
-    scale = tl.where(inside, new_scale.to(old_scale.dtype), old_scale)
-    tl.store(new_scale_ptr + entry.to(tl.int64) * NUM_BRANCHES + offs_h, scale, mask=mask_h)
-    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
-        offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
-        mask_d = offs_d < HIDDEN_SIZE
-        new_value = tl.load(value_ptr + token * stride_value_t + offs_d, mask=mask_d & present, other=0)
-        old_value = tl.load(state_value_ptr + slot * HIDDEN_SIZE + offs_d, mask=mask_d & ~inside, other=0)
-        value = tl.where(inside, new_value, old_value)
-        tl.store(new_value_ptr + entry.to(tl.int64) * HIDDEN_SIZE + offs_d, value, mask=mask_d)
 
 
 def launch_gate_conv_residual(
@@ -307,6 +271,7 @@ def launch_gate_conv_residual(
                 float32_eps(conv_eps),
                 float(clamp),
                 COPYSIGN=zero_gate == "copysign",
+                ALIGNED=rows_aligned(hidden, key),
                 BLOCK_T=first.block_t,
                 BLOCK_H=first.block_h,
                 BLOCK_D=first.block_d,
@@ -342,22 +307,9 @@ def launch_gate_conv_residual(
                 num_warps=second.num_warps,
                 **common,
             )
-        if conv_state is not None and state_value.numel():
-            advance_state_kernel[(state_value.shape[0] * state_value.shape[1],)](
-                value,
-                scale,
-                mask,
-                cu_seqlens,
-                *conv_state,
-                *new_state,
-                value.stride(0),
-                num_tokens if len(shape) == 1 else shape[1],
-                SPAN=(num_taps - 1) * dilation,
-                BLOCK_H=first.block_h,
-                BLOCK_D=min(1024, triton.next_power_of_2(hidden_size)),
-                num_warps=4,
-                **common,
-            )
+        if conv_state is not None:
+            span = (num_taps - 1) * dilation
+            launch_advance_state(value, scale, mask, cu_seqlens, shape, span, conv_state, new_state)
 
 
 def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state) -> None:
@@ -377,13 +329,7 @@ def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seq
     if conv_eps is not None and not 0 <= conv_eps < float("inf"):
         raise ValueError(f"{where}: conv_eps must be a finite number of at least 0, got {conv_eps}")
     if conv_state is not None:
-        if not isinstance(conv_state, tuple) or len(conv_state) != 2:
-            raise TypeError(f"{where}: conv_state must be a pair (value, scale), got {type(conv_state).__name__}")
-        span = (conv_weight.shape[2] - 1) * dilation
-        scale_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        for part, dtype, last in ((0, hidden.dtype, hidden_size), (1, scale_dtype, branches)):
-            name, expected = f"conv_state[{part}]", (batch, span, last)
-            check_tensor(where, name, conv_state[part], dtypes=(dtype,), shape=expected, device=device)
+        check_conv_state(where, conv_state, batch, (conv_weight.shape[2] - 1) * dilation, hidden)
 
 
 def gate_conv_residual(
@@ -413,8 +359,8 @@ def gate_conv_residual(
     conv_norm: ``[H, D]``, contiguous. conv_weight: ``[H, D, K]``, any strides; tap K-1 is the current token.
     conv_eps: of the norm before the convolution; None is the machine epsilon.
     cu_seqlens: as for :func:`ngram_hash`; padding tokens come back as hidden.
-    conv_state: (value ``[B, (K-1) * dilation, D]`` in hidden's dtype, scale ``[B, (K-1) * dilation, H]`` float32), oldest
-    first, zeros before a sequence's start. It is not written; with it the result is (out, new state).
+    conv_state: (value ``[B, (K-1) * dilation, D]`` in hidden's dtype, scale ``[B, (K-1) * dilation, H]`` float32),
+    oldest first, zeros before a sequence's start. It is not written; with it the result is (out, new state).
     """
     where = "gate_conv_residual"
     check_gate(where, hidden, key, value, query_norm, key_norm, eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate)

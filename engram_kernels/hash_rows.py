@@ -26,6 +26,11 @@ from .rows import (
 )
 from .table import EngramTable, table_descriptors
 
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "hash_lookup_kernel": dict(sm_80=(96, 2048), sm_90=(96, 2048), sm_100=(80, 2048), gfx942=(88, 4096)),
+}
+
 
 @triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos"])
 def hash_lookup_kernel(
@@ -161,11 +166,14 @@ def hash_lookup(
     """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, hashed and read in one launch.
 
     tables: one :class:`EngramTable` per layer of the plan, in its order, of one format and width.
-    Tokens, cu_seqlens, history and dead are those of :func:`ngram_hash`; out, out_dtype, out_format and programs those of
-    :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes as float32 ``[L]``.
+    token_ids, plan, cu_seqlens, history and dead are those of :func:`ngram_hash`; out, out_dtype, out_format and
+    programs those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes
+    as float32 ``[L]``.
     """
     where = "hash_lookup"
     check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
+    if not isinstance(tables, Sequence):
+        raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
     tables = tuple(tables)
     num_layers, num_columns = plan.primes.shape
     if len(tables) != num_layers:

@@ -31,6 +31,12 @@ def hash_config(num_tokens: int, columns: int) -> HashConfig:
     return HashConfig(16, 4) if num_tokens > 4 and columns > 1 else HashConfig(4, 1)
 
 
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "ngram_hash_kernel": dict(sm_80=(48, 128), sm_90=(48, 128), sm_100=(48, 128), gfx942=(40, 128)),
+}
+
+
 @triton.jit
 def remainder(mix, prime, reciprocals_ptr, offs_param, mask_param, NON_NEGATIVE: tl.constexpr):
     """``floor_mod(mix, prime)`` as int64.
@@ -246,13 +252,15 @@ def ngram_hash(
     """Row ids ``[T, L, C]`` (``[B, S, L, C]``), offsets included; int32, or int64 for layers of 2^31 rows or more.
 
     token_ids: raw ids, int32 or int64, ``[T]`` packed or ``[B, S]`` with each row a sequence; contiguous.
+    plan: the model's :class:`HashPlan`, on the device of token_ids.
     cu_seqlens: int32 ``[B + 1]``, where packed sequences begin and the last ends; None for one sequence. Tokens at or
     beyond ``cu_seqlens[B]`` are padding.
     history: ``[B, N - 1]`` raw ids before each sequence's first token here, oldest first, -1 for none.
     dead: bool ``[T]`` (``[B, S]``), tokens that take no part in an n-gram and block what is older.
+    out: a contiguous tensor to write to.
 
-    A look-back that is blocked reads as the pad id (the EOS in the "eos" dialect). An invalid id raises ValueError on the
-    CPU; in a kernel the columns that read it get -1, as do padding tokens.
+    A look-back that is blocked reads as the pad id (the EOS in the "eos" dialect). An invalid id raises ValueError on
+    the CPU; in a kernel the columns that read it get -1, as do padding tokens.
     """
     check_tokens("ngram_hash", token_ids, plan, cu_seqlens, history, dead)
     shape = (*token_ids.shape, *plan.primes.shape)

@@ -1,7 +1,8 @@
 """Anonymous host memory of exact size that a GPU can read in place (UVA).
 
-The framework's pinned allocator rounds a request up to a power of two, 128 GiB for a table of 94. This maps what is asked
-for, at a 2 MiB boundary, and registers it with the driver. Nothing is committed before it is written or registered.
+The framework's pinned allocator rounds a request up to a power of two, 128 GiB for a table of 94. This maps what is
+asked for, at a 2 MiB boundary, and registers it with the driver. Nothing is committed before it is written or
+registered.
 """
 
 import mmap

@@ -51,16 +51,21 @@ class HashPlan:
                     "HashPlan.build: this config needs the token map of its tokenizer (build_token_map), got None"
                 )
             token_map = _checked_token_map(token_map, "HashPlan.build")
-            vocab, pad = int(token_map.max()) + 1, int(token_map[config.pad_id])
             if len(token_map) != config.raw_vocab_size:
                 raise ValueError(
                     f"HashPlan.build: token_map must have one entry per raw id, {config.raw_vocab_size}, "
                     f"got {len(token_map)}"
                 )
+            vocab, pad = len(token_map.unique()), int(token_map[config.pad_id])
             if config.vocab_size not in (None, vocab):
                 raise ValueError(
                     f"HashPlan.build: token_map must give {config.vocab_size} compressed ids, as the config says, "
                     f"got {vocab}"
+                )
+            if int(token_map.max()) >= vocab:
+                raise ValueError(
+                    f"HashPlan.build: token_map must number its {vocab} compressed ids from 0 without gaps, "
+                    f"got {int(token_map.max())}"
                 )
         plan = cls.from_parts(
             torch.tensor([_layer_multipliers(config, index, vocab) for index in range(len(config.layers))]),

@@ -33,15 +33,22 @@ class RowsConfig:
 
 
 def rows_config(width: int, itemsize: int, num_rows: int, processors: int, placement: str) -> RowsConfig:
-    """A step moves about 4 KiB, two 16-byte loads a thread: rows of 256 B come 16 at a time.
+    """A step moves about 4 KiB, four 16-byte loads a thread: rows of 256 B come 16 at a time.
 
-    One program per multiprocessor has 132 x 4 KiB in flight on an H200, more than the 72 KB that PCIe Gen5 needs; device
-    memory needs eight times as many. Wider chunks would only add registers.
+    Two warps, because every warp repeats the hash of a step's rows: 159 warp instructions a V4.1 row, 208 with four.
+    One program per multiprocessor has 132 x 4 KiB in flight on an H200, more than the 72 KB that PCIe Gen5 needs;
+    device memory needs eight times as many. Wider chunks would only add registers.
     """
     chunk = min(256, triton.next_power_of_2(width))
     block_rows = max(4, min(32, 4096 // (chunk * itemsize)))
     wanted = processors * (8 if placement == "device" else 1)
-    return RowsConfig(block_rows, chunk, 4, max(1, min(wanted, triton.cdiv(num_rows, block_rows))))
+    return RowsConfig(block_rows, chunk, 2, max(1, min(wanted, triton.cdiv(num_rows, block_rows))))
+
+
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "lookup_kernel": dict(sm_80=(72, 2048), sm_90=(64, 2048), sm_100=(64, 2048), gfx942=(64, 4096)),
+}
 
 
 @triton.jit
@@ -82,7 +89,7 @@ def copy_rows(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Read rows ``row [BLOCK]`` (int64) of the table at ``weight_address``; write them to rows ``out_row`` of the output.
+    """Read rows ``row [BLOCK]`` (int64) of the table at ``weight_address``; write them to output rows ``out_row``.
 
     Chunks of CHUNK elements as tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group. Addresses are
     int64 and 16-byte aligned. The scale bytes of a row are read as one word where they are 1, 2, 4 or a multiple of 8.
@@ -221,9 +228,7 @@ def launch_lookup(row_ids, table: EngramTable, out, storage: bool, programs: int
     if row_ids.numel() == 0:
         return
     device = row_ids.device
-    config = rows_config(
-        table.width, table.format.dtype.itemsize, row_ids.numel(), processors(device), table.placement
-    )
+    config = rows_config(table.width, table.format.dtype.itemsize, row_ids.numel(), processors(device), table.placement)
     out_ptr, out_scale_ptr = kernel_out(out, table.format, storage)
     with torch.cuda.device_of(row_ids):
         lookup_kernel[(min(programs or config.programs, triton.cdiv(row_ids.numel(), config.block_rows)),)](
@@ -253,7 +258,9 @@ def check_tables(where: str, tables, device: torch.device) -> None:
             raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu' and CPU tensors")
         misaligned = table.weight.data_ptr() % ROW_ALIGNMENT
         if misaligned or (table.format.scaling == "group" and table.scale.data_ptr() % 8):
-            raise ValueError(f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not")
+            raise ValueError(
+                f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not"
+            )
 
 
 def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype, out_format) -> None:
@@ -271,9 +278,10 @@ def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype,
         return
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(f"{where}: out must be a pair (rows, scales) for 'storage', got {type(out).__name__}")
-    check_out(where, out[0], shape, table.format.dtype, device)
+    check_tensor(where, "out[0]", out[0], dtypes=(table.format.dtype,), shape=shape, device=device)
     if table.format.scaling == "group":
-        check_out(where, out[1], (*shape[:-1], table.width // SCALE_GROUP), torch.uint8, device)
+        scales = (*shape[:-1], table.width // SCALE_GROUP)
+        check_tensor(where, "out[1]", out[1], dtypes=(torch.uint8,), shape=scales, device=device)
     elif out[1] is not None:
         raise ValueError(f"{where}: a table of format {table.format.name} has no scales per row, got out[1]")
 
@@ -297,11 +305,13 @@ def lookup(
     out_format: str = "values",
     programs: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows ``[..., C, R]`` of ids ``[..., C]``, int32 or int64; an id outside the table, such as -1, reads as zeros.
+    """Rows ``[..., C, R]`` of a table.
 
+    row_ids: ``[..., C]``, int32 or int64, any strides whose leading dimensions view as one. An id outside the table,
+    such as -1, reads as zeros.
     out_dtype: bfloat16, float16 or float32; None is the table's own dtype, bfloat16 for fp8.
-    out_format: "values", or "storage" for the raw rows in the table's dtype and their scales: uint8 ``[..., C, R / 32]``
-    for e4m3_ue8m0, the table's float32 scalar for e4m3, None for dense formats.
+    out_format: "values", or "storage" for the raw rows in the table's dtype and their scales: uint8 ``[..., C, R /
+    32]`` for e4m3_ue8m0, the table's float32 scalar for e4m3, None for dense formats.
     out: a contiguous tensor to write to; a pair (rows, scales) for "storage".
     programs: size of the persistent grid, None for all multiprocessors; fewer leave them to other work.
     """

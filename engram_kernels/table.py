@@ -16,6 +16,7 @@ from .host_memory import HostMapping, RuntimeDriver
 from .row_format import FORMATS, SCALE_GROUP, RowFormat, row_format
 
 PLACEMENTS = ("device", "host", "cpu")
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class EngramTable:
@@ -92,9 +93,16 @@ class EngramTable:
         Placement "cpu" shares the tensors' memory, "device" does where they are on that device, "host" copies.
         """
         where = "EngramTable.from_tensors"
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.is_contiguous():
+        if (
+            not isinstance(weight, torch.Tensor)
+            or weight.dim() != 2
+            or not weight.shape[0]
+            or not weight.is_contiguous()
+        ):
             got = f"shape {list(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight).__name__
-            raise ValueError(f"{where}: weight must be a contiguous [rows, width] tensor, got {got}")
+            raise ValueError(
+                f"{where}: weight must be a contiguous [rows, width] tensor of at least one row, got {got}"
+            )
         fmt, scale = _format_of(weight, scale, where)
         fmt.check_width(weight.shape[1], where)
         device = _checked_placement(placement, device, fmt, where)
@@ -161,7 +169,8 @@ class EngramTable:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{self.nbytes / 2**30:.2f} GiB"
+        size = f"{self.nbytes / 2**30:.2f} GiB" if self.nbytes >= 2**30 else f"{self.nbytes:,} bytes"
+        state = "closed" if self.closed else size
         return f"EngramTable({self.rows:,} x {self.width} {self.format.name}, {self.placement}, {state})"
 
     def check_readable_on(self, device: torch.device, where: str) -> None:
@@ -227,7 +236,10 @@ def _format_of(weight: torch.Tensor, scale, where: str) -> tuple[RowFormat, torc
         if scale is not None:
             raise ValueError(f"{where}: a {weight.dtype} weight takes no scale, got one")
         return FORMATS[str(weight.dtype).removeprefix("torch.")], None
-    if isinstance(scale, (int, float)) or (isinstance(scale, torch.Tensor) and scale.numel() == 1 < weight.shape[0]):
+    # One element of a float type is the table's scale; a single byte would be an exponent, for one row of one group.
+    if isinstance(scale, (int, float)) or (
+        isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.dtype in _SCALE_DTYPES
+    ):
         return FORMATS["e4m3"], torch.tensor(float(scale), dtype=torch.float32)
     expected = [weight.shape[0], weight.shape[1] // SCALE_GROUP]
     if (

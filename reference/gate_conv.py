@@ -3,11 +3,11 @@
     v   = gate * value                                              (gate as in gate.py)
     out = hidden + v + silu(conv(rms(v) * conv_norm))
 
-conv is depthwise over tokens, causal, of K taps ``dilation`` tokens apart; tap K-1 is the current token. It never crosses
-a sequence. T tokens, B sequences, H branches, D hidden size. Source: arXiv 2601.07372, section 2.3.
+conv is depthwise over tokens, causal, of K taps ``dilation`` tokens apart; tap K-1 is the current token. It never
+crosses a sequence. T tokens, B sequences, H branches, D hidden size. Source: arXiv 2601.07372, section 2.3.
 
-Since v = gate * value, ``rms(v)`` is ``value * scale`` with one scalar ``scale = gate * rsqrt(mean(v^2) + conv_eps)`` per
-token and branch. The state of a sequence is therefore ``value`` and ``scale`` of its last (K-1) * dilation tokens.
+Since v = gate * value, ``rms(v)`` is ``value * scale`` with one scalar ``scale = gate * rsqrt(mean(v^2) + conv_eps)``
+per token and branch. The state of a sequence is therefore ``value`` and ``scale`` of its last (K-1) * dilation tokens.
 """
 
 import torch

@@ -37,4 +37,5 @@ def hash_lookup(
     out[0].view(torch.uint8).copy_(rows)
     if tables[0].format.scaling == "group":
         out[1].view(torch.uint8).copy_(scales)
-    return out
+        return out
+    return out[0], scales

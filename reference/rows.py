@@ -45,4 +45,5 @@ def _into(out, storage, row_format):
     out[0].view(torch.uint8).copy_(storage[0].view(torch.uint8))
     if row_format.scaling == "group":
         out[1].view(torch.uint8).copy_(storage[1])
-    return out
+        return out
+    return out[0], storage[1]

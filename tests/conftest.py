@@ -1,9 +1,9 @@
 """Lanes, and the count of kernel launches.
 
-``--lane cpu`` (default) runs what needs no kernel, ``interpret`` every test marked ``kernel`` in Triton's interpreter on CPU
-tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Each lane checks that
-it runs in the mode it was asked for. A kernel test that launches no kernel fails, and so does a whole lane in which
-some kernel of the package never ran.
+``--lane cpu`` (default) runs what needs no kernel, ``interpret`` every test marked ``kernel`` in Triton's interpreter
+on CPU tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Each lane
+checks that it runs in the mode it was asked for. A kernel test that launches no kernel fails, and so does a whole lane
+in which some kernel of the package never ran.
 """
 
 import functools

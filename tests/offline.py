@@ -39,14 +39,19 @@ class _StubDriver:
 
 @contextlib.contextmanager
 def compiling_for(name):
-    """Within the context every launch compiles for the target called ``name``; yields the list of compiled kernels."""
+    """Within the context every launch compiles for the target called ``name``.
+
+    Yields a list that fills with (compiled kernel, rows or tokens per step, warps), for :func:`machine_code`.
+    """
     compiled = []
     run = JITFunction.run
 
     def warm_up(self, *args, grid, warmup, **kwargs):
         self.device_caches.clear()  # it is keyed by device number, and every target is device 0 here
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(kernel)
+        # Rows or tokens that one step of one program handles.
+        unit = kwargs.get("BLOCK_ROWS") or kwargs.get("BLOCK_T") or 1
+        compiled.append((kernel, unit, kwargs["num_warps"]))
         return kernel
 
     previous = driver._active
@@ -59,22 +64,32 @@ def compiling_for(name):
         driver._active = previous
 
 
-@dataclass
+@dataclass(frozen=True)
 class MachineCode:
-    """Facts of one compiled kernel."""
+    """Facts of one compiled kernel. Counts are static: a loop's body counts once."""
 
-    name: str
+    kernel: str
     registers: int
-    spill_bytes: int
+    shared_bytes: int
+    spills: int  # bytes of stack, and instructions that touch it
     instructions: int
-    loads: dict[int, int]  # width in bytes -> global loads of it
-    stores: dict[int, int]
-    text: str
+    per_unit: float  # warp instructions for each row or token of a step
+    loads: dict[str, int]  # width in bytes -> loads of it from global memory
+    stores: dict[str, int]
+    divisions: int  # calls of 64-bit division routines
+    float64: int  # float64 arithmetic instructions
 
 
-def machine_code(kernel):
-    """Disassemble a compiled kernel, of either vendor."""
-    return _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
+def machine_code(compiled):
+    """Disassemble what :func:`compiling_for` yields, of either vendor."""
+    kernel, unit, num_warps = compiled
+    facts = _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
+    return MachineCode(
+        kernel=kernel.metadata.name,
+        shared_bytes=kernel.metadata.shared,
+        per_unit=round(facts["instructions"] * num_warps / unit, 1),
+        **facts,
+    )
 
 
 def _nvidia(kernel):
@@ -84,42 +99,46 @@ def _nvidia(kernel):
         cubin.flush()
         usage = _run(folder / "cuobjdump", "--dump-resource-usage", cubin.name)
         sass = _run(folder / "nvdisasm", "-c", cubin.name)
-    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
-    lines = [line for line in lines if not line.startswith("NOP")]
-    width = lambda op: int(match[1]) // 8 if (match := re.search(r"\.(128|64)\b", op)) else _narrow(op)  # noqa: E731
-    return MachineCode(
-        kernel.metadata.name,
-        int(re.search(r"REG:(\d+)", usage)[1]),
-        int(re.search(r"STACK:(\d+)", usage)[1]) + sum(line.startswith(("LDL", "STL")) for line in lines),
-        len(lines),
-        dict(Counter(width(line) for line in lines if line.startswith("LDG"))),
-        dict(Counter(width(line) for line in lines if line.startswith("STG"))),
-        sass,
+    ops = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
+    ops = [op for op in ops if op != "NOP"]
+    return dict(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=int(re.search(r"STACK:(\d+)", usage)[1]) + sum(op.startswith(("LDL", "STL")) for op in ops),
+        instructions=len(ops),
+        loads=_widths(op for op in ops if op.startswith("LDG")),
+        stores=_widths(op for op in ops if op.startswith("STG")),
+        divisions=len(set(re.findall(r"__cuda_sm\d+_(?:div|rem)_\w+", sass))),
+        float64=sum(op.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX") for op in ops),
     )
 
 
-def _narrow(op):
-    return 1 if re.search(r"\.[US]8\b", op) else 2 if re.search(r"\.[US]16\b", op) else 4
+def _widths(ops):
+    def width(op):
+        match = re.search(r"\.(128|64|U8|S8|U16|S16)\b", op)
+        return {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}[match[1]] if match else 4
+
+    return {str(size): count for size, count in sorted(Counter(width(op) for op in ops).items())}
 
 
 def _amd(kernel):
     text = kernel.asm["amdgcn"]
-    body = [line.split()[0] for line in text.splitlines() if re.match(r"\s+[vsdbg]\w*_\w+", line)]
-    width = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
+    ops = [line.split()[0] for line in text.splitlines() if re.match(r"\s+[vsdbgf]\w*_\w+", line)]
+    sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
 
-    def count(kind):
-        ops = [op for op in body if op.startswith((f"global_{kind}", f"buffer_{kind}", f"flat_{kind}"))]
-        return dict(Counter(next((w for n, w in width.items() if n in op), 0) for op in ops))
+    def widths(kind):
+        found = [op for op in ops if op.startswith((f"global_{kind}", f"buffer_{kind}", f"flat_{kind}"))]
+        counts = Counter(next(size for name, size in sizes.items() if name in op) for op in found)
+        return {str(size): count for size, count in sorted(counts.items())}
 
-    return MachineCode(
-        kernel.metadata.name,
-        int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
-        int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+    return dict(
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+        spills=int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
         + int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]),
-        len(body),
-        count("load"),
-        count("store"),
-        text,
+        instructions=len(ops),
+        loads=widths("load"),
+        stores=widths("store"),
+        divisions=0,  # inlined on this target; the instruction count shows them
+        float64=sum(bool(re.match(r"v_(add|mul|fma|rcp|div\w*|cvt\w*)_f64", op)) for op in ops),
     )
 
 

@@ -50,8 +50,8 @@ def rounded(values, dtype):
 
 
 def same_bits(result, expected, *, truncated):
-    """Equal, NaN equal to NaN. ``truncated``: bfloat16 by the interpreter, which cuts where hardware rounds and converts
-    subnormals wrongly; equal to one ulp then, subnormals left to the float32 cases.
+    """Equal, NaN equal to NaN. ``truncated``: bfloat16 by the interpreter, which cuts where hardware rounds and
+    converts subnormals wrongly; equal to one ulp then, subnormals left to the float32 cases.
     """
     result, expected = result.cpu(), expected.cpu()
     if result.shape != expected.shape or result.dtype != expected.dtype:

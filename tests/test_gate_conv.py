@@ -36,7 +36,10 @@ def starts_of(tokens, cu):
     if cu is None:
         return [0] * tokens
     ends = cu.tolist()
-    return [max(start for start in ends[:-1] if start <= t and t < ends[-1]) if t < ends[-1] else None for t in range(tokens)]
+    return [
+        max(start for start in ends[:-1] if start <= t and t < ends[-1]) if t < ends[-1] else None
+        for t in range(tokens)
+    ]
 
 
 def owners(tokens, cu):
@@ -59,9 +62,7 @@ def exact_and_bound(tensors, dtype, *, dilation, cu=None, conv_state=None, mask=
     options = dict(dilation=dilation, conv_eps=CONV_EPS, starts=starts_of(live, cu), state=past, magnitude=True)
     exact, size = oracles.gate_conv(base, gate, value, conv_norm, weight, **options)
     error = tolerances.gate_bound(d, magnitude, hidden.shape[-1], 1e-6, "copysign")
-    bound = tolerances.conv_bound(
-        exact, base, value, gate, error, size, hidden.shape[-1], weight.shape[-1], dtype
-    )
+    bound = tolerances.conv_bound(exact, base, value, gate, error, size, hidden.shape[-1], weight.shape[-1], dtype)
     return exact, bound
 
 
@@ -202,7 +203,7 @@ def test_kernel(device, tokens, branches, width, taps, dilation, dtype, norms, p
 
 @pytest.mark.kernel
 def test_kernel_in_place_with_strided_inputs(device):
-    """hidden a slice of a wider stream and rewritten in place, key and value views of kv, the weight with taps first."""
+    """hidden a slice of a wider stream, rewritten in place; key and value views of kv; the weight with taps first."""
     tensors = conv_inputs(7, 4, 40, 4, torch.bfloat16, torch.bfloat16)
     hidden, key, value, *norms, weight = tensors
     kv = torch.cat([key.flatten(1), value], 1).to(device)

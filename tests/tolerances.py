@@ -1,7 +1,7 @@
 """Error bounds, derived from the element type and the length of the sums. The one place where tolerances come from.
 
-Notation: u is the unit roundoff. A value rounded once to a type is off by at most u of itself; a sum of n float32 terms whose
-longest chain of additions is c is off by at most c * u32 of the sum of their magnitudes (Higham, Accuracy and
+Notation: u is the unit roundoff. A value rounded once to a type is off by at most u of itself; a sum of n float32 terms
+whose longest chain of additions is c is off by at most c * u32 of the sum of their magnitudes (Higham, Accuracy and
 Stability, 2002, section 4.2). Kernels add D terms in chains of D / 256 within a lane and 8 across lanes.
 
 The interpreter truncates float32 to bfloat16 where hardware rounds to nearest: twice the roundoff, there only.
@@ -32,8 +32,8 @@ def chain(hidden_size):
 def gate_bound(d, magnitude, hidden_size, clamp, zero_gate):
     """Bound on the error of a gate whose exact ``d`` is a sum of terms of total size ``magnitude``.
 
-    The gate rises with d, so an error of delta in d moves it at most to the gate of d - delta or d + delta. Near zero that
-    is the step between the signs, not a slope.
+    The gate rises with d, so an error of delta in d moves it at most to the gate of d - delta or d + delta. Near zero
+    that is the step between the signs, not a slope.
     """
     delta = chain(hidden_size) * U32 * magnitude
     exact = oracles.gate_of(d, clamp, zero_gate)
@@ -50,8 +50,8 @@ def gated_bound(exact, hidden, value, gate_error, dtype):
 
 
 def conv_bound(exact, hidden, value, gate, gate_error, size, hidden_size, taps, dtype):
-    """Bound on ``hidden + v + silu(conv)``. A term's relative error is that of its gate plus the sum over D in its scale;
-    silu stretches an error by at most 1.1. ``size`` is the sum of the terms' magnitudes.
+    """Bound on ``hidden + v + silu(conv)``. A term's relative error is that of its gate plus the sum over D in its
+    scale; silu stretches an error by at most 1.1. ``size`` is the sum of the terms' magnitudes.
     """
     relative = float((gate_error / gate).max()) + (chain(hidden_size) + taps + 8) * U32
     return gated_bound(exact, hidden, value, gate_error, dtype) + 1.1 * relative * size

@@ -1,0 +1,120 @@
+"""Where the demo's tables go, and what is in them.
+
+On a CPU they are address space: only pages with a written row exist. On a GPU they go to the device where they fit,
+else to the host, else one goes to each; only where that fails too are they made smaller.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .config import EngramConfig
+from .console import gib
+from .demo_checks import stored_row
+from .row_format import row_format
+from .table import EngramTable
+
+#: What tables leave free of a GPU's and of the host's memory, for tensors of the demo and for others.
+_KEPT_FREE = 8 << 30
+_SCALED_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """Geometry and placement of each layer's table, in words too."""
+
+    config: EngramConfig
+    placements: tuple[str, ...]
+    summary: str
+
+
+def layer_bytes(config: EngramConfig) -> list[int]:
+    """Bytes of each layer's table, scales included."""
+    fmt = row_format(config.format, "demo")
+    row = fmt.row_bytes(config.row_width) + fmt.scale_bytes(config.row_width)
+    return [rows * row for rows in config.rows_per_layer]
+
+
+def choose_placements(needs: list[int], device_free: int, host_free: int) -> tuple[str, ...] | None:
+    """A placement for each of these tables; None where they do not fit."""
+    if sum(needs) <= device_free:
+        return ("device",) * len(needs)
+    if sum(needs) <= host_free:
+        return ("host",) * len(needs)
+    if needs[0] <= device_free and sum(needs[1:]) <= host_free:
+        return ("device", *("host",) * (len(needs) - 1))
+    return None
+
+
+def plan_tables(config: EngramConfig, device: torch.device) -> TablePlan:
+    """Full geometry where it fits, a smaller one where not, which the summary then says."""
+    needs = layer_bytes(config)
+    if device.type == "cpu":
+        return TablePlan(config, ("host",) * len(needs), f"full size: {_describe(config)}; address space only")
+    device_free = max(0, torch.cuda.mem_get_info(device)[0] - _KEPT_FREE)
+    host_free = max(0, available_host_memory() - _KEPT_FREE)
+    placements = choose_placements(needs, device_free, host_free)
+    if placements is not None:
+        return TablePlan(config, placements, f"full size: {_describe(config)}; {_where(placements)}")
+    placement = "device" if device_free >= host_free else "host"
+    share = _SCALED_SHARE * max(device_free, host_free) / sum(needs)
+    smaller = dataclasses.replace(config, table_sizes=[max(2, int(size * share)) for size in config.table_sizes])
+    placements = (placement,) * len(needs)
+    reason = f"neither GPU ({gib(device_free)} usable) nor host ({gib(host_free)}) holds {gib(sum(needs))}"
+    summary = f"SCALED DOWN to {share:.1%}, as {reason}: {_describe(smaller)}; {_where(placements)}"
+    return TablePlan(smaller, placements, summary)
+
+
+def make_tables(plan: TablePlan) -> list[EngramTable]:
+    """Tables that read as zero everywhere."""
+    config, tables = plan.config, []
+    for rows, placement in zip(config.rows_per_layer, plan.placements, strict=True):
+        tables.append(EngramTable.empty(rows, config.row_width, config.format, placement=placement))
+        if placement == "device":  # other placements are fresh pages, which are zero
+            tables[-1].weight.view(torch.uint8).zero_()
+            tables[-1].scale.zero_()
+    return tables
+
+
+def write_rows(table: EngramTable, layer: int, ids: np.ndarray) -> int:
+    """Give rows ``ids [n]`` the content that is due there; returns the bytes of the distinct ones."""
+    ids = np.unique(ids)
+    weight, scale = stored_row(layer, ids)
+    at = torch.from_numpy(ids).to(table.weight.device)
+    table.weight.view(torch.uint8)[at] = torch.from_numpy(weight).to(at.device)
+    table.scale[at] = torch.from_numpy(scale).to(at.device)
+    return weight.nbytes + scale.nbytes
+
+
+def available_host_memory() -> int:
+    """Bytes that can be committed: what the kernel calls available, or less where a container has a limit."""
+    with open("/proc/meminfo") as lines:
+        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    folder = "/sys/fs/cgroup"
+    try:
+        with open(f"{folder}/memory.max") as limit, open(f"{folder}/memory.stat") as stat:
+            # Page cache counts towards the limit but is given up for others.
+            used = int(dict(line.split() for line in stat)["anon"])
+            available = min(available, max(0, int(limit.read()) - used))
+    except (OSError, KeyError, ValueError):  # no such file, or "max": no limit
+        pass
+    return available
+
+
+def total_host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _describe(config: EngramConfig) -> str:
+    rows = " and ".join(f"{rows:,}" for rows in config.rows_per_layer)
+    return f"{len(config.layers)} layers of {rows} rows, {gib(layer_bytes(config)[0])} each"
+
+
+def _where(placements: tuple[str, ...]) -> str:
+    names = {"device": "on the GPU", "host": "in host memory"}
+    if len(set(placements)) == 1:
+        return f"{names[placements[0]]}"
+    return "one on the GPU, the other in host memory"

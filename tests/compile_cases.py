@@ -1,0 +1,122 @@
+"""Launches that the compile lane compiles: each kernel with the arguments its launcher really passes, by model.
+
+A case is a function without arguments; what it launches is compiled for the target in force. Tensors are empty and on
+the CPU: only their dtypes, alignment and strides matter.
+"""
+
+from functools import cache
+
+import torch
+
+from engram_kernels import EngramConfig, EngramTable, HashPlan
+from engram_kernels.gate import launch_gate_residual
+from engram_kernels.gate_conv import launch_gate_conv_residual
+from engram_kernels.hash_rows import launch_hash_lookup
+from engram_kernels.hashing import launch_ngram_hash
+from engram_kernels.rows import launch_lookup
+
+TOKENS = 2048
+
+
+@cache
+def plan(model):
+    """The model's plan; DeepSeek's with a stand-in for the token map, of which only the type reaches a kernel."""
+    config = getattr(EngramConfig, model)()
+    if config.window == "eos":
+        return HashPlan.build(config)
+    return HashPlan.build(config, torch.arange(config.raw_vocab_size) % (config.vocab_size or config.raw_vocab_size))
+
+
+def overflowing(model):
+    """The same plan under multipliers whose products wrap: the floored remainder."""
+    whole = plan(model)
+    options = dict(pad=whole.pad, eos=whole.eos, vocab_size=whole.vocab_size)
+    return HashPlan.from_parts(whole.multipliers + 2**61, whole.primes, **options)
+
+
+def table(model):
+    config = getattr(EngramConfig, model)()
+    return EngramTable.empty(64, config.row_width, config.format, placement="cpu")
+
+
+def tokens(full):
+    """Token ids alone, or with cu_seqlens, history of 3 and dead tokens."""
+    ids = torch.empty(TOKENS, dtype=torch.int32)
+    if not full:
+        return ids, None, None, None
+    return ids, torch.empty(9, dtype=torch.int32), torch.empty(8, 3, dtype=torch.int32), torch.empty(TOKENS).bool()
+
+
+def hash_case(chosen, full=False):
+    ids, *rest = tokens(full)
+    out = torch.empty(TOKENS, *chosen.primes.shape, dtype=chosen.index_dtype)
+    return launch_ngram_hash(ids, chosen, *rest, out)
+
+
+def row_out(rows, shape, storage):
+    if not storage:
+        return torch.empty(*shape, rows.width, dtype=torch.bfloat16)
+    scales = torch.empty(*shape, rows.width // 32, dtype=torch.uint8)
+    return torch.empty(*shape, rows.width, dtype=rows.format.dtype), scales
+
+
+def lookup_case(rows, columns, storage=False):
+    ids = torch.empty(TOKENS, columns, dtype=torch.int32)
+    launch_lookup(ids, rows, row_out(rows, ids.shape, storage), storage, None)
+
+
+def hash_lookup_case(model, full=False, storage=False):
+    chosen, rows = plan(model), table(model)
+    ids, *rest = tokens(full)
+    out = row_out(rows, (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
+    launch_hash_lookup(ids, chosen, [rows] * chosen.primes.shape[0], *rest, out, storage, None)
+
+
+def gate_inputs(branches, width, dtype):
+    """hidden, key and value as views of one kv, and norms in the same dtype."""
+    hidden = torch.empty(TOKENS, branches, width, dtype=dtype)
+    kv = torch.empty(TOKENS, (branches + 1) * width, dtype=dtype)
+    norm = torch.empty(branches, width, dtype=dtype)
+    return hidden, kv[:, :-width].unflatten(1, (branches, width)), kv[:, -width:], norm, norm
+
+
+def gate_case(branches, width, dtype, mask=False):
+    mask = torch.empty(TOKENS).bool() if mask else None
+    inputs = gate_inputs(branches, width, dtype)
+    launch_gate_residual(*inputs, 1e-6, 1e-6, mask, "copysign", True, torch.empty_like(inputs[0]))
+
+
+def conv_case(branches, width, dtype, full=False):
+    inputs = gate_inputs(branches, width, dtype)
+    cu = torch.empty(9, dtype=torch.int32) if full else None
+    mask = torch.empty(TOKENS).bool() if full else None
+    state = (torch.empty(8, 9, width, dtype=dtype), torch.empty(8, 9, branches)) if full else None
+    weight = torch.empty(branches, width, 4, dtype=dtype)
+    options = (3, 1e-6, 1e-5, 1e-6, mask, "sign", True, cu, state, state)
+    launch_gate_conv_residual(*inputs, inputs[3], weight, (TOKENS,), *options, torch.empty_like(inputs[0]))
+
+
+V41, PAPER, QWEN = "deepseek_v41_flash", "engram_27b", "qwen38_flash_next"
+
+CASES = {
+    "hash/v41": lambda: hash_case(plan(V41)),
+    "hash/v41-packed": lambda: hash_case(plan(V41), full=True),
+    "hash/qwen": lambda: hash_case(plan(QWEN)),
+    "hash/qwen-overflow": lambda: hash_case(overflowing(QWEN)),
+    "lookup/v41": lambda: lookup_case(table(V41), 24),
+    "lookup/v41-storage": lambda: lookup_case(table(V41), 24, storage=True),
+    "lookup/27b": lambda: lookup_case(table(PAPER), 16),
+    "lookup/qwen": lambda: lookup_case(table(QWEN), 16),
+    "lookup/float32-1024": lambda: lookup_case(EngramTable.empty(64, 1024, "float32", placement="cpu"), 16),
+    "hash_lookup/v41": lambda: hash_lookup_case(V41),
+    "hash_lookup/v41-packed": lambda: hash_lookup_case(V41, full=True),
+    "hash_lookup/v41-storage": lambda: hash_lookup_case(V41, storage=True),
+    "hash_lookup/27b": lambda: hash_lookup_case(PAPER),
+    "hash_lookup/qwen": lambda: hash_lookup_case(QWEN),
+    "gate/v41": lambda: gate_case(4, 5120, torch.bfloat16),
+    "gate/v41-masked": lambda: gate_case(4, 5120, torch.bfloat16, mask=True),
+    "gate/27b": lambda: gate_case(4, 2560, torch.bfloat16),
+    "gate/float32-1x1000": lambda: gate_case(1, 1000, torch.float32),
+    "gate_conv/27b": lambda: conv_case(4, 2560, torch.bfloat16),
+    "gate_conv/27b-packed-state": lambda: conv_case(4, 2560, torch.bfloat16, full=True),
+}

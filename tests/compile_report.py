@@ -1,0 +1,70 @@
+"""The compile report: what every kernel compiles to, by Triton version and target.
+
+``python -m tests.compile_report`` measures under the Triton at hand and writes ``tests/data/compile_report.json`` (its
+version's part) and ``docs/compile_report.md``. ``make compile-report`` does so under the oldest and the newest Triton.
+The compile lane compares and never writes.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import triton
+
+from .compile_cases import CASES
+from .offline import TARGETS, compiling_for, machine_code
+
+JSON = Path(__file__).parent / "data" / "compile_report.json"
+MARKDOWN = Path(__file__).parents[1] / "docs" / "compile_report.md"
+HEAD = """# What the kernels compile to
+
+Written by `make compile-report` from offline compilation; no GPU is involved, and nothing here is a time. The compile
+lane of the tests recompiles every row and fails where it differs, so a change of these numbers is always made on
+purpose.
+
+Instructions are static: a loop's body counts once. "Per unit" is warp instructions for each row (lookup, hash_lookup)
+or token (the others) of one step of a program. Loads and stores are from and to global memory, as count x width in
+bytes.
+"""
+
+
+def measure(case, target):
+    """Machine code of every kernel that a case launches, in order."""
+    with compiling_for(target) as compiled:
+        CASES[case]()
+    return [machine_code(entry) for entry in compiled]
+
+
+def load():
+    return json.loads(JSON.read_text()) if JSON.exists() else {}
+
+
+def _markdown(report):
+    lines = [HEAD]
+    for version, targets in sorted(report.items(), reverse=True):
+        for target, cases in targets.items():
+            lines += [f"\n## Triton {version}, {target}\n"]
+            lines += [
+                "| case | kernel | registers | shared B | instructions | per unit | loads | stores |",
+                "|---|---" * 4 + "|",
+            ]
+            for case, kernels in cases.items():
+                for code in kernels:
+                    widths = [", ".join(f"{n} x {w}" for w, n in code[kind].items()) for kind in ("loads", "stores")]
+                    cells = [case, code["kernel"], code["registers"], code["shared_bytes"], code["instructions"]]
+                    lines.append("| " + " | ".join(map(str, [*cells, code["per_unit"], *widths])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    report = load()
+    report[triton.__version__] = {
+        target: {case: [asdict(code) for code in measure(case, target)] for case in CASES} for target in TARGETS
+    }
+    JSON.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    MARKDOWN.write_text(_markdown(report))
+    print(f"wrote {JSON} and {MARKDOWN} for Triton {triton.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The compile lane: every kernel, from its launcher's real arguments, for four GPUs without having one.
+
+Gates: no spills, 16-byte loads, no float64 arithmetic, no 64-bit division in a hash that is proved non-negative,
+registers and shared memory below the ceilings written beside each kernel, a bound on variants, and the committed
+report.
+"""
+
+import importlib
+from dataclasses import asdict
+
+import pytest
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from . import compile_cases, compile_report
+from .conftest import package_kernels
+from .offline import TARGETS, compiling_for
+
+pytestmark = pytest.mark.compile
+CASE_TARGETS = [(case, target) for target in TARGETS for case in compile_cases.CASES]
+
+
+def ceilings(kernel):
+    """(registers, bytes of shared memory) by target, from the module that defines the kernel."""
+    module = importlib.import_module(package_kernels()[kernel].fn.__module__)
+    return module.CEILINGS[kernel]
+
+
+@pytest.mark.parametrize(("case", "target"), CASE_TARGETS)
+def test_machine_code(case, target):
+    kernels = compile_report.measure(case, target)
+    assert kernels
+    for code in kernels:
+        registers, shared = ceilings(code.kernel)[target]
+        assert code.spills == 0, f"{code.kernel} spills"
+        assert code.float64 == 0, f"{code.kernel} computes in float64"
+        assert code.registers <= registers, f"{code.kernel}: {code.registers} registers, ceiling {registers}"
+        assert code.shared_bytes <= shared, f"{code.kernel}: {code.shared_bytes} B shared, ceiling {shared}"
+        if "overflow" not in case:
+            assert code.divisions == 0, f"{code.kernel} calls a 64-bit division"
+        check_load_width(case, target, code)
+    # The committed report tells the truth. A change on purpose: make compile-report.
+    report = compile_report.load()
+    if triton.__version__ in report:
+        assert [asdict(code) for code in kernels] == report[triton.__version__][target][case]
+
+
+def check_load_width(case, target, code):
+    """Rows and hidden states come 16 bytes at a time; single bytes are dead tokens and masks, never rows or scales."""
+    # Four loads of 16 bytes a thread read a step's rows on NVIDIA, two on AMD's wider warps; a gate's hidden state, key
+    # and norms take as many.
+    fewest = {"lookup_kernel": 4, "hash_lookup_kernel": 4, "gate_residual_kernel": 4, "gate_scale_kernel": 4}
+    wide, narrow = code.loads.get("16", 0), code.loads.get("1", 0)
+    wanted = fewest.get(code.kernel, 0) // (2 if target == "gfx942" else 1)
+    assert wide >= wanted, f"{code.kernel}: at least {wanted} loads of 16 bytes, got {code.loads}"
+    masks = 5 if any(word in case for word in ("packed", "masked")) else 0
+    assert narrow <= masks, f"{code.kernel}: at most {masks} loads of one byte, got {code.loads}"
+
+
+def test_the_report_covers_this_triton_or_says_so():
+    """The oldest and the newest supported are in the report, each with every case."""
+    report = compile_report.load()
+    assert {"3.6", "3.9"} == {version.rsplit(".", 1)[0] for version in report}
+    for targets in report.values():
+        assert set(targets) == set(TARGETS)
+        assert all(set(cases) == set(compile_cases.CASES) for cases in targets.values())
+
+
+def test_every_kernel_is_compiled():
+    """The report lists what the cases launch, and the cases are compared with it."""
+    cases = next(iter(compile_report.load().values()))["sm_90"]
+    compiled = {code["kernel"] for kernels in cases.values() for code in kernels}
+    assert compiled == set(package_kernels())
+
+
+def test_variants_over_token_counts(monkeypatch):
+    """From 1 to 16,384 tokens each kernel compiles at most twice: for few tokens, and for more."""
+    keys = set()
+    run = JITFunction.run
+
+    def watch(self, *args, **kwargs):
+        kernel = run(self, *args, **kwargs)
+        keys.add((self.fn.__name__, kernel.hash))
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", watch)
+    with compiling_for("sm_90"):
+        for tokens in (1, 2, 3, 7, 8, 15, 16, 17, 32, 100, 128, 1000, 2048, 4095, 8192, 16_384):
+            monkeypatch.setattr(compile_cases, "TOKENS", tokens)
+            for case in ("hash/v41", "lookup/v41", "hash_lookup/v41", "gate/v41", "gate_conv/27b"):
+                compile_cases.CASES[case]()
+    counts = {name: sum(kernel == name for kernel, _ in keys) for name, _ in keys}
+    assert counts == dict(
+        ngram_hash_kernel=2,
+        lookup_kernel=1,
+        hash_lookup_kernel=1,
+        gate_residual_kernel=1,
+        gate_scale_kernel=1,
+        conv_residual_kernel=4,
+    )
+
+
+def test_stub_driver_is_taken_back():
+    from triton.runtime import driver
+
+    before, run = driver._active, JITFunction.run
+    with pytest.raises(ZeroDivisionError), compiling_for("sm_90"):
+        torch.tensor(1 // 0)
+    assert driver._active is before and JITFunction.run is run
