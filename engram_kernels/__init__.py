@@ -5,13 +5,16 @@ from .gate import gate_residual
 from .gate_conv import gate_conv_residual
 from .hash_rows import hash_lookup
 from .hashing import ngram_hash
+from .module import Engram
 from .plan import HashPlan
+from .replacement import replace_engram
 from .rows import lookup
 from .table import EngramTable
 from .token_map import build_token_map
 from .version import __version__ as __version__
 
 __all__ = [
+    "Engram",
     "EngramConfig",
     "EngramTable",
     "HashPlan",
@@ -21,4 +24,5 @@ __all__ = [
     "hash_lookup",
     "lookup",
     "ngram_hash",
+    "replace_engram",
 ]
