@@ -1,8 +1,7 @@
 """Checks of the public functions' arguments, and where an op runs.
 
-Every error names the function, the argument, what was expected and what came. Checks of values (ids, cu_seqlens) are
-made
-on the CPU only: on a GPU they would wait for it, and the kernels give invalid ids a defined meaning instead.
+Every error names the function, the argument, what was expected and what came. Values (ids, cu_seqlens) are checked in
+eager calls on the CPU only: on a GPU a check would wait for it, and the kernels give invalid ids a defined meaning.
 """
 
 import torch
@@ -10,13 +9,15 @@ import triton
 
 from .plan import HashPlan
 
+# Read once, as Triton itself does when it decorates a kernel.
+INTERPRETING = triton.knobs.runtime.interpret
 _ID_DTYPES = (torch.int32, torch.int64)
 _MAX_TOKENS = 2**31 - 1
 
 
 def is_kernel_device(tensor: torch.Tensor) -> bool:
     """A CUDA or ROCm tensor runs the kernel; a CPU tensor runs it where Triton's own interpreter is switched on."""
-    return tensor.is_cuda or triton.knobs.runtime.interpret
+    return tensor.is_cuda or INTERPRETING
 
 
 def records_gradient(*tensors: torch.Tensor) -> bool:
@@ -50,6 +51,12 @@ def check_out(where, out, shape, dtype, device) -> None:
         check_tensor(where, "out", out, dtypes=(dtype,), shape=shape, device=device)
 
 
+def check_no_out(where, out) -> None:
+    """Raise where ``out`` is given under torch.compile."""
+    if out is not None:
+        raise ValueError(f"{where}: out must be None under torch.compile, which places results itself")
+
+
 def check_choice(where, name, value, choices) -> None:
     if value not in choices:
         raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -69,7 +76,7 @@ def check_batch(where, shape, cu_seqlens, device) -> int:
     check_tensor(where, "cu_seqlens", cu_seqlens, dtypes=(torch.int32,), device=device)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"{where}: cu_seqlens must have shape [B + 1] with B >= 1, got {list(cu_seqlens.shape)}")
-    if device.type == "cpu":
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or any(a > b for a, b in zip(ends, ends[1:], strict=False)) or ends[-1] > shape[0]:
             raise ValueError(
@@ -103,7 +110,7 @@ def check_tokens(where, token_ids, plan, cu_seqlens, history, dead) -> None:
 
 def check_token_values(where, token_ids, plan, cu_seqlens, history, dead) -> None:
     """On the CPU: every id that is neither dead nor padding, and all history but -1, is in the vocabulary."""
-    if token_ids.device.type != "cpu":
+    if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     live = token_ids if cu_seqlens is None else token_ids[: int(cu_seqlens[-1])]
     if dead is not None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_choice, check_out, check_tensor, is_kernel_device, records_gradient
+from .arguments import check_choice, check_no_out, check_out, check_tensor, is_kernel_device, records_gradient
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_BRANCHES, MAX_HIDDEN_SIZE = 8, 16_384
@@ -209,7 +209,12 @@ def float32_eps(eps: float | None) -> float:
 
 
 def launch_gate_residual(hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual, out) -> None:
-    """One launch; hidden, key and out ``[T, H, D]``, value ``[T, D]``, with strides."""
+    """One launch; hidden, key and out ``[..., H, D]``, value ``[..., D]``, whose leading dimensions view as one."""
+    hidden, key, out = (
+        flatten_tokens("gate_residual", name, tensor, 2)
+        for name, tensor in (("hidden", hidden), ("key", key), ("out", out))
+    )
+    value = flatten_tokens("gate_residual", "value", value, 1)
     num_tokens, branches, hidden_size = hidden.shape
     if num_tokens == 0:
         return
@@ -244,6 +249,24 @@ def launch_gate_residual(hidden, key, value, query_norm, key_norm, eps, clamp, m
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )
+
+
+@torch.library.custom_op(
+    "engram::gate_residual",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, float? eps, float clamp, "
+    "Tensor? mask, str zero_gate, bool residual) -> Tensor",
+)
+def gate_residual_op(hidden, *options):
+    """:func:`gate_residual` for torch.compile."""
+    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    launch_gate_residual(hidden, *options, out)
+    return out
+
+
+@gate_residual_op.register_fake
+def _(hidden, *options):
+    return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
 
 
 def check_gate(where, hidden, key, value, query_norm, key_norm, *, eps, clamp, mask, zero_gate) -> None:
@@ -327,19 +350,11 @@ def gate_residual(
     if not is_kernel_device(hidden) or hidden.dtype == torch.float64 or differentiable:
         options = dict(eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate, residual=residual, out=out)
         return reference.gate_residual(hidden, key, value, query_norm, key_norm, **options)
+    arguments = (hidden, key, value, query_norm, key_norm, eps, float(clamp), mask, zero_gate, residual)
+    if torch.compiler.is_compiling():
+        check_no_out(where, out)
+        return gate_residual_op(*arguments)
     if out is None:
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    launch_gate_residual(
-        flatten_tokens(where, "hidden", hidden, 2),
-        flatten_tokens(where, "key", key, 2),
-        flatten_tokens(where, "value", value, 1),
-        query_norm,
-        key_norm,
-        eps,
-        clamp,
-        mask,
-        zero_gate,
-        residual,
-        flatten_tokens(where, "out", out, 2),
-    )
+    launch_gate_residual(*arguments, out)
     return out

@@ -19,18 +19,10 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_batch, check_tensor, is_kernel_device, records_gradient
+from .arguments import check_batch, check_no_out, check_tensor, is_kernel_device, records_gradient
 from .conv_state import check_conv_state, launch_advance_state
-from .gate import (
-    FLOAT_DTYPES,
-    branch_gate,
-    check_gate,
-    check_gate_out,
-    flatten_tokens,
-    float32_eps,
-    gate_config,
-    rows_aligned,
-)
+from .gate import FLOAT_DTYPES, check_gate, check_gate_out, flatten_tokens
+from .gate_scale import launch_gate_scale
 from .sequences import find_sequence, sequence_arguments
 
 
@@ -54,87 +46,8 @@ def conv_config(num_tokens: int, hidden_size: int) -> ConvConfig:
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "gate_scale_kernel": dict(sm_80=(120, 4096), sm_90=(112, 4096), sm_100=(112, 4096), gfx942=(80, 8192)),
     "conv_residual_kernel": dict(sm_80=(152, 256), sm_90=(152, 256), sm_100=(176, 256), gfx942=(88, 256)),
 }
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
-def gate_scale_kernel(
-    hidden_ptr,
-    key_ptr,
-    value_ptr,
-    query_norm_ptr,
-    key_norm_ptr,
-    mask_ptr,
-    cu_seqlens_ptr,
-    gate_ptr,
-    scale_ptr,
-    stride_hidden_t,
-    stride_hidden_h,
-    stride_key_t,
-    stride_key_h,
-    stride_value_t,
-    num_tokens,
-    num_seqs,
-    eps,
-    conv_eps,
-    clamp,
-    NUM_BRANCHES: tl.constexpr,
-    HIDDEN_SIZE: tl.constexpr,
-    COPYSIGN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """First pass, BLOCK_T tokens: their gates and the scales of their normed values, both float32 ``[T, H]``.
-
-    Grid (cdiv(T, BLOCK_T),). A masked or padding token gets zeros, and nothing of it is read.
-    """
-    eps, conv_eps, clamp = tl.cast(eps, tl.float32), tl.cast(conv_eps, tl.float32), tl.cast(clamp, tl.float32)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = token < num_tokens
-    live = mask_t
-    if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
-    if cu_seqlens_ptr is not None:
-        live = live & (token < tl.load(cu_seqlens_ptr + num_seqs))
-    gate = branch_gate(
-        token,
-        live,
-        hidden_ptr,
-        key_ptr,
-        query_norm_ptr,
-        key_norm_ptr,
-        stride_hidden_t,
-        stride_hidden_h,
-        stride_key_t,
-        stride_key_h,
-        eps,
-        clamp,
-        NUM_BRANCHES,
-        HIDDEN_SIZE,
-        COPYSIGN,
-        ALIGNED,
-        BLOCK_T,
-        BLOCK_H,
-        BLOCK_D,
-    )
-    gate = tl.where(live[:, None], gate, 0.0)
-    square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
-        offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
-        mask = live[:, None] & (offs_d < HIDDEN_SIZE)
-        value = tl.load(value_ptr + token[:, None] * stride_value_t + offs_d, mask=mask, other=0).to(tl.float32)
-        square += value * value
-    mean = (tl.sum(square, axis=1) / HIDDEN_SIZE)[:, None]
-    scale = gate * tl.rsqrt(gate * gate * mean + conv_eps)
-    offs_h = tl.arange(0, BLOCK_H)[None, :]
-    offs_out = token[:, None] * NUM_BRANCHES + offs_h
-    mask_out = mask_t[:, None] & (offs_h < NUM_BRANCHES)
-    tl.store(gate_ptr + offs_out, gate, mask=mask_out)
-    tl.store(scale_ptr + offs_out, scale, mask=mask_out)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len"])
@@ -227,7 +140,6 @@ def launch_gate_conv_residual(
     key_norm,
     conv_norm,
     conv_weight,
-    shape,
     dilation,
     eps,
     conv_eps,
@@ -236,49 +148,29 @@ def launch_gate_conv_residual(
     zero_gate,
     residual,
     cu_seqlens,
-    conv_state,
-    new_state,
+    state_value,
+    state_scale,
     out,
+    new_value,
+    new_scale,
 ) -> None:
-    """Two launches, and a third where there is a state; tokens of ``shape`` ``[T]`` or ``[B, S]``, flattened to T."""
+    """Two launches, and a third where there is a state. Tokens ``[T]`` or ``[B, S]`` whose dimensions view as one."""
+    shape = hidden.shape[:-2]
+    hidden, key, out = (
+        flatten_tokens("gate_conv_residual", name, tensor, 2)
+        for name, tensor in (("hidden", hidden), ("key", key), ("out", out))
+    )
+    value = flatten_tokens("gate_conv_residual", "value", value, 1)
     num_tokens, branches, hidden_size = hidden.shape
     num_taps = conv_weight.shape[2]
     sequences = sequence_arguments(shape, cu_seqlens)
     gate, scale = torch.empty(2, num_tokens, branches, dtype=torch.float32, device=hidden.device)
-    first, second = gate_config(branches, hidden_size), conv_config(num_tokens, hidden_size)
-    state_value, state_scale = conv_state or (None, None)
-    common = dict(NUM_BRANCHES=branches, HIDDEN_SIZE=hidden_size, enable_fp_fusion=True)
+    config = conv_config(num_tokens, hidden_size)
     with torch.cuda.device_of(hidden):
         if num_tokens:
-            gate_scale_kernel[(triton.cdiv(num_tokens, first.block_t),)](
-                hidden,
-                key,
-                value,
-                query_norm,
-                key_norm,
-                mask,
-                cu_seqlens,
-                gate,
-                scale,
-                hidden.stride(0),
-                hidden.stride(1),
-                key.stride(0),
-                key.stride(1),
-                value.stride(0),
-                num_tokens,
-                sequences["num_seqs"],
-                float32_eps(eps),
-                float32_eps(conv_eps),
-                float(clamp),
-                COPYSIGN=zero_gate == "copysign",
-                ALIGNED=rows_aligned(hidden, key),
-                BLOCK_T=first.block_t,
-                BLOCK_H=first.block_h,
-                BLOCK_D=first.block_d,
-                num_warps=first.num_warps,
-                **common,
-            )
-            grid = (triton.cdiv(hidden_size, second.block_d), triton.cdiv(num_tokens, second.block_t))
+            inputs = (hidden, key, value, query_norm, key_norm)
+            launch_gate_scale(*inputs, eps, conv_eps, clamp, mask, zero_gate, cu_seqlens, gate, scale)
+            grid = (triton.cdiv(hidden_size, config.block_d), triton.cdiv(num_tokens, config.block_t))
             conv_residual_kernel[grid](
                 hidden,
                 value,
@@ -299,17 +191,48 @@ def launch_gate_conv_residual(
                 out.stride(1),
                 num_tokens,
                 **sequences,
+                NUM_BRANCHES=branches,
+                HIDDEN_SIZE=hidden_size,
                 NUM_TAPS=num_taps,
                 DILATION=dilation,
                 RESIDUAL=residual,
-                BLOCK_T=second.block_t,
-                BLOCK_D=second.block_d,
-                num_warps=second.num_warps,
-                **common,
+                BLOCK_T=config.block_t,
+                BLOCK_D=config.block_d,
+                num_warps=config.num_warps,
+                enable_fp_fusion=True,
             )
-        if conv_state is not None:
+        if state_value is not None:
             span = (num_taps - 1) * dilation
-            launch_advance_state(value, scale, mask, cu_seqlens, shape, span, conv_state, new_state)
+            states = (state_value, state_scale), (new_value, new_scale)
+            launch_advance_state(value, scale, mask, cu_seqlens, shape, span, *states)
+
+
+@torch.library.custom_op(
+    "engram::gate_conv_residual",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor conv_norm, "
+    "Tensor conv_weight, int dilation, float? eps, float? conv_eps, float clamp, Tensor? mask, str zero_gate, "
+    "bool residual, Tensor? cu_seqlens, Tensor? state_value, Tensor? state_scale) -> Tensor[]",
+)
+def gate_conv_residual_op(hidden, *options):
+    """:func:`gate_conv_residual` for torch.compile: [out], or [out, new value, new scale] where there is a state."""
+    results = make_conv_out(hidden, *options[-2:])
+    launch_gate_conv_residual(hidden, *options, *results)
+    return [result for result in results if result is not None]
+
+
+@gate_conv_residual_op.register_fake
+def _(hidden, *options):
+    return [result for result in make_conv_out(hidden, *options[-2:]) if result is not None]
+
+
+def make_conv_out(hidden, state_value, state_scale, out=None):
+    """The output (``out`` where it is given) and the new state (None, None where there is none)."""
+    if out is None:
+        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    if state_value is None:
+        return out, None, None
+    return out, torch.empty_like(state_value), torch.empty_like(state_scale)
 
 
 def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state) -> None:
@@ -371,28 +294,12 @@ def gate_conv_residual(
         options = dict(dilation=dilation, eps=eps, conv_eps=conv_eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
         options |= dict(residual=residual, cu_seqlens=cu_seqlens, conv_state=conv_state, out=out)
         return reference.gate_conv_residual(*tensors, **options)
-    if out is None:
-        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    new_state = None if conv_state is None else tuple(torch.empty_like(part) for part in conv_state)
-    launch_gate_conv_residual(
-        flatten_tokens(where, "hidden", hidden, 2),
-        flatten_tokens(where, "key", key, 2),
-        flatten_tokens(where, "value", value, 1),
-        query_norm,
-        key_norm,
-        conv_norm,
-        conv_weight,
-        hidden.shape[:-2],
-        dilation,
-        eps,
-        conv_eps,
-        clamp,
-        mask,
-        zero_gate,
-        residual,
-        cu_seqlens,
-        conv_state,
-        new_state,
-        flatten_tokens(where, "out", out, 2),
-    )
-    return out if conv_state is None else (out, new_state)
+    state = (None, None) if conv_state is None else conv_state
+    options = (dilation, eps, conv_eps, float(clamp), mask, zero_gate, residual, cu_seqlens, *state)
+    if torch.compiler.is_compiling():
+        check_no_out(where, out)
+        out, *new_state = gate_conv_residual_op(*tensors, *options)
+    else:
+        out, *new_state = make_conv_out(hidden, *state, out)
+        launch_gate_conv_residual(*tensors, *options, out, *new_state)
+    return out if conv_state is None else (out, tuple(new_state))

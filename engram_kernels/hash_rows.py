@@ -11,20 +11,23 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device
+from .arguments import check_no_out, check_programs, check_token_values, check_tokens, is_kernel_device
 from .hashing import hash_arguments, ngram_rows
-from .plan import HashPlan
+from .plan import PLAN_SCHEMA, HashPlan
+from .row_format import FORMATS
 from .rows import (
+    VIEW_SCHEMA,
     check_row_out,
     check_tables,
     copy_rows,
     kernel_out,
     make_row_out,
+    op_result,
     processors,
     row_constants,
     rows_config,
 )
-from .table import EngramTable, table_descriptors
+from .table import EngramTable, TableView, view_tables
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -124,30 +127,79 @@ def hash_lookup_kernel(
         )
 
 
-def launch_hash_lookup(token_ids, plan: HashPlan, tables, cu_seqlens, history, dead, out, storage, programs) -> None:
+def launch_hash_lookup(token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs):
     """One launch for all layers."""
     num_layers, num_columns = plan.primes.shape
     num_rows = token_ids.numel() * num_columns
     if num_rows == 0:
         return
-    table, device = tables[0], token_ids.device
-    config = rows_config(
-        table.width, table.format.dtype.itemsize, num_layers * num_rows, processors(device), table.placement
-    )
+    itemsize = FORMATS[view.format].dtype.itemsize
+    config = rows_config(view.width, itemsize, num_layers * num_rows, processors(token_ids.device), view.placement)
     steps = triton.cdiv(num_rows, config.block_rows) * num_layers
     values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
-    out_ptr, out_scale_ptr = kernel_out(out, table.format, storage)
+    out_ptr, out_scale_ptr = kernel_out(out, view, storage)
     with torch.cuda.device_of(token_ids):
         hash_lookup_kernel[(min(programs or config.programs, steps),)](
             **values,
-            tables_ptr=table_descriptors(tables, device),
+            tables_ptr=view.descriptors,
             out_ptr=out_ptr,
             out_scale_ptr=out_scale_ptr,
             **constants,
-            **row_constants(table, storage, config),
+            **row_constants(view, storage, config),
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )
+
+
+@torch.library.custom_op(
+    "engram::hash_lookup",
+    mutates_args=(),
+    schema=f"(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, {VIEW_SCHEMA}, "
+    f"ScalarType? out_dtype, bool storage, int? programs, {PLAN_SCHEMA}) -> Tensor[]",
+)
+def hash_lookup_op(
+    token_ids,
+    cu_seqlens,
+    history,
+    dead,
+    descriptors,
+    row_format,
+    width,
+    placement,
+    out_dtype,
+    storage,
+    programs,
+    *plan_parts,
+):
+    """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
+    plan, view = HashPlan(*plan_parts), TableView(descriptors, row_format, width, placement)
+    out = make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
+    launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs)
+    return op_result(out)
+
+
+@hash_lookup_op.register_fake
+def _(
+    token_ids,
+    cu_seqlens,
+    history,
+    dead,
+    descriptors,
+    row_format,
+    width,
+    placement,
+    out_dtype,
+    storage,
+    programs,
+    *plan_parts,
+):
+    plan, view = HashPlan(*plan_parts), TableView(descriptors, row_format, width, placement)
+    return op_result(make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
+
+
+def ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
+    """Shape of the rows' ids, layers first: ``[L, T, C]`` or ``[L, B, S, C]``."""
+    return (plan.primes.shape[0], *token_ids.shape, plan.primes.shape[1])
 
 
 def hash_lookup(
@@ -185,8 +237,8 @@ def hash_lookup(
     if token_ids.numel() * num_columns >= 2**31:
         raise ValueError(f"{where}: T * C must be below 2^31, got {token_ids.numel()} * {num_columns}")
     check_programs(where, programs)
-    shape = (num_layers, *token_ids.shape, num_columns, tables[0].width)
-    check_row_out(where, tables[0], shape, token_ids.device, out, out_dtype, out_format)
+    shape = ids_shape(token_ids, plan)
+    check_row_out(where, tables[0], (*shape, tables[0].width), token_ids.device, out, out_dtype, out_format)
     check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
     if not is_kernel_device(token_ids) or tables[0].format.dtype == torch.float64:
         return reference.hash_lookup(
@@ -200,10 +252,15 @@ def hash_lookup(
             out_dtype=out_dtype,
             out_format=out_format,
         )
-    storage = out_format == "storage"
-    if out is None:
-        out = make_row_out(tables[0], shape, token_ids.device, out_dtype, out_format)
-    launch_hash_lookup(token_ids, plan, tables, cu_seqlens, history, dead, out, storage, programs)
+    storage, view = out_format == "storage", view_tables(tables, token_ids.device)
+    if torch.compiler.is_compiling():
+        check_no_out(where, out)
+        out = hash_lookup_op(token_ids, cu_seqlens, history, dead, *view, out_dtype, storage, programs, *plan.parts())
+        out = (*out, None)[:2] if storage else out[0]
+    else:
+        if out is None:
+            out = make_row_out(view, shape, token_ids.device, out_dtype, storage)
+        launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs)
     if storage and tables[0].format.scaling == "table":
         return out[0], torch.stack([table.scale for table in tables])
     return out

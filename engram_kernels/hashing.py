@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_out, check_token_values, check_tokens, is_kernel_device
-from .plan import HashPlan
+from .arguments import check_no_out, check_out, check_token_values, check_tokens, is_kernel_device
+from .plan import PLAN_SCHEMA, HashPlan
 from .sequences import find_sequence, sequence_arguments
 
 
@@ -240,6 +240,29 @@ def launch_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, history, dead, out)
         )
 
 
+@torch.library.custom_op(
+    "engram::ngram_hash",
+    mutates_args=(),
+    schema=f"(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, {PLAN_SCHEMA}) -> Tensor",
+)
+def ngram_hash_op(token_ids, cu_seqlens, history, dead, *plan_parts):
+    """:func:`ngram_hash` for torch.compile."""
+    plan = HashPlan(*plan_parts)
+    out = make_hash_out(token_ids, plan)
+    launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out)
+    return out
+
+
+@ngram_hash_op.register_fake
+def _(token_ids, cu_seqlens, history, dead, *plan_parts):
+    return make_hash_out(token_ids, HashPlan(*plan_parts))
+
+
+def make_hash_out(token_ids, plan: HashPlan) -> torch.Tensor:
+    """A new tensor for the row ids of ``token_ids``."""
+    return torch.empty((*token_ids.shape, *plan.primes.shape), dtype=plan.index_dtype, device=token_ids.device)
+
+
 def ngram_hash(
     token_ids: torch.Tensor,
     plan: HashPlan,
@@ -268,7 +291,10 @@ def ngram_hash(
     check_token_values("ngram_hash", token_ids, plan, cu_seqlens, history, dead)
     if not is_kernel_device(token_ids):
         return reference.ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead, out=out)
+    if torch.compiler.is_compiling():
+        check_no_out("ngram_hash", out)
+        return ngram_hash_op(token_ids, cu_seqlens, history, dead, *plan.parts())
     if out is None:
-        out = torch.empty(shape, dtype=plan.index_dtype, device=token_ids.device)
+        out = make_hash_out(token_ids, plan)
     launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out)
     return out

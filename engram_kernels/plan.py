@@ -14,6 +14,11 @@ from .config import EngramConfig
 
 _INT64_MAX = 2**63 - 1
 _MASK64 = 2**64 - 1
+#: A HashPlan in the schema of a registered op; what HashPlan.parts() returns, and what HashPlan() takes.
+PLAN_SCHEMA = (
+    "Tensor multipliers, Tensor primes, Tensor offsets, Tensor reciprocals, Tensor orders, Tensor? token_map, int pad, "
+    "int? eos, int? vocab_size, int[] rows_per_layer, bool non_negative"
+)
 _LAYER_SEED = 10007  # what a layer's number adds to the seed, in both rules
 
 
@@ -132,6 +137,11 @@ class HashPlan:
             and max(largest_id, pad) * int(multipliers.max()) <= _INT64_MAX
             and int(primes.max()) < 2**31,
         )
+
+    def parts(self) -> tuple:
+        """Every field in order, for registered ops, which take tensors and numbers alone."""
+        tensors = (self.multipliers, self.primes, self.offsets, self.reciprocals, self.orders, self.token_map)
+        return (*tensors, self.pad, self.eos, self.vocab_size, list(self.rows_per_layer), self.non_negative)
 
     @property
     def max_ngram(self) -> int:

@@ -32,7 +32,7 @@ _NEEDED = (
 
 
 class DemoEngram(nn.Module):
-    """Our :class:`Engram` behind the demo's call ``module(hidden_states=, input_ids=)``: returns what is to be added."""
+    """Our :class:`Engram` behind the demo's call, ``module(hidden_states=, input_ids=)``: it returns the addend."""
 
     def __init__(self, engram: Engram):
         super().__init__()

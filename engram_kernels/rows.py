@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_choice, check_out, check_programs, check_tensor, is_kernel_device
-from .row_format import ROW_ALIGNMENT, SCALE_GROUP, RowFormat
-from .table import EngramTable, table_descriptors
+from .arguments import check_choice, check_no_out, check_out, check_programs, check_tensor, is_kernel_device
+from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP
+from .table import EngramTable, TableView, view_tables
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: A TableView in the schema of a registered op.
+VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement"
 _POINTEE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -196,14 +198,15 @@ def lookup_kernel(
         )
 
 
-def row_constants(table: EngramTable, storage: bool, config: RowsConfig) -> dict:
+def row_constants(view: TableView, storage: bool, config: RowsConfig) -> dict:
     """Compile-time constants that every kernel reading rows takes."""
+    row_format = FORMATS[view.format]
     return dict(
-        WIDTH=table.width,
-        ELEMENT=_POINTEE.get(table.format.dtype, tl.uint8),
-        SCALING=table.format.scaling,
+        WIDTH=view.width,
+        ELEMENT=_POINTEE.get(row_format.dtype, tl.uint8),
+        SCALING=row_format.scaling,
         STORAGE=storage,
-        GROUP=SCALE_GROUP if table.format.scaling == "group" else config.chunk,
+        GROUP=SCALE_GROUP if row_format.scaling == "group" else config.chunk,
         BLOCK_ROWS=config.block_rows,
         CHUNK=config.chunk,
     )
@@ -214,36 +217,61 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def kernel_out(out, row_format: RowFormat, storage: bool):
+def kernel_out(out, view: TableView, storage: bool):
     """``(out_ptr, out_scale_ptr)`` of the output that the caller sees; fp8 bytes as uint8."""
     if not storage:
         return out, None
     rows, scales = out
-    rows = rows if row_format.scaling == "none" else rows.view(torch.uint8)
-    return rows, scales if row_format.scaling == "group" else None
+    scaling = FORMATS[view.format].scaling
+    return rows if scaling == "none" else rows.view(torch.uint8), scales if scaling == "group" else None
 
 
-def launch_lookup(row_ids, table: EngramTable, out, storage: bool, programs: int | None) -> None:
-    """One launch; ``row_ids [T, C]`` with any strides."""
+def launch_lookup(row_ids, view: TableView, out, storage: bool, programs: int | None) -> None:
+    """One launch; ``row_ids [..., C]`` whose leading dimensions view as one."""
     if row_ids.numel() == 0:
         return
-    device = row_ids.device
-    config = rows_config(table.width, table.format.dtype.itemsize, row_ids.numel(), processors(device), table.placement)
-    out_ptr, out_scale_ptr = kernel_out(out, table.format, storage)
+    row_ids = _two_dimensional(row_ids)
+    itemsize = FORMATS[view.format].dtype.itemsize
+    config = rows_config(view.width, itemsize, row_ids.numel(), processors(row_ids.device), view.placement)
+    out_ptr, out_scale_ptr = kernel_out(out, view, storage)
     with torch.cuda.device_of(row_ids):
         lookup_kernel[(min(programs or config.programs, triton.cdiv(row_ids.numel(), config.block_rows)),)](
             row_ids,
-            table_descriptors((table,), device),
+            view.descriptors,
             out_ptr,
             out_scale_ptr,
             row_ids.numel(),
             row_ids.shape[1],
             row_ids.stride(0),
             row_ids.stride(1),
-            **row_constants(table, storage, config),
+            **row_constants(view, storage, config),
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )
+
+
+@torch.library.custom_op(
+    "engram::lookup",
+    mutates_args=(),
+    schema=f"(Tensor row_ids, {VIEW_SCHEMA}, ScalarType? out_dtype, bool storage, int? programs) -> Tensor[]",
+)
+def lookup_op(row_ids, descriptors, row_format, width, placement, out_dtype, storage, programs):
+    """:func:`lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
+    view = TableView(descriptors, row_format, width, placement)
+    out = make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
+    launch_lookup(row_ids, view, out, storage, programs)
+    return op_result(out)
+
+
+@lookup_op.register_fake
+def _(row_ids, descriptors, row_format, width, placement, out_dtype, storage, programs):
+    view = TableView(descriptors, row_format, width, placement)
+    return op_result(make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage))
+
+
+def op_result(out) -> list[torch.Tensor]:
+    """An output as registered ops return it."""
+    return [tensor for tensor in out if tensor is not None] if isinstance(out, tuple) else [out]
 
 
 def check_tables(where: str, tables, device: torch.device) -> None:
@@ -256,8 +284,7 @@ def check_tables(where: str, tables, device: torch.device) -> None:
             raise ValueError(f"{where}: tables must share format and width, got {tables[0]!r} and {table!r}")
         if device.type == "cuda" and table.format.dtype == torch.float64:
             raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu' and CPU tensors")
-        misaligned = table.weight.data_ptr() % ROW_ALIGNMENT
-        if misaligned or (table.format.scaling == "group" and table.scale.data_ptr() % 8):
+        if not table.aligned:
             raise ValueError(
                 f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not"
             )
@@ -286,14 +313,16 @@ def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype,
         raise ValueError(f"{where}: a table of format {table.format.name} has no scales per row, got out[1]")
 
 
-def make_row_out(table: EngramTable, shape, device, out_dtype, out_format):
-    """A new output as :func:`check_row_out` describes it."""
-    if out_format == "values":
-        return torch.empty(shape, dtype=out_dtype or table.default_out_dtype, device=device)
+def make_row_out(view: TableView, ids_shape, device, out_dtype, storage: bool):
+    """A new output for ids of ``ids_shape``, as :func:`check_row_out` describes it."""
+    row_format = FORMATS[view.format]
+    if not storage:
+        default = row_format.dtype if row_format.scaling == "none" else torch.bfloat16
+        return torch.empty((*ids_shape, view.width), dtype=out_dtype or default, device=device)
     scales = None
-    if table.format.scaling == "group":
-        scales = torch.empty((*shape[:-1], table.width // SCALE_GROUP), dtype=torch.uint8, device=device)
-    return torch.empty(shape, dtype=table.format.dtype, device=device), scales
+    if row_format.scaling == "group":
+        scales = torch.empty((*ids_shape, view.width // SCALE_GROUP), dtype=torch.uint8, device=device)
+    return torch.empty((*ids_shape, view.width), dtype=row_format.dtype, device=device), scales
 
 
 def lookup(
@@ -324,10 +353,16 @@ def lookup(
     check_row_out("lookup", table, shape, row_ids.device, out, out_dtype, out_format)
     if not is_kernel_device(row_ids) or table.format.dtype == torch.float64:
         return reference.lookup(table, row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
-    if out is None:
-        out = make_row_out(table, shape, row_ids.device, out_dtype, out_format)
-    launch_lookup(_two_dimensional(row_ids), table, out, out_format == "storage", programs)
-    return (out[0], table.scale) if out_format == "storage" and table.format.scaling == "table" else out
+    storage, view = out_format == "storage", view_tables((table,), row_ids.device)
+    if torch.compiler.is_compiling():
+        check_no_out("lookup", out)
+        out = lookup_op(row_ids, *view, out_dtype, storage, programs)
+        out = (*out, None)[:2] if storage else out[0]
+    else:
+        if out is None:
+            out = make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
+        launch_lookup(row_ids, view, out, storage, programs)
+    return (out[0], table.scale) if storage and table.format.scaling == "table" else out
 
 
 def _two_dimensional(row_ids: torch.Tensor) -> torch.Tensor:

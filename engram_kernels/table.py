@@ -9,11 +9,13 @@ Without a GPU a host table is mapped but not registered: the reference reads it,
 """
 
 import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .host_memory import HostMapping, RuntimeDriver
-from .row_format import FORMATS, SCALE_GROUP, RowFormat, row_format
+from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP, RowFormat, row_format
 
 PLACEMENTS = ("device", "host", "cpu")
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,7 +39,14 @@ class EngramTable:
         self._weight, self._scale, self._mappings = weight, scale, mappings
         self.format, self.placement = format, placement
         self.rows, self.width = weight.shape
-        self._descriptors: dict[tuple, torch.Tensor] = {}
+        scale_bits = 0
+        if format.scaling == "table":
+            scale_bits = struct.unpack("<i", struct.pack("<f", float(scale)))[0]
+        scale_address = scale.data_ptr() if format.scaling == "group" else 0
+        self._descriptor = (weight.data_ptr(), scale_address, self.rows, scale_bits)
+        #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need.
+        self.aligned = weight.data_ptr() % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
+        self._kept_descriptors: dict[tuple, torch.Tensor] = {}
 
     @classmethod
     def empty(
@@ -157,7 +166,7 @@ class EngramTable:
         A GPU must be done with it: synchronise the streams that read it first.
         """
         self._weight = self._scale = None
-        self._descriptors.clear()
+        self._kept_descriptors.clear()
         for mapping in self._mappings:
             mapping.close()
         self._mappings = ()
@@ -190,25 +199,26 @@ class EngramTable:
         if self.closed:
             raise ValueError("EngramTable: the table is closed")
 
-    def _describe(self) -> tuple[int, int, int, int]:
-        """What kernels know of a table: address of rows, of scales, number of rows, bits of the float32 scale."""
-        per_row = self.format.scaling == "group"
-        scale_bits = 0
-        if self.format.scaling == "table":
-            scale_bits = struct.unpack("<i", struct.pack("<f", float(self._scale)))[0]
-        return self._weight.data_ptr(), self._scale.data_ptr() if per_row else 0, self.rows, scale_bits
+
+class TableView(NamedTuple):
+    """What a launch knows of tables: tensors and constants, so that registered ops can take it apart."""
+
+    descriptors: torch.Tensor  #: int64 ``[L, 4]`` on the device: address of rows, of scales, rows, bits of the scale
+    format: str
+    width: int
+    placement: str
 
 
-def table_descriptors(tables, device: torch.device) -> torch.Tensor:
-    """int64 ``[L, 4]`` on ``device``: one line of :meth:`EngramTable._describe` per table.
+def view_tables(tables: Sequence[EngramTable], device: torch.device) -> TableView:
+    """The view of tables of one format and width, for launches on ``device``.
 
-    Kept by value on the first table, so that only the first call with these tables copies to the device.
+    The descriptors are kept, by value, on the first table: only the first call with these tables copies to the device.
     """
-    key = (device, *(table._describe() for table in tables))
-    kept = tables[0]._descriptors
-    if key not in kept:
-        kept[key] = torch.tensor(key[1:], dtype=torch.int64).to(device)
-    return kept[key]
+    first = tables[0]
+    key = (device, *(table._descriptor for table in tables))
+    if key not in first._kept_descriptors:
+        first._kept_descriptors[key] = torch.tensor(key[1:], dtype=torch.int64).to(device)
+    return TableView(first._kept_descriptors[key], first.format.name, first.width, first.placement)
 
 
 def _checked_placement(placement: str, device, fmt: RowFormat, where: str) -> torch.device:

@@ -14,8 +14,10 @@ from engram_kernels.gate_conv import launch_gate_conv_residual
 from engram_kernels.hash_rows import launch_hash_lookup
 from engram_kernels.hashing import launch_ngram_hash
 from engram_kernels.rows import launch_lookup
+from engram_kernels.table import view_tables
 
 TOKENS = 2048
+CPU = torch.device("cpu")
 
 
 @cache
@@ -62,14 +64,15 @@ def row_out(rows, shape, storage):
 
 def lookup_case(rows, columns, storage=False):
     ids = torch.empty(TOKENS, columns, dtype=torch.int32)
-    launch_lookup(ids, rows, row_out(rows, ids.shape, storage), storage, None)
+    launch_lookup(ids, view_tables((rows,), CPU), row_out(rows, ids.shape, storage), storage, None)
 
 
 def hash_lookup_case(model, full=False, storage=False):
     chosen, rows = plan(model), table(model)
     ids, *rest = tokens(full)
     out = row_out(rows, (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
-    launch_hash_lookup(ids, chosen, [rows] * chosen.primes.shape[0], *rest, out, storage, None)
+    view = view_tables([rows] * chosen.primes.shape[0], CPU)
+    launch_hash_lookup(ids, chosen, view, *rest, out, storage, None)
 
 
 def gate_inputs(branches, width, dtype):
@@ -90,10 +93,10 @@ def conv_case(branches, width, dtype, full=False):
     inputs = gate_inputs(branches, width, dtype)
     cu = torch.empty(9, dtype=torch.int32) if full else None
     mask = torch.empty(TOKENS).bool() if full else None
-    state = (torch.empty(8, 9, width, dtype=dtype), torch.empty(8, 9, branches)) if full else None
+    state = (torch.empty(8, 9, width, dtype=dtype), torch.empty(8, 9, branches)) if full else (None, None)
     weight = torch.empty(branches, width, 4, dtype=dtype)
-    options = (3, 1e-6, 1e-5, 1e-6, mask, "sign", True, cu, state, state)
-    launch_gate_conv_residual(*inputs, inputs[3], weight, (TOKENS,), *options, torch.empty_like(inputs[0]))
+    options = (3, 1e-6, 1e-5, 1e-6, mask, "sign", True, cu, *state)
+    launch_gate_conv_residual(*inputs, inputs[3], weight, *options, torch.empty_like(inputs[0]), *state)
 
 
 V41, PAPER, QWEN = "deepseek_v41_flash", "engram_27b", "qwen38_flash_next"

@@ -6,6 +6,7 @@ import triton
 
 from engram_kernels import HashPlan, hash_lookup, lookup, ngram_hash, reference
 from engram_kernels.hash_rows import launch_hash_lookup
+from engram_kernels.table import view_tables
 
 from . import tables
 from .guards import Guarded
@@ -68,7 +69,8 @@ def test_kernel(device, name, width, dialect, wrapping, invalid):
     moved = [x.to(device) for x in (ids, cu, history, dead)]
     for dtype, programs in ((torch.float32, None), (torch.bfloat16, 1)):
         out = Guarded((2, 19, 4, width), dtype, device)
-        launch_hash_lookup(moved[0], plan.to(device), placed, *moved[1:], out.tensor, False, programs)
+        view = view_tables(placed, device)
+        launch_hash_lookup(moved[0], plan.to(device), view, *moved[1:], out.tensor, False, programs)
         truncated = dtype == torch.bfloat16 and triton.knobs.runtime.interpret
         assert tables.same_bits(out.check(), wanted(parts, expected_ids, dtype), truncated=truncated)
 
@@ -120,6 +122,7 @@ def test_kernel_real_geometry(device, v41_plan):
         expected = wanted(parts, oracle(ids, plan), torch.float32)
         out = Guarded((2, 3, 24, 256), torch.float32, device)
         placed = [tables.place(*part, device) for part in parts]
-        launch_hash_lookup(ids.to(device), plan.to(device), placed, None, None, None, out.tensor, False, None)
+        view = view_tables(placed, device)
+        launch_hash_lookup(ids.to(device), plan.to(device), view, None, None, None, out.tensor, False, None)
         assert tables.same_bits(out.check(), expected, truncated=False)
     assert row_ids.max() > 2**24

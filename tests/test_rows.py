@@ -8,6 +8,7 @@ import triton
 from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.row_format import FORMATS
 from engram_kernels.rows import launch_lookup, rows_config
+from engram_kernels.table import view_tables
 
 from . import tables
 from .guards import Guarded
@@ -188,7 +189,7 @@ def test_kernel_row_beyond_2_36_bytes(device):
             table.scale[row] = 127 + row % 3
         ids = torch.tensor([rows - 1, 2**31 // 256, 2**32 // 256, 1, 0, rows])
         out = torch.empty(6, 256, dtype=torch.float32)
-        launch_lookup(ids[:, None], table, out, False, None)
+        launch_lookup(ids[:, None], view_tables((table,), device), out, False, None)
         assert torch.equal(out, reference.lookup(table, ids, out_dtype=torch.float32))
         assert out[:4].ne(0).all() and out[4:].eq(0).all()
 

@@ -9,7 +9,7 @@ import torch
 
 from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.row_format import FORMATS
-from engram_kernels.table import table_descriptors
+from engram_kernels.table import view_tables
 
 from .oracles import e4m3_value, ue8m0_value
 
@@ -344,13 +344,13 @@ def test_repr(table, expected):
 
 def test_descriptors_hold_addresses_rows_and_scale_bits():
     tables = [from_tensors(*tensors_of("e4m3")), from_tensors(tensors_of("e4m3")[0], math.pi)]
-    lines = table_descriptors(tables, torch.device("cpu"))
+    lines = view_tables(tables, torch.device("cpu")).descriptors
     assert lines.dtype == torch.int64
     for line, table, scale in zip(lines.tolist(), tables, (0.25, math.pi), strict=True):
         assert line == [table.weight.data_ptr(), 0, 6, int(np.float32(scale).view(np.int32))]
     group = from_tensors(*tensors_of("e4m3_ue8m0"))
-    (line,) = table_descriptors([group], torch.device("cpu")).tolist()
+    (line,) = view_tables([group], torch.device("cpu")).descriptors.tolist()
     assert line == [group.weight.data_ptr(), group.scale.data_ptr(), 6, 0]
     # Kept for the same tables, by value: a table closed and made anew elsewhere is another one.
-    assert table_descriptors(tables, torch.device("cpu")) is lines
-    assert table_descriptors([tables[0], group], torch.device("cpu")) is not lines
+    assert view_tables(tables, torch.device("cpu")).descriptors is lines
+    assert view_tables([tables[0], group], torch.device("cpu")).descriptors is not lines

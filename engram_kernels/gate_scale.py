@@ -1,0 +1,133 @@
+"""First pass of gate_conv_residual: what its second pass needs of a token besides the value, two scalars per branch.
+
+    gate   [T, H]   as in gate.py
+    scale  [T, H]   gate * rsqrt(mean((gate * value)^2) + conv_eps), so that rms(gate * value) = value * scale
+
+Both float32, zero for masked and padding tokens. T tokens, H branches.
+"""
+
+import triton
+import triton.language as tl
+
+from .gate import branch_gate, float32_eps, gate_config, rows_aligned
+
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "gate_scale_kernel": dict(sm_80=(120, 4096), sm_90=(112, 4096), sm_100=(112, 4096), gfx942=(80, 8192)),
+}
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
+def gate_scale_kernel(
+    hidden_ptr,
+    key_ptr,
+    value_ptr,
+    query_norm_ptr,
+    key_norm_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    gate_ptr,
+    scale_ptr,
+    stride_hidden_t,
+    stride_hidden_h,
+    stride_key_t,
+    stride_key_h,
+    stride_value_t,
+    num_tokens,
+    num_seqs,
+    eps,
+    conv_eps,
+    clamp,
+    NUM_BRANCHES: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    COPYSIGN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """First pass, BLOCK_T tokens: their gates and the scales of their normed values, both float32 ``[T, H]``.
+
+    Grid (cdiv(T, BLOCK_T),). A masked or padding token gets zeros, and nothing of it is read.
+    """
+    eps, conv_eps, clamp = tl.cast(eps, tl.float32), tl.cast(conv_eps, tl.float32), tl.cast(clamp, tl.float32)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = token < num_tokens
+    live = mask_t
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
+    if cu_seqlens_ptr is not None:
+        live = live & (token < tl.load(cu_seqlens_ptr + num_seqs))
+    gate = branch_gate(
+        token,
+        live,
+        hidden_ptr,
+        key_ptr,
+        query_norm_ptr,
+        key_norm_ptr,
+        stride_hidden_t,
+        stride_hidden_h,
+        stride_key_t,
+        stride_key_h,
+        eps,
+        clamp,
+        NUM_BRANCHES,
+        HIDDEN_SIZE,
+        COPYSIGN,
+        ALIGNED,
+        BLOCK_T,
+        BLOCK_H,
+        BLOCK_D,
+    )
+    gate = tl.where(live[:, None], gate, 0.0)
+    square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
+        offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
+        mask = live[:, None] & (offs_d < HIDDEN_SIZE)
+        value = tl.load(value_ptr + token[:, None] * stride_value_t + offs_d, mask=mask, other=0).to(tl.float32)
+        square += value * value
+    mean = (tl.sum(square, axis=1) / HIDDEN_SIZE)[:, None]
+    scale = gate * tl.rsqrt(gate * gate * mean + conv_eps)
+    offs_h = tl.arange(0, BLOCK_H)[None, :]
+    offs_out = token[:, None] * NUM_BRANCHES + offs_h
+    mask_out = mask_t[:, None] & (offs_h < NUM_BRANCHES)
+    tl.store(gate_ptr + offs_out, gate, mask=mask_out)
+    tl.store(scale_ptr + offs_out, scale, mask=mask_out)
+
+
+def launch_gate_scale(
+    hidden, key, value, query_norm, key_norm, eps, conv_eps, clamp, mask, zero_gate, cu_seqlens, gate, scale
+) -> None:
+    """One launch; hidden and key ``[T, H, D]``, value ``[T, D]``; writes ``gate`` and ``scale`` ``[T, H]``."""
+    num_tokens, branches, hidden_size = hidden.shape
+    config = gate_config(branches, hidden_size)
+    gate_scale_kernel[(triton.cdiv(num_tokens, config.block_t),)](
+        hidden,
+        key,
+        value,
+        query_norm,
+        key_norm,
+        mask,
+        cu_seqlens,
+        gate,
+        scale,
+        hidden.stride(0),
+        hidden.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        num_tokens,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        float32_eps(eps),
+        float32_eps(conv_eps),
+        float(clamp),
+        NUM_BRANCHES=branches,
+        HIDDEN_SIZE=hidden_size,
+        COPYSIGN=zero_gate == "copysign",
+        ALIGNED=rows_aligned(hidden, key),
+        BLOCK_T=config.block_t,
+        BLOCK_H=config.block_h,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )
