@@ -26,9 +26,12 @@ STAMP := $(VENV)/.engram_kernels-$(KEY)
 ready = $(STAMP)-$(1)
 endif
 
+# The oldest Triton supported, with a numpy that its interpreter takes, put before the environment's own by PYTHONPATH.
+OLDEST := $(CURDIR)/build/triton-3.6.0
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-compile gpu bench lint check-python
+.PHONY: help demo test test-cpu test-interpret test-compile test-oldest compile-report gpu bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -37,7 +40,7 @@ help: ## this list
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
 	$(PY) -m engram_kernels demo $(ARGS)
 
-test: test-cpu test-interpret test-compile ## every check that needs no GPU
+test: test-cpu test-interpret test-compile $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
 
 test-cpu: $(call ready,test) ## the references, the CPU path, packaging
 	$(PY) -m pytest -n $(JOBS) --lane cpu tests $(ARGS)
@@ -47,6 +50,14 @@ test-interpret: $(call ready,test) ## the kernels in Triton's interpreter
 
 test-compile: $(call ready,test) ## the kernels compiled for four GPU generations, and what came out
 	$(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
+
+test-oldest: $(call ready,test) $(OLDEST) ## the two lanes above under Triton 3.6.0
+	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret tests $(ARGS)
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
+
+compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile to, under both Tritons
+	$(PY) -m tests.compile_report
+	PYTHONPATH=$(OLDEST) $(PY) -m tests.compile_report
 
 gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed
 	$(PYTHON) -m pytest --lane gpu tests
@@ -58,6 +69,11 @@ bench: $(call ready,bench) ## benchmarks
 lint: $(call ready,test) ## ruff, check and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+$(OLDEST): | $(call ready,test)
+	rm -rf $@.part && mkdir -p $@.part
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $@.part triton==3.6.0 'numpy<2.4'
+	mv $@.part $@
 
 minor_version = import sys; print("%d.%d" % sys.version_info[:2])
 

@@ -3,12 +3,13 @@
 ``--lane cpu`` (default) runs what needs no kernel, ``interpret`` every test marked ``kernel`` in Triton's interpreter
 on CPU tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Each lane
 checks that it runs in the mode it was asked for. A kernel test that launches no kernel fails, and so does a whole lane
-in which some kernel of the package never ran.
+in which some kernel of the package never ran, or that takes longer than its budget.
 """
 
 import functools
 import importlib
 import pkgutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,8 +21,12 @@ import triton
 import engram_kernels
 from engram_kernels import EngramConfig, HashPlan
 
+from . import gpu_results
+
 DATA = Path(__file__).parent / "data"
 LANES = {"cpu": (), "interpret": ("kernel",), "compile": ("compile",), "gpu": ("kernel", "gpu")}
+BUDGETS = {"cpu": 240, "interpret": 420, "compile": 180}  # seconds, on two cores
+STARTED = pytest.StashKey()
 launches = Counter()  # kernel name -> launches in this process
 
 
@@ -38,6 +43,8 @@ def pytest_configure(config):
         raise pytest.UsageError("lane 'gpu' needs a GPU, and torch finds none")
     if lane in ("interpret", "gpu"):
         _count_launches()
+    if lane == "gpu" and torch.cuda.is_available():
+        config.pluginmanager.register(gpu_results.Recorder())
 
 
 def pytest_collection_modifyitems(config, items):
@@ -85,19 +92,28 @@ def pytest_runtest_call(item):
     return result
 
 
+def pytest_sessionstart(session):
+    session.config.stash[STARTED] = time.monotonic()
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist reports to the one that started it
         config.workeroutput["launches"] = dict(launches)
         return
     whole_lane = not config.option.keyword and all("::" not in arg and ".py" not in arg for arg in config.args)
-    if config.getoption("--lane") not in ("interpret", "gpu") or not whole_lane or config.option.collectonly:
+    if not whole_lane or config.option.collectonly or exitstatus != 0:
         return
+    lane, faults = config.getoption("--lane"), []
     idle = sorted(set(package_kernels()) - set(launches))
-    if idle and exitstatus == 0:
-        config.pluginmanager.getplugin("terminalreporter").write_line(
-            f"FAILED: kernels that no test of this lane launched: {', '.join(idle)}", red=True
-        )
+    if lane in ("interpret", "gpu") and idle:
+        faults.append(f"kernels that no test of this lane launched: {', '.join(idle)}")
+    took = time.monotonic() - config.stash[STARTED]
+    if took > BUDGETS.get(lane, took):
+        faults.append(f"lane {lane!r} took {took:.0f} s, its budget is {BUDGETS[lane]} s")
+    for fault in faults:
+        config.pluginmanager.getplugin("terminalreporter").write_line(f"FAILED: {fault}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

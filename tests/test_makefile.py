@@ -79,10 +79,11 @@ def installs(commands):
     return [c.split(" ", 1)[1] for c in commands if "-m pip" in c or "-m venv" in c]
 
 
-def test_test_sets_up_then_runs_three_lanes(checkout):
+def test_test_sets_up_then_runs_its_lanes(checkout):
     python = checkout.fake("python")
     _, commands = checkout.make("test", f"PYTHON={python}", "JOBS=3", env={"TRITON_INTERPRET": "1"})
     pip = "-m pip install --disable-pip-version-check"
+    oldest = checkout.folder / "build" / "triton-3.6.0"
     assert commands == [
         "TRITON_INTERPRET= -m venv .venv",
         f"TRITON_INTERPRET= {pip} torch>=2.11",
@@ -91,9 +92,12 @@ def test_test_sets_up_then_runs_three_lanes(checkout):
         "TRITON_INTERPRET= -m pytest -n 3 --lane cpu tests",
         "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret tests",
         "TRITON_INTERPRET= -m pytest -n 3 --lane compile tests",
+        f"TRITON_INTERPRET= {pip} --quiet --no-deps --target {oldest}.part triton==3.6.0 numpy<2.4",
+        "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret tests",
+        "TRITON_INTERPRET= -m pytest -n 3 --lane compile tests",
     ]
     assert sorted(p.name for p in checkout.folder.iterdir()) == sorted(
-        [".venv", "Makefile", "log", "pyproject.toml", "python", "python.inside"]
+        [".venv", "build", "Makefile", "log", "pyproject.toml", "python", "python.inside"]
     ), "a version bound was taken for a redirection"
 
 
@@ -110,9 +114,10 @@ def test_second_run_installs_nothing(checkout):
     assert len(installs(first)) == 4
     _, second = checkout.make("test-cpu", f"PYTHON={python}")
     assert installs(second) == []
+    checkout.make("test-oldest", f"PYTHON={python}")
     plan, _ = checkout.make("-n", "test", f"PYTHON={python}")
     assert "pip" not in plan.stdout
-    assert len(re.findall("-m pytest", plan.stdout)) == 3
+    assert len(re.findall("-m pytest", plan.stdout)) == 5
 
 
 @pytest.mark.parametrize("change", ["pyproject", "TORCH", "TRITON", "PYTHON", "version"])
@@ -250,4 +255,4 @@ def test_ci_runs_make_test(checkout):
         subprocess.run(command, cwd="/", env=env, check=True, capture_output=True, timeout=60)
         commands = checkout.log.read_text()
         assert f"check {torch}\n" in commands
-        assert commands.count("-m pytest") == 3
+        assert commands.count("-m pytest") == 5

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import engram_kernels
 
+from . import gpu_results
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -51,3 +53,20 @@ def test_ops_table_has_a_row_for_every_op():
 def test_links_point_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
+
+
+OP_FILES = {
+    "ngram_hash": "hashing",
+    "lookup": "rows",
+    "hash_lookup": "hash_rows",
+    "gate_residual": "gate",
+    "gate_conv_residual": "gate_conv",
+}
+
+
+def test_last_run_on_comes_from_the_gpu_lane():
+    table = README.split("| op | formats")[1].split("\n\n")[0]
+    for line in table.splitlines():
+        if match := re.match(r"\| `(\w+)` \|", line):
+            last = line.strip("|").split("|")[-1].strip()
+            assert last == gpu_results.last_run(OP_FILES[match[1]]), match[1]

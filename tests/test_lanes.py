@@ -1,0 +1,68 @@
+"""The lanes themselves: a lane in the wrong mode, a kernel test without a launch, a kernel that nothing launched."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAUNCHING = """
+import pytest, torch
+from engram_kernels import HashPlan, ngram_hash
+
+@pytest.mark.kernel
+def test_one(device):
+    plan = HashPlan.from_parts(torch.tensor([[1, 3]]), torch.tensor([[5]]), pad=0, vocab_size=9).to(device)
+    ngram_hash(torch.tensor([1, 2], device=device), plan)
+"""
+
+
+def pytest_run(*words, interpret=False):
+    """pytest with the repository's conftest as a plugin, over a folder of its own."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYTEST_"))}
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def lane(folder, text, name, **options):
+    (folder / "test_it.py").write_text(text)
+    return pytest_run("-p", "tests.conftest", "-c", ROOT / "pyproject.toml", "--lane", name, folder, **options)
+
+
+@pytest.mark.parametrize(("name", "interpret"), [("interpret", False), ("cpu", True), ("compile", True)])
+def test_wrong_mode(tmp_path, name, interpret):
+    code, output = lane(tmp_path, "def test_it(): pass", name, interpret=interpret)
+    assert code == 4 and f"lane '{name}' runs with" in output
+
+
+def test_gpu_lane_without_a_gpu(tmp_path):
+    code, output = lane(tmp_path, LAUNCHING, "gpu")
+    assert code == 4 and "lane 'gpu' needs a GPU" in output
+
+
+def test_kernel_test_that_launches_nothing(tmp_path):
+    text = "import pytest\n@pytest.mark.kernel\ndef test_it(device): pass\n"
+    code, output = lane(tmp_path, text, "interpret", interpret=True)
+    assert code == 1 and "launched no kernel of the package" in output
+
+
+@pytest.mark.parametrize("processes", [(), ("-n", "1")])
+def test_lane_that_leaves_kernels_idle(tmp_path, processes):
+    (tmp_path / "test_it.py").write_text(LAUNCHING)
+    words = ("-p", "tests.conftest", "-c", ROOT / "pyproject.toml", "--lane", "interpret", tmp_path, *processes)
+    code, output = pytest_run(*words, interpret=True)
+    assert code == 1 and "1 passed" in output
+    assert "no test of this lane launched: advance_state_kernel, conv_residual_kernel" in output
+    assert "ngram_hash_kernel" not in output.split("launched:")[1]
+
+
+def test_every_test_of_the_gpu_lane_is_collected():
+    """Importing them is what a machine without a GPU can check; ruff finds undefined names."""
+    code, output = pytest_run("--lane", "gpu", "--collect-only", "tests")
+    assert code == 0 and "test_gpu.py::test_graph_replay_with_changing_inputs[host]" in output
+    assert "test_rows.py::test_kernel[e4m3_ue8m0-256]" in output
