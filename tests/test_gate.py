@@ -169,6 +169,17 @@ def test_kernel_nan_and_infinity(device, zero_gate):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("power", [-130, -60, 60])
+def test_kernel_small_and_large(device, power):
+    """Subnormal, tiny and huge hidden states: eps or the state itself carries the norm, and the gate stays exact."""
+    hidden, *rest = inputs(6, 2, 80)
+    hidden = hidden * 2.0**power
+    assert power > -127 or (hidden != 0).any() and hidden.abs().max() < 2.0**-126
+    result = gate_residual(*(x.to(device) for x in (hidden, *rest)), eps=EPS, residual=False)
+    check(result, (hidden, *rest), torch.float32, residual=False)
+
+
+@pytest.mark.kernel
 def test_kernel_clamp(device):
     """Below the clamp the gate is flat: a huge clamp makes every gate the same on its side of zero."""
     tensors = inputs(5, 2, 64)

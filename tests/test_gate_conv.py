@@ -228,10 +228,26 @@ def test_kernel_chunks_change_no_bit(device, lengths):
     zeros = tuple(torch.zeros_like(part).to(device) for part in state(1, 2, 64, 6))
     options = dict(dilation=2, eps=EPS, conv_eps=CONV_EPS)
     whole, last = gate_conv_residual(*tensors, **options, conv_state=zeros)
+    again, last_again = gate_conv_residual(*tensors, **options, conv_state=zeros)
+    assert torch.equal(again, whole) and all(torch.equal(a, b) for a, b in zip(last, last_again, strict=True))
     assert torch.equal(gate_conv_residual(*tensors, **options), whole)
     parts, carried = chunked(gate_conv_residual, tensors, lengths, zeros, **options)
     assert torch.equal(parts, whole)
     assert all(torch.equal(a, b) for a, b in zip(last, carried, strict=True))
+
+
+@pytest.mark.kernel
+def test_kernel_nan_stays_where_the_window_reaches(device):
+    """NaN in one key makes that token's gate NaN, and the convolution carries it to the tokens whose taps read it."""
+    tensors = list(conv_inputs(9, 2, 16, 3))
+    tensors[1][2, 1, 0] = math.nan
+    moved = [x.to(device) for x in tensors]
+    result = gate_conv_residual(*moved, dilation=2, eps=EPS, conv_eps=CONV_EPS).cpu()
+    spoiled = torch.zeros(9, 2, dtype=torch.bool)
+    spoiled[[2, 4, 6], 1] = True
+    assert torch.equal(result.isnan().all(-1), spoiled) and torch.equal(result.isnan().any(-1), spoiled)
+    expected = reference.gate_conv_residual(*tensors, dilation=2, eps=EPS, conv_eps=CONV_EPS)
+    assert torch.equal(expected.isnan(), result.isnan())
 
 
 @pytest.mark.kernel

@@ -100,7 +100,9 @@ def test_kernel_equals_hash_then_lookup(device, tokens):
     placed = [tables.place(*part, device) for part in parts_of(plan, 32, "e4m3_ue8m0")]
     ids, plan = torch.randint(0, 40, (tokens,), device=device), plan.to(device)
     rows = hash_lookup(ids, plan, placed)
+    assert tables.same_bits(hash_lookup(ids, plan, placed), rows, truncated=False)
     row_ids = ngram_hash(ids, plan)
+    assert torch.equal(ngram_hash(ids, plan), row_ids)
     for layer, table in enumerate(placed):
         assert tables.same_bits(rows[layer], lookup(table, row_ids[:, layer]), truncated=False)
     assert tables.same_bits(hash_lookup(ids, plan, placed, programs=1), rows, truncated=False)
