@@ -20,15 +20,19 @@ from .sequences import find_sequence, sequence_arguments
 
 @dataclass(frozen=True)
 class HashConfig:
-    """Tokens per program, and its warps."""
+    """Tokens and columns (a power of two) per program, and its warps."""
 
     block_t: int
+    block_c: int
     num_warps: int
 
 
 def hash_config(num_tokens: int, columns: int) -> HashConfig:
-    """16 tokens x 32 columns keep 128 threads busy with four ids each; a few tokens need one warp."""
-    return HashConfig(16, 4) if num_tokens > 4 and columns > 1 else HashConfig(4, 1)
+    """At most 512 ids a program, four a thread (V4.1: 16 tokens x 32 columns); for a few tokens one warp."""
+    block_c = triton.next_power_of_2(columns)
+    if num_tokens > 4 and columns > 1:
+        return HashConfig(max(1, min(16, 512 // block_c)), block_c, 4)
+    return HashConfig(max(1, min(4, 512 // block_c)), block_c, 1)
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -234,7 +238,7 @@ def launch_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, history, dead, out)
             out_ptr=out,
             **constants,
             BLOCK_T=config.block_t,
-            BLOCK_C=triton.next_power_of_2(num_columns),
+            BLOCK_C=config.block_c,
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )

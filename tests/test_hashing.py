@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engram_kernels import EngramConfig, HashPlan, ngram_hash, reference
-from engram_kernels.hashing import launch_ngram_hash
+from engram_kernels.hashing import HashConfig, hash_config, launch_ngram_hash
 
 from . import oracles
 from .guards import Guarded
@@ -239,6 +239,23 @@ def test_kernel_ids_do_not_depend_on_place(device):
         past = ids[max(0, cut - 3) : cut]
         history[0, 3 - len(past) :] = past
         assert torch.equal(ngram_hash(ids[cut:], plan, history=history), whole[cut:])
+
+
+def test_hash_config_bounds_a_program():
+    assert hash_config(8192, 24) == HashConfig(16, 32, 4)
+    for columns in (1, 4, 24, 100, 500, 3000):
+        for tokens in (1, 5, 8192):
+            config = hash_config(tokens, columns)
+            assert config.block_c >= columns and config.block_t * config.block_c <= max(512, config.block_c)
+
+
+@pytest.mark.kernel
+def test_many_columns(device):
+    """300 columns: a program takes one token."""
+    primes = torch.tensor([[97, 101, 103] * 100])
+    plan = HashPlan.from_parts(torch.tensor([[3, 5, 7]]), primes, pad=0, vocab_size=40)
+    ids = torch.randint(0, 40, (6,))
+    assert torch.equal(launched(ids, plan, device), oracle(ids, plan))
 
 
 @pytest.mark.kernel
