@@ -31,7 +31,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-compile test-oldest compile-report gpu bench lint check-python
+.PHONY: help demo test test-cpu test-interpret test-compile mutation test-oldest compile-report gpu bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -40,7 +40,7 @@ help: ## this list
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
 	$(PY) -m engram_kernels demo $(ARGS)
 
-test: test-cpu test-interpret test-compile $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
+test: test-cpu test-interpret test-compile mutation $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
 
 test-cpu: $(call ready,test) ## the references, the CPU path, packaging
 	$(PY) -m pytest -n $(JOBS) --lane cpu tests $(ARGS)
@@ -50,6 +50,9 @@ test-interpret: $(call ready,test) ## the kernels in Triton's interpreter
 
 test-compile: $(call ready,test) ## the kernels compiled for four GPU generations, and what came out
 	$(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
+
+mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice?
+	$(PY) -m tests.mutation --jobs $(JOBS)
 
 test-oldest: $(call ready,test) $(OLDEST) ## the two lanes above under Triton 3.6.0
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret tests $(ARGS)

@@ -1,4 +1,4 @@
-"""Command line: ``python -m engram_kernels demo`` and ``python -m engram_kernels info``."""
+"""Command line: ``python -m engram_kernels demo``, ``info`` and ``size``."""
 
 import argparse
 import os
@@ -20,6 +20,24 @@ def _positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def _rate(text: str) -> float:
+    return _number(text, lambda number: 0 < number < float("inf"), "a positive number of GB/s")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda number: 0 <= number <= 1, "a number from 0 to 1")
+
+
+def _number(text: str, accepts, expected: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not accepts(number):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return number
 
 
@@ -50,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
         help="spoil one row id, one stored byte or one output element, to see the checks notice",
     )
     commands.add_parser("info", help="versions, devices, and what would run where and why")
+    size = commands.add_parser(
+        "size",
+        help="bytes, requests, least times and memory of a model's Engram layers, without a GPU",
+        description="The traffic model: what each step moves, and the least time that takes at given rates.",
+    )
+    size.add_argument("--config", metavar="NAME", default="deepseek_v41_flash", help="a preset of EngramConfig")
+    size.add_argument("--tokens", metavar="T", type=_positive, action="append", help="may be given more than once")
+    size.add_argument("--link", metavar="GB/s", type=_rate, help="of the link to the host; default PCIe Gen5 x16")
+    size.add_argument("--memory", metavar="GB/s", type=_rate, help="of device memory; default an H200")
+    size.add_argument("--hit-rate", metavar="SHARE", type=_share, help="rows that come from device memory; default 0")
     return parser
 
 
@@ -57,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        return _info() if arguments.command == "info" else _demo(arguments)
+        return {"info": _info, "demo": _demo, "size": _size}[arguments.command](arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -67,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # Imports are left to the commands: torch takes seconds, and --help and mistakes need none of it.
-def _info() -> int:
+def _info(arguments: argparse.Namespace) -> int:
     from .info import print_info
 
     print_info()
@@ -85,6 +113,19 @@ def _demo(arguments: argparse.Namespace) -> int:
         return 2
     sys.stdout.flush()
     return code
+
+
+def _size(arguments: argparse.Namespace) -> int:
+    from .size import PRESETS, print_size
+
+    if arguments.config not in PRESETS:
+        known = ", ".join(PRESETS)
+        print(f"engram_kernels size: --config must be one of {known}, got {arguments.config!r}", file=sys.stderr)
+        return 2
+    options = {name: getattr(arguments, name) for name in ("tokens", "link", "memory", "hit_rate")}
+    print_size(name=arguments.config, **{name: value for name, value in options.items() if value is not None})
+    sys.stdout.flush()
+    return 0
 
 
 if __name__ == "__main__":

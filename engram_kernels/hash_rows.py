@@ -157,44 +157,23 @@ def launch_hash_lookup(token_ids, plan: HashPlan, view: TableView, cu_seqlens, h
     schema=f"(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, {VIEW_SCHEMA}, "
     f"ScalarType? out_dtype, bool storage, int? programs, {PLAN_SCHEMA}) -> Tensor[]",
 )
-def hash_lookup_op(
-    token_ids,
-    cu_seqlens,
-    history,
-    dead,
-    descriptors,
-    row_format,
-    width,
-    placement,
-    out_dtype,
-    storage,
-    programs,
-    *plan_parts,
-):
+def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
     """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
-    plan, view = HashPlan(*plan_parts), TableView(descriptors, row_format, width, placement)
+    view, (out_dtype, storage, programs), plan = _parts(rest)
     out = make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
     launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs)
     return op_result(out)
 
 
 @hash_lookup_op.register_fake
-def _(
-    token_ids,
-    cu_seqlens,
-    history,
-    dead,
-    descriptors,
-    row_format,
-    width,
-    placement,
-    out_dtype,
-    storage,
-    programs,
-    *plan_parts,
-):
-    plan, view = HashPlan(*plan_parts), TableView(descriptors, row_format, width, placement)
+def _(token_ids, cu_seqlens, history, dead, *rest):
+    view, (out_dtype, storage, _), plan = _parts(rest)
     return op_result(make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
+
+
+def _parts(rest) -> tuple[TableView, tuple, HashPlan]:
+    """The registered op's arguments after the tokens: view, (out_dtype, storage, programs), plan."""
+    return TableView(*rest[:4]), rest[4:7], HashPlan(*rest[7:])
 
 
 def ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:

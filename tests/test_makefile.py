@@ -92,6 +92,7 @@ def test_test_sets_up_then_runs_its_lanes(checkout):
         "TRITON_INTERPRET= -m pytest -n 3 --lane cpu tests",
         "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret tests",
         "TRITON_INTERPRET= -m pytest -n 3 --lane compile tests",
+        "TRITON_INTERPRET= -m tests.mutation --jobs 3",
         f"TRITON_INTERPRET= {pip} --quiet --no-deps --target {oldest}.part triton==3.6.0 numpy<2.4",
         "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret tests",
         "TRITON_INTERPRET= -m pytest -n 3 --lane compile tests",
@@ -184,7 +185,7 @@ def test_empty_venv_uses_the_interpreter_and_installs_nothing(checkout):
     assert installs(commands) == []
     assert not (checkout.folder / ".venv").exists()
     modules = [c.split("-m ")[1].split()[0] for c in commands]
-    assert modules == ["pytest", "pytest", "pytest", "engram_kernels", "bench", "ruff", "ruff"]
+    assert modules == ["pytest", "pytest", "pytest", "tests.mutation", "engram_kernels", "bench", "ruff", "ruff"]
     assert done.stderr == ""
 
 
@@ -242,7 +243,7 @@ def test_environment_of_another_python(checkout):
 
 def test_help_names_every_target(checkout):
     done, _ = checkout.make()
-    for target in ("demo", "test", "test-cpu", "test-interpret", "test-compile", "gpu", "bench", "lint"):
+    for target in ("demo", "test", "test-cpu", "test-interpret", "test-compile", "mutation", "gpu", "bench", "lint"):
         assert f"make {target} " in done.stdout
 
 
@@ -255,4 +256,4 @@ def test_ci_runs_make_test(checkout):
         subprocess.run(command, cwd="/", env=env, check=True, capture_output=True, timeout=60)
         commands = checkout.log.read_text()
         assert f"check {torch}\n" in commands
-        assert commands.count("-m pytest") == 5
+        assert commands.count("-m pytest") == 5 and commands.count("-m tests.mutation") == 1
