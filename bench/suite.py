@@ -1,0 +1,168 @@
+"""Runs cases in their order until they or the time end, and keeps every result as soon as it is there."""
+
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .cases import Case, Prepared, Workbench
+from .environment import IDENTITY
+from .report import NO_TIME
+from .timing import Budget, GpuTimer, watching_kernels
+
+#: Seconds that a case of an op is expected to take before one has been measured, and that torch.compile may take.
+FIRST_CASE, COMPILATION = 6.0, 30.0
+LARGE_TOKENS = 2048  # from here on a case's memory is worth giving back at once
+GRAPH_TOKENS = 128  # up to so many tokens the time without launches is measured too
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done: its message is all that a user needs to see."""
+
+
+class ResultFile:
+    """The JSON file of one run, written anew after every case: a run that is cut short loses nothing."""
+
+    def __init__(self, path: Path, environment: dict):
+        self.path = path
+        self.content = {"environment": environment, "roofs": None, "cases": [], "left_out": [], "finished": False}
+
+    @classmethod
+    def resume(cls, path: Path, environment: dict) -> "ResultFile":
+        """Go on with the file at ``path``; UsageError where it was made with something else."""
+        content = json.loads(path.read_text())
+        for name in IDENTITY:
+            before, now = content["environment"].get(name), environment.get(name)
+            if before != now:
+                raise UsageError(f"cannot resume {path.name}: its {name} is {before}, and here it is {now}")
+        result = cls(path, content["environment"])
+        result.content.update(content, left_out=[], finished=False)
+        # What failed is tried again.
+        result.content["cases"] = [record for record in content["cases"] if record["status"] == "ok"]
+        return result
+
+    @property
+    def done(self) -> set[str]:
+        return {record["name"] for record in self.content["cases"]}
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(part, self.path)
+
+    def add(self, record: dict) -> None:
+        self.content["cases"].append(record)
+        self.save()
+
+
+def run_cases(
+    cases: list[Case],
+    bench: Workbench,
+    timer,
+    budget: Budget,
+    results: ResultFile,
+    most_baselines: int = 3,
+    tell: Callable[[dict, int, int], None] = lambda record, done, total: None,
+) -> None:
+    """Measure what is not in ``results`` yet. What there is no time for is listed in its ``left_out``."""
+    todo = [case for case in cases if case.name not in results.done]
+    expected: dict[str, float] = {}
+    for number, case in enumerate(todo):
+        if budget.left() < expected.get(case.op, FIRST_CASE):
+            results.content["left_out"].append(case.name)
+            continue
+        before = budget.left()
+        record = run_case(case, bench, timer, budget, most_baselines)
+        expected[case.op] = before - budget.left()
+        results.add(record)
+        tell(record, number + 1, len(todo))
+        if not _device_answers(bench.device):
+            results.content["left_out"] += [left.name for left in todo[number + 1 :]]
+            break
+    results.content["finished"] = True
+    results.save()
+
+
+def run_case(case: Case, bench: Workbench, timer, budget: Budget, most_baselines: int = 3) -> dict:
+    """One record. No time is in it unless the op's result is the reference's."""
+    record = dict(name=case.name, op=case.op, model=case.model, variant=case.variant, tokens=case.tokens)
+    record.update(roof=case.roof, timer=timer.kind, status="failed", baselines={})
+    start = time.perf_counter()
+    try:
+        prepared = case.prepare(bench)
+        record.update(nbytes=prepared.nbytes, link_bytes=prepared.link_bytes, facts=prepared.facts)
+        record["kernels"], problem = _checked(prepared)
+        if problem is None:
+            record.update(timer.measure(prepared.calls).as_dict())
+            if isinstance(timer, GpuTimer):
+                record["host"] = timer.host(prepared.calls)
+                record["graph"] = _graph(timer, prepared, record) if case.tokens <= GRAPH_TOKENS else None
+            record["status"] = "ok"
+            for name in list(prepared.baselines)[:most_baselines]:
+                record["baselines"][name] = _baseline(name, prepared, timer, budget)
+        else:
+            record["reason"] = problem
+    except Exception as error:  # one case that cannot run must not cost the others
+        record.update(status="failed", reason=_one_line(error))
+        for field in ("median", "low", "high", "samples", "host", "graph"):
+            record.pop(field, None)
+    record["wall"] = round(time.perf_counter() - start, 3)
+    prepared = None
+    if bench.device.type == "cuda" and case.tokens >= LARGE_TOKENS and _device_answers(bench.device):
+        gc.collect()  # torch.compile leaves cycles that hold inputs
+        torch.cuda.empty_cache()
+    return record
+
+
+def _checked(prepared: Prepared) -> tuple[list[dict], str | None]:
+    """What was launched, and what is wrong with the results of the first and the last input set."""
+    with watching_kernels() as launched:
+        result = prepared.calls[0]()
+    kernels, problem = list(launched), prepared.check(result, 0)
+    if problem is None:
+        last = len(prepared.calls) - 1
+        problem = prepared.check(prepared.calls[last](), last)
+    return kernels, problem
+
+
+def _graph(timer: GpuTimer, prepared: Prepared, record: dict) -> float | None:
+    try:
+        return timer.graph(prepared.calls)
+    except Exception as error:  # the cold time stands
+        record["facts"]["graph_failed"] = _one_line(error)
+        return None
+
+
+def _baseline(name: str, prepared: Prepared, timer, budget: Budget) -> dict:
+    if budget.left() < (COMPILATION if name == "compiled" else 0):
+        return {"failed": NO_TIME}
+    try:
+        call = prepared.baselines[name]()
+        problem = prepared.check(call(0), 0)
+        if problem is not None:
+            return {"failed": problem}
+        calls = [lambda index=index: call(index) for index in range(len(prepared.calls))]
+        return timer.measure(calls).as_dict()
+    except Exception as error:  # what it needs may be missing here; the case itself stands
+        return {"failed": _one_line(error)}
+
+
+def _device_answers(device: torch.device) -> bool:
+    """Whether the GPU still works; after a fault in a kernel every call fails."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,0 +1,159 @@
+"""How time is measured: cold calls between events, graphs of many calls, and the host's own time.
+
+GPU, cold: before each sample a buffer larger than the L2 cache is overwritten; its time covers the host's time to
+launch, so that the events around one call see no gap of the host's. What the events themselves and one launch cost is
+measured in the same way, on an empty kernel (roofs.py).
+GPU, graph: the calls of all input sets in one CUDA graph, replayed: the time of one without launches between.
+Host: calls in a row without waiting for the GPU.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from triton.runtime.jit import JITFunction
+
+Call = Callable[[], object]
+GRAPH_CALLS = 32
+_FLUSH_BYTES = 512 << 20  # about 150 us on an H200, more than the host takes for two launches
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one call: median, 10th and 90th percentile of ``samples``."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Measurement":
+        ordered = sorted(seconds)
+        tenth = (len(ordered) - 1) // 10
+        return cls(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], len(ordered))
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class Budget:
+    """Seconds that may still be spent. ``clock`` is replaced in tests."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._end = clock, clock() + seconds
+
+    def left(self) -> float:
+        return self._end - self._clock()
+
+
+class GpuTimer:
+    """Times calls on one GPU. ``limit`` seconds bound one measurement, at the price of samples."""
+
+    kind = "GPU"
+
+    def __init__(self, device: torch.device, samples: int = 30, limit: float = 2.0):
+        self._device, self._samples, self._limit = device, samples, limit
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        self._flush = torch.empty(max(_FLUSH_BYTES, 2 * cache), dtype=torch.uint8, device=device)
+
+    def measure(self, calls: Sequence[Call]) -> Measurement:
+        """Cold: one call between two events, its inputs out of the cache and others than the last call's."""
+        for call in calls:
+            call()
+        once = self._cold([calls[0]])[0]
+        samples = max(5, min(self._samples, int(self._limit / max(once, 1e-6))))
+        return Measurement.of(self._cold([calls[index % len(calls)] for index in range(samples)]))
+
+    def graph(self, calls: Sequence[Call]) -> float:
+        """Seconds of one call within a graph of GRAPH_CALLS, over all input sets in turn."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for index in range(GRAPH_CALLS):
+                calls[index % len(calls)]()
+        graph.replay()
+        return statistics.median(self._timed(graph.replay) for _ in range(20)) / GRAPH_CALLS
+
+    def host(self, calls: Sequence[Call]) -> float:
+        """Seconds of host time per call, without waiting for the GPU."""
+        per_call = []
+        for _ in range(5):
+            torch.cuda.synchronize(self._device)
+            start = time.perf_counter()
+            for index in range(20):
+                calls[index % len(calls)]()
+            per_call.append((time.perf_counter() - start) / 20)
+        torch.cuda.synchronize(self._device)
+        return statistics.median(per_call)
+
+    def _cold(self, calls: Sequence[Call]) -> list[float]:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
+        for call, (start, end) in zip(calls, events, strict=True):
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self._device)
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+    def _timed(self, call: Call) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+class CpuTimer:
+    """Wall time on the CPU, for the references. It has neither graphs nor a host beside the device."""
+
+    kind = "CPU"
+
+    def __init__(self, samples: int = 20, limit: float = 0.5):
+        self._samples, self._limit = samples, limit
+
+    def measure(self, calls: Sequence[Call]) -> Measurement:
+        calls[0]()
+        seconds: list[float] = []
+        while len(seconds) < 3 or (len(seconds) < self._samples and math.fsum(seconds) < self._limit):
+            start = time.perf_counter()
+            calls[len(seconds) % len(calls)]()
+            seconds.append(time.perf_counter() - start)
+        return Measurement.of(seconds)
+
+
+@contextmanager
+def watching_kernels():
+    """Yields a list that fills with what each Triton launch within the context compiled to and how it was launched."""
+    launched: list[dict] = []
+    run = JITFunction.run
+
+    def watch(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=warmup, **kwargs)
+        launched.append(
+            dict(
+                kernel=self.fn.__name__,
+                registers=getattr(kernel, "n_regs", None),
+                spills=getattr(kernel, "n_spills", None),
+                programs=math.prod(grid) if isinstance(grid, tuple) else None,
+            )
+        )
+        return kernel
+
+    JITFunction.run = watch
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run
