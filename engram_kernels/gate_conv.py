@@ -46,7 +46,7 @@ def conv_config(num_tokens: int, hidden_size: int) -> ConvConfig:
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "conv_residual_kernel": dict(sm_80=(152, 256), sm_90=(152, 256), sm_100=(176, 256), gfx942=(88, 256)),
+    "conv_residual_kernel": dict(sm_80=(152, 256), sm_90=(160, 256), sm_100=(176, 256), gfx942=(88, 256)),
 }
 
 

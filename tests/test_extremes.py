@@ -1,0 +1,90 @@
+"""Kernels at their limits: tokens and rows beyond 2^31 elements, inputs of the size of eps, and the margins of the
+convolution's new state.
+"""
+
+import pytest
+import torch
+
+from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_residual, hash_lookup, lookup
+from engram_kernels.conv_state import launch_advance_state
+from engram_kernels.host_memory import HostMapping
+
+from .guards import Guarded
+from .test_gate import EPS, check, inputs
+from .test_gate_conv import CONV_EPS, conv_inputs, exact_and_bound, state
+from .tolerances import assert_within
+
+pytestmark = pytest.mark.kernel
+FAR = 2**30  # elements between tokens, so that the third token's first is 2^31
+
+
+def far_apart(tensor):
+    """``tensor [3, ...]`` with its tokens FAR elements apart, in memory that costs only the pages written.
+
+    The mapping begins 2^31 elements before the first token: a product that wraps reads zeros there.
+    """
+    mapping = HostMapping((2 * 2**31 + tensor[0].numel()) * tensor.element_size())
+    buffer = mapping.bytes.view(tensor.dtype)
+    apart = buffer.as_strided(tensor.shape, (FAR, *tensor.stride()[1:]), 2**31)
+    return apart.copy_(tensor)
+
+
+def on_the_cpu(device):
+    if device.type != "cpu":
+        pytest.skip("needs registered memory of 8 GiB a tensor")
+
+
+def test_gate_of_tokens_beyond_2_31_elements(device):
+    on_the_cpu(device)
+    tensors = inputs(3, 2, 48, torch.bfloat16)
+    hidden, key, value = (far_apart(x) for x in tensors[:3])
+    gate_residual(hidden, key, value, *tensors[3:], eps=EPS, out=hidden)
+    check(hidden, tensors, torch.bfloat16)
+
+
+def test_conv_of_tokens_beyond_2_31_elements(device):
+    on_the_cpu(device)
+    tensors, old = conv_inputs(3, 2, 48, 4, torch.bfloat16), state(1, 2, 48, 3, torch.bfloat16)
+    hidden, key, value = (far_apart(x) for x in tensors[:3])
+    options = dict(dilation=1, eps=EPS, conv_eps=CONV_EPS)
+    _, (new_value, _) = gate_conv_residual(hidden, key, value, *tensors[3:], **options, conv_state=old, out=hidden)
+    assert_within(hidden, *exact_and_bound(tensors, torch.bfloat16, dilation=1, conv_state=old))
+    assert torch.equal(new_value[0], tensors[2])
+
+
+def test_hash_lookup_of_rows_beyond_2_36_bytes(device):
+    """One token a sequence and multipliers of one: the row is the id."""
+    on_the_cpu(device)
+    rows = 384_006_168
+    plan = HashPlan.from_parts(torch.ones(1, 2, dtype=torch.int64), torch.tensor([[rows]]), pad=0, vocab_size=rows)
+    with EngramTable.empty(rows, 256, "e4m3_ue8m0", placement="host") as table:
+        ids = torch.tensor([rows - 1, 2**31 // 256, 2**32 // 256, 1])
+        table.weight[ids] = torch.arange(1, 5, dtype=torch.uint8)[:, None].expand(4, 256).view(torch.float8_e4m3fn)
+        table.scale[ids] = 127
+        result = hash_lookup(ids[:, None], plan, [table], out_dtype=torch.float32)
+        assert torch.equal(result[0, :, 0], lookup(table, ids[:, None], out_dtype=torch.float32))
+        assert result.ne(0).all()
+
+
+def test_gate_of_inputs_of_the_size_of_eps(device):
+    """Their mean square is 1e-6 too, so that the place where eps enters the norm decides the gate."""
+    hidden, key, *rest = inputs(5, 4, 96)
+    tensors = 1e-3 * hidden, 1e-3 * key, *rest
+    check(gate_residual(*(x.to(device) for x in tensors), eps=EPS), tensors, torch.float32)
+
+
+def test_conv_of_inputs_of_the_size_of_eps(device):
+    hidden, key, *rest = conv_inputs(5, 4, 96, 3)
+    tensors = 1e-3 * hidden, 1e-3 * key, *rest
+    result = gate_conv_residual(*(x.to(device) for x in tensors), dilation=1, eps=EPS, conv_eps=CONV_EPS)
+    assert_within(result, *exact_and_bound(tensors, torch.float32, dilation=1))
+
+
+def test_new_state_stays_in_bounds(device):
+    """Three branches and 80 elements, in blocks of four and 128."""
+    value, scale = torch.randn(6, 80, device=device), torch.rand(6, 3, device=device)
+    old = torch.zeros(1, 4, 80, device=device), torch.zeros(1, 4, 3, device=device)
+    new_value, new_scale = (Guarded(part.shape, part.dtype, device) for part in old)
+    launch_advance_state(value, scale, None, None, (6,), 4, old, (new_value.tensor, new_scale.tensor))
+    assert torch.equal(new_value.check()[0], value[2:])
+    assert torch.equal(new_scale.check()[0], scale[2:])
