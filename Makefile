@@ -62,8 +62,9 @@ compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile t
 	$(PY) -m tests.compile_report
 	PYTHONPATH=$(OLDEST) $(PY) -m tests.compile_report
 
+# Most of the tests' time is compilation, which four processes share where pytest-xdist is there.
 gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed
-	$(PYTHON) -m pytest --lane gpu tests
+	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 4")' 2>/dev/null) --lane gpu tests
 	$(PYTHON) -m bench
 
 bench: $(call ready,bench) ## benchmarks

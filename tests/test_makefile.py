@@ -192,6 +192,9 @@ def test_empty_venv_uses_the_interpreter_and_installs_nothing(checkout):
 def test_gpu_uses_the_active_interpreter(checkout):
     python = checkout.fake("python", prologue=NO_VENV)
     _, commands = checkout.make("gpu", f"PYTHON={python}", env={"TRITON_INTERPRET": "1"})
+    assert commands == ["TRITON_INTERPRET= -m pytest -n 4 --lane gpu tests", "TRITON_INTERPRET= -m bench"]
+    python = checkout.fake("alone", prologue="import sys; sys.modules['xdist'] = None")
+    _, commands = checkout.make("gpu", f"PYTHON={python}")
     assert commands == ["TRITON_INTERPRET= -m pytest --lane gpu tests", "TRITON_INTERPRET= -m bench"]
 
 

@@ -169,10 +169,30 @@ def environment(built, metadata, tmp_path_factory):
 def cpu_path_script():
     """What a user without a GPU does first. Runs in the empty environment, outside the checkout."""
     return """
+import dataclasses
+
+import torch
+
 import engram_kernels
+from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, gate_residual, hash_lookup, lookup, ngram_hash
 
 for name in engram_kernels.__all__:
     getattr(engram_kernels, name)
+
+small = dict(table_sizes=(50, 60), hidden_size=32, raw_vocab_size=100)
+config = dataclasses.replace(EngramConfig.engram_27b(), row_width=8, **small)
+plan = HashPlan.build(config, torch.arange(100))
+tables = [EngramTable.empty(rows, 8, "bfloat16", placement="host") for rows in plan.rows_per_layer]
+for table in tables:
+    table.weight.normal_()
+ids = torch.randint(0, 100, (7,))
+rows = hash_lookup(ids, plan, tables)
+assert rows.shape == (2, 7, 16, 8) and rows.ne(0).any()
+assert torch.equal(rows[0], lookup(tables[0], ngram_hash(ids, plan)[:, 0]))
+hidden = torch.randn(7, 4, 32)
+assert Engram(config, 2, plan, tables[0])(hidden, rows=rows[0]).shape == hidden.shape
+norm = torch.ones(4, 32)
+assert gate_residual(hidden, hidden, hidden[:, 0], norm, norm, eps=None).isfinite().all()
 """
 
 
