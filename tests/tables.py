@@ -19,7 +19,7 @@ def place(weight, scale, device, placement=None):
     return EngramTable.from_tensors(weight.to(device) if placement == "device" else weight, scale, placement=placement)
 
 
-def random_parts(rows, width, name, seed=0):
+def random_parts(rows, width, name, seed=0) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """(weight, scale) on the CPU. fp8 rows hold every byte; ue8m0 scales are mostly moderate, some extreme."""
     generator = torch.Generator().manual_seed(seed + rows * 2000 + width)
     dtype = FORMATS[name].dtype

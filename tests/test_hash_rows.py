@@ -13,7 +13,8 @@ from .guards import Guarded
 from .test_hashing import oracle, ragged, small_plan
 
 
-def parts_of(plan, width, name):
+def parts_of(plan, width, name) -> list[tuple[torch.Tensor, torch.Tensor | float | None]]:
+    """One layer's (weight, scale) each."""
     return [tables.random_parts(rows, width, name, seed) for seed, rows in enumerate(plan.rows_per_layer)]
 
 

@@ -74,6 +74,13 @@ EXTRAS = (
 )
 
 
+def test_types_of_the_gpu_lane():
+    """Names, attributes and calls of what runs on a GPU alone, by mypy."""
+    command = [sys.executable, "-m", "mypy", "--no-incremental"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_test_of_the_gpu_lane_is_collected(tmp_path):
     """With torch, Triton, numpy, sympy and pytest alone. Importing the tests is what a machine without a GPU can do."""
     (tmp_path / "only_the_basics.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS}))\n")
