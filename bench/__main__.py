@@ -10,6 +10,7 @@ import torch
 
 from .cases import Case, Workbench, load_cases
 from .environment import clocks, describe_gpu, describe_software, huge_share, slug
+from .peers import Peers
 from .plots import write_plots
 from .report import COLUMNS, cells, markdown, print_report
 from .roofs import measure_roofs
@@ -35,6 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--host-gib", type=int, metavar="N", help="size of the host table; default 16, with --full 64")
     parser.add_argument("--device-gib", type=int, metavar="N", help="size of the device table; default 8")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="vLLM's and SGLang's kernels; see CONTRIBUTING.md")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where results go")
     parser.add_argument("--report", type=Path, metavar="FILE", help="make tables and plots from a run's JSON, and end")
     chosen = parser.parse_args(arguments)
@@ -79,7 +81,9 @@ def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, en
     cases = select(load_cases(chosen.full), chosen.only)
     results = open_results(chosen, environment)
     content = results.content
-    with Workbench(device, host, on_device, environment["l2_bytes"] or 0, say) as bench:
+    peers = None if chosen.peers is None else Peers(chosen.peers, say)
+    content["environment"]["peers"] = None if peers is None else peers.describe()
+    with Workbench(device, host, on_device, environment["l2_bytes"] or 0, say, peers) as bench:
         table = bench.table("v41", "host").weight.view(torch.uint8).view(-1)
         content["environment"]["huge_page_share"] = huge_share(table.data_ptr())
         if content["roofs"] is None:

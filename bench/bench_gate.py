@@ -84,6 +84,8 @@ def prepare(model: str, tokens: int, full: bool, bench: Workbench) -> Prepared:
         facts={"sets": len(sets)},
     )
     prepared.baselines["eager"] = lambda: lambda index: plain(*sets[index].tensors())
+    if bench.peers and model == "v41":
+        prepared.baselines |= bench.peers.gate([each.tensors() for each in sets], query_norm, key_norm, config.eps)
     if full or (model == "v41" and tokens == max(TOKENS)):
         prepared.baselines["compiled"] = lambda: baselines.compiled(plain, [each.tensors() for each in sets])
     return prepared

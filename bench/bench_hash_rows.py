@@ -45,6 +45,8 @@ def prepare(model: str, variant: str, tokens: int, bench: Workbench) -> Prepared
         link_bytes=read if placement == "host" else 0,
         facts={"sets": sets, "table_bytes": table.nbytes, "layers": layers},
     )
+    if bench.peers and model == "v41":
+        prepared.baselines |= bench.peers.hash_lookup(ids, plan, tables)
     prepared.baselines["two_launches"] = lambda: baselines.two_launches(ids, plan, tables)
     prepared.baselines["demo"] = lambda: baselines.demo_rows(ids, plan_cpu, tables)
     if placement == "device":

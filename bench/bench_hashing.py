@@ -47,6 +47,8 @@ def prepare(model: str, tokens: int, full: bool, bench: Workbench) -> Prepared:
         "demo": lambda: baselines.demo_hash(ids, plan_cpu),
         "eager": lambda: lambda index: reference.ngram_hash(ids[index], plan),
     }
+    if bench.peers and model == "v41":
+        prepared.baselines |= bench.peers.hash(ids, plan)
     if full or (model == "v41" and tokens == max(TOKENS)):
         prepared.baselines["compiled"] = lambda: baselines.compiled(
             lambda each: reference.ngram_hash(each, plan), inputs

@@ -56,6 +56,8 @@ def prepare(model: str, variant: str, tokens: int, full: bool, bench: Workbench)
             "distinct_rows": round(len(row_ids[0].unique()) / row_ids[0].numel(), 4),
         },
     )
+    if bench.peers and model == "v41":
+        prepared.baselines |= bench.peers.lookup(table, row_ids)
     prepared.baselines["embedding"] = lambda: baselines.embedding(table, row_ids)
     if placement == "host":
         prepared.baselines["cpu_gather"] = lambda: baselines.cpu_gather(table, row_ids)

@@ -19,6 +19,7 @@ import torch
 from engram_kernels import EngramConfig, EngramTable, HashPlan
 from engram_kernels.row_format import FORMATS
 
+from .peers import Peers
 from .text import load_token_ids, load_token_map
 
 MODELS = {"v41": "deepseek_v41_flash", "27b": "engram_27b"}
@@ -97,11 +98,20 @@ def spread_tokens(tokens: int, most: int = 512) -> torch.Tensor:
 class Workbench:
     """Plans, tables and ids on one device. Use it as a context: it gives the tables' memory back.
 
-    host_limit, device_limit: most bytes of a table. cache_bytes: size of the cache that inputs must not fit in.
+    host_limit, device_limit: most bytes of a table. cache_bytes: size of the cache that inputs must not fit in. peers:
+    other libraries' kernels, None where there are none.
     """
 
-    def __init__(self, device: torch.device, host_limit: int, device_limit: int, cache_bytes: int = 0, say=print):
-        self.device, self.cache_bytes, self._say = device, cache_bytes, say
+    def __init__(
+        self,
+        device: torch.device,
+        host_limit: int,
+        device_limit: int,
+        cache_bytes: int = 0,
+        say=print,
+        peers: Peers | None = None,
+    ):
+        self.device, self.cache_bytes, self._say, self.peers = device, cache_bytes, say, peers
         self._limits = {"host": host_limit, "device": device_limit}
         self._tables: dict[tuple, EngramTable] = {}
         self._configs: dict[tuple, EngramConfig] = {}

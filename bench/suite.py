@@ -4,13 +4,14 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from .cases import Case, Prepared, Workbench
 from .environment import IDENTITY
+from .peers import NAMES as PEERS
 from .report import NO_TIME
 from .timing import Budget, GpuTimer, watching_kernels
 
@@ -103,7 +104,7 @@ def run_case(case: Case, bench: Workbench, timer, budget: Budget, most_baselines
                 record["host"] = timer.host(prepared.calls)
                 record["graph"] = _graph(timer, prepared, record) if case.tokens <= GRAPH_TOKENS else None
             record["status"] = "ok"
-            for name in list(prepared.baselines)[:most_baselines]:
+            for name in _chosen(prepared.baselines, most_baselines):
                 record["baselines"][name] = _baseline(name, prepared, timer, budget)
         else:
             record["reason"] = problem
@@ -136,6 +137,13 @@ def _graph(timer: GpuTimer, prepared: Prepared, record: dict) -> float | None:
     except Exception as error:  # the cold time stands
         record["facts"]["graph_failed"] = _one_line(error)
         return None
+
+
+def _chosen(names: Iterable[str], most: int) -> list[str]:
+    """Every peer, which is there because it was asked for, and the first ``most`` of the others."""
+    names = list(names)
+    peers = [name for name in names if name in PEERS]
+    return peers + [name for name in names if name not in PEERS][:most]
 
 
 def _baseline(name: str, prepared: Prepared, timer, budget: Budget) -> dict:

@@ -1,0 +1,234 @@
+"""Peers' kernels out of a folder: the loader on a small package, the adapters with stand-ins for the kernels."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import peers, suite
+from bench.cases import Workbench, load_cases
+from bench.peer_files import MissingPeer, load_functions
+from engram_kernels import reference
+
+from .test_bench import CPU, LIMIT, MACHINE, ROOFS, FakeTimer, ample, toy
+
+ROOT = Path(__file__).parents[1]
+#: Like the real ones: imports that exist nowhere, tl from elsewhere, a constant that the platform decides, a helper.
+SOURCE = """
+from typing import Optional
+import heavy_engine
+from heavy_engine.triton_utils import tl, triton
+from heavy_engine.platforms import current_platform
+
+logger = heavy_engine.init_logger(__name__)
+STEP = 2
+ON_ROCM = tl.constexpr(current_platform.is_rocm())
+
+
+@triton.jit
+def twice(x):
+    return x * STEP_
+
+
+STEP_ = tl.constexpr(STEP)
+
+
+@triton.jit(do_not_specialize=["count"])
+def double_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr, FLAG: tl.constexpr if ON_ROCM else None):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, twice(tl.load(x_ptr + offs, mask=offs < count, other=0)), mask=offs < count)
+
+
+def double(x, out: Optional[object] = None):
+    double_kernel[(triton.cdiv(len(x), 4),)](x, out, len(x), BLOCK=4, FLAG=False)
+    return out
+
+
+class Engine(heavy_engine.Base):
+    pass
+
+
+def needs_more(x):
+    return heavy_engine.run(x)
+"""
+RUN = """
+import sys
+import torch
+from pathlib import Path
+from bench.peer_files import load_functions
+double = load_functions(Path(sys.argv[1]), ["double"]).double
+x = torch.arange(7, dtype=torch.int32)
+assert double(x, torch.full_like(x, -1)).tolist() == [0, 2, 4, 6, 8, 10, 12]
+print("ran")
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "engine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with Workbench(CPU, LIMIT, LIMIT, say=lambda line: None) as workbench:
+        yield workbench
+
+
+def test_a_kernel_runs_without_its_package(source):
+    environment = dict(TRITON_INTERPRET="1", PATH="/usr/bin:/bin", PYTHONPATH=str(ROOT))
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, str(source)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ran.stdout == "ran\n", ran.stderr
+
+
+def test_only_what_is_needed_is_defined(source):
+    loaded = load_functions(source, ["double"])
+    names = loaded.double.__globals__
+    assert {"double_kernel", "twice", "STEP", "ON_ROCM"} <= names.keys()
+    assert not {"Engine", "logger", "heavy_engine", "needs_more"} & names.keys()
+    assert "heavy_engine" not in sys.modules
+    assert loaded.double.__code__.co_filename == str(source)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("engine.py", None, "is not there"),
+        ("engine.py", "def other(): pass", "has no double$"),
+        ("engine.py", "def double(:", "cannot be read: .*, line 1"),
+        ("engine.py", "from engine_core import run\ndef double(x): return run(x)", "needs run, which it imports"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(MissingPeer, match=message):
+        load_functions(tmp_path / name, ["double"])
+
+
+def test_a_missing_peer_is_one_line(tmp_path):
+    gate = tmp_path / "sglang" / peers.SGLANG.format("gate")
+    gate.parent.mkdir(parents=True)
+    gate.write_text("raise RuntimeError")
+    said = []
+    found = peers.Peers(tmp_path, said.append)
+    assert found.describe() == {} and found.hash([], None) == {} and found.describe() == {}
+    assert [line.split(" is left out: ")[0] for line in said] == ["peer vllm", "peer sglang"]
+    assert all("\n" not in line and line.endswith("is not there") for line in said)
+
+
+def test_versions_come_from_the_wheels(tmp_path):
+    path = tmp_path / "vllm" / peers.VLLM
+    path.parent.mkdir(parents=True)
+    path.write_text("def _hash_ids_kernel(): pass\ndef _engram_lookup_kernel(): pass\n")
+    with path.open("a") as file:
+        file.write("def _fused_engram_post_wkv_kernel(): pass\n")
+    said = []
+    assert peers.Peers(tmp_path, said.append).describe() == {"vllm": "unknown"} and len(said) == 1
+    (tmp_path / "vllm-0.33.0.dist-info").mkdir()
+    assert peers.Peers(tmp_path, said.append).describe() == {"vllm": "0.33.0"}
+
+
+class Kernel:
+    """Stands for a Triton kernel: ``run(grid, *arguments, **options)``."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.run(grid, *arguments, **options)
+
+
+@pytest.fixture
+def stand_ins(bench):
+    """Peers whose functions are the reference behind the peers' signatures, and which check the arguments' shapes."""
+    plan, table = bench.plan("v41", "host"), bench.table("v41", "host")
+    split = lambda kv, hidden: (kv[:, : -hidden.shape[-1]].view(hidden.shape), kv[:, -hidden.shape[-1] :])  # noqa: E731
+
+    def hash_kernel(
+        grid, ids, token_map, dead, positions, blocks, starts, multipliers, primes, offsets, *rest, **options
+    ):
+        out, tokens = rest[3], rest[4]
+        assert grid == (-(-tokens // 32), 2) and (options["num_heads"], options["MAX_NGRAM"]) == (8, 4)
+        assert starts.tolist() == [0, len(ids)] and positions.tolist() == list(range(tokens))
+        out.copy_(reference.ngram_hash(ids, plan))
+
+    def lookup_kernel(grid, weight, scale, ids, dst, out, first, last, rows, stride_t, stride_h, **options):
+        assert weight.shape == (last, options["DIM"]) == table.weight.shape and scale.shape == table.scale.shape
+        assert rows == ids.numel() and (stride_t, stride_h) == ids.stride() and grid == (options["GRID"],)
+        out.copy_(reference.lookup(table, ids))
+
+    def gate_kernel(grid, hidden, kv, query_norm, key_norm, mask, out, tokens, *rest, DIM, HC_MULT, **options):
+        *strides, eps, clamp = rest
+        assert grid == (tokens * HC_MULT,) and len(strides) == 13 and options["BLOCK_SIZE"] >= DIM
+        out.copy_(reference.gate_residual(hidden, *split(kv, hidden), query_norm, key_norm, eps=eps, clamp=clamp))
+
+    def engram_hash_ids(ids, positions, *, mode, history, row=None, starts=None, **options):
+        assert ids.dtype == torch.int64 and options["primes"].shape == (2, 3, 8) and history.shape == (1, 3)
+        assert (row is None and len(ids) == 1) if mode == 0 else len(row) == len(ids)
+        return reference.ngram_hash(ids, plan), None
+
+    def engram_gather(weight, scale, ids, out, width, group, row_hi, sort_ids):
+        assert (weight, scale) == (table.weight.data_ptr(), table.scale.data_ptr()) and ids.is_contiguous()
+        out.copy_(reference.lookup(table, ids))
+
+    def fused_engram_gate(hidden, kv, query_norm, key_norm, eps, clamp):
+        return reference.gate_residual(hidden, *split(kv, hidden), query_norm, key_norm, eps=eps, clamp=clamp)
+
+    found = peers.Peers(Path("nowhere"))
+    kernels = dict(_hash_ids_kernel=hash_kernel, _engram_lookup_kernel=lookup_kernel)
+    kernels["_fused_engram_post_wkv_kernel"] = gate_kernel
+    found.vllm = SimpleNamespace(**{name: Kernel(run) for name, run in kernels.items()})
+    found.sglang = SimpleNamespace(
+        engram_hash_ids=engram_hash_ids, engram_gather=engram_gather, fused_engram_gate=fused_engram_gate
+    )
+    bench.peers = found
+    yield found
+    bench.peers = None
+
+
+WITH_PEERS = [
+    case
+    for case in load_cases()
+    if case.tokens in (1, 8) and case.variant in ("", "uniform", "host/uniform") and case.op != "gate_conv_residual"
+]
+
+
+@pytest.mark.parametrize("case", WITH_PEERS, ids=lambda case: case.name)
+def test_peers_are_baselines_of_v41(case, bench, stand_ins):
+    record = suite.run_case(case, bench, FakeTimer(), ample(), most_baselines=1)
+    assert record["status"] == "ok"
+    wanted = {"hash_lookup": ["vllm"]}.get(case.op, ["vllm", "sglang"]) if case.model == "v41" else []
+    assert [name for name in record["baselines"] if name in peers.NAMES] == wanted
+    assert len(record["baselines"]) == len(wanted) + 1, "peers do not count among the others"
+    assert not any("failed" in entry for entry in record["baselines"].values()), record["baselines"]
+
+
+def test_a_wrong_peer_has_no_time(bench, stand_ins):
+    stand_ins.vllm._engram_lookup_kernel = Kernel(lambda *arguments, **options: None)
+    stand_ins.vllm._fused_engram_post_wkv_kernel = Kernel(lambda *arguments, **options: None)
+    for op in ("lookup", "gate_residual"):
+        case = next(case for case in WITH_PEERS if (case.op, case.model) == (op, "v41"))
+        entry = suite.run_case(case, bench, FakeTimer(), ample(), most_baselines=0)["baselines"]["vllm"]
+        assert list(entry) == ["failed"] and "reference" in entry["failed"]
+
+
+def test_key_and_value_of_two_tensors_are_refused():
+    with pytest.raises(ValueError, match="right behind"):
+        peers.whole_kv(torch.zeros(2, 4, 8), torch.zeros(2, 8))
+
+
+def test_a_run_names_its_peers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "measure_roofs", lambda *arguments: ROOFS)
+    monkeypatch.setattr(command, "load_cases", lambda full: [toy()])
+    chosen = command.parse(["--peers", str(tmp_path / "none"), "--out", str(tmp_path)])
+    assert command.measure(chosen, ample(), CPU, dict(MACHINE), FakeTimer()) == 0
+    said = capsys.readouterr().err
+    assert said.count("is left out") == 2 and str(tmp_path / "none" / "vllm") in said
