@@ -2,7 +2,7 @@
 
     python -m tests.mutation [--jobs 2] [-k text]
 
-Each mutant of mutants.py is a copy of the package and its tests in a temporary folder. It must compile for sm_90 from
+Each mutant of mutants/ is a copy of the package and its tests in a temporary folder. It must compile for sm_90 from
 its launcher's real arguments, then its tests run in Triton's interpreter until an assertion fails. An exception or a
 crash does not count: the tests have to say what is wrong. Copies without a change come first and must pass, or
 "caught" would mean nothing. The exit status is 0 if every mutant was caught within the budget of time.

@@ -30,7 +30,12 @@ def test_a_mutant_applies_once_and_is_python(mutant):
 
 def test_every_change_is_read():
     """One for each line that names a file; what the pattern did not match would go missing silently."""
-    texts = [value for name, value in vars(mutants).items() if name.isupper() and isinstance(value, str)]
+    texts = {
+        name: value
+        for file in mutants.FILES
+        for name, value in vars(file).items()
+        if name.isupper() and isinstance(value, str)
+    }.values()
     lines = [line for text in texts for line in text.splitlines()]
     assert all(line.startswith(("- ", "+ ")) or " @ " in line for line in lines)
     assert sum(" @ " in line for line in lines) == len({(m.kind, m.detail, m.file, m.old, m.new) for m in MUTANTS})

@@ -1,0 +1,40 @@
+"""A change to a kernel, and how a list of them is read."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old``, once in ``engram_kernels/<file>.py``, becomes ``new``.
+
+    ``tests`` are files, of which ``select`` keeps what pytest's -k would; ``cases`` are those of compile_cases.py that
+    it must compile in.
+    """
+
+    kernel: str
+    kind: str
+    detail: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    select: str
+    cases: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
+
+
+_CHANGE = re.compile(r"(.+?)(?:: (.+))? @ (\w+)(?: -k (.+))?\n((?:- .*\n)+)((?:\+ .*\n)+)")
+
+
+def mutants(kernel, tests, cases, *changes):
+    """The mutants of one kernel, from texts like those in the files beside this one."""
+    found, files = [], tuple(f"tests/test_{name}.py" for name in (tests, "extremes"))
+    for match in _CHANGE.finditer("".join(changes)):
+        kind, detail, file, select, *texts = match.groups(default="")
+        old, new = ("\n".join(line[2:] for line in text.splitlines()) for text in texts)
+        found.append(Mutant(kernel, kind, detail, file, old, new, files, select, cases))
+    return found

@@ -1,0 +1,134 @@
+"""Mutants of gate_conv_residual."""
+
+from .change import mutants
+from .gate import GATE
+
+GATE_SCALE = """\
+mask dropped: gate of masked tokens @ gate_scale
+- gate = tl.where(live[:, None], gate, 0.0)
++ gate = gate
+mask dropped: masked tokens @ gate_scale
+- live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
++ live = live
+mask dropped: end of value @ gate_scale
+- mask = live[:, None] & (offs_d < HIDDEN_SIZE)
++ mask = live[:, None] & (offs_d >= 0)
+mask dropped: branches @ gate_scale -k test_kernel and 12-3-80
+- mask_out = mask_t[:, None] & (offs_h < NUM_BRANCHES)
++ mask_out = mask_t[:, None] & (offs_h >= 0)
+stride swapped @ gate_scale
+- offs_out = token[:, None] * NUM_BRANCHES + offs_h
++ offs_out = token[:, None] + offs_h * num_tokens
+32-bit product @ gate_scale -k beyond
+- token = tl.program_id(0).to(tl.int64) * BLOCK_T
++ token = tl.program_id(0) * BLOCK_T
+window off by one: end of the last sequence @ gate_scale
+- (token < tl.load(cu_seqlens_ptr + num_seqs))
++ (token < tl.load(cu_seqlens_ptr + num_seqs) - 1)
+last tile skipped: mean of value @ gate_scale
+- square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+-     for begin in range(0, HIDDEN_SIZE, BLOCK_D)
++ square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
++     for begin in range(0, HIDDEN_SIZE - HIDDEN_SIZE % BLOCK_D, BLOCK_D)
+eps outside the mean: value @ gate_scale
+- tl.rsqrt(gate * gate * mean + conv_eps)
++ tl.rsqrt(gate * gate * (mean + conv_eps))
+"""
+
+CONV_RESIDUAL = """\
+mask dropped: end of D @ gate_conv -k test_kernel and 12-3-80
+- mask = mask_t[:, None] & mask_d[None, :]
++ mask = mask_t[:, None] & (offs_d >= 0)[None, :]
+mask dropped: masked tokens @ gate_conv
+- inside = inside & (tl.load(mask_ptr + source, mask=inside, other=0) != 0)
++ inside = inside
+mask dropped: padding @ gate_conv
+- result = tl.where(padding[:, None], hidden, result)
++ result = result
+stride swapped: hidden @ gate_conv -k test_kernel and 12-4-64
+- token64[:, None] * stride_hidden_t + branch * stride_hidden_h
++ token64[:, None] * stride_hidden_h + branch * stride_hidden_t
+stride swapped: weight @ gate_conv
+- stride_weight_d,
+-     stride_weight_k,
++ stride_weight_k,
++     stride_weight_d,
+32-bit product @ gate_conv -k beyond
+- source64 = source.to(tl.int64)
++ source64 = source
+window off by one @ gate_conv
+- (source >= start) & (source >= 0)
++ (source > start) & (source >= 0)
+cu_seqlens ignored: start @ gate_conv
+- (source >= start) & (source >= 0)
++ (source >= 0)
+cu_seqlens ignored: search @ sequences
+- start = tl.load(cu_seqlens_ptr + seq)
++ start = token * 0
+history reversed @ gate_conv
+- slot = seq.to(tl.int64) * SPAN + SPAN + source - start
++ slot = seq.to(tl.int64) * SPAN - 1 - source + start
+last tile skipped @ gate_conv
+- mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
++ mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE // BLOCK_D * BLOCK_D
+norms swapped: query norm for conv norm @ gate_conv
+- scale,
+-                 conv_norm,
++ scale,
++                 query_norm,
+branch fixed to 0: conv norm @ gate_conv
+- conv_norm_ptr + branch * HIDDEN_SIZE
++ conv_norm_ptr
+branch fixed to 0: weight @ gate_conv
+- conv_weight_ptr + branch * stride_weight_h
++ conv_weight_ptr
+branch fixed to 0: gate @ gate_conv
+- gate_ptr + token64 * NUM_BRANCHES + branch
++ gate_ptr + token64 * NUM_BRANCHES
+taps reversed @ gate_conv
+- tap * stride_weight_k
++ (NUM_TAPS - 1 - tap) * stride_weight_k
+dilation minus one @ gate_conv
+- (NUM_TAPS - 1 - tap) * DILATION
++ (NUM_TAPS - 1 - tap) * (DILATION - 1)
+"""
+
+ADVANCE_STATE = """\
+mask dropped: masked tokens @ conv_state
+- present = present & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
++ present = present
+mask dropped: branches @ conv_state -k in_bounds
+- scale, mask=mask_h)
++ scale, mask=offs_h >= 0)
+mask dropped: end of D @ conv_state -k in_bounds
+- value, mask=mask_d)
++ value, mask=offs_d >= 0)
+stride swapped @ conv_state
+- state_scale_ptr + slot * NUM_BRANCHES + offs_h
++ state_scale_ptr + slot + offs_h * SPAN
+32-bit product @ conv_state -k beyond
+- tl.where(inside, start + position, 0).to(tl.int64)
++ tl.where(inside, start + position, 0)
+window off by one @ conv_state
+- position = length - SPAN + entry
++ position = length - SPAN - 1 + entry
+cu_seqlens ignored @ conv_state
+- start = tl.load(cu_seqlens_ptr + seq)
++ start = seq * 0
+history reversed @ conv_state
+- tl.where(inside, 0, position + SPAN)
++ tl.where(inside, 0, -1 - position)
+last tile skipped @ conv_state
+- range(0, HIDDEN_SIZE, BLOCK_D)
++ range(0, HIDDEN_SIZE - HIDDEN_SIZE % BLOCK_D, BLOCK_D)
+branch fixed to 0 @ conv_state
+- (scale_ptr + token * NUM_BRANCHES + offs_h
++ (scale_ptr + token * NUM_BRANCHES + offs_h * 0
+"""
+
+_CONV = "gate_conv", ("gate_conv/27b-packed-state",)
+MUTANTS = (
+    *mutants("gate_scale_kernel", *_CONV, GATE, GATE_SCALE),
+    *mutants("conv_residual_kernel", *_CONV, CONV_RESIDUAL),
+    *mutants("advance_state_kernel", *_CONV, ADVANCE_STATE),
+)
