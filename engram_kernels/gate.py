@@ -57,7 +57,7 @@ def token_rows(base_ptr, token, offs_h, stride_t, stride_h, ALIGNED: tl.constexp
     ALIGNED: the launcher found every row at a multiple of 16 bytes. Triton itself takes that from a stride only where
     it is a multiple of 16 elements.
     """
-    rows = base_ptr + (token[:, None, None] * stride_t + offs_h * stride_h)
+    rows = base_ptr + (token[:, None, None] * stride_t + offs_h.to(tl.int64) * stride_h)
     if ALIGNED:
         rows = tl.multiple_of(rows, (16, 16, 16))
     return rows
@@ -295,8 +295,11 @@ def check_gate(where, hidden, key, value, query_norm, key_norm, *, eps, clamp, m
         if not (optional if number is None else 0 <= number < float("inf")):
             raise ValueError(f"{where}: {name} must be a finite number of at least 0, got {number}")
     check_choice(where, "zero_gate", zero_gate, ("copysign", "sign"))
-    if hidden.is_cuda and torch.float64 in (hidden.dtype, query_norm.dtype, key_norm.dtype):
-        raise TypeError(f"{where}: float64 is for the CPU; kernels take bfloat16, float16 and float32")
+    if hidden.is_cuda and hidden.dtype == torch.float64:
+        raise TypeError(
+            f"{where}: hidden must be bfloat16, float16 or float32 on a GPU, float64 is for the CPU; "
+            f"got float64 on {hidden.device}"
+        )
 
 
 def check_gate_out(where, hidden, out) -> None:

@@ -85,19 +85,22 @@ def conv_residual_kernel(
 ):
     """Second pass: BLOCK_T tokens x BLOCK_D elements of the output, branch by branch.
 
-    Grid (cdiv(D, BLOCK_D), cdiv(T, BLOCK_T)). The K tiles of value come from memory for the first branch and from the
-    cache for the others. In place is safe: hidden is read where it is written and nowhere else.
+    Grid (cdiv(T, BLOCK_T) * cdiv(D, BLOCK_D),), D innermost. The K tiles of value come from memory for the first branch
+    and from the cache for the others. In place is safe: hidden is read where it is written and nowhere else.
     """
     SPAN: tl.constexpr = (NUM_TAPS - 1) * DILATION
-    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # One dimension of the grid: CUDA ends the others at 65,535, which 2 M tokens would exceed.
+    BLOCKS_D: tl.constexpr = (HIDDEN_SIZE + BLOCK_D - 1) // BLOCK_D
+    token = tl.program_id(0) // BLOCKS_D * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.program_id(0) % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
     mask = mask_t[:, None] & mask_d[None, :]
     seq, start, padding = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
     token64 = token.to(tl.int64)
     for branch in range(NUM_BRANCHES):
+        branch64 = tl.cast(branch, tl.int64)
         conv_norm = tl.load(conv_norm_ptr + branch * HIDDEN_SIZE + offs_d, mask=mask_d, other=0).to(tl.float32)
-        weight_ptr = conv_weight_ptr + branch * stride_weight_h + offs_d.to(tl.int64) * stride_weight_d
+        weight_ptr = conv_weight_ptr + branch64 * stride_weight_h + offs_d.to(tl.int64) * stride_weight_d
         conv = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for tap in tl.static_range(NUM_TAPS):
             source = token - (NUM_TAPS - 1 - tap) * DILATION
@@ -122,13 +125,13 @@ def conv_residual_kernel(
         # The last tap is the token itself, so value is its own here.
         result = gate[:, None] * value + conv / (1.0 + tl.exp(-conv))
         if RESIDUAL:
-            hidden_tile = hidden_ptr + token64[:, None] * stride_hidden_t + branch * stride_hidden_h + offs_d[None, :]
+            hidden_tile = hidden_ptr + token64[:, None] * stride_hidden_t + branch64 * stride_hidden_h + offs_d[None, :]
             hidden = tl.load(hidden_tile, mask=mask, other=0)
             result = (result + hidden.to(tl.float32)).to(out_ptr.dtype.element_ty)
             result = tl.where(padding[:, None], hidden, result)
         else:
             result = tl.where(padding[:, None], 0.0, result).to(out_ptr.dtype.element_ty)
-        out_tile = out_ptr + token64[:, None] * stride_out_t + branch * stride_out_h + offs_d[None, :]
+        out_tile = out_ptr + token64[:, None] * stride_out_t + branch64 * stride_out_h + offs_d[None, :]
         tl.store(out_tile, result, mask=mask)
 
 
@@ -164,14 +167,15 @@ def launch_gate_conv_residual(
     num_tokens, branches, hidden_size = hidden.shape
     num_taps = conv_weight.shape[2]
     sequences = sequence_arguments(shape, cu_seqlens)
-    gate, scale = torch.empty(2, num_tokens, branches, dtype=torch.float32, device=hidden.device)
+    # Two tensors: halves of one would be aligned for some T and not for others, each a variant of the kernels.
+    gate, scale = (torch.empty(num_tokens, branches, dtype=torch.float32, device=hidden.device) for _ in range(2))
     config = conv_config(num_tokens, hidden_size)
     with torch.cuda.device_of(hidden):
         if num_tokens:
             inputs = (hidden, key, value, query_norm, key_norm)
             launch_gate_scale(*inputs, eps, conv_eps, clamp, mask, zero_gate, cu_seqlens, gate, scale)
-            grid = (triton.cdiv(hidden_size, config.block_d), triton.cdiv(num_tokens, config.block_t))
-            conv_residual_kernel[grid](
+            programs = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(hidden_size, config.block_d)
+            conv_residual_kernel[(programs,)](
                 hidden,
                 value,
                 gate,
@@ -239,6 +243,8 @@ def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seq
     """Types, shapes and devices of what the convolution reads beyond the gate."""
     *tokens, branches, hidden_size = hidden.shape
     device = hidden.device
+    if hidden.shape[:-2].numel() >= 2**31:
+        raise ValueError(f"{where}: hidden must have below 2^31 tokens, got {list(hidden.shape)}")
     batch = check_batch(where, tokens, cu_seqlens, device)
     check_tensor(where, "conv_norm", conv_norm, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=device)
     check_tensor(where, "conv_weight", conv_weight, dtypes=FLOAT_DTYPES, device=device, contiguous=False)

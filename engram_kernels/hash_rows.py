@@ -75,7 +75,7 @@ def hash_lookup_kernel(
     Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31 and contiguous arguments.
     """
     num_rows = num_tokens * NUM_COLUMNS
-    layer_steps = tl.cdiv(num_rows, BLOCK_ROWS)
+    layer_steps = (num_rows - 1) // BLOCK_ROWS + 1  # not tl.cdiv, whose sum wraps for the last T * C below 2^31
     for step in range(tl.program_id(0), layer_steps * NUM_LAYERS, tl.num_programs(0)):
         layer = step // layer_steps
         index = (step - layer * layer_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

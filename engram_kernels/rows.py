@@ -172,7 +172,8 @@ def lookup_kernel(
     """
     weight_address, scale_address = tl.load(table_ptr), tl.load(table_ptr + 1)
     num_table_rows, scale_bits = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
-    for step in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0)):
+    # Not tl.cdiv, whose sum wraps for the last T * C below 2^31.
+    for step in range(tl.program_id(0), (num_rows - 1) // BLOCK_ROWS + 1, tl.num_programs(0)):
         out_row = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask_row = out_row < num_rows
         offs_t = (out_row // num_columns).to(tl.int64)

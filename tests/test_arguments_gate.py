@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels
 
@@ -101,6 +102,7 @@ GATE_CASES = [
     (ValueError, "out must be contiguous, got strides", {"out": randn(T, H, D + 1)[..., :D]}),
 ]  # fmt: skip
 
+MANY = torch.empty(2**31, 1, 1, device=META)
 B3 = ends(0, 2, 2, 5)
 CU = "cu_seqlens must"
 TAPS = r"conv_weight must have shape \[H, D, K\] = \[2, 8, K >= 1\], got"
@@ -126,6 +128,8 @@ CONV_CASES = [
     (ValueError, rf"{CU} rise from 0 to at most T = 6, got \[0, 4, 3\]", {"cu_seqlens": ends(0, 4, 3)}),
     (ValueError, rf"{CU} rise from 0 to at most T = 6, got \[0, 7\]", {"cu_seqlens": ends(0, 7)}),
     (ValueError, r"cu_seqlens is for packed tokens \[T\]; with \[2, 3\]", {"cu_seqlens": ends(0, 6), "tokens": (2, 3)}),
+    (ValueError, r"hidden must have below 2\^31 tokens, got \[2147483648, 1, 1\]",
+     {"hidden": MANY, "key": MANY, "value": MANY[:, 0], "query_norm": MANY[0], "key_norm": MANY[0]}),
 ]  # fmt: skip
 
 PAIR = r"conv_state must be a pair \(value, scale\), got"
@@ -174,6 +178,19 @@ def test_convolution(error, words, changes):
 def test_state_of_the_convolution(error, words, state, changes):
     with pytest.raises(error, match=f"^gate_conv_residual: {words}"):
         call("gate_conv_residual", conv_state=state, **changes)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_float64_on_a_gpu(op):
+    """Refused by its type alone, before anything is launched: a fake tensor says where it would be."""
+    with FakeTensorMode():
+        given = {
+            name: torch.empty(x.shape, dtype=torch.float64, device="cuda") if isinstance(x, torch.Tensor) else x
+            for name, x in valid(op).items()
+        }
+        words = "hidden must be bfloat16, float16 or float32 on a GPU, float64 is for the CPU; got float64 on cuda:0"
+        with pytest.raises(TypeError, match=f"^{op}: {words}"):
+            getattr(engram_kernels, op)(**given)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -74,8 +74,24 @@ def test_every_kernel_is_compiled():
     assert compiled == set(package_kernels())
 
 
-def test_variants_over_token_counts(monkeypatch):
-    """From 1 to 16,384 tokens each kernel compiles at most twice: for few tokens, and for more."""
+LENGTHS = (1, 2, 3, 7, 8, 15, 16, 17, 32, 100, 128, 1000, 2048, 4095, 8192, 16_384)
+# What is launched, and the variants of each kernel from 1 to 16,384 tokens: one, for the hash one more for few tokens,
+# and for the second pass of the convolution one for each height of a tile.
+SWEEPS = {
+    "models": (
+        tuple(compile_cases.CASES[case] for case in ("hash/v41", "lookup/v41", "hash_lookup/v41", "gate/v41")),
+        dict(ngram_hash_kernel=2, lookup_kernel=1, hash_lookup_kernel=1, gate_residual_kernel=1),
+    ),
+    # Three branches: the scalars of T tokens end at a multiple of 16 bytes for every fourth T only.
+    "conv": (
+        (lambda: compile_cases.conv_case(3, 64, torch.bfloat16, full=True),),
+        dict(gate_scale_kernel=1, conv_residual_kernel=4, advance_state_kernel=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_variants_over_token_counts(sweep, monkeypatch):
     keys = set()
     run = JITFunction.run
 
@@ -85,20 +101,26 @@ def test_variants_over_token_counts(monkeypatch):
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", watch)
+    launches, expected = SWEEPS[sweep]
     with compiling_for("sm_90"):
-        for tokens in (1, 2, 3, 7, 8, 15, 16, 17, 32, 100, 128, 1000, 2048, 4095, 8192, 16_384):
+        for tokens in LENGTHS:
             monkeypatch.setattr(compile_cases, "TOKENS", tokens)
-            for case in ("hash/v41", "lookup/v41", "hash_lookup/v41", "gate/v41", "gate_conv/27b"):
-                compile_cases.CASES[case]()
-    counts = {name: sum(kernel == name for kernel, _ in keys) for name, _ in keys}
-    assert counts == dict(
-        ngram_hash_kernel=2,
-        lookup_kernel=1,
-        hash_lookup_kernel=1,
-        gate_residual_kernel=1,
-        gate_scale_kernel=1,
-        conv_residual_kernel=4,
-    )
+            for launch in launches:
+                launch()
+    assert {name: sum(kernel == name for kernel, _ in keys) for name, _ in keys} == expected
+
+
+def test_grids_of_millions_of_tokens(monkeypatch):
+    """CUDA takes 2^31 - 1 programs in a grid's first dimension and 65,535 in the others."""
+    grids = {}
+    monkeypatch.setattr(JITFunction, "run", lambda self, *_, grid, **__: grids.update({self.fn.__name__: grid}))
+    monkeypatch.setattr(compile_cases, "TOKENS", 2**22)
+    for case in ("hash/v41", "lookup/27b"):
+        compile_cases.CASES[case]()
+    compile_cases.gate_case(1, 8, torch.bfloat16)
+    compile_cases.conv_case(1, 8, torch.bfloat16, full=True)
+    assert len(grids) >= 6
+    assert all(grid[0] < 2**31 and max((0, *grid[1:])) < 2**16 for grid in grids.values()), grids
 
 
 def test_stub_driver_is_taken_back():

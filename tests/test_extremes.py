@@ -29,6 +29,11 @@ def far_apart(tensor):
     return apart.copy_(tensor)
 
 
+def branches_apart(tensor):
+    """``tensor [T, 3, D]`` with its branches FAR elements apart, as a view of ``[3, T, D]`` may have them."""
+    return far_apart(tensor.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
 def on_the_cpu(device):
     if device.type != "cpu":
         pytest.skip("needs registered memory of 8 GiB a tensor")
@@ -50,6 +55,23 @@ def test_conv_of_tokens_beyond_2_31_elements(device):
     _, (new_value, _) = gate_conv_residual(hidden, key, value, *tensors[3:], **options, conv_state=old, out=hidden)
     assert_within(hidden, *exact_and_bound(tensors, torch.bfloat16, dilation=1, conv_state=old))
     assert torch.equal(new_value[0], tensors[2])
+
+
+def test_gate_of_branches_beyond_2_31_elements(device):
+    """Hidden states kept branch by branch: the stride fits 32 bits, its product with the branch does not."""
+    on_the_cpu(device)
+    tensors = inputs(4, 3, 48, torch.bfloat16)
+    hidden, key = (branches_apart(x) for x in tensors[:2])
+    gate_residual(hidden, key, *tensors[2:], eps=EPS, out=hidden)
+    check(hidden, tensors, torch.bfloat16)
+
+
+def test_conv_of_branches_beyond_2_31_elements(device):
+    on_the_cpu(device)
+    tensors = conv_inputs(4, 3, 48, 2, torch.bfloat16)
+    hidden, key = (branches_apart(x) for x in tensors[:2])
+    gate_conv_residual(hidden, key, *tensors[2:], dilation=1, eps=EPS, conv_eps=CONV_EPS, out=hidden)
+    assert_within(hidden, *exact_and_bound(tensors, torch.bfloat16, dilation=1))
 
 
 def test_hash_lookup_of_rows_beyond_2_36_bytes(device):

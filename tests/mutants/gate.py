@@ -24,6 +24,9 @@ eps outside the mean: key @ gate -k size_of_eps
 norms swapped: one for both @ gate
 - tl.load(key_norm_ptr + offs_h
 + tl.load(query_norm_ptr + offs_h
+32-bit product: branch @ gate -k branches_beyond
+- offs_h.to(tl.int64) * stride_h
++ offs_h * stride_h
 branch fixed to 0: query norm @ gate
 - tl.load(query_norm_ptr + offs_h * HIDDEN_SIZE + offs_d
 + tl.load(query_norm_ptr + offs_h * 0 + offs_d

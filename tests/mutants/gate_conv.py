@@ -46,13 +46,16 @@ mask dropped: padding @ gate_conv
 - result = tl.where(padding[:, None], hidden, result)
 + result = result
 stride swapped: hidden @ gate_conv -k test_kernel and 12-4-64
-- token64[:, None] * stride_hidden_t + branch * stride_hidden_h
-+ token64[:, None] * stride_hidden_h + branch * stride_hidden_t
+- token64[:, None] * stride_hidden_t + branch64 * stride_hidden_h
++ token64[:, None] * stride_hidden_h + branch64 * stride_hidden_t
 stride swapped: weight @ gate_conv
 - stride_weight_d,
 -     stride_weight_k,
 + stride_weight_k,
 +     stride_weight_d,
+32-bit product: branch @ gate_conv -k branches_beyond
+- branch64 = tl.cast(branch, tl.int64)
++ branch64 = branch
 32-bit product @ gate_conv -k beyond
 - source64 = source.to(tl.int64)
 + source64 = source
@@ -80,7 +83,7 @@ branch fixed to 0: conv norm @ gate_conv
 - conv_norm_ptr + branch * HIDDEN_SIZE
 + conv_norm_ptr
 branch fixed to 0: weight @ gate_conv
-- conv_weight_ptr + branch * stride_weight_h
+- conv_weight_ptr + branch64 * stride_weight_h
 + conv_weight_ptr
 branch fixed to 0: gate @ gate_conv
 - gate_ptr + token64 * NUM_BRANCHES + branch

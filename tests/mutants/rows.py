@@ -36,7 +36,7 @@ stride swapped @ rows -k strided_ids
 - offs_t * stride_ids_t + offs_c * stride_ids_c
 + offs_t * stride_ids_c + offs_c * stride_ids_t
 last tile skipped @ rows
-- tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs
+- (num_rows - 1) // BLOCK_ROWS + 1, tl.num_programs
 + num_rows // BLOCK_ROWS, tl.num_programs
 scale byte off by one: first chunk for all @ rows
 - scale_address, begin // GROUP, NUM_SCALES
@@ -71,7 +71,7 @@ stride swapped: tokens and columns @ hash_rows
 +             mask_row,
 +             index // num_tokens
 last tile skipped @ hash_rows
-- tl.cdiv(num_rows, BLOCK_ROWS)
+- (num_rows - 1) // BLOCK_ROWS + 1
 + num_rows // BLOCK_ROWS
 branch fixed to 0: layer of the tables @ hash_rows
 - tables_ptr + layer * 4
