@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .arguments import check_batch, check_tensor
 from .config import EngramConfig
 from .gate import gate_residual
 from .gate_conv import gate_conv_residual
@@ -82,7 +83,8 @@ class Engram(nn.Module):
         """``[T, H, D]`` (``[B, S, H, D]``) from hidden of that shape; with conv_state (out, new state).
 
         token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history and dead as for :func:`ngram_hash`; or rows
-        ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before.
+        ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before. Padding tokens come back as hidden, and so do dead
+        ones (in DeepSeek-V4.1 those of images), to which a form with a convolution still adds that of earlier tokens.
         """
         if (token_ids is None) == (rows is None):
             raise ValueError("Engram.forward: expected either token_ids or rows, got both or neither")
@@ -93,6 +95,7 @@ class Engram(nn.Module):
         key = kv[..., :width].unflatten(-1, (self.config.branches, self.config.hidden_size))
         inputs = (hidden, key, kv[..., width:], self.q_weight, self.k_weight)
         options = dict(eps=self.config.eps, zero_gate=self.config.zero_gate, residual=self.residual)
+        options |= dict(mask=self._mask(hidden, cu_seqlens, dead))
         if not self.config.conv_kernel:
             if conv_state is not None:
                 raise ValueError("Engram.forward: this config has no convolution and takes no conv_state")
@@ -151,6 +154,21 @@ class Engram(nn.Module):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(loaded[name])
+
+    def _mask(self, hidden, cu_seqlens, dead) -> torch.Tensor | None:
+        """Tokens whose gate is open: neither dead nor padding, which the convolution finds itself. None: all."""
+        where, tokens, device = "Engram.forward", hidden.shape[:-2], hidden.device
+        mask = None
+        if len(tokens) not in (1, 2):
+            return mask  # which the gate refuses
+        if dead is not None:
+            check_tensor(where, "dead", dead, dtypes=(torch.bool,), shape=tokens, device=device)
+            mask = ~dead
+        if cu_seqlens is not None and not self.config.conv_kernel:
+            check_batch(where, tokens, cu_seqlens, device)
+            inside = torch.arange(tokens[0], device=device) < cu_seqlens[-1]
+            mask = inside if mask is None else mask & inside
+        return mask
 
     def _qwen_tensors(self, tensors, prefix) -> dict[str, torch.Tensor]:
         shape = (self.config.branches, self.config.hidden_size)

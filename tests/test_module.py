@@ -35,6 +35,7 @@ FORMS = {
         **SMALL,
     ),
 }
+FORMS_WITHOUT_CONV = {"biased": dataclasses.replace(FORMS["v41"], projection_bias=True)}
 NAMES = {
     "v41": {"wkv.weight", "q_weight", "k_weight"},
     "paper": {"wkv.weight", "wkv.bias", "q_weight", "k_weight", "conv_norm", "conv_weight"},
@@ -43,7 +44,7 @@ NAMES = {
 
 
 def built(form, device=None, **options):
-    config = FORMS[form]
+    config = (FORMS | FORMS_WITHOUT_CONV)[form]
     plan = HashPlan.build(config, None if config.window == "eos" else torch.arange(40))
     placement = "device" if device is not None and device.type == "cuda" else "cpu"
     tables = [
@@ -68,7 +69,7 @@ def test_forward_is_the_ops_by_hand(form, residual):
     rows = hash_lookup(ids, plan, tables, **packed, dead=dead)[-1].flatten(1)
     kv = rows @ module.wkv.weight.T + (0 if module.wkv.bias is None else module.wkv.bias)
     config = module.config
-    options = dict(eps=config.eps, zero_gate=config.zero_gate, residual=residual)
+    options = dict(eps=config.eps, zero_gate=config.zero_gate, residual=residual, mask=~dead)
     inputs = hidden, kv[:, :48].view(9, 2, 24), kv[:, 48:], module.q_weight, module.k_weight
     if config.conv_kernel:
         options |= dict(dilation=3, conv_eps=config.conv_eps, cu_seqlens=packed["cu_seqlens"])
@@ -84,6 +85,32 @@ def test_rows_looked_up_before(form):
     hidden, ids = torch.randn(2, 5, 2, 24), torch.randint(0, 40, (2, 5))
     rows = hash_lookup(ids, plan, tables)[-1]
     assert torch.equal(module(hidden, rows=rows), module(hidden, ids))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "biased"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_padding_and_dead_tokens_pass_unchanged(form, residual):
+    """Bit for bit, -0.0 and NaN included, from tokens or from rows, and they change no other token. To a dead one the
+    convolution of the tokens before it is added, in the forms that have one.
+    """
+    module, plan, tables = built(form, residual=residual)
+    ids, dead = torch.randint(0, 40, (8,)), torch.tensor([0, 0, 1, 0, 0, 0, 0, 0]).bool()
+    options = dict(cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32), dead=dead)
+    untouched = [6, 7] if module.config.conv_kernel else [2, 6, 7]
+    hidden = torch.randn(8, 2, 24)
+    calm = module(hidden, ids, **options)
+    hidden[untouched, 0, :3] = torch.tensor([-0.0, float("nan"), float("inf")])
+    out = module(hidden, ids, **options)
+    kept = hidden[untouched] if residual else torch.zeros(len(untouched), 2, 24)
+    assert torch.equal(out[untouched].view(torch.int32), kept.view(torch.int32))
+    others = [token for token in range(8) if token not in untouched]
+    assert torch.equal(out[others], calm[others]) and calm[others].ne(hidden[others]).any()
+    rows = hash_lookup(ids, plan, tables, **options)[-1]
+    assert torch.equal(module(hidden, rows=rows, **options).view(torch.int32), out.view(torch.int32))
+    with pytest.raises(ValueError, match=r"^Engram.forward: dead must have shape \[8\], got \[7\]"):
+        module(hidden, rows=rows, dead=dead[1:])
+    with pytest.raises(ValueError, match=r"hidden must have shape \[T, H, D\] or \[B, S, H, D\], got \[8, 48\]"):
+        module(hidden.flatten(1), rows=rows, **options)
 
 
 def test_conv_state_makes_chunks_equal_the_whole():
