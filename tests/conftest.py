@@ -28,6 +28,7 @@ LANES = {"cpu": (), "interpret": ("kernel",), "compile": ("compile",), "gpu": ("
 BUDGETS = {"cpu": 240, "interpret": 420, "compile": 180}  # seconds, on two cores
 STARTED = pytest.StashKey()
 launches = Counter()  # kernel name -> launches in this process
+recent = {}  # kernel name -> the grid and the keyword arguments of its last launch, tensors left out
 
 
 def pytest_addoption(parser):
@@ -86,6 +87,7 @@ def _count_launches():
         @functools.wraps(run)
         def counted(self, *args, _run=run, **kwargs):
             launches[self.fn.__name__] += 1
+            recent[self.fn.__name__] = {k: v for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
             return _run(self, *args, **kwargs)
 
         kind.run = counted

@@ -27,7 +27,7 @@ def random_parts(rows, width, name, seed=0) -> tuple[torch.Tensor, torch.Tensor 
         return torch.randn(rows, width, generator=generator).to(dtype), None
     weight = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8).view(dtype)
     if FORMATS[name].scaling == "table":
-        return weight, TABLE_SCALE
+        return weight, TABLE_SCALE * (seed + 1)
     scale = torch.randint(110, 140, (rows, width // 32), generator=generator, dtype=torch.uint8)
     extreme = scale.view(-1)[:: max(1, scale.numel() // 7)]
     extreme.copy_(torch.tensor([0, 1, 255, 254, 127], dtype=torch.uint8).repeat(len(extreme))[: len(extreme)])

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from engram_kernels import gate_residual, reference
-from engram_kernels.gate import gate_config
+from engram_kernels.gate import gate_config, rows_aligned
 
 from . import oracles, tolerances
+from .conftest import recent
 from .guards import Guarded
 
 EPS = 1e-6
@@ -30,10 +31,10 @@ def doubles(tensors):
     return [x.double().cpu().numpy() for x in tensors]
 
 
-def check(result, tensors, dtype, *, zero_gate="copysign", clamp=1e-6, residual=True):
+def check(result, tensors, dtype, *, zero_gate="copysign", clamp=1e-6, residual=True, eps=EPS):
     """Within the derived bound of the float64 oracle."""
     hidden, key, value, query_norm, key_norm = doubles(tensors)
-    d, magnitude = oracles.gate_parts(hidden, key, query_norm, key_norm, EPS)
+    d, magnitude = oracles.gate_parts(hidden, key, query_norm, key_norm, eps)
     exact = oracles.gate_of(d, clamp, zero_gate)[..., None] * value[:, None]
     base = hidden if residual else np.zeros_like(hidden)
     error = tolerances.gate_bound(d, magnitude, hidden.shape[-1], clamp, zero_gate)
@@ -92,6 +93,7 @@ def test_kernel(device, tokens, branches, width, dtype, norm_dtype, zero_gate):
         out = Guarded((tokens, branches, width), dtype, device)
         gate_residual(*moved, eps=EPS, zero_gate=zero_gate, residual=residual, out=out.tensor)
         check(out.check(), tensors, dtype, zero_gate=zero_gate, residual=residual)
+    assert recent["gate_residual_kernel"]["ALIGNED"] == (width * dtype.itemsize % 16 == 0)
 
 
 @pytest.mark.kernel
@@ -108,6 +110,7 @@ def test_kernel_views_of_kv_in_place(device, dtype):
     stream.copy_(hidden)
     result = gate_residual(stream, *views, *(x.to(device) for x in norms), eps=EPS, out=stream)
     assert result is stream
+    assert not recent["gate_residual_kernel"]["ALIGNED"]  # 16-byte loads of kv's rows would fault
     check(stream, (hidden, key, value, *norms), dtype)
     assert room[:, :2].eq(7).all() and room[:, 6:].eq(7).all()
 
@@ -180,6 +183,15 @@ def test_kernel_small_and_large(device, power):
 
 
 @pytest.mark.kernel
+def test_kernel_eps_none_is_the_machine_epsilon_of_float32(device):
+    """Of inputs whose mean square is about as large; in the gate it is the difference between 0.55 and 0.6."""
+    hidden, key, *rest = inputs(5, 2, 64, torch.float16)
+    tensors = 3e-4 * hidden, 3e-4 * key, *rest
+    result = gate_residual(*(x.to(device) for x in tensors), eps=None, residual=False)
+    check(result, tensors, torch.float16, eps=2.0**-23, residual=False)
+
+
+@pytest.mark.kernel
 def test_kernel_clamp(device):
     """Below the clamp the gate is flat: a huge clamp makes every gate the same on its side of zero."""
     tensors = inputs(5, 2, 64)
@@ -208,6 +220,23 @@ def test_gradient_runs_the_reference(device):
     tensors[2].requires_grad_()
     gate_residual(*tensors, eps=EPS).sum().backward()
     assert tensors[2].grad is not None and tensors[2].grad.ne(0).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "offset", "aligned"),
+    [
+        ((3, 2, 8), (16, 8, 1), 0, True),
+        ((3, 2, 8), (40, 8, 1), 8, True),
+        ((3, 2, 8), (16, 8, 1), 1, False),  # misaligned itself
+        ((3, 2, 8), (20, 8, 1), 0, False),  # from its second token on
+        ((3, 2, 8), (24, 12, 1), 0, False),  # in its second branch
+        ((3, 2, 7), (14, 7, 1), 0, False),
+    ],
+)
+def test_rows_aligned(shape, strides, offset, aligned):
+    tensor = torch.zeros(400, dtype=torch.bfloat16).as_strided(shape, strides, offset)
+    assert rows_aligned(tensor) is aligned
+    assert rows_aligned(torch.zeros(3, 2, 8), tensor) is aligned
 
 
 def test_gate_config_is_a_function_of_shape():

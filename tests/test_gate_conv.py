@@ -48,20 +48,33 @@ def owners(tokens, cu):
     return [next(b for b in range(len(ends) - 1) if ends[b] <= t < ends[b + 1]) for t in range(min(tokens, ends[-1]))]
 
 
-def exact_and_bound(tensors, dtype, *, dilation, cu=None, conv_state=None, mask=None, residual=True):
+def exact_and_bound(
+    tensors,
+    dtype,
+    *,
+    dilation,
+    cu=None,
+    conv_state=None,
+    mask=None,
+    residual=True,
+    eps=EPS,
+    conv_eps=CONV_EPS,
+    clamp=1e-6,
+    zero_gate="copysign",
+):
     """float64 oracle of the tokens that are no padding, and the bound on a kernel's error there."""
     hidden, key, value, query_norm, key_norm, conv_norm, weight = doubles(tensors)
     live = len(hidden) if cu is None else int(cu[-1])
     hidden, key, value = hidden[:live], key[:live], value[:live]
     on = np.ones(live, bool) if mask is None else mask.numpy()[:live]
     key, value = np.where(on[:, None, None], key, 1.0), np.where(on[:, None], value, 0.0)
-    d, magnitude = oracles.gate_parts(hidden, key, query_norm, key_norm, EPS)
-    gate = oracles.gate_of(d)
+    d, magnitude = oracles.gate_parts(hidden, key, query_norm, key_norm, eps)
+    gate = oracles.gate_of(d, clamp, zero_gate)
     base = hidden if residual else np.zeros_like(hidden)
     past = None if conv_state is None else [part.double().numpy()[owners(len(tensors[0]), cu)] for part in conv_state]
-    options = dict(dilation=dilation, conv_eps=CONV_EPS, starts=starts_of(live, cu), state=past, magnitude=True)
+    options = dict(dilation=dilation, conv_eps=conv_eps, starts=starts_of(live, cu), state=past, magnitude=True)
     exact, size = oracles.gate_conv(base, gate, value, conv_norm, weight, **options)
-    error = tolerances.gate_bound(d, magnitude, hidden.shape[-1], 1e-6, "copysign")
+    error = tolerances.gate_bound(d, magnitude, hidden.shape[-1], clamp, zero_gate)
     bound = tolerances.conv_bound(exact, base, value, gate, error, size, hidden.shape[-1], weight.shape[-1], dtype)
     return exact, bound
 
@@ -234,6 +247,34 @@ def test_kernel_chunks_change_no_bit(device, lengths):
     parts, carried = chunked(gate_conv_residual, tensors, lengths, zeros, **options)
     assert torch.equal(parts, whole)
     assert all(torch.equal(a, b) for a, b in zip(last, carried, strict=True))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("zero_gate", "clamp"), [("sign", 1e-6), ("copysign", 0.5)])
+def test_kernel_options_of_gate_and_norms(device, zero_gate, clamp):
+    """Among them both eps None, on inputs whose mean square is as small as they are."""
+    hidden, key, value, *rest = conv_inputs(6, 2, 64, 3)
+    tensors = 3e-4 * hidden, 3e-4 * key, 3e-4 * value, *rest
+    options = dict(dilation=1, zero_gate=zero_gate, clamp=clamp, residual=False)
+    result = gate_conv_residual(*(x.to(device) for x in tensors), **options, eps=None, conv_eps=None)
+    exact, bound = exact_and_bound(tensors, torch.float32, **options, eps=2.0**-23, conv_eps=2.0**-23)
+    tolerances.assert_within(result, exact, bound)
+
+
+@pytest.mark.kernel
+def test_kernel_batch_with_state(device):
+    """Rows of a batch are the sequences that cu_seqlens would name: the same bits, states included."""
+    tensors = [x.to(device) for x in conv_inputs(8, 2, 32, 3)]
+    old = tuple(part.to(device) for part in state(2, 2, 32, 4))
+    mask = torch.arange(8, device=device) % 5 != 3
+    options = dict(dilation=2, eps=EPS, conv_eps=CONV_EPS, conv_state=old)
+    cu = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
+    whole, new = gate_conv_residual(*tensors, **options, cu_seqlens=cu, mask=mask)
+    batch = [x.unflatten(0, (2, 4)) for x in tensors[:3]]
+    out, states = gate_conv_residual(*batch, *tensors[3:], **options, mask=mask.view(2, 4))
+    assert torch.equal(out.flatten(0, 1), whole)
+    assert all(torch.equal(a, b) for a, b in zip(states, new, strict=True))
+    assert not any(torch.equal(a[0], a[1]) for a in states)
 
 
 @pytest.mark.kernel

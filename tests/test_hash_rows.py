@@ -9,6 +9,7 @@ from engram_kernels.hash_rows import launch_hash_lookup
 from engram_kernels.table import view_tables
 
 from . import tables
+from .conftest import recent
 from .guards import Guarded
 from .test_hashing import oracle, ragged, small_plan
 
@@ -91,6 +92,8 @@ def test_kernel_storage(device, name):
     assert torch.equal(rows.cpu().view(torch.uint8), wanted_rows.view(torch.uint8))
     assert (scales is None) == (wanted_scales is None)
     assert scales is None or torch.equal(scales.cpu(), wanted_scales)
+    if name == "e4m3":
+        assert torch.equal(scales, torch.tensor([scale for _, scale in parts]))
 
 
 @pytest.mark.kernel
@@ -106,7 +109,9 @@ def test_kernel_equals_hash_then_lookup(device, tokens):
     assert torch.equal(ngram_hash(ids, plan), row_ids)
     for layer, table in enumerate(placed):
         assert tables.same_bits(rows[layer], lookup(table, row_ids[:, layer]), truncated=False)
-    assert tables.same_bits(hash_lookup(ids, plan, placed, programs=1), rows, truncated=False)
+    for programs in (1, 2):
+        assert tables.same_bits(hash_lookup(ids, plan, placed, programs=programs), rows, truncated=False)
+        assert recent["hash_lookup_kernel"]["grid"] == (programs,)
     history = torch.cat([torch.full((3,), -1, device=device), ids])[-4:-1][None]
     alone = hash_lookup(ids[-1:], plan, placed, history=history)
     assert tables.same_bits(alone, rows[:, -1:], truncated=False)

@@ -24,6 +24,7 @@ def small_plan(layers=2, max_ngram=3, heads=2, vocab=40, dialect="map", wrapping
     """A plan of odd primes that fit no tile, with or without a token map, in either dialect."""
     generator = torch.Generator().manual_seed(layers * 100 + max_ngram)
     primes = torch.tensor([101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157][: (max_ngram - 1) * heads])
+    primes = primes + 100 * torch.arange(layers)[:, None]  # layers differ, as models' do; any divisor will do
     multipliers = torch.randint(1, 2**40, (layers, max_ngram), generator=generator) * 2 + 1
     if wrapping:
         multipliers = torch.tensor(WRAPPING[:max_ngram]).expand(layers, -1)
@@ -32,7 +33,7 @@ def small_plan(layers=2, max_ngram=3, heads=2, vocab=40, dialect="map", wrapping
         options = dict(pad=3, token_map=torch.randint(0, vocab // 2, (vocab,), generator=generator))
     elif dialect == "eos":
         options = dict(pad=7, eos=7, vocab_size=vocab)
-    return HashPlan.from_parts(multipliers, primes.expand(layers, -1), **options)
+    return HashPlan.from_parts(multipliers, primes, **options)
 
 
 def oracle(ids, plan, cu=None, history=None, dead=None):
@@ -62,7 +63,8 @@ def ragged(vocab=40, invalid=False):
     dead = torch.zeros(19, dtype=torch.bool)
     dead[[4, 11]] = True
     if invalid:
-        ids[3], ids[8], ids[13], history[3, 1] = -1, vocab, 2**30, -5
+        # Read at once, one place back, and by 3-grams alone two places back.
+        ids[3], ids[6], ids[9], ids[13], history[3, 1] = -1, -1, vocab, 2**30, -5
         ids[4] = -77  # dead: may hold anything
     return ids, cu, history, dead
 

@@ -11,6 +11,7 @@ from engram_kernels.rows import launch_lookup, rows_config
 from engram_kernels.table import view_tables
 
 from . import tables
+from .conftest import recent
 from .guards import Guarded
 
 # Widths: no power of two, more than one chunk, odd numbers of scale groups, one scale word of each size.
@@ -174,6 +175,16 @@ def test_kernel_programs_change_no_bit(device):
         assert tables.same_bits(again, first, truncated=False)
     alone = lookup(table, ids[17:18], out_dtype=torch.float32)
     assert tables.same_bits(alone, first[17:18], truncated=False)
+
+
+@pytest.mark.kernel
+def test_kernel_programs_is_the_size_of_the_grid(device):
+    """No more than there are steps, of 32 rows here."""
+    table = tables.place(*tables.random_parts(ROWS, 16, "bfloat16"), device)
+    ids = torch.zeros(100, dtype=torch.int64, device=device)
+    for programs, grid in ((1, 1), (3, 3), (50, 4), (None, 2 if device.type == "cpu" else 4)):
+        lookup(table, ids, programs=programs)
+        assert recent["lookup_kernel"]["grid"] == (grid,)
 
 
 @pytest.mark.kernel

@@ -37,6 +37,9 @@ cu_seqlens ignored: start @ sequences
 cu_seqlens ignored: padding @ sequences
 - padding = token >= tl.load(cu_seqlens_ptr + num_seqs)
 + padding = token < 0
+mask dropped: ids that only a longer n-gram reads @ hashing
+- bad | (reads & ~valid & ~blocked)
++ bad | (~valid & ~blocked)
 history reversed @ hashing
 - * (MAX_NGRAM - 1) + slot
 + * (MAX_NGRAM - 1) + (MAX_NGRAM - 2 - slot)

@@ -73,6 +73,12 @@ stride swapped: tokens and columns @ hash_rows
 last tile skipped @ hash_rows
 - (num_rows - 1) // BLOCK_ROWS + 1
 + num_rows // BLOCK_ROWS
+branch fixed to 0: layer of the tables' rows @ hash_rows
+- tl.load(table_ptr + 2)
++ tl.load(tables_ptr + 2)
+branch fixed to 0: layer of the tables' scales @ hash_rows
+- tl.load(table_ptr + 3)
++ tl.load(tables_ptr + 3)
 branch fixed to 0: layer of the tables @ hash_rows
 - tables_ptr + layer * 4
 + tables_ptr
