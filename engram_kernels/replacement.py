@@ -11,6 +11,7 @@ from torch import nn
 from .config import EngramConfig
 from .module import Engram
 from .plan import HashPlan
+from .reference.gate import rms_norm
 from .table import EngramTable
 
 _MODULE = ("hash_mapping", "multi_head_embedding", "key_projs", "value_proj", "norm1", "norm2", "short_conv")
@@ -53,54 +54,33 @@ def replace_engram(model: nn.Module, *, placement: str) -> dict[str, nn.Module]:
     projection's is copied.
     ValueError where a module looks like the demo's and lacks an attribute, or differs in what it computes.
     """
-    found = {}
-    for name, module in model.named_modules():
+    found, replacements = {}, {}
+    # A module that the model holds under two names is replaced under both.
+    for name, module in model.named_modules(remove_duplicate=False):
         present = [attribute for attribute in _MODULE if hasattr(module, attribute)]
         if len(present) > len(_MODULE) // 2:
             found[name] = module
-    replacements = {name: DemoEngram(_converted(name or "model", module, placement)) for name, module in found.items()}
     if "" in found:
         raise ValueError("replace_engram: model is itself an Engram module; expected a model that contains some")
-    for name, replacement in replacements.items():
+    for name, module in found.items():
+        if module not in replacements:
+            replacements[module] = DemoEngram(_converted(name, module, placement))
+    for name, module in found.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
+        setattr(model.get_submodule(parent), child, replacements[module])
     return found
 
 
 def _converted(name: str, module: nn.Module, placement: str) -> Engram:
     for path in _NEEDED:
         _attribute(name, module, path)
-    hash_mapping, embedding = module.hash_mapping, module.multi_head_embedding.embedding
-    layer, conv = module.layer_id, module.short_conv.conv
-    multipliers = torch.as_tensor(hash_mapping.layer_multipliers[layer])
-    primes = torch.as_tensor(hash_mapping.vocab_size_across_layers[layer])  # [N - 1, heads]
-    plan = HashPlan.from_parts(
-        multipliers[None],
-        primes.reshape(1, -1),
-        pad=int(hash_mapping.pad_id),
-        token_map=torch.as_tensor(hash_mapping.compressed_tokenizer.lookup_table),
-    )
-    config = EngramConfig(
-        layers=(layer,),
-        max_ngram=len(multipliers),
-        heads=primes.shape[1],
-        row_width=embedding.weight.shape[1],
-        table_sizes=tuple(primes[:, 0].tolist()),
-        hidden_size=module.value_proj.out_features,
-        branches=len(module.key_projs),
-        raw_vocab_size=plan.vocab_size,
-        vocab_size=int(plan.token_map.max()) + 1,
-        format=str(embedding.weight.dtype).removeprefix("torch."),
-        eps=_shared_eps(name, "norm1 and norm2", [*module.norm1, *module.norm2]),
-        projection_bias=module.value_proj.bias is not None,
-        conv_kernel=conv.kernel_size[0],
-        conv_eps=_shared_eps(name, "short_conv.norms", module.short_conv.norms),
-        zero_gate="sign",
-    )
+    config, plan = _geometry(name, module)
     _check_form(name, module, config, plan)
+    _check_parts(name, module, config)
+    embedding, conv = module.multi_head_embedding.embedding, module.short_conv.conv
     table = EngramTable.from_tensors(embedding.weight.detach(), placement=placement)
     weight = module.value_proj.weight
-    engram = Engram(config, layer, plan, table, residual=False, device="meta", dtype=weight.dtype)
+    engram = Engram(config, module.layer_id, plan, table, residual=False, device="meta", dtype=weight.dtype)
     projections = [*module.key_projs, module.value_proj]
     engram.wkv.weight = _joined([projection.weight for projection in projections], torch.cat, weight)
     if config.projection_bias:
@@ -113,6 +93,51 @@ def _converted(name: str, module: nn.Module, placement: str) -> Engram:
     return engram.train(module.training)
 
 
+def _geometry(name: str, module: nn.Module) -> tuple[EngramConfig, HashPlan]:
+    mapping, layer = module.hash_mapping, module.layer_id
+    for attribute in ("layer_multipliers", "vocab_size_across_layers"):
+        if layer not in getattr(mapping, attribute):
+            raise ValueError(f"replace_engram: {name}.hash_mapping.{attribute} has nothing for layer_id {layer}")
+    sizes = mapping.vocab_size_across_layers[layer]  # [N - 1][heads]
+    if len({len(order) for order in sizes}) != 1:
+        lengths = [len(order) for order in sizes]
+        raise ValueError(
+            f"replace_engram: {name}.hash_mapping.vocab_size_across_layers[{layer}] must have equally many heads in "
+            f"every order, got {lengths}"
+        )
+    if not len(module.key_projs):
+        raise ValueError(f"replace_engram: {name}.key_projs must have one projection for each branch, got none")
+    embedding = module.multi_head_embedding.embedding.weight
+    try:
+        primes = torch.as_tensor(sizes)
+        plan = HashPlan.from_parts(
+            torch.as_tensor(mapping.layer_multipliers[layer])[None],
+            primes.reshape(1, -1),
+            pad=int(mapping.pad_id),
+            token_map=torch.as_tensor(mapping.compressed_tokenizer.lookup_table),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"replace_engram: {name}.hash_mapping does not make a plan: {error}") from None
+    config = EngramConfig(
+        layers=(layer,),
+        max_ngram=plan.max_ngram,
+        heads=primes.shape[1],
+        row_width=embedding.shape[1],
+        table_sizes=tuple(primes[:, 0].tolist()),
+        hidden_size=module.value_proj.weight.shape[0],
+        branches=len(module.key_projs),
+        raw_vocab_size=plan.vocab_size,
+        vocab_size=int(plan.token_map.max()) + 1,
+        format=str(embedding.dtype).removeprefix("torch."),
+        eps=_shared_eps(name, "norm1 and norm2", [*module.norm1, *module.norm2]),
+        projection_bias=module.value_proj.bias is not None,
+        conv_kernel=module.short_conv.conv.weight.shape[-1],
+        conv_eps=_shared_eps(name, "short_conv.norms", module.short_conv.norms),
+        zero_gate="sign",
+    )
+    return config, plan
+
+
 def _attribute(name: str, module: nn.Module, path: str):
     value = module
     for part in path.split("."):
@@ -123,6 +148,8 @@ def _attribute(name: str, module: nn.Module, path: str):
 
 
 def _shared_eps(name: str, which: str, norms) -> float | None:
+    if not all(hasattr(norm, "eps") for norm in norms):
+        raise ValueError(f"replace_engram: {name}: {which} must be RMS norms with an attribute 'eps'")
     values = {norm.eps for norm in norms}
     if len(values) != 1:
         raise ValueError(f"replace_engram: {name}: {which} must share one eps, got {sorted(map(str, values))}")
@@ -130,25 +157,75 @@ def _shared_eps(name: str, which: str, norms) -> float | None:
 
 
 def _check_form(name: str, module: nn.Module, config: EngramConfig, plan: HashPlan) -> None:
-    """ValueError where the module computes something else than ours would."""
+    """ValueError where sizes or options differ from what ours would take them for."""
     conv, channels = module.short_conv.conv, config.branches * config.hidden_size
-    rows = plan.rows_per_layer[0]
+    rows, embedding = plan.rows_per_layer[0], module.multi_head_embedding.embedding
     checks = (
         ("norm1", len(module.norm1), config.branches),
         ("norm2", len(module.norm2), config.branches),
         ("short_conv.norms", len(module.short_conv.norms), config.branches),
         ("multi_head_embedding.offsets", module.multi_head_embedding.offsets.tolist(), plan.offsets[0].tolist()),
-        ("multi_head_embedding.embedding.weight", module.multi_head_embedding.embedding.weight.shape[0], rows),
-        ("value_proj.in_features", module.value_proj.in_features, config.columns * config.row_width),
+        ("multi_head_embedding.embedding.weight", embedding.weight.shape[0], rows),
+        ("multi_head_embedding.embedding.max_norm", getattr(embedding, "max_norm", None), None),
         ("short_conv.conv.groups", conv.groups, channels),
         ("short_conv.conv.dilation", tuple(conv.dilation), (config.conv_dilation,)),
+        ("short_conv.conv.padding", tuple(conv.padding), ((config.conv_kernel - 1) * config.conv_dilation,)),
         ("short_conv.conv.bias", conv.bias, None),
         ("short_conv.activation", bool(getattr(module.short_conv, "activation", True)), True),
-        ("key_projs", {projection.bias is not None for projection in module.key_projs}, {config.projection_bias}),
+        ("key_projs", {getattr(one, "bias", None) is not None for one in module.key_projs}, {config.projection_bias}),
     )
     for attribute, got, expected in checks:
         if got != expected:
             raise ValueError(f"replace_engram: {name}.{attribute} must be {expected}, got {got}")
+
+
+@torch.no_grad()
+def _check_parts(name: str, module: nn.Module, config: EngramConfig) -> None:
+    """ValueError where a part has a weight of another shape, or computes something else with it than ours would.
+
+    A LayerNorm has the attributes of an RMSNorm, and so have norms that use 1 + weight: only a trial tells.
+    """
+    width, hidden_size = config.columns * config.row_width, config.hidden_size
+    short_conv, span = module.short_conv, (config.conv_kernel - 1) * config.conv_dilation
+
+    def trial(attribute, part, shape, x_shape, expected):
+        weight = getattr(part, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.shape != shape:
+            got = list(weight.shape) if isinstance(weight, torch.Tensor) else weight
+            raise ValueError(f"replace_engram: {name}.{attribute}.weight must have shape {list(shape)}, got {got}")
+        numbers = torch.arange(torch.Size(x_shape).numel(), device=weight.device) * 0.618
+        x = (numbers % 1.5 + 0.25).to(weight.dtype).view(x_shape)
+        got, wanted = part(x), expected(x.double(), weight.double())
+        options = dict(rtol=0.05, atol=0.02 * float(wanted.abs().max()), equal_nan=True)
+        if got.shape != wanted.shape or not torch.allclose(got.double(), wanted, **options):
+            raise ValueError(f"replace_engram: {name}.{attribute} computes something else than the demo's")
+
+    def linear(bias):
+        return lambda x, weight: nn.functional.linear(x, weight, None if bias is None else bias.double())
+
+    def norm(eps):
+        return lambda x, weight: rms_norm(x, weight, torch.finfo(torch.float32).eps if eps is None else eps)
+
+    def conv(x, weight):
+        options = dict(padding=span, dilation=config.conv_dilation, groups=len(weight))
+        return nn.functional.conv1d(x, weight, **options)
+
+    for attribute, projections in (("value_proj", [module.value_proj]), ("key_projs", module.key_projs)):
+        for projection in projections:
+            trial(attribute, projection, (hidden_size, width), (1, width), linear(projection.bias))
+    for attribute, norms, eps in (
+        ("norm1", module.norm1, config.eps),
+        ("norm2", module.norm2, config.eps),
+        ("short_conv.norms", short_conv.norms, config.conv_eps),
+    ):
+        for part in norms:
+            trial(attribute, part, (hidden_size,), (1, hidden_size), norm(eps))
+    channels = config.branches * hidden_size
+    trial("short_conv.conv", short_conv.conv, (channels, 1, config.conv_kernel), (1, channels, span + 2), conv)
+    if hasattr(short_conv, "act_fn"):
+        x = torch.linspace(-3, 3, 13)
+        if not torch.allclose(short_conv.act_fn(x), nn.functional.silu(x), atol=1e-3):
+            raise ValueError(f"replace_engram: {name}.short_conv.act_fn computes something else than SiLU")
 
 
 def _joined(parts: list[nn.Parameter], join, like: torch.Tensor) -> nn.Parameter:

@@ -115,8 +115,27 @@ def test_weights_are_shared():
     torch.testing.assert_close(original(hidden, ids), model.engrams["1"](hidden, ids), rtol=1e-4, atol=1e-4)
 
 
+def test_a_module_under_two_names_is_replaced_under_both():
+    model = demo.Model()
+    model.first, original = model.engrams["1"], model.engrams["1"]
+    replaced = replace_engram(model, placement="cpu")
+    assert model.first is model.engrams["1"] and isinstance(model.first, DemoEngram)
+    assert replaced["first"] is replaced["engrams.1"] is original
+
+
 def test_nothing_to_replace():
     assert replace_engram(nn.Sequential(nn.Linear(2, 2)), placement="cpu") == {}
+
+
+def put(index, replacement):
+    return lambda modules: modules.__setitem__(index, replacement)
+
+
+class OffsetNorm(nn.RMSNorm):
+    """As models do that store w and use 1 + w."""
+
+    def forward(self, x):
+        return super().forward(x) + nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def broken(change):
@@ -137,6 +156,21 @@ def broken(change):
         (lambda e: setattr(e.short_conv.conv, "dilation", (2,)), r"dilation must be \(3,\), got \(2,\)"),
         (lambda e: setattr(e.short_conv, "activation", False), "activation must be True, got False"),
         (lambda e: setattr(e, "value_proj", nn.Linear(64, 64, bias=False)), "key_projs must be {False}, got {True}"),
+        (lambda e: e.hash_mapping.layer_multipliers.pop(3), "layer_multipliers has nothing for layer_id 3"),
+        (lambda e: e.hash_mapping.vocab_size_across_layers.pop(3), "across_layers has nothing for layer_id 3"),
+        (lambda e: e.hash_mapping.vocab_size_across_layers.update({3: [[2], [3, 5]]}), r"every order, got \[1, 2\]"),
+        (lambda e: e.hash_mapping.layer_multipliers.update({3: [1.5, 3.0, 5.0]}), "hash_mapping does not make a plan"),
+        (lambda e: setattr(e, "key_projs", nn.ModuleList()), "key_projs must have one projection for each branch"),
+        (lambda e: put(0, nn.RMSNorm(32))(e.norm1), r"norm1.weight must have shape \[64\], got \[32\]"),
+        (lambda e: put(1, nn.RMSNorm(64, elementwise_affine=False))(e.norm2), "norm2.weight must have .* got None"),
+        (lambda e: put(1, nn.Linear(32, 64))(e.key_projs), r"weight must have shape \[64, 64\], got \[64, 32\]"),
+        (lambda e: put(1, nn.Identity())(e.norm1), "must be RMS norms with an attribute 'eps'"),
+        (lambda e: put(1, nn.LayerNorm(64, 1e-5))(e.short_conv.norms), "short_conv.norms computes something else"),
+        (lambda e: put(3, OffsetNorm(64))(e.norm2), "norm2 computes something else than the demo's"),
+        (lambda e: setattr(e.short_conv.conv, "padding", (3,)), r"conv.padding must be \(9,\), got \(3,\)"),
+        (lambda e: setattr(e.short_conv.conv, "stride", (2,)), "short_conv.conv computes something else"),
+        (lambda e: setattr(e.short_conv, "act_fn", nn.GELU()), "act_fn computes something else than SiLU"),
+        (lambda e: setattr(e.multi_head_embedding.embedding, "max_norm", 1.0), "max_norm must be None, got 1.0"),
     ],
 )
 def test_near_misses_change_nothing(change, message):
