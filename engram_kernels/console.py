@@ -31,7 +31,11 @@ def _print_rich(sections) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False, highlight=False)
+    class Sections(Console):
+        def on_broken_pipe(self):
+            raise  # to the command line, which knows the exit code; rich's own is 1, that of a failed check
+
+    console = Sections(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False, highlight=False)
     table = Table(box=box.ROUNDED, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

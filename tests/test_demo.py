@@ -130,6 +130,16 @@ def test_info(rich, monkeypatch, capsys):
     assert "layer 1 384,006,168 rows, 94.4 GiB; layer 14 384,016,682 rows, 94.4 GiB" in lines["deepseek_v41_flash"]
 
 
+def test_a_reader_that_has_enough_is_no_failure():
+    """The exit code of a broken pipe, not 1, that of a failed check."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "engram_kernels", "size"]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_checks_share_no_code_with_the_package():
     tree = ast.parse(Path(demo_checks.__file__).read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
