@@ -28,9 +28,12 @@ def gate_residual(
     out=None,
 ):
     """``hidden + gate * value`` ``[..., H, D]``; arguments as ``engram_kernels.gate_residual``."""
+    query = hidden
     if mask is not None:
-        key, value = key.where(mask[..., None, None], 0), value.where(mask[..., None], 0)
-    gate = branch_gate(hidden, key, query_norm, key_norm, eps=eps, clamp=clamp, zero_gate=zero_gate)
+        # Ones: what a masked token holds, NaN included, must not reach the norm weights' gradients either.
+        query, key = (x.where(mask[..., None, None], 1) for x in (hidden, key))
+        value = value.where(mask[..., None], 0)
+    gate = branch_gate(query, key, query_norm, key_norm, eps=eps, clamp=clamp, zero_gate=zero_gate)
     addend = gate[..., None] * value[..., None, :].to(gate.dtype)
     result = hidden.to(gate.dtype) + addend if residual else addend
     result = result.to(hidden.dtype)

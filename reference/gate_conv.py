@@ -45,8 +45,9 @@ def gate_conv_residual(
     flat_hidden, key = hidden.reshape(-1, branches, width), key.reshape(-1, branches, width)
     value = value.reshape(-1, width)
     live = ~padding if mask is None else ~padding & mask.reshape(-1)
-    key, value = key.where(live[:, None, None], 0), value.where(live[:, None], 0)
-    gate = branch_gate(flat_hidden, key, query_norm, key_norm, eps=eps, clamp=clamp, zero_gate=zero_gate)
+    query, key = (x.where(live[:, None, None], 1) for x in (flat_hidden, key))  # as in gate.py
+    value = value.where(live[:, None], 0)
+    gate = branch_gate(query, key, query_norm, key_norm, eps=eps, clamp=clamp, zero_gate=zero_gate)
     gate = gate.where(live[:, None], 0)
     v = gate[..., None] * value[:, None].to(gate.dtype)
     conv_eps = torch.finfo(v.dtype).eps if conv_eps is None else conv_eps

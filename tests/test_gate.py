@@ -71,6 +71,25 @@ def test_reference_gradients():
     assert torch.autograd.gradcheck(lambda *x: gate_residual(*x, eps=EPS, residual=False), tensors)
 
 
+@pytest.mark.parametrize("eps", [EPS, 0.0])
+def test_reference_gradients_know_nothing_of_masked_tokens(eps):
+    """NaN in all that a masked token holds: no gradient but its own hidden state's, which is that of the identity."""
+    tensors = [x.requires_grad_() for x in inputs(3, 2, 5, torch.float64, torch.float64)]
+    mask = torch.tensor([True, False, True])
+
+    def gradients():
+        out = reference.gate_residual(*tensors, eps=eps, mask=mask)
+        return torch.autograd.grad((out * torch.arange(5)).sum(), tensors)
+
+    calm = gradients()
+    with torch.no_grad():
+        for tensor in tensors[:3]:
+            tensor[1] = math.nan
+    for before, after in zip(calm, gradients(), strict=True):
+        assert torch.equal(before, after)
+    assert torch.equal(calm[0][1], torch.arange(5.0).double().expand(2, 5)) and calm[1][1].eq(0).all()
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("tokens", "branches", "width", "dtype", "norm_dtype", "zero_gate"),

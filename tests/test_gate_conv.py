@@ -131,6 +131,27 @@ def test_reference_gradients():
     assert torch.autograd.gradcheck(lambda *x: reference.gate_conv_residual(*x, **options), tensors)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_reference_gradients_know_nothing_of_masked_and_padding_tokens(masked):
+    tensors = [x.requires_grad_() for x in conv_inputs(5, 2, 4, 3, torch.float64, torch.float64)]
+    mask = torch.tensor([True, True, False, False, True]) if masked else None
+    cu = None if masked else torch.tensor([0, 2], dtype=torch.int32)
+    spoilt = slice(2, 4) if masked else slice(2, 5)
+
+    def gradients():
+        options = dict(dilation=1, eps=EPS, conv_eps=CONV_EPS, mask=mask, cu_seqlens=cu, residual=False)
+        out = reference.gate_conv_residual(*tensors, **options)
+        return torch.autograd.grad((out * torch.arange(4)).sum(), tensors)
+
+    calm = gradients()
+    with torch.no_grad():
+        for tensor in tensors[:3]:
+            tensor[spoilt] = math.nan
+    for before, after in zip(calm, gradients(), strict=True):
+        assert torch.equal(before, after)
+    assert all(gradient[spoilt].eq(0).all() for gradient in calm[:3]) and calm[3].ne(0).any()
+
+
 def chunked(op, tensors, lengths, conv_state, **options):
     """One sequence in chunks, its state carried along."""
     outputs, first = [], 0
