@@ -26,8 +26,10 @@ from . import gpu_results
 DATA = Path(__file__).parent / "data"
 LANES = {"cpu": (), "interpret": ("kernel",), "compile": ("compile",), "gpu": ("kernel", "gpu")}
 BUDGETS = {"cpu": 240, "interpret": 420, "compile": 180}  # seconds, on two cores
+PARTS = {("test_packaging.py", "test_demo.py"): 120}  # of the cpu lane's: the wheel and the demo, one after the other
 STARTED = pytest.StashKey()
 launches = Counter()  # kernel name -> launches in this process
+durations = Counter()  # file -> seconds of its tests
 recent = {}  # kernel name -> the grid and the keyword arguments of its last launch, tensors left out
 
 
@@ -115,16 +117,26 @@ def pytest_sessionfinish(session, exitstatus):
     whole_lane = not config.option.keyword and all("::" not in arg and ".py" not in arg for arg in config.args)
     if not whole_lane or config.option.collectonly or exitstatus != 0:
         return
-    lane, faults = config.getoption("--lane"), []
-    idle = sorted(set(package_kernels()) - set(launches))
-    if lane in ("interpret", "gpu") and idle:
-        faults.append(f"kernels that no test of this lane launched: {', '.join(idle)}")
-    took = time.monotonic() - config.stash[STARTED]
-    if took > BUDGETS.get(lane, took):
-        faults.append(f"lane {lane!r} took {took:.0f} s, its budget is {BUDGETS[lane]} s")
-    for fault in faults:
+    for fault in lane_faults(config.getoption("--lane"), time.monotonic() - config.stash[STARTED]):
         config.pluginmanager.getplugin("terminalreporter").write_line(f"FAILED: {fault}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def lane_faults(lane, took):
+    """What is wrong with a lane of which every test passed in ``took`` seconds."""
+    idle = sorted(set(package_kernels()) - set(launches))
+    if lane in ("interpret", "gpu") and idle:
+        yield f"kernels that no test of this lane launched: {', '.join(idle)}"
+    if took > BUDGETS.get(lane, took):
+        yield f"lane {lane!r} took {took:.0f} s, its budget is {BUDGETS[lane]} s"
+    for files, budget in PARTS.items():
+        spent = sum(durations[file] for file in files)
+        if spent > budget:
+            yield f"{' and '.join(files)} took {spent:.0f} s, their budget is {budget} s"
+
+
+def pytest_runtest_logreport(report):
+    durations[Path(report.nodeid.split("::")[0]).name] += report.duration
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -50,9 +50,13 @@ def check_load_width(case, target, code):
     """Rows and hidden states come 16 bytes at a time; single bytes are dead tokens and masks, never rows or scales."""
     # Four loads of 16 bytes a thread read a step's rows on NVIDIA, two on AMD's wider warps; a gate's hidden state, key
     # and norms take as many.
+    # The convolution reads the values of four taps, a hidden state and a norm; its state values alone.
     fewest = {"lookup_kernel": 4, "hash_lookup_kernel": 4, "gate_residual_kernel": 4, "gate_scale_kernel": 4}
+    fewest |= {"conv_residual_kernel": 6, "advance_state_kernel": 2}
     wide, narrow = code.loads.get("16", 0), code.loads.get("1", 0)
     wanted = fewest.get(code.kernel, 0) // (2 if target == "gfx942" else 1)
+    if target == "gfx942" and code.kernel in ("conv_residual_kernel", "advance_state_kernel"):
+        wide += code.loads.get("8", 0)  # what their tiles leave a thread of warps of 64
     assert wide >= wanted, f"{code.kernel}: at least {wanted} loads of 16 bytes, got {code.loads}"
     masks = 5 if any(word in case for word in ("packed", "masked")) else 0
     assert narrow <= masks, f"{code.kernel}: at most {masks} loads of one byte, got {code.loads}"

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from . import conftest
 
 ROOT = Path(__file__).parents[1]
 LAUNCHING = """
@@ -60,6 +63,16 @@ def test_lane_that_leaves_kernels_idle(tmp_path, processes):
     assert code == 1 and "1 passed" in output
     assert "no test of this lane launched: advance_state_kernel, conv_residual_kernel" in output
     assert "ngram_hash_kernel" not in output.split("launched:")[1]
+
+
+def test_budgets(monkeypatch):
+    monkeypatch.setattr(conftest, "durations", Counter({"test_packaging.py": 70.0, "test_demo.py": 49.0}))
+    assert list(conftest.lane_faults("cpu", 239)) == []
+    assert list(conftest.lane_faults("cpu", 241)) == ["lane 'cpu' took 241 s, its budget is 240 s"]
+    assert list(conftest.lane_faults("gpu", 10_000))[1:] == []  # but for kernels that nothing launched here
+    conftest.durations["test_demo.py"] += 2
+    (fault,) = conftest.lane_faults("cpu", 9)
+    assert fault == "test_packaging.py and test_demo.py took 121 s, their budget is 120 s"
 
 
 EXTRAS = (
