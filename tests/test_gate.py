@@ -41,14 +41,12 @@ def check(result, tensors, dtype, *, zero_gate="copysign", clamp=1e-6, residual=
     tolerances.assert_within(result, base + exact, tolerances.gated_bound(base + exact, base, value, error, dtype))
 
 
-@pytest.mark.parametrize("zero_gate", ["copysign", "sign"])
-def test_reference_equals_oracle_in_float64(zero_gate):
-    tensors = inputs(6, 3, 40, torch.float64, torch.float64)
-    result = reference.gate_residual(*tensors, eps=EPS, zero_gate=zero_gate)
+@pytest.mark.parametrize(("zero_gate", "clamp"), [("copysign", 1e-6), ("sign", 1e-6), ("copysign", 0.5)])
+def test_reference_equals_oracle_in_float64(zero_gate, clamp):
+    tensors, options = inputs(6, 3, 40, torch.float64, torch.float64), dict(eps=EPS, zero_gate=zero_gate, clamp=clamp)
+    result = reference.gate_residual(*tensors, **options)
     assert result.dtype == torch.float64
-    np.testing.assert_allclose(
-        result.numpy(), oracles.gated(*doubles(tensors), eps=EPS, zero_gate=zero_gate), rtol=1e-13
-    )
+    np.testing.assert_allclose(result.numpy(), oracles.gated(*doubles(tensors), **options), rtol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -91,12 +91,46 @@ def test_reference_equals_oracle_in_float64(taps, dilation, residual):
     conv_state = state(4, 3, 20, (taps - 1) * dilation, torch.float64)
     mask = torch.arange(12) % 5 != 3
     options = dict(dilation=dilation, eps=EPS, conv_eps=CONV_EPS, residual=residual)
-    result, _ = reference.gate_conv_residual(*tensors, **options, cu_seqlens=cu, conv_state=conv_state, mask=mask)
+    result, new = reference.gate_conv_residual(*tensors, **options, cu_seqlens=cu, conv_state=conv_state, mask=mask)
     exact, _ = exact_and_bound(
         tensors, torch.float64, dilation=dilation, cu=cu, conv_state=conv_state, mask=mask, residual=residual
     )
     np.testing.assert_allclose(result[:10].numpy(), exact, rtol=1e-12, atol=1e-13)
     assert torch.equal(result[10:], tensors[0][10:] if residual else torch.zeros_like(result[10:]))
+    if taps == 4:  # the last sequence's four tokens, of which token 8 is masked, after two of its old state
+        assert torch.equal(new[0][3], torch.cat([conv_state[0][3, -2:], tensors[2][6:10] * mask[6:10, None]]))
+        assert torch.equal(new[1][3, :2], conv_state[1][3, -2:])
+        assert new[1][3, 2:].eq(0).all(1).tolist() == (~mask[6:10]).tolist()
+
+
+@pytest.mark.parametrize(("zero_gate", "clamp"), [("sign", 1e-6), ("copysign", 0.5)])
+def test_reference_options_of_gate_and_norms(zero_gate, clamp):
+    """Among them both eps None, on inputs whose mean square is as small as the machine epsilon that they mean."""
+    hidden, key, value, *rest = conv_inputs(6, 2, 20, 3, torch.float64, torch.float64)
+    tensors = 1e-8 * hidden, 1e-8 * key, 1e-8 * value, *rest
+    options = dict(dilation=1, zero_gate=zero_gate, clamp=clamp, residual=False)
+    result = reference.gate_conv_residual(*tensors, **options, eps=None, conv_eps=None)
+    exact, _ = exact_and_bound(tensors, torch.float64, **options, eps=2.0**-52, conv_eps=2.0**-52)
+    np.testing.assert_allclose(result.numpy(), exact, rtol=1e-12, atol=1e-20)
+
+
+def batch_and_packed(op, device):
+    """Two sequences with a state and a mask, as rows of a batch and packed: (out, value, scale) of both."""
+    tensors = [x.to(device) for x in conv_inputs(8, 2, 32, 3)]
+    old = tuple(part.to(device) for part in state(2, 2, 32, 4))
+    mask = torch.arange(8, device=device) % 5 != 3
+    options = dict(dilation=2, eps=EPS, conv_eps=CONV_EPS, conv_state=old)
+    cu = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
+    packed_out, packed_state = op(*tensors, **options, cu_seqlens=cu, mask=mask)
+    batch = [x.unflatten(0, (2, 4)) for x in tensors[:3]]
+    out, new = op(*batch, *tensors[3:], **options, mask=mask.view(2, 4))
+    return (out.flatten(0, 1), *new), (packed_out, *packed_state)
+
+
+def test_reference_batch_with_state():
+    batch, packed = batch_and_packed(reference.gate_conv_residual, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(batch, packed, strict=True))
+    assert not any(torch.equal(part[0], part[1]) for part in batch[1:])
 
 
 @pytest.mark.parametrize("layer", [1, 15])
@@ -285,17 +319,9 @@ def test_kernel_options_of_gate_and_norms(device, zero_gate, clamp):
 @pytest.mark.kernel
 def test_kernel_batch_with_state(device):
     """Rows of a batch are the sequences that cu_seqlens would name: the same bits, states included."""
-    tensors = [x.to(device) for x in conv_inputs(8, 2, 32, 3)]
-    old = tuple(part.to(device) for part in state(2, 2, 32, 4))
-    mask = torch.arange(8, device=device) % 5 != 3
-    options = dict(dilation=2, eps=EPS, conv_eps=CONV_EPS, conv_state=old)
-    cu = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
-    whole, new = gate_conv_residual(*tensors, **options, cu_seqlens=cu, mask=mask)
-    batch = [x.unflatten(0, (2, 4)) for x in tensors[:3]]
-    out, states = gate_conv_residual(*batch, *tensors[3:], **options, mask=mask.view(2, 4))
-    assert torch.equal(out.flatten(0, 1), whole)
-    assert all(torch.equal(a, b) for a, b in zip(states, new, strict=True))
-    assert not any(torch.equal(a[0], a[1]) for a in states)
+    batch, packed = batch_and_packed(gate_conv_residual, device)
+    assert all(torch.equal(a, b) for a, b in zip(batch, packed, strict=True))
+    assert not any(torch.equal(part[0], part[1]) for part in batch[1:])
 
 
 @pytest.mark.kernel

@@ -20,7 +20,7 @@ SMALL = dict(
 FORMS = {
     "v41": EngramConfig(layers=(1, 4), vocab_size=40, format="float32", **SMALL),
     "paper": EngramConfig(
-        layers=(1, 4), vocab_size=40, format="float32", projection_bias=True, conv_kernel=4, conv_eps=1e-5, **SMALL
+        layers=(1, 4), vocab_size=40, format="float32", projection_bias=True, conv_kernel=4, conv_eps=0.05, **SMALL
     ),
     "qwen": EngramConfig(
         layers=(1,),
