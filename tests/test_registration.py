@@ -128,10 +128,12 @@ def test_compile_gates_over_lengths(device):
 @pytest.mark.parametrize("form", FORMS)
 def test_compile_module(device, form):
     module, _, _ = built(form, device)
-    hidden, ids = torch.randn(2, 5, 2, 24, device=device), torch.randint(0, 40, (2, 5), device=device)
+    hidden, ids = torch.randn(10, 2, 24, device=device), torch.randint(0, 40, (10,), device=device)
+    cu = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
+    options = dict(cu_seqlens=cu, dead=torch.arange(10, device=device) == 2)
     with torch.no_grad():
         assert isinstance(module, Engram)
-        torch.testing.assert_close(compiled(module)(hidden, ids), module(hidden, ids))
+        torch.testing.assert_close(compiled(module)(hidden, ids, **options), module(hidden, ids, **options))
 
 
 def test_compiled_functions_take_no_out(device):
