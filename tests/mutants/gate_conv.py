@@ -112,6 +112,9 @@ stride swapped @ conv_state
 32-bit product @ conv_state -k beyond
 - tl.where(inside, start + position, 0).to(tl.int64)
 + tl.where(inside, start + position, 0)
+other dropped @ conv_state
+- mask=mask_d & present, other=0)
++ mask=mask_d & present, other=1)
 window off by one @ conv_state
 - position = length - SPAN + entry
 + position = length - SPAN - 1 + entry

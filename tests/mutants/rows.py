@@ -8,6 +8,9 @@ ROWS = """\
 mask dropped: end of a row @ rows -k test_kernel and bfloat16-80
 - mask_out = mask_out & (offs_w < WIDTH)
 + mask_out = mask_out
+other dropped: missing rows @ rows -k test_kernel
+- weight_ptr + row[:, None, None] * WIDTH + offs_w, mask=mask, other=0)
++ weight_ptr + row[:, None, None] * WIDTH + offs_w, mask=mask, other=1)
 32-bit product @ rows -k beyond
 - weight_ptr + row[:, None, None] * WIDTH
 + weight_ptr + row[:, None, None].to(tl.uint32) * WIDTH
