@@ -3,8 +3,11 @@
 The gates are in test_arguments_gate.py. A foreign device is "meta", which every machine has.
 """
 
+import dataclasses
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels
 from engram_kernels import EngramTable, HashPlan
@@ -286,6 +289,32 @@ def test_lookup_alone(error, words, changes):
 def test_hash_lookup_alone(error, words, changes):
     with pytest.raises(error, match=f"^hash_lookup: {words}"):
         call("hash_lookup", **changes)
+
+
+@pytest.mark.parametrize("op", ["lookup", "hash_lookup"])
+def test_tables_that_a_gpu_cannot_read(op, monkeypatch):
+    """Refused before anything is launched: fake tensors say where they would be."""
+
+    def fake(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # nothing is registered
+    start = valid(op)
+    host = EngramTable.empty(120, WIDTH, "float32", placement="host")
+    for table, words in (
+        (host, "a registered host table, got EngramTable.* host, .* on cpu"),
+        (table_of(), "a table on cuda:0 or a registered host table, got EngramTable.* cpu, .* on cpu"),
+        (closed(), "the table is closed"),
+    ):
+        given = row_changes(op, {"tables": lambda table=table: table})
+        with FakeTensorMode():
+            if op == "lookup":
+                given |= {"row_ids": fake(start["row_ids"])}
+            else:
+                moved = {name: fake(x) for name, x in vars(start["plan"]).items() if isinstance(x, torch.Tensor)}
+                given |= {"token_ids": fake(start["token_ids"]), "plan": dataclasses.replace(start["plan"], **moved)}
+            with pytest.raises(ValueError, match=f"^{op}: .*{words}"):
+                getattr(engram_kernels, op)(**given)
 
 
 @pytest.mark.parametrize("op", ["ngram_hash", "hash_lookup"])
