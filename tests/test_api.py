@@ -1,5 +1,7 @@
 """The public surface: names, docstrings, keyword-only options, and what importing costs."""
 
+import dataclasses
+import importlib
 import inspect
 import os
 import re
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels
 from engram_kernels import reference
@@ -94,6 +98,36 @@ def test_the_reference_has_the_same_parameters(op):
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
         (p.name, p.kind, p.default) for p in theirs.values()
     ]
+
+
+def test_no_op_waits_for_a_gpu(monkeypatch):
+    """On fake tensors of a GPU, whose values nothing can read: .item(), .tolist() and the like would raise."""
+    for file in ("hashing", "rows", "hash_rows", "gate", "gate_conv"):
+        module = importlib.import_module(f"engram_kernels.{file}")
+        (launcher,) = [name for name in vars(module) if name.startswith("launch_") and name[7:] in OPS]
+        monkeypatch.setattr(module, launcher, lambda *_: None)
+    monkeypatch.setattr(engram_kernels.EngramTable, "check_readable_on", lambda *_: None)
+    plan = engram_kernels.HashPlan.from_parts(torch.ones(2, 3).long(), torch.full((2, 4), 7), pad=0, vocab_size=9)
+    tables = [engram_kernels.EngramTable.empty(40, 32, "e4m3_ue8m0", placement="cpu") for _ in range(2)]
+    with FakeTensorMode():
+
+        def fake(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        tensors = {name: x for name, x in vars(plan).items() if isinstance(x, torch.Tensor)}
+        plan = dataclasses.replace(plan, **{name: fake(*x.shape, dtype=x.dtype) for name, x in tensors.items()})
+        cu, mask = fake(3, dtype=torch.int32), fake(6, dtype=torch.bool)
+        hashing = dict(cu_seqlens=cu, history=fake(2, 2, dtype=torch.int32), dead=mask)
+        ids = fake(6, dtype=torch.int64)
+        assert engram_kernels.ngram_hash(ids, plan, **hashing).shape == (6, 2, 4)
+        assert engram_kernels.hash_lookup(ids, plan, tables, **hashing).shape == (2, 6, 4, 32)
+        assert engram_kernels.lookup(tables[0], ids, out_format="storage")[1].shape == (6, 1)
+        gate = (fake(6, 2, 8), fake(6, 2, 8), fake(6, 8), fake(2, 8), fake(2, 8))
+        assert engram_kernels.gate_residual(*gate, eps=None, mask=mask).device.type == "cuda"
+        options = dict(dilation=2, eps=None, conv_eps=None, mask=mask, cu_seqlens=cu)
+        options |= dict(conv_state=(fake(2, 4, 8), fake(2, 4, 2)))
+        out, (value, scale) = engram_kernels.gate_conv_residual(*gate, fake(2, 8), fake(2, 8, 3), **options)
+        assert (out.shape, value.shape, scale.shape) == ((6, 2, 8), (2, 4, 8), (2, 4, 2))
 
 
 def test_classes_make_their_objects_by_name():

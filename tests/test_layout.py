@@ -178,6 +178,23 @@ def test_launches_choose_their_floating_point_contraction():
         assert gives(function, call, "num_warps"), f"{at(path, call)} launches {name} without num_warps"
 
 
+COUNTS = {"num_tokens", "num_rows", "num_seqs", "search_steps", "seq_len"}
+
+
+def test_counts_of_tokens_and_sequences_make_no_variants():
+    """Triton compiles a kernel anew for a count of 1 and for multiples of 16, unless it is told not to."""
+    seen = set()
+    for name, (path, node) in jit_functions().items():
+        counts = COUNTS & {argument.arg for argument in node.args.args}
+        if name.endswith("_kernel") and counts:
+            (decorator,) = node.decorator_list
+            keywords = decorator.keywords if isinstance(decorator, ast.Call) else []
+            (spared,) = [ast.literal_eval(k.value) for k in keywords if k.arg == "do_not_specialize"] or [[]]
+            assert counts <= set(spared), f"{at(path, node)} {name} specializes {counts - set(spared)}"
+            seen.add(name)
+    assert len(seen) >= 7
+
+
 def test_nothing_relies_on_assert_or_the_environment():
     for path in (*PACKAGE, *REFERENCE):
         for node in ast.walk(tree(path)):
