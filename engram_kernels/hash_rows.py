@@ -15,18 +15,8 @@ from .arguments import check_no_out, check_programs, check_token_values, check_t
 from .hashing import hash_arguments, ngram_rows
 from .plan import PLAN_SCHEMA, HashPlan
 from .row_format import FORMATS
-from .rows import (
-    VIEW_SCHEMA,
-    check_row_out,
-    check_tables,
-    copy_rows,
-    kernel_out,
-    make_row_out,
-    op_result,
-    processors,
-    row_constants,
-    rows_config,
-)
+from .row_output import check_row_out, kernel_out, make_row_out, op_result
+from .rows import VIEW_SCHEMA, check_tables, copy_rows, processors, row_constants, rows_config
 from .table import EngramTable, TableView, view_tables
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
