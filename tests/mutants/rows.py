@@ -36,8 +36,8 @@ stride swapped @ rows -k strided_ids
 - offs_t * stride_ids_t + offs_c * stride_ids_c
 + offs_t * stride_ids_c + offs_c * stride_ids_t
 last tile skipped @ rows
-- tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs
-+ num_rows // BLOCK_ROWS, tl.num_programs
+- num_steps = tl.cdiv(num_rows, BLOCK_ROWS)
++ num_steps = num_rows // BLOCK_ROWS
 scale byte off by one: first chunk for all @ rows
 - scale_address, begin // GROUP, NUM_SCALES
 + scale_address, 0, NUM_SCALES
@@ -64,12 +64,8 @@ stride swapped: layers and rows @ hash_rows
 - layer.to(tl.int64) * num_rows + index
 + index.to(tl.int64) * NUM_LAYERS + layer
 stride swapped: tokens and columns @ hash_rows
-- index // NUM_COLUMNS,
--             mask_row,
--             index % NUM_COLUMNS
-+ index % num_tokens,
-+             mask_row,
-+             index // num_tokens
+- index // NUM_COLUMNS, index % NUM_COLUMNS, mask_row
++ index % num_tokens, index // num_tokens, mask_row
 last tile skipped @ hash_rows
 - tl.cdiv(num_rows, BLOCK_ROWS)
 + num_rows // BLOCK_ROWS
