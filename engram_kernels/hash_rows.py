@@ -186,6 +186,22 @@ def _parts(rest) -> tuple[TableView, tuple, HashPlan]:
     return TableView(*rest[:4]), rest[4:8], HashPlan(*rest[8:])
 
 
+def check_tables_of_plan(where: str, plan: HashPlan, tables) -> tuple[EngramTable, ...]:
+    """``tables`` as a tuple; raises unless they are one per layer that a launch on the plan's device can read."""
+    if not isinstance(tables, Sequence):
+        raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
+    tables = tuple(tables)
+    if len(tables) != len(plan.rows_per_layer):
+        raise ValueError(
+            f"{where}: tables must be one per layer of the plan, {len(plan.rows_per_layer)}, got {len(tables)}"
+        )
+    check_tables(where, tables, plan.device)
+    for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
+        if table.rows < rows:
+            raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
+    return tables
+
+
 def ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
     """Shape of the rows' ids, layers first: ``[L, T, C]`` or ``[L, B, S, C]``."""
     return (plan.primes.shape[0], *token_ids.shape, plan.primes.shape[1])
@@ -214,16 +230,8 @@ def hash_lookup(
     """
     where = "hash_lookup"
     check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
-    if not isinstance(tables, Sequence):
-        raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
-    tables = tuple(tables)
+    tables = check_tables_of_plan(where, plan, tables)
     num_layers, num_columns = plan.primes.shape
-    if len(tables) != num_layers:
-        raise ValueError(f"{where}: tables must be one per layer of the plan, {num_layers}, got {len(tables)}")
-    check_tables(where, tables, token_ids.device)
-    for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
-        if table.rows < rows:
-            raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
     if token_ids.numel() * num_columns >= 2**31:
         raise ValueError(f"{where}: T * C must be below 2^31, got {token_ids.numel()} * {num_columns}")
     check_programs(where, programs)
