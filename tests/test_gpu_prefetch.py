@@ -13,6 +13,7 @@ from . import tables
 from .test_gpu import graph_of
 from .test_hash_rows import parts_of
 from .test_hashing import small_plan
+from .test_prefetch import BLOCKS
 from .test_registration import same
 
 pytestmark = pytest.mark.gpu
@@ -215,6 +216,21 @@ def test_an_eager_start_before_a_captured_step(device):
         reading.replay()
         expected = values(batch, plan, placed) * 2
         assert all(same(result.clone(), expected[layer]) for layer, result in enumerate(results))
+
+
+@pytest.mark.parametrize("recipe", BLOCKS[1:], ids=["whole step", "captured apart"])
+def test_the_recipes_of_the_guide(device, recipe):
+    plan, placed = setting(device)
+    ids = torch.zeros(TOKENS, dtype=torch.int64, device=device)
+    given: dict = dict(torch=torch, ids=ids, prefetcher=Prefetcher(plan, placed, TOKENS), aside=torch.cuda.Stream())
+    given |= {name: torch.cuda.CUDAGraph() for name in ("graph", "lookups", "step")}
+    given |= dict(model=lambda ids, prefetcher: torch.stack([prefetcher.rows(layer) for layer in range(2)]) * 2)
+    (given["next_ids"],) = batches(device, 1)
+    given["prefetcher"].start(ids)
+    given["model"](ids, given["prefetcher"])
+    torch.cuda.synchronize()
+    exec(recipe, given)
+    assert same(given["out"], values(given["next_ids"], plan, placed) * 2)
 
 
 def test_lookups_overlap_with_the_callers_work(device):

@@ -1,6 +1,8 @@
 """Prefetcher: its rows, its errors, and its order, on streams whose work runs as late or early as events let it."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from .test_hashing import ragged, small_plan
 from .test_module import FORMS, built
 from .test_registration import same
 
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "prefetch.md").read_text(), re.S)
 SCHEDULES = [list(names) for names in itertools.permutations(("main", "model", "side"))]
 
 
@@ -58,6 +61,18 @@ def test_a_module_takes_prefetched_rows(form):
     hidden, ids = torch.randn(2, 5, 2, 24), torch.randint(0, 40, (2, 5))
     prefetcher.start(ids)
     assert torch.equal(module(hidden, rows=prefetcher.rows(module.layer)), module(hidden, ids))
+
+
+def test_the_example_of_the_guide():
+    module, plan, placed = built("v41")
+    given = dict(Prefetcher=Prefetcher, plan=plan, tables=placed, max_tokens=9, config=module.config)
+    given |= dict(cu_seqlens=torch.tensor([0, 4, 9], dtype=torch.int32), history=torch.randint(0, 40, (2, 2)))
+    hidden, ids = torch.randn(9, 2, 24), torch.randint(0, 40, (9,))
+    given |= dict(token_ids=ids, embed=lambda ids: hidden, blocks=[torch.sin] * 6, engrams={module.layer: module})
+    exec(BLOCKS[0], given)
+    options = dict(cu_seqlens=given["cu_seqlens"], history=given["history"])
+    expected = hidden.sin().sin().sin().sin()
+    assert torch.equal(given["hidden"], module(expected, ids, **options).sin().sin())
 
 
 def test_buffers_are_allocated_once_and_inputs_are_copied():
