@@ -69,6 +69,8 @@ def lookup_case(rows, columns, storage=False, order="direct"):
 
 def hash_lookup_case(model, full=False, storage=False, order="direct"):
     chosen, rows = plan(model), table(model)
+    if order == "address":  # each layer is a launch of its own, of the same kernel
+        chosen = chosen.select(layers=[0])
     ids, *rest = tokens(full)
     out = row_out(rows, (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
     view = view_tables([rows] * chosen.primes.shape[0], CPU)

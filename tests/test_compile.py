@@ -51,6 +51,7 @@ def check_load_width(case, target, code):
     # Four loads of 16 bytes a thread read a step's rows on NVIDIA, two on AMD's wider warps; a gate's hidden state, key
     # and norms take as many.
     fewest = {"lookup_kernel": 4, "hash_lookup_kernel": 4, "gate_residual_kernel": 4, "gate_scale_kernel": 4}
+    fewest |= {} if "storage" in case else {"copy_duplicates_kernel": 4}  # which also copies scales, of 8 bytes
     wide, narrow = code.loads.get("16", 0), code.loads.get("1", 0)
     wanted = fewest.get(code.kernel, 0) // (2 if target == "gfx942" else 1)
     assert wide >= wanted, f"{code.kernel}: at least {wanted} loads of 16 bytes, got {code.loads}"
