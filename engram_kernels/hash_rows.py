@@ -67,8 +67,9 @@ def hash_lookup_kernel(
     Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31 and contiguous arguments.
     """
     num_rows = num_tokens * NUM_COLUMNS
-    column_steps = tl.cdiv(num_tokens, BLOCK_ROWS)
-    layer_steps = NUM_COLUMNS * column_steps if HEAD_MAJOR else tl.cdiv(num_rows, BLOCK_ROWS)
+    # Not tl.cdiv, whose sum wraps for the last T * C below 2^31.
+    column_steps = (num_tokens - 1) // BLOCK_ROWS + 1
+    layer_steps = NUM_COLUMNS * column_steps if HEAD_MAJOR else (num_rows - 1) // BLOCK_ROWS + 1
     for step in range(tl.program_id(0), layer_steps * NUM_LAYERS, tl.num_programs(0)):
         layer = step // layer_steps
         layer_step = step - layer * layer_steps

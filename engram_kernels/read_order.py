@@ -26,6 +26,7 @@ _UVA_PLACEMENTS = ("host", "shared")
 _REACH = 512  # pages
 _IN_FLIGHT = 2048  # rows
 _SORTED_FROM = 16_384  # rows, with huge pages
+_MOST_SORTED = 2**31  # rows; torch.sort takes fewer, and kernels count entries in int32
 
 
 def read_order(num_rows: int, table_bytes: int, page_bytes: int, placement: str) -> str:
@@ -42,7 +43,8 @@ def read_order(num_rows: int, table_bytes: int, page_bytes: int, placement: str)
     """
     if placement not in _UVA_PLACEMENTS or table_bytes <= _REACH * page_bytes:
         return "direct"
-    if num_rows >= (_SORTED_FROM if page_bytes >= HUGE_PAGE else _SORTED_FROM // 10):
+    sorted_from = _SORTED_FROM if page_bytes >= HUGE_PAGE else _SORTED_FROM // 10
+    if sorted_from <= num_rows < _MOST_SORTED:
         return "address"
     return "head" if num_rows > _IN_FLIGHT else "direct"
 
@@ -62,7 +64,7 @@ def check_order(where: str, order: str | None, num_rows: int) -> None:
     """Raise unless ``order`` is None or one of ORDERS and can sort so many rows."""
     if order is not None:
         check_choice(where, "order", order, ORDERS)
-    if order == "address" and num_rows >= 2**31:
+    if order == "address" and num_rows >= _MOST_SORTED:
         raise ValueError(f"{where}: order 'address' sorts fewer than 2^31 rows, got {num_rows}")
 
 
@@ -106,7 +108,8 @@ def copy_duplicates_kernel(
     Persistent grid over BLOCK_ROWS entries a step: program p takes steps p, p + programs, and so on. Relies on the
     rows of first entries being there, on places that are all different, and on fewer than 2^31 entries.
     """
-    for step in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0)):
+    num_steps = (num_rows - 1) // BLOCK_ROWS + 1  # not tl.cdiv, whose sum wraps for the last number below 2^31
+    for step in range(tl.program_id(0), num_steps, tl.num_programs(0)):
         begin = step * BLOCK_ROWS
         index = begin + tl.arange(0, BLOCK_ROWS)
         mask_row = index < num_rows

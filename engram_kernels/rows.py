@@ -180,10 +180,10 @@ def lookup_kernel(
     """
     weight_address, scale_address = tl.load(table_ptr), tl.load(table_ptr + 1)
     num_table_rows, scale_bits = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
-    num_steps = tl.cdiv(num_rows, BLOCK_ROWS)
+    num_steps = (num_rows - 1) // BLOCK_ROWS + 1  # not tl.cdiv, whose sum wraps for the last T * C below 2^31
     if HEAD_MAJOR:
         num_tokens = num_rows // num_columns
-        column_steps = tl.cdiv(num_tokens, BLOCK_ROWS)
+        column_steps = (num_tokens - 1) // BLOCK_ROWS + 1
         num_steps = num_columns * column_steps
     for step in range(tl.program_id(0), num_steps, tl.num_programs(0)):
         out_row = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -41,6 +41,8 @@ V41_LAYER = 384_006_168 * 264
         (16_383, V41_LAYER, HUGE_PAGE, "shared", "head"),
         (16_384, V41_LAYER, HUGE_PAGE, "shared", "address"),
         (393_216, V41_LAYER, HUGE_PAGE, "host", "address"),
+        (2**31 - 1, V41_LAYER, HUGE_PAGE, "host", "address"),
+        (2**31, V41_LAYER, HUGE_PAGE, "host", "head"),
         (393_216, 1 << 30, HUGE_PAGE, "host", "direct"),  # within reach of the translation caches
         (393_216, 1 << 30, 4096, "host", "address"),  # not in small pages
         (1638, V41_LAYER, 4096, "host", "address"),

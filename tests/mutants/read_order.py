@@ -58,8 +58,8 @@ stride swapped: source and target @ read_order
 - tl.load(out_ptr + source[:, None] * WIDTH
 + tl.load(out_ptr + target[:, None] * WIDTH
 last tile skipped @ read_order
-- tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs
-+ num_rows // BLOCK_ROWS, tl.num_programs
+- num_steps = (num_rows - 1) // BLOCK_ROWS + 1
++ num_steps = num_rows // BLOCK_ROWS
 window off by one: start of a run @ read_order
 - other=0) < key), probe, start)
 + other=0) <= key), probe, start)

@@ -36,7 +36,7 @@ stride swapped @ rows -k strided_ids
 - offs_t * stride_ids_t + offs_c * stride_ids_c
 + offs_t * stride_ids_c + offs_c * stride_ids_t
 last tile skipped @ rows
-- num_steps = tl.cdiv(num_rows, BLOCK_ROWS)
+- num_steps = (num_rows - 1) // BLOCK_ROWS + 1
 + num_steps = num_rows // BLOCK_ROWS
 scale byte off by one: first chunk for all @ rows
 - scale_address, begin // GROUP, NUM_SCALES
@@ -67,7 +67,7 @@ stride swapped: tokens and columns @ hash_rows
 - index // NUM_COLUMNS, index % NUM_COLUMNS, mask_row
 + index % num_tokens, index // num_tokens, mask_row
 last tile skipped @ hash_rows
-- tl.cdiv(num_rows, BLOCK_ROWS)
+- (num_rows - 1) // BLOCK_ROWS + 1
 + num_rows // BLOCK_ROWS
 branch fixed to 0: layer of the tables @ hash_rows
 - tables_ptr + layer * 4
