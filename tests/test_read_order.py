@@ -7,7 +7,8 @@ import pytest
 import torch
 import triton
 
-from engram_kernels import EngramTable, HashPlan, hash_lookup, lookup, reference
+from engram_kernels import EngramTable, HashPlan, hash_lookup, hashing, lookup, reference, rows
+from engram_kernels import read_order as read_order_file
 from engram_kernels.hash_rows import launch_hash_lookup
 from engram_kernels.host_memory import HUGE_PAGE
 from engram_kernels.read_order import (
@@ -20,7 +21,7 @@ from engram_kernels.read_order import (
     scale_words,
 )
 from engram_kernels.rows import launch_lookup
-from engram_kernels.table import view_tables
+from engram_kernels.table import TableView, view_tables
 
 from . import tables
 from .guards import Guarded
@@ -101,6 +102,32 @@ def test_orders_on_the_cpu():
     table, ids = tables.place(weight, scale, CPU), torch.randint(-1, 23, (5, 4))
     results = [lookup(table, ids, order=order, out_dtype=torch.float32) for order in (None, *ORDERS)]
     assert all(tables.same_bits(result, results[0], truncated=False) for result in results)
+
+
+def test_sorting_waits_for_nothing(monkeypatch):
+    """On tensors without values, of which nothing can read one: sizes and launches follow from shapes alone."""
+    launched = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **arguments: launched.append((self.name, grid))
+
+    for module in (hashing, rows, read_order_file):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(name))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(rows, "processors", lambda _: 100)
+    plan = small_plan()
+    ids = torch.empty(50, dtype=torch.int64, device="meta")
+    view = TableView(torch.empty(2, 4, dtype=torch.int64, device="meta"), "e4m3_ue8m0", 256, "host")
+    out = torch.empty(2, 50, 4, 256, dtype=torch.bfloat16, device="meta")
+    launch_hash_lookup(ids, plan.to("meta"), view, None, None, None, out, False, None, "address")
+    # 200 rows a layer in 13 steps of 16, and 400 entries in 25.
+    lookups = [("lookup_kernel", (13,))] * 2
+    assert launched == [("ngram_hash_kernel", (4, 2)), *lookups, ("copy_duplicates_kernel", (25,))]
 
 
 def repeated_ids(rows, shape=(19, 4), dtype=torch.int64):
