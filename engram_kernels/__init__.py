@@ -7,6 +7,7 @@ from .hash_rows import hash_lookup
 from .hashing import ngram_hash
 from .module import Engram
 from .plan import HashPlan
+from .prefetch import Prefetcher
 from .replacement import replace_engram
 from .rows import lookup
 from .table import EngramTable
@@ -18,6 +19,7 @@ __all__ = [
     "EngramConfig",
     "EngramTable",
     "HashPlan",
+    "Prefetcher",
     "build_token_map",
     "gate_conv_residual",
     "gate_residual",

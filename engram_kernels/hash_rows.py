@@ -12,26 +12,17 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_no_out, check_programs, check_token_values, check_tokens, is_kernel_device
-from .hashing import hash_arguments, ngram_rows
+from .hashing import hash_arguments, launch_ngram_hash, ngram_rows
 from .plan import PLAN_SCHEMA, HashPlan
+from .read_order import check_order, choose_order, key_range
 from .row_format import FORMATS
-from .rows import (
-    VIEW_SCHEMA,
-    check_row_out,
-    check_tables,
-    copy_rows,
-    kernel_out,
-    make_row_out,
-    op_result,
-    processors,
-    row_constants,
-    rows_config,
-)
+from .row_output import check_row_out, kernel_out, make_row_out, op_result
+from .rows import VIEW_SCHEMA, check_tables, copy_rows, launch_sorted, processors, row_constants, rows_config
 from .table import EngramTable, TableView, view_tables
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "hash_lookup_kernel": dict(sm_80=(96, 2048), sm_90=(96, 2048), sm_100=(80, 2048), gfx942=(88, 4096)),
+    "hash_lookup_kernel": dict(sm_80=(96, 2048), sm_90=(96, 2048), sm_100=(96, 2048), gfx942=(88, 4096)),
 }
 
 
@@ -69,22 +60,33 @@ def hash_lookup_kernel(
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    HEAD_MAJOR: tl.constexpr,
 ):
-    """Hash and copy BLOCK_ROWS rows of one layer at a time, layers in order.
+    """Hash and copy BLOCK_ROWS rows of one layer at a time, layers in order; column by column with HEAD_MAJOR.
 
     Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31 and contiguous arguments.
     """
     num_rows = num_tokens * NUM_COLUMNS
-    layer_steps = (num_rows - 1) // BLOCK_ROWS + 1  # not tl.cdiv, whose sum wraps for the last T * C below 2^31
+    # Not tl.cdiv, whose sum wraps for the last T * C below 2^31.
+    column_steps = (num_tokens - 1) // BLOCK_ROWS + 1
+    layer_steps = NUM_COLUMNS * column_steps if HEAD_MAJOR else (num_rows - 1) // BLOCK_ROWS + 1
     for step in range(tl.program_id(0), layer_steps * NUM_LAYERS, tl.num_programs(0)):
         layer = step // layer_steps
-        index = (step - layer * layer_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        mask_row = index < num_rows
+        layer_step = step - layer * layer_steps
+        if HEAD_MAJOR:
+            column = layer_step // column_steps
+            token = (layer_step - column * column_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            mask_row, mask_column = token < num_tokens, column < NUM_COLUMNS
+            index = token * NUM_COLUMNS + column
+        else:
+            index = layer_step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            mask_row = index < num_rows
+            token, column, mask_column = index // NUM_COLUMNS, index % NUM_COLUMNS, mask_row
         row = ngram_rows(
-            index // NUM_COLUMNS,
+            token,
             mask_row,
-            index % NUM_COLUMNS,
-            mask_row,
+            column,
+            mask_column,
             layer,
             token_ids_ptr,
             cu_seqlens_ptr,
@@ -127,11 +129,19 @@ def hash_lookup_kernel(
         )
 
 
-def launch_hash_lookup(token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs):
-    """One launch for all layers."""
+def launch_hash_lookup(
+    token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs, order="direct"
+):
+    """One launch for all layers; in address order one that hashes and those of :func:`launch_sorted`."""
     num_layers, num_columns = plan.primes.shape
     num_rows = token_ids.numel() * num_columns
     if num_rows == 0:
+        return
+    if order == "address":
+        dtype, key_stride = key_range(num_layers, max(plan.rows_per_layer))
+        keys = torch.empty(num_layers, num_rows, dtype=dtype, device=token_ids.device)
+        launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, keys, key_stride)
+        launch_sorted(keys, key_stride, view, out, storage, programs)
         return
     itemsize = FORMATS[view.format].dtype.itemsize
     config = rows_config(view.width, itemsize, num_layers * num_rows, processors(token_ids.device), view.placement)
@@ -146,6 +156,7 @@ def launch_hash_lookup(token_ids, plan: HashPlan, view: TableView, cu_seqlens, h
             out_scale_ptr=out_scale_ptr,
             **constants,
             **row_constants(view, storage, config),
+            HEAD_MAJOR=order == "head",
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )
@@ -155,25 +166,41 @@ def launch_hash_lookup(token_ids, plan: HashPlan, view: TableView, cu_seqlens, h
     "engram::hash_lookup",
     mutates_args=(),
     schema=f"(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, {VIEW_SCHEMA}, "
-    f"ScalarType? out_dtype, bool storage, int? programs, {PLAN_SCHEMA}) -> Tensor[]",
+    f"ScalarType? out_dtype, bool storage, int? programs, str order, {PLAN_SCHEMA}) -> Tensor[]",
 )
 def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
     """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
-    view, (out_dtype, storage, programs), plan = _parts(rest)
+    view, (out_dtype, storage, programs, order), plan = _parts(rest)
     out = make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
-    launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs)
+    launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
     return op_result(out)
 
 
 @hash_lookup_op.register_fake
 def _(token_ids, cu_seqlens, history, dead, *rest):
-    view, (out_dtype, storage, _), plan = _parts(rest)
+    view, (out_dtype, storage, *_), plan = _parts(rest)
     return op_result(make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
 
 
 def _parts(rest) -> tuple[TableView, tuple, HashPlan]:
-    """The registered op's arguments after the tokens: view, (out_dtype, storage, programs), plan."""
-    return TableView(*rest[:4]), rest[4:7], HashPlan(*rest[7:])
+    """The registered op's arguments after the tokens: view, (out_dtype, storage, programs, order), plan."""
+    return TableView(*rest[:4]), rest[4:8], HashPlan(*rest[8:])
+
+
+def check_tables_of_plan(where: str, plan: HashPlan, tables) -> tuple[EngramTable, ...]:
+    """``tables`` as a tuple; raises unless they are one per layer that a launch on the plan's device can read."""
+    if not isinstance(tables, Sequence):
+        raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
+    tables = tuple(tables)
+    if len(tables) != len(plan.rows_per_layer):
+        raise ValueError(
+            f"{where}: tables must be one per layer of the plan, {len(plan.rows_per_layer)}, got {len(tables)}"
+        )
+    check_tables(where, tables, plan.device)
+    for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
+        if table.rows < rows:
+            raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
+    return tables
 
 
 def ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
@@ -193,29 +220,24 @@ def hash_lookup(
     out_dtype: torch.dtype | None = None,
     out_format: str = "values",
     programs: int | None = None,
+    order: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, hashed and read in one launch.
+    """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, in one launch unless rows are sorted.
 
     tables: one :class:`EngramTable` per layer of the plan, in its order, of one format and width.
-    token_ids, plan, cu_seqlens, history and dead are those of :func:`ngram_hash`; out, out_dtype, out_format and
-    programs those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes
+    token_ids, plan, cu_seqlens, history and dead are those of :func:`ngram_hash`; out, out_dtype, out_format, programs
+    and order those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes
     as float32 ``[L]``.
     """
     where = "hash_lookup"
     check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
-    if not isinstance(tables, Sequence):
-        raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
-    tables = tuple(tables)
+    tables = check_tables_of_plan(where, plan, tables)
     num_layers, num_columns = plan.primes.shape
-    if len(tables) != num_layers:
-        raise ValueError(f"{where}: tables must be one per layer of the plan, {num_layers}, got {len(tables)}")
-    check_tables(where, tables, token_ids.device)
-    for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
-        if table.rows < rows:
-            raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
     if token_ids.numel() * num_columns >= 2**31:
         raise ValueError(f"{where}: T * C must be below 2^31, got {token_ids.numel()} * {num_columns}")
     check_programs(where, programs)
+    num_rows = num_layers * token_ids.numel() * num_columns
+    check_order(where, order, num_rows)
     shape = ids_shape(token_ids, plan)
     check_row_out(where, tables[0], (*shape, tables[0].width), token_ids.device, out, out_dtype, out_format)
     check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
@@ -232,14 +254,16 @@ def hash_lookup(
             out_format=out_format,
         )
     storage, view = out_format == "storage", view_tables(tables, token_ids.device)
+    order = choose_order(order, tables, num_rows)
     if torch.compiler.is_compiling():
         check_no_out(where, out)
-        out = hash_lookup_op(token_ids, cu_seqlens, history, dead, *view, out_dtype, storage, programs, *plan.parts())
+        options = (out_dtype, storage, programs, order)
+        out = hash_lookup_op(token_ids, cu_seqlens, history, dead, *view, *options, *plan.parts())
         out = (*out, None)[:2] if storage else out[0]
     else:
         if out is None:
             out = make_row_out(view, shape, token_ids.device, out_dtype, storage)
-        launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs)
+        launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
     if storage and tables[0].format.scaling == "table":
         return out[0], torch.stack([table.scale for table in tables])
     return out

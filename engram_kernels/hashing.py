@@ -89,7 +89,8 @@ def ngram_rows(
 ):
     """Row ids, int64, of every (token, column) pair of one layer; -1 for padding and invalid ids.
 
-    ``token`` and ``column`` broadcast against each other: ``[BLOCK_T, 1]`` and ``[1, BLOCK_C]``, or both ``[BLOCK]``.
+    ``token`` and ``column`` broadcast against each other: ``[BLOCK_T, 1]`` and ``[1, BLOCK_C]``, both ``[BLOCK]``, or
+    one column alone.
     """
     seq, start, bad = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
     order = tl.load(orders_ptr + column, mask=mask_column, other=0)
@@ -127,7 +128,9 @@ def ngram_rows(
     return tl.where(bad, -1, row)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos", "key_stride"]
+)
 def ngram_hash_kernel(
     token_ids_ptr,
     cu_seqlens_ptr,
@@ -147,6 +150,7 @@ def ngram_hash_kernel(
     vocab_size,
     pad,
     eos,
+    key_stride,
     NUM_LAYERS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     MAX_NGRAM: tl.constexpr,
@@ -155,7 +159,7 @@ def ngram_hash_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Row ids of BLOCK_T tokens in all columns of one layer.
+    """Row ids of BLOCK_T tokens in all columns of one layer; with ``key_stride`` keys to sort by, ``[L, T, C]``.
 
     Grid (cdiv(T, BLOCK_T), L). Relies on T < 2^31 and on contiguous arguments.
     """
@@ -192,6 +196,9 @@ def ngram_hash_kernel(
         NON_NEGATIVE,
     )
     offs_out = (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
+    if key_stride is not None:
+        row += layer.to(tl.int64) * key_stride
+        offs_out = (layer.to(tl.int64) * num_tokens + token) * NUM_COLUMNS + column
     tl.store(out_ptr + offs_out, row.to(out_ptr.dtype.element_ty), mask=mask_token & mask_column)
 
 
@@ -224,8 +231,8 @@ def hash_arguments(token_ids, plan: HashPlan, cu_seqlens, history, dead) -> tupl
     return values, constants
 
 
-def launch_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, history, dead, out) -> None:
-    """One launch for all layers and orders; writes row ids to ``out``."""
+def launch_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, history, dead, out, key_stride: int | None = None) -> None:
+    """One launch for all layers and orders; writes row ids, or the keys of read_order.py, to ``out``."""
     num_tokens = token_ids.numel()
     if num_tokens == 0:
         return
@@ -236,6 +243,7 @@ def launch_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, history, dead, out)
         ngram_hash_kernel[(triton.cdiv(num_tokens, config.block_t), num_layers)](
             **values,
             out_ptr=out,
+            key_stride=key_stride,
             **constants,
             BLOCK_T=config.block_t,
             BLOCK_C=config.block_c,

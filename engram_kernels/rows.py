@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_choice, check_no_out, check_out, check_programs, check_tensor, is_kernel_device
+from .arguments import check_no_out, check_programs, check_tensor, is_kernel_device
+from .read_order import check_order, choose_order, launch_copy_duplicates, scale_words
 from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP
+from .row_output import check_row_out, kernel_out, make_row_out, op_result
 from .table import EngramTable, TableView, view_tables
 
-OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: A TableView in the schema of a registered op.
 VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement"
 _POINTEE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -48,8 +49,9 @@ def rows_config(width: int, itemsize: int, num_rows: int, processors: int, place
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+# In sorted order ids, their predecessors and places are in flight together.
 CEILINGS = {
-    "lookup_kernel": dict(sm_80=(72, 2048), sm_90=(64, 2048), sm_100=(64, 2048), gfx942=(64, 4096)),
+    "lookup_kernel": dict(sm_80=(96, 2048), sm_90=(80, 2048), sm_100=(80, 2048), gfx942=(80, 4096)),
 }
 
 
@@ -148,14 +150,17 @@ def load_scales(row, present, scale_address, begin, NUM_SCALES: tl.constexpr, CH
         return tl.load(byte_ptr + row[:, None] * NUM_SCALES + begin + offs[None, :], mask=mask, other=0).to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "first_entry", "first_key"])
 def lookup_kernel(
     row_ids_ptr,
+    places_ptr,
     table_ptr,
     out_ptr,
     out_scale_ptr,
     num_rows,
     num_columns,
+    first_entry,
+    first_key,
     stride_ids_t,
     stride_ids_c,
     WIDTH: tl.constexpr,
@@ -165,21 +170,41 @@ def lookup_kernel(
     GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    HEAD_MAJOR: tl.constexpr,
 ):
-    """Rows of ids ``[T, C]`` with any strides, BLOCK_ROWS at a time.
+    """Rows of ids ``[T, C]`` with any strides, BLOCK_ROWS at a time; column by column with HEAD_MAJOR.
 
+    With ``places_ptr`` the ids are sorted keys, of which entries from ``first_entry`` on are read: the row ``key -
+    first_key`` of the first of each run, for the output's row ``place``.
     Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31.
     """
     weight_address, scale_address = tl.load(table_ptr), tl.load(table_ptr + 1)
     num_table_rows, scale_bits = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
-    # Not tl.cdiv, whose sum wraps for the last T * C below 2^31.
-    for step in range(tl.program_id(0), (num_rows - 1) // BLOCK_ROWS + 1, tl.num_programs(0)):
+    num_steps = (num_rows - 1) // BLOCK_ROWS + 1  # not tl.cdiv, whose sum wraps for the last T * C below 2^31
+    if HEAD_MAJOR:
+        num_tokens = num_rows // num_columns
+        column_steps = (num_tokens - 1) // BLOCK_ROWS + 1
+        num_steps = num_columns * column_steps
+    for step in range(tl.program_id(0), num_steps, tl.num_programs(0)):
         out_row = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask_row = out_row < num_rows
-        offs_t = (out_row // num_columns).to(tl.int64)
-        offs_c = (out_row % num_columns).to(tl.int64)
-        ids = row_ids_ptr + offs_t * stride_ids_t + offs_c * stride_ids_c
-        row = tl.load(ids, mask=mask_row, other=-1).to(tl.int64)
+        if places_ptr is not None:
+            entry = first_entry + out_row
+            key = tl.load(row_ids_ptr + entry, mask=mask_row, other=0)
+            before = tl.load(row_ids_ptr + entry - 1, mask=mask_row & (entry > 0), other=0)
+            mask_row = mask_row & ((entry == 0) | (key != before))
+            out_row = tl.load(places_ptr + entry, mask=mask_row, other=0)
+            row = key.to(tl.int64) - first_key
+        else:
+            token, column = out_row // num_columns, out_row % num_columns
+            if HEAD_MAJOR:
+                column = step // column_steps
+                token = (step - column * column_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+                mask_row = token < num_tokens
+                out_row = token * num_columns + column
+            offs_t, offs_c = token.to(tl.int64), column.to(tl.int64)
+            ids = row_ids_ptr + offs_t * stride_ids_t + offs_c * stride_ids_c
+            row = tl.load(ids, mask=mask_row, other=-1).to(tl.int64)
         copy_rows(
             row,
             out_row.to(tl.int64),
@@ -218,33 +243,45 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def kernel_out(out, view: TableView, storage: bool):
-    """``(out_ptr, out_scale_ptr)`` of the output that the caller sees; fp8 bytes as uint8."""
-    if not storage:
-        return out, None
-    rows, scales = out
-    scaling = FORMATS[view.format].scaling
-    return rows if scaling == "none" else rows.view(torch.uint8), scales if scaling == "group" else None
-
-
-def launch_lookup(row_ids, view: TableView, out, storage: bool, programs: int | None) -> None:
-    """One launch; ``row_ids [..., C]`` whose leading dimensions view as one."""
+def launch_lookup(row_ids, view: TableView, out, storage: bool, programs: int | None, order: str = "direct") -> None:
+    """One launch, or those of :func:`launch_sorted`; ``row_ids [..., C]`` whose leading dimensions view as one."""
     if row_ids.numel() == 0:
         return
-    row_ids = _two_dimensional(row_ids)
-    itemsize = FORMATS[view.format].dtype.itemsize
-    config = rows_config(view.width, itemsize, row_ids.numel(), processors(row_ids.device), view.placement)
+    row_ids = _two_dimensional(row_ids, order == "head")
+    if order == "address":
+        launch_sorted(row_ids.reshape(1, -1), 0, view, out, storage, programs)
+        return
+    arguments = dict(row_ids_ptr=row_ids, places_ptr=None, table_ptr=view.descriptors, first_entry=0, first_key=0)
+    arguments |= dict(num_rows=row_ids.numel(), num_columns=row_ids.shape[1], HEAD_MAJOR=order == "head")
+    _launch(view, out, storage, programs, stride_ids_t=row_ids.stride(0), stride_ids_c=row_ids.stride(1), **arguments)
+
+
+def launch_sorted(keys, key_stride: int, view: TableView, out, storage: bool, programs: int | None) -> None:
+    """Rows by keys ``[L, rows]`` in the order of the output's: a sort, a launch a layer, and one for duplicates."""
+    num_layers, num_rows = keys.shape
+    keys, places = torch.sort(keys.view(-1))
+    arguments = dict(row_ids_ptr=keys, places_ptr=places, num_rows=num_rows, num_columns=1, HEAD_MAJOR=False)
+    for layer in range(num_layers):
+        arguments |= dict(first_entry=layer * num_rows, first_key=layer * key_stride)
+        table_ptr = view.descriptors[layer]
+        _launch(view, out, storage, programs, table_ptr=table_ptr, stride_ids_t=0, stride_ids_c=0, **arguments)
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-    with torch.cuda.device_of(row_ids):
-        lookup_kernel[(min(programs or config.programs, triton.cdiv(row_ids.numel(), config.block_rows)),)](
-            row_ids,
-            view.descriptors,
-            out_ptr,
-            out_scale_ptr,
-            row_ids.numel(),
-            row_ids.shape[1],
-            row_ids.stride(0),
-            row_ids.stride(1),
+    for part in (out_ptr, None if out_scale_ptr is None else scale_words(out_scale_ptr)):
+        if part is not None:
+            launch_copy_duplicates(keys, places, part, programs or 8 * processors(keys.device))
+
+
+def _launch(view: TableView, out, storage: bool, programs: int | None, *, num_rows: int, **arguments) -> None:
+    """lookup_kernel, of which the callers know the arguments that orders differ in."""
+    itemsize = FORMATS[view.format].dtype.itemsize
+    config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.placement)
+    out_ptr, out_scale_ptr = kernel_out(out, view, storage)
+    with torch.cuda.device_of(view.descriptors):
+        lookup_kernel[(min(programs or config.programs, triton.cdiv(num_rows, config.block_rows)),)](
+            **arguments,
+            out_ptr=out_ptr,
+            out_scale_ptr=out_scale_ptr,
+            num_rows=num_rows,
             **row_constants(view, storage, config),
             num_warps=config.num_warps,
             enable_fp_fusion=True,
@@ -254,25 +291,21 @@ def launch_lookup(row_ids, view: TableView, out, storage: bool, programs: int | 
 @torch.library.custom_op(
     "engram::lookup",
     mutates_args=(),
-    schema=f"(Tensor row_ids, {VIEW_SCHEMA}, ScalarType? out_dtype, bool storage, int? programs) -> Tensor[]",
+    schema=f"(Tensor row_ids, {VIEW_SCHEMA}, ScalarType? out_dtype, bool storage, int? programs, str order) "
+    "-> Tensor[]",
 )
-def lookup_op(row_ids, descriptors, row_format, width, placement, out_dtype, storage, programs):
+def lookup_op(row_ids, descriptors, row_format, width, placement, out_dtype, storage, programs, order):
     """:func:`lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
     view = TableView(descriptors, row_format, width, placement)
     out = make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
-    launch_lookup(row_ids, view, out, storage, programs)
+    launch_lookup(row_ids, view, out, storage, programs, order)
     return op_result(out)
 
 
 @lookup_op.register_fake
-def _(row_ids, descriptors, row_format, width, placement, out_dtype, storage, programs):
+def _(row_ids, descriptors, row_format, width, placement, out_dtype, storage, programs, order):
     view = TableView(descriptors, row_format, width, placement)
     return op_result(make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage))
-
-
-def op_result(out) -> list[torch.Tensor]:
-    """An output as registered ops return it."""
-    return [tensor for tensor in out if tensor is not None] if isinstance(out, tuple) else [out]
 
 
 def check_tables(where: str, tables, device: torch.device) -> None:
@@ -291,41 +324,6 @@ def check_tables(where: str, tables, device: torch.device) -> None:
             )
 
 
-def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype, out_format) -> None:
-    """Raise unless ``out`` (a tensor, or (rows, scales) for "storage", or None) and the output's type fit."""
-    check_choice(where, "out_format", out_format, ("values", "storage"))
-    if out_format == "values":
-        dtype = out_dtype or table.default_out_dtype
-        if dtype not in OUT_DTYPES and not dtype == table.format.dtype == torch.float64:
-            raise TypeError(f"{where}: out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
-        check_out(where, out, shape, dtype, device)
-        return
-    if out_dtype is not None:
-        raise ValueError(f"{where}: out_format 'storage' keeps the table's own dtype, got out_dtype={out_dtype}")
-    if out is None:
-        return
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"{where}: out must be a pair (rows, scales) for 'storage', got {type(out).__name__}")
-    check_tensor(where, "out[0]", out[0], dtypes=(table.format.dtype,), shape=shape, device=device)
-    if table.format.scaling == "group":
-        scales = (*shape[:-1], table.width // SCALE_GROUP)
-        check_tensor(where, "out[1]", out[1], dtypes=(torch.uint8,), shape=scales, device=device)
-    elif out[1] is not None:
-        raise ValueError(f"{where}: a table of format {table.format.name} has no scales per row, got out[1]")
-
-
-def make_row_out(view: TableView, ids_shape, device, out_dtype, storage: bool):
-    """A new output for ids of ``ids_shape``, as :func:`check_row_out` describes it."""
-    row_format = FORMATS[view.format]
-    if not storage:
-        default = row_format.dtype if row_format.scaling == "none" else torch.bfloat16
-        return torch.empty((*ids_shape, view.width), dtype=out_dtype or default, device=device)
-    scales = None
-    if row_format.scaling == "group":
-        scales = torch.empty((*ids_shape, view.width // SCALE_GROUP), dtype=torch.uint8, device=device)
-    return torch.empty((*ids_shape, view.width), dtype=row_format.dtype, device=device), scales
-
-
 def lookup(
     table: EngramTable,
     row_ids: torch.Tensor,
@@ -334,6 +332,7 @@ def lookup(
     out_dtype: torch.dtype | None = None,
     out_format: str = "values",
     programs: int | None = None,
+    order: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """Rows ``[..., C, R]`` of a table.
 
@@ -344,10 +343,13 @@ def lookup(
     32]`` for e4m3_ue8m0, the table's float32 scalar for e4m3, None for dense formats.
     out: a contiguous tensor to write to; a pair (rows, scales) for "storage".
     programs: size of the persistent grid, None for all multiprocessors; fewer leave them to other work.
+    order: in which rows are read, "direct", "head" (column by column) or "address" (sorted, duplicates read once); None
+    leaves the choice to read_order.py. It changes no bit, and nothing on the CPU.
     """
     check_tensor("lookup", "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
     check_tables("lookup", (table,), row_ids.device)
     check_programs("lookup", programs)
+    check_order("lookup", order, row_ids.numel())
     if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
         raise ValueError(f"lookup: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
     shape = (*row_ids.shape, table.width)
@@ -355,20 +357,21 @@ def lookup(
     if not is_kernel_device(row_ids) or table.format.dtype == torch.float64:
         return reference.lookup(table, row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
     storage, view = out_format == "storage", view_tables((table,), row_ids.device)
+    order = choose_order(order, (table,), row_ids.numel())
     if torch.compiler.is_compiling():
         check_no_out("lookup", out)
-        out = lookup_op(row_ids, *view, out_dtype, storage, programs)
+        out = lookup_op(row_ids, *view, out_dtype, storage, programs, order)
         out = (*out, None)[:2] if storage else out[0]
     else:
         if out is None:
             out = make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
-        launch_lookup(row_ids, view, out, storage, programs)
+        launch_lookup(row_ids, view, out, storage, programs, order)
     return (out[0], table.scale) if storage and table.format.scaling == "table" else out
 
 
-def _two_dimensional(row_ids: torch.Tensor) -> torch.Tensor:
-    """``row_ids`` as a view ``[T, C]``; a copy is made of no tensor."""
-    if row_ids.dim() == 1 or row_ids.is_contiguous():
+def _two_dimensional(row_ids: torch.Tensor, keep_columns: bool) -> torch.Tensor:
+    """``row_ids`` as a view ``[T, C]``, or where columns do not matter ``[T * C, 1]``; a copy is made of no tensor."""
+    if row_ids.dim() == 1 or (row_ids.is_contiguous() and not keep_columns):
         return row_ids.view(-1, 1)
     try:
         return row_ids.view(-1, row_ids.shape[-1])

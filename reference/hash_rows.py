@@ -18,6 +18,7 @@ def hash_lookup(
     out_dtype=None,
     out_format="values",
     programs=None,
+    order=None,
 ):
     """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``); arguments as ``engram_kernels.hash_lookup``."""
     row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)

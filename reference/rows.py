@@ -12,7 +12,7 @@ import torch
 SCALE_GROUP = 32
 
 
-def lookup(table, row_ids, *, out=None, out_dtype=None, out_format="values", programs=None):
+def lookup(table, row_ids, *, out=None, out_dtype=None, out_format="values", programs=None, order=None):
     """Rows ``[..., C, R]`` for ids ``[..., C]``; arguments as ``engram_kernels.lookup``."""
     inside = (row_ids >= 0) & (row_ids < table.rows)
     ids = torch.where(inside, row_ids, 0).long()

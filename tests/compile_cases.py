@@ -62,17 +62,19 @@ def row_out(rows, shape, storage):
     return torch.empty(*shape, rows.width, dtype=rows.format.dtype), scales
 
 
-def lookup_case(rows, columns, storage=False):
+def lookup_case(rows, columns, storage=False, order="direct"):
     ids = torch.empty(TOKENS, columns, dtype=torch.int32)
-    launch_lookup(ids, view_tables((rows,), CPU), row_out(rows, ids.shape, storage), storage, None)
+    launch_lookup(ids, view_tables((rows,), CPU), row_out(rows, ids.shape, storage), storage, None, order)
 
 
-def hash_lookup_case(model, full=False, storage=False):
+def hash_lookup_case(model, full=False, storage=False, order="direct"):
     chosen, rows = plan(model), table(model)
+    if order == "address":  # each layer is a launch of its own, of the same kernel
+        chosen = chosen.select(layers=[0])
     ids, *rest = tokens(full)
     out = row_out(rows, (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
     view = view_tables([rows] * chosen.primes.shape[0], CPU)
-    launch_hash_lookup(ids, chosen, view, *rest, out, storage, None)
+    launch_hash_lookup(ids, chosen, view, *rest, out, storage, None, order)
 
 
 def gate_inputs(branches, width, dtype):
@@ -108,12 +110,16 @@ CASES = {
     "hash/qwen-overflow": lambda: hash_case(overflowing(QWEN)),
     "lookup/v41": lambda: lookup_case(table(V41), 24),
     "lookup/v41-storage": lambda: lookup_case(table(V41), 24, storage=True),
+    "lookup/v41-head": lambda: lookup_case(table(V41), 24, order="head"),
+    "lookup/v41-storage-address": lambda: lookup_case(table(V41), 24, storage=True, order="address"),
     "lookup/27b": lambda: lookup_case(table(PAPER), 16),
     "lookup/qwen": lambda: lookup_case(table(QWEN), 16),
     "lookup/float32-1024": lambda: lookup_case(EngramTable.empty(64, 1024, "float32", placement="cpu"), 16),
     "hash_lookup/v41": lambda: hash_lookup_case(V41),
     "hash_lookup/v41-packed": lambda: hash_lookup_case(V41, full=True),
     "hash_lookup/v41-storage": lambda: hash_lookup_case(V41, storage=True),
+    "hash_lookup/v41-head": lambda: hash_lookup_case(V41, order="head"),
+    "hash_lookup/v41-address": lambda: hash_lookup_case(V41, order="address"),
     "hash_lookup/27b": lambda: hash_lookup_case(PAPER),
     "hash_lookup/qwen": lambda: hash_lookup_case(QWEN),
     "gate/v41": lambda: gate_case(4, 5120, torch.bfloat16),

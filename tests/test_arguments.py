@@ -158,6 +158,8 @@ ROW_CASES = [
          view_at((120, WIDTH), E4M3, 0), view_at((120, 1), BYTE, 1), placement="cpu")}),
     *((ValueError, f"{PROGRAMS} {bad!r}", {"programs": bad}) for bad in (0, -1, True, 1.5, "8")),
     (ValueError, "out_format must be one of 'values', 'storage', got 'raw'", {"out_format": "raw"}),
+    (ValueError, "order must be one of 'direct', 'address', 'head', got 'sorted'", {"order": "sorted"}),
+    (ValueError, "order must be one of 'direct', 'address', 'head', got True", {"order": True}),
     (TypeError, f"{OUT_DTYPE} torch.float64", {"out_dtype": torch.float64}),
     (TypeError, f"{OUT_DTYPE} torch.int32", {"out_dtype": I32}),
     (TypeError, f"{OUT_DTYPE} torch.float8_e4m3fn", {"tables": lambda: table_of(name="e4m3"), "out_dtype": E4M3}),

@@ -53,6 +53,7 @@ def check_load_width(case, target, code):
     # The convolution reads the values of four taps, a hidden state and a norm; its state values alone.
     fewest = {"lookup_kernel": 4, "hash_lookup_kernel": 4, "gate_residual_kernel": 4, "gate_scale_kernel": 4}
     fewest |= {"conv_residual_kernel": 6, "advance_state_kernel": 2}
+    fewest |= {} if "storage" in case else {"copy_duplicates_kernel": 4}  # which also copies scales, of 8 bytes
     wide, narrow = code.loads.get("16", 0), code.loads.get("1", 0)
     wanted = fewest.get(code.kernel, 0) // (2 if target == "gfx942" else 1)
     if target == "gfx942" and code.kernel in ("conv_residual_kernel", "advance_state_kernel"):

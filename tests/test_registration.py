@@ -49,9 +49,9 @@ def test_opcheck_rows(device, name, storage):
     (ids, cu, history, dead), plan, placed = hash_setting(device, name)
     row_ids = ngram_hash(ids, plan)[:, 1]
     assert not row_ids.is_contiguous()
-    check("lookup", row_ids, *view_tables(placed[:1], device), None, storage, None)
-    check("lookup", row_ids[:0], *view_tables(placed[:1], device), None, storage, 1)
-    options = (*view_tables(placed, device), None, storage, 2)
+    check("lookup", row_ids, *view_tables(placed[:1], device), None, storage, None, "address")
+    check("lookup", row_ids[:0], *view_tables(placed[:1], device), None, storage, 1, "direct")
+    options = (*view_tables(placed, device), None, storage, 2, "address" if storage else "head")
     check("hash_lookup", ids, cu, history, dead, *options, *plan.parts())
 
 
@@ -94,8 +94,8 @@ def test_compile_lookups(device, name, out_format):
 
     def step(ids, cu, history, dead):
         row_ids = ngram_hash(ids, plan, cu_seqlens=cu, history=history, dead=dead)
-        rows = lookup(placed[0], row_ids[:, 0], out_format=out_format)
-        options = dict(cu_seqlens=cu, history=history, dead=dead, out_format=out_format)
+        rows = lookup(placed[0], row_ids[:, 0], out_format=out_format, order="head")
+        options = dict(cu_seqlens=cu, history=history, dead=dead, out_format=out_format, order="address")
         return row_ids, rows, hash_lookup(ids, plan, placed, **options)
 
     expected = step(ids, cu, history, dead)

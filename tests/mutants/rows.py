@@ -39,8 +39,8 @@ stride swapped @ rows -k strided_ids
 - offs_t * stride_ids_t + offs_c * stride_ids_c
 + offs_t * stride_ids_c + offs_c * stride_ids_t
 last tile skipped @ rows
-- (num_rows - 1) // BLOCK_ROWS + 1, tl.num_programs
-+ num_rows // BLOCK_ROWS, tl.num_programs
+- num_steps = (num_rows - 1) // BLOCK_ROWS + 1
++ num_steps = num_rows // BLOCK_ROWS
 scale byte off by one: first chunk for all @ rows
 - scale_address, begin // GROUP, NUM_SCALES
 + scale_address, 0, NUM_SCALES
@@ -67,12 +67,8 @@ stride swapped: layers and rows @ hash_rows
 - layer.to(tl.int64) * num_rows + index
 + index.to(tl.int64) * NUM_LAYERS + layer
 stride swapped: tokens and columns @ hash_rows
-- index // NUM_COLUMNS,
--             mask_row,
--             index % NUM_COLUMNS
-+ index % num_tokens,
-+             mask_row,
-+             index // num_tokens
+- index // NUM_COLUMNS, index % NUM_COLUMNS, mask_row
++ index % num_tokens, index // num_tokens, mask_row
 last tile skipped @ hash_rows
 - (num_rows - 1) // BLOCK_ROWS + 1
 + num_rows // BLOCK_ROWS
