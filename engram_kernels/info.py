@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import resource
 from pathlib import Path
 
 import numpy
@@ -15,7 +14,8 @@ from . import reference
 from .arguments import is_kernel_device
 from .config import EngramConfig
 from .console import gib, print_sections
-from .demo_tables import available_host_memory, layer_bytes, total_host_memory
+from .demo_tables import layer_bytes
+from .memory_report import available_host_memory, limit, locked_limit, total_host_memory
 from .version import __version__
 
 _EXTRAS = {
@@ -53,9 +53,8 @@ def _devices():
     yield "CPU", f"{platform.machine()}, {torch.get_num_threads()} threads"
     yield "host memory", f"{gib(available_host_memory())} of {gib(total_host_memory())} available"
     yield "huge pages", _huge_pages()
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,} bytes"
-    yield "locked memory", f"limit {limit} (RLIMIT_MEMLOCK); whether it binds a registration is the driver's choice"
+    locked = limit(locked_limit())
+    yield "locked memory", f"limit {locked} (RLIMIT_MEMLOCK); whether it binds a registration is the driver's choice"
 
 
 def _huge_pages() -> str:
