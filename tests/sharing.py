@@ -6,16 +6,14 @@ import signal
 import time
 from pathlib import Path
 
-from engram_kernels import EngramTable, shared_file
+from engram_kernels import EngramTable
 
 SHAPE = (3000, 64, "e4m3_ue8m0")
 SHM = Path("/dev/shm")
 
 
 def file_of(name):
-    """Where the table of that name lies, or would lie without hugetlbfs."""
-    paths = [folder / f"engram-{name}" for folder in shared_file._folders()]
-    return next((path for path in paths if path.exists()), SHM / f"engram-{name}")
+    return SHM / f"engram-{name}"
 
 
 def made(name, shape=SHAPE, **options):

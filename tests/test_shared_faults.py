@@ -18,9 +18,10 @@ from .sharing import SHAPE, SHM, attach, file_of, forked_writer, made
 
 
 @pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    """A driver, where there is one, is the test's own."""
+def bare_machine(monkeypatch):
+    """A driver, where there is one, is the test's own, and so is a pool of huge pages."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shared_file, "_free_huge_pages", lambda: 0)
 
 
 def test_a_reader_waits_no_longer_than_it_said(shared_name):

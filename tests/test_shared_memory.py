@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from engram_kernels import EngramTable, lookup, pages, shared_file, shared_memory, table_memory
+from engram_kernels import EngramTable, lookup, shared_file, shared_memory, table_memory
 from engram_kernels.host_memory import HUGE_PAGE
 
 from . import tables
@@ -17,9 +17,10 @@ from .sharing import SHM, attach, file_of, forked_writer, made
 
 
 @pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    """A driver, where there is one, is the test's own."""
+def bare_machine(monkeypatch):
+    """A driver, where there is one, is the test's own, and so is a pool of huge pages."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shared_file, "_free_huge_pages", lambda: 0)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "e4m3", "e4m3_ue8m0"])
@@ -158,7 +159,7 @@ def test_many_tables_leak_nothing(shared_name, monkeypatch):
     assert len(mapped_ranges()) <= ranges + 8 and len(os.listdir("/proc/self/fd")) == files
 
 
-def test_hugetlbfs_is_taken_where_it_has_room(shared_name, monkeypatch, tmp_path_factory):
+def test_hugetlbfs_is_taken_where_it_has_room(shared_name, monkeypatch):
     """A folder of /dev/shm stands for a mount with a pool of 8 MiB: what fits lies there, and is found there."""
     pool = SHM / f"pool-{os.getpid()}"
     pool.mkdir()
@@ -180,7 +181,9 @@ def test_hugetlbfs_is_taken_where_it_has_room(shared_name, monkeypatch, tmp_path
         pool.rmdir()
 
 
-def test_hugetlbfs_itself(shared_name):
+def test_hugetlbfs_itself(shared_name, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folders = [folder for folder in shared_file._folders() if folder != SHM]
     if not folders or shared_file._free_huge_pages() < 8 << 20:
         pytest.skip("needs a hugetlbfs mount that this user can write to, and 4 free huge pages")
@@ -195,8 +198,8 @@ def test_hugetlbfs_itself(shared_name):
     assert not (folders[0] / f"engram-{shared_name}").exists()
 
 
-@pytest.mark.skipif(pages.huge_page_setting() == "absent", reason="this kernel has no huge pages")
 def test_free_huge_pages_are_what_the_kernel_says(monkeypatch, tmp_path):
+    monkeypatch.undo()
     monkeypatch.setattr(shared_file, "_HUGETLB", tmp_path)
     assert shared_file._free_huge_pages() == 0
     (tmp_path / "free_hugepages").write_text("7\n")
