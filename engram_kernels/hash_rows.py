@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_no_out, check_programs, check_token_values, check_tokens, is_kernel_device
-from .hashing import hash_arguments, ngram_rows
+from .hashing import hash_arguments, ngram_hash, ngram_rows
 from .plan import PLAN_SCHEMA, HashPlan
 from .row_format import FORMATS
 from .rows import (
@@ -21,12 +21,14 @@ from .rows import (
     check_tables,
     copy_rows,
     kernel_out,
+    launch_lookup,
     make_row_out,
     op_result,
     processors,
     row_constants,
     rows_config,
 )
+from .staging import check_stageable, stage
 from .table import EngramTable, TableView, view_tables
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -151,6 +153,19 @@ def launch_hash_lookup(token_ids, plan: HashPlan, view: TableView, cu_seqlens, h
         )
 
 
+def launch_layers(row_ids, tables: Sequence[EngramTable], out, storage: bool, programs: int | None) -> None:
+    """A launch per layer, where some tables are staged: row ids ``[..., L, C]`` come to the CPU once for all."""
+    host_ids = row_ids.cpu()
+    for layer, table in enumerate(tables):
+        ids = row_ids[..., layer, :]
+        if table.placement == "staged":
+            ids, view = stage(table, ids, "hash_lookup", host_ids[..., layer, :])
+        else:
+            view = view_tables((table,), ids.device)
+        target = tuple(part if part is None else part[layer] for part in out) if storage else out[layer]
+        launch_lookup(ids, view, target, storage, programs)
+
+
 @torch.library.custom_op(
     "engram::hash_lookup",
     mutates_args=(),
@@ -231,7 +246,16 @@ def hash_lookup(
             out_dtype=out_dtype,
             out_format=out_format,
         )
-    storage, view = out_format == "storage", view_tables(tables, token_ids.device)
+    storage = out_format == "storage"
+    if token_ids.is_cuda and any(table.placement == "staged" for table in tables):
+        check_stageable(where)
+        row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)
+        if out is None:
+            kind = TableView(row_ids, tables[0].format.name, tables[0].width, "staged")
+            out = make_row_out(kind, shape, token_ids.device, out_dtype, storage)
+        launch_layers(row_ids, tables, out, storage, programs)
+        return _with_table_scales(out, tables, storage)
+    view = view_tables(tables, token_ids.device)
     if torch.compiler.is_compiling():
         check_no_out(where, out)
         out = hash_lookup_op(token_ids, cu_seqlens, history, dead, *view, out_dtype, storage, programs, *plan.parts())
@@ -240,6 +264,11 @@ def hash_lookup(
         if out is None:
             out = make_row_out(view, shape, token_ids.device, out_dtype, storage)
         launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs)
+    return _with_table_scales(out, tables, storage)
+
+
+def _with_table_scales(out, tables, storage: bool):
+    """Storage output of format e4m3 comes with the tables' scales, which no kernel writes."""
     if storage and tables[0].format.scaling == "table":
         return out[0], torch.stack([table.scale for table in tables])
     return out

@@ -16,6 +16,7 @@ import triton.language as tl
 from . import reference
 from .arguments import check_choice, check_no_out, check_out, check_programs, check_tensor, is_kernel_device
 from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP
+from .staging import stage
 from .table import EngramTable, TableView, view_tables
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -286,7 +287,8 @@ def check_tables(where: str, tables, device: torch.device) -> None:
             raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu' and CPU tensors")
         if not table.aligned:
             raise ValueError(
-                f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not"
+                f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not "
+                "(placement 'staged' takes any address)"
             )
 
 
@@ -353,7 +355,11 @@ def lookup(
     check_row_out("lookup", table, shape, row_ids.device, out, out_dtype, out_format)
     if not is_kernel_device(row_ids) or table.format.dtype == torch.float64:
         return reference.lookup(table, row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
-    storage, view = out_format == "storage", view_tables((table,), row_ids.device)
+    storage = out_format == "storage"
+    if table.placement == "staged" and row_ids.is_cuda:
+        row_ids, view = stage(table, row_ids, "lookup")
+    else:
+        view = view_tables((table,), row_ids.device)
     if torch.compiler.is_compiling():
         check_no_out("lookup", out)
         out = lookup_op(row_ids, *view, out_dtype, storage, programs)

@@ -34,10 +34,11 @@ class EngramTable:
         self._scales = scales
         self.format, self.placement = format, placement
         self.rows, self.width = weight.shape
-        self._files: list[MappedFile] = []
+        #: Files that the tensors of placement "cpu" and "staged" are mapped from.
+        self.files: list[MappedFile] = []
         self._kept_descriptors: dict[tuple, torch.Tensor] = {}
         #: Buffers of placement "staged" by device, made when it is first read from there.
-        self._rings: dict = {}
+        self.rings: dict = {}
         self._describe()
 
     def _describe(self) -> None:
@@ -46,7 +47,7 @@ class EngramTable:
         if self.format.scaling == "table":
             scale_bits = struct.unpack("<i", struct.pack("<f", float(self._scale)))[0]
         scale_address = self._scale.data_ptr() if self.format.scaling == "group" else 0
-        self._descriptor = (self._weight.data_ptr(), scale_address, self.rows, scale_bits)
+        self.descriptor = (self._weight.data_ptr(), scale_address, self.rows, scale_bits)
         #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need; staged ones are
         #: copied to such places.
         aligned = self._weight.data_ptr() % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
@@ -145,7 +146,7 @@ class EngramTable:
         table = cls(weight.to(device), scale, fmt, placement)
         if placement != "device":
             parts = [weight, scale] if fmt.scaling == "group" else [weight]
-            table._files = [file for part in parts if (file := MappedFile.behind(part))]
+            table.files = [file for part in parts if (file := MappedFile.behind(part))]
         return table
 
     @classmethod
@@ -183,7 +184,7 @@ class EngramTable:
             raise ValueError(f"EngramTable.publish: only placement 'shared' is published, got {self.placement!r}")
         self._mapping.publish(progress)
         if self._scales == "device":
-            self._scale = self._scale.to("cuda")
+            self._scale = table_memory.on_the_gpu(self._scale)
             self._describe()
 
     def memory_report(self) -> MemoryReport:
@@ -230,10 +231,10 @@ class EngramTable:
         """
         self._weight = self._scale = None
         self._kept_descriptors.clear()
-        for part in (*self._rings.values(), *self._files, *([self._mapping] if self._mapping else [])):
+        for part in (*self.rings.values(), *self.files, *([self._mapping] if self._mapping else [])):
             part.close()
-        self._rings.clear()
-        self._files, self._mapping = [], None
+        self.rings.clear()
+        self.files, self._mapping = [], None
 
     def __enter__(self) -> "EngramTable":
         return self
@@ -271,7 +272,7 @@ class EngramTable:
         if self.closed:
             raise ValueError(f"{where}: the table is closed")
         if not torch.compiler.is_compiling():
-            for part in (self._mapping, *self._files):
+            for part in (self._mapping, *self.files):
                 if part is not None:
                     part.check(where)
 
@@ -291,7 +292,7 @@ def view_tables(tables: Sequence[EngramTable], device: torch.device) -> TableVie
     The descriptors are kept, by value, on the first table: only the first call with these tables copies to the device.
     """
     first = tables[0]
-    key = (device, *(table._descriptor for table in tables))
+    key = (device, *(table.descriptor for table in tables))
     if key not in first._kept_descriptors:
         first._kept_descriptors[key] = torch.tensor(key[1:], dtype=torch.int64).to(device)
     return TableView(first._kept_descriptors[key], first.format.name, first.width, first.placement)

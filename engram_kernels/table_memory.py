@@ -94,12 +94,21 @@ def _divide(
         at, nbytes = -(-row_bytes // _PAGE) * _PAGE, rows * fmt.scale_bytes(width)
         mapped = mapping.bytes[at : at + nbytes].view(rows, -1) if at < mapping.nbytes else None
         if scales == "device":
-            moved = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device="cuda")
+            moved = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=_gpu())
             mapped = moved if mapped is None else moved.copy_(mapped)
         return TableMemory(weight, mapped, mapping)
     except BaseException:
         mapping.close()
         raise
+
+
+def on_the_gpu(scales: torch.Tensor) -> torch.Tensor:
+    """A copy of the scales of rows in GPU memory."""
+    return torch.empty_like(scales, device=_gpu()).copy_(scales)
+
+
+def _gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _driver() -> RuntimeDriver | None:
