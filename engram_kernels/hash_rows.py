@@ -214,7 +214,8 @@ def hash_lookup(
     tables: one :class:`EngramTable` per layer of the plan, in its order, of one format and width.
     token_ids, plan, cu_seqlens, history and dead are those of :func:`ngram_hash`; out, out_dtype, out_format and
     programs those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes
-    as float32 ``[L]``.
+    as float32 ``[L]``. Where a table is staged there is a launch per layer, and the call waits for the GPU
+    once, to bring row ids to the CPU; it cannot be captured or compiled then.
     """
     where = "hash_lookup"
     check_tokens(where, token_ids, plan, cu_seqlens, history, dead)

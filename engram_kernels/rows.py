@@ -345,6 +345,7 @@ def lookup(
     32]`` for e4m3_ue8m0, the table's float32 scalar for e4m3, None for dense formats.
     out: a contiguous tensor to write to; a pair (rows, scales) for "storage".
     programs: size of the persistent grid, None for all multiprocessors; fewer leave them to other work.
+    With a staged table the call waits for the GPU to bring row_ids to the CPU, and cannot be captured or compiled.
     """
     check_tensor("lookup", "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
     check_tables("lookup", (table,), row_ids.device)

@@ -2,7 +2,7 @@
 
 The file appears under its name with its header complete and both locks held, so that its state can always be told:
 
-    byte 0   locked by the writer until it publishes: a file that is not complete and has no such lock is dead
+    byte 0   locked by the writer: a file that is not complete and has no such lock is dead
     byte 1   locked, shared, by every process that maps it: the last one to let go removes the file
 
 Locks belong to open files and go with the process, however it ends. What killed processes left behind is removed by
@@ -94,7 +94,6 @@ def is_complete(fd: int) -> bool:
 def complete(fd: int) -> None:
     """Let readers in."""
     _write(fd, _STATE_AT, struct.pack("<I", _COMPLETE))
-    _lock(fd, _WRITER, fcntl.F_UNLCK)
 
 
 def find(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path, Geometry] | str | None:
@@ -135,11 +134,10 @@ def remove_unused(path: Path) -> bool:
         os.close(fd)
 
 
-def release(fd: int, path: Path, owner: int) -> None:
-    """Close the file, and with it this process's locks; remove it where no other process holds it."""
+def release(fd: int, path: Path) -> None:
+    """Close the file, and with it the locks unless a fork has it open too; remove it where nobody holds it."""
     os.close(fd)
-    if os.getpid() == owner:  # a fork shares the open file, and leaves the rest to the process that opened it
-        remove_unused(path)
+    remove_unused(path)
 
 
 def check_name(name, where: str) -> None:
@@ -238,7 +236,7 @@ def _examine(fd: int, path: Path, nbytes: int, wanted: Geometry) -> Geometry | s
 
 
 def _lock(fd: int, byte: int, kind: int) -> bool:
-    """Lock or unlock one byte for this open file; False where another holds it."""
+    """Lock one byte for this open file; False where another holds it."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
     except (BlockingIOError, PermissionError):

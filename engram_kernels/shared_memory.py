@@ -28,7 +28,7 @@ class SharedMapping:
         self.registration: Registration | None = None
         self._fd = fd
         # Runs at exit too, so that no file stays behind.
-        self._release = weakref.finalize(self, shared_file.release, fd, path, os.getpid())
+        self._release = weakref.finalize(self, shared_file.release, fd, path)
         # Locks live as long as their open file, which a mapping holds on to: it gets one of its own.
         mapped = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
         try:

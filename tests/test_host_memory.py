@@ -58,6 +58,8 @@ def test_a_refusal_undoes_every_earlier_chunk(small_chunks, monkeypatch, refused
     assert "ulimit -l unlimited" in message and "placement 'staged'" in message
     assert driver.held == {} and driver.released == [address for address, _ in driver.registered]
     assert len(driver.registered) == refused
+    # Unmapped at once, though the error still holds the frames it came through.
+    assert not any(first in driver.released for first, _ in mapped_ranges())
 
 
 def test_a_refusal_reports_what_the_machine_says(monkeypatch):

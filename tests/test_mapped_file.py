@@ -99,6 +99,7 @@ def test_what_is_watched(tmp_path):
     os.rename(tmp_path / "c", path)
     found = MappedFile.behind(scale)  # the kernel follows the rename; the name it gives means the same file
     assert found is None or found.path == str(tmp_path / "b")
+    assert MappedFile._open(str(path), os.stat(tmp_path / "b").st_ino, 1) is None  # as in a container's own root
     (tmp_path / "b").unlink()
     assert MappedFile.behind(scale) is None
 

@@ -2,12 +2,17 @@
 
 import gc
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from engram_kernels import EngramTable, lookup, shared_file, shared_memory, table_memory
 from engram_kernels.host_memory import HUGE_PAGE
+from engram_kernels.pages import Pages
 
 from . import tables
 from .drivers import Accountant, FakeDriver, mapped_ranges
@@ -94,6 +99,12 @@ def test_registration_comes_with_publishing_and_attaching(shared_name, monkeypat
     driver = FakeDriver()
     monkeypatch.setattr(table_memory, "_driver", lambda: driver)
     gpu, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    held, original = [], Pages.collapse
+    monkeypatch.setattr(Pages, "collapse", lambda *call: held.append(len(driver.held)) or original(*call))
+    with made(shared_name, (40_000, 256, "float32")) as large:
+        large.publish()
+        assert held == [0]  # pinned pages could not move any more
+    driver.released.clear()
     with made(shared_name) as table:
         with pytest.raises(ValueError, match=r"^op: tensors on cuda:0 need a registered \(published\) shared table"):
             table.check_readable_on(gpu, "op")
@@ -205,3 +216,17 @@ def test_free_huge_pages_are_what_the_kernel_says(monkeypatch, tmp_path):
     (tmp_path / "free_hugepages").write_text("7\n")
     (tmp_path / "resv_hugepages").write_text("2\n")
     assert shared_file._free_huge_pages() == 5 * HUGE_PAGE
+
+
+def test_the_documents_examples(tmp_path, monkeypatch):
+    """Every Python block of docs/host_memory.md, one after the other."""
+    path = tmp_path / "table.safetensors"
+    save_file({"embed.weight": torch.ones(10, 16)}, path)
+    text = (Path(__file__).parents[1] / "docs" / "host_memory.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == 3
+    space = dict(EngramTable=EngramTable, lookup=lookup, torch=torch, safe_open=safe_open, path=path)
+    for block in blocks:
+        exec(block.replace('"layer1"', f'"document-{os.getpid()}"'), space)
+    assert space["table"].rows == 10
+    space["reader"].close()
