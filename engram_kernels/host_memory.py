@@ -66,10 +66,10 @@ class RuntimeDriver:
     def numa_node(self) -> int | None:
         """The NUMA node that the current GPU hangs on, where the system says."""
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-        bus = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
         try:
+            bus = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
             node = int((_PCI / bus / "numa_node").read_text())
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):  # a build of torch without these fields, or a kernel
             return None
         return node if node >= 0 else None
 

@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,7 @@ def _free_huge_pages() -> int:
 
 def _free(folder: Path) -> int:
     stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
+    return stat.f_bavail * stat.f_frsize if stat.f_blocks else sys.maxsize  # tmpfs without a limit has no blocks
 
 
 def _write(fd: int, at: int, data: bytes) -> None:

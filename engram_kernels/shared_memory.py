@@ -80,7 +80,8 @@ class SharedMapping:
         fd, path, stored = found
         mapping = cls(fd, path, nbytes, stored, driver)
         try:
-            mapping.pages.fault_in()  # maps what is there; the driver would do it page by page
+            if driver is not None:
+                mapping.pages.fault_in()  # maps what is there, by threads; the driver would go page by page
             mapping._register()
         except BaseException:
             mapping.close()

@@ -205,6 +205,8 @@ def test_the_runtime_driver_finds_the_gpus_node(monkeypatch, tmp_path, content, 
         (tmp_path / "0001:ab:1f.0").mkdir()
         (tmp_path / "0001:ab:1f.0" / "numa_node").write_text(content)
     assert host_memory.RuntimeDriver().numa_node() == expected
+    del gpu.pci_bus_id
+    assert host_memory.RuntimeDriver().numa_node() is None
 
 
 def test_memory_report(small_chunks, monkeypatch):

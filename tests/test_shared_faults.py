@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,9 @@ def test_no_room(shared_name, monkeypatch):
     huge = (2**36, 256, "e4m3_ue8m0")
     with pytest.raises(RuntimeError, match=r"bytes do not fit in /dev/shm, [\d,]+ are free; enlarge it \(mount -o"):
         made(shared_name, huge)
+    with monkeypatch.context() as unlimited:
+        unlimited.setattr(os, "statvfs", lambda folder: types.SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096))
+        made(shared_name).close()
     monkeypatch.setattr(shared_file, "available_host_memory", lambda: 1 << 20)
     with pytest.raises(RuntimeError, match="4,194,304 bytes do not fit in host memory, 1,048,576 are free"):
         made(shared_name)
