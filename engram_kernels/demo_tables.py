@@ -5,7 +5,6 @@ else to the host, else one goes to each; only where that fails too are they made
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from .config import EngramConfig
 from .console import gib
 from .demo_checks import stored_row
+from .memory_report import available_host_memory
 from .row_format import row_format
 from .table import EngramTable
 
@@ -87,25 +87,6 @@ def write_rows(table: EngramTable, layer: int, ids: np.ndarray) -> int:
     table.weight.view(torch.uint8)[at] = torch.from_numpy(weight).to(at.device)
     table.scale[at] = torch.from_numpy(scale).to(at.device)
     return weight.nbytes + scale.nbytes
-
-
-def available_host_memory() -> int:
-    """Bytes that can be committed: what the kernel calls available, or less where a container has a limit."""
-    with open("/proc/meminfo") as lines:
-        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
-    folder = "/sys/fs/cgroup"
-    try:
-        with open(f"{folder}/memory.max") as limit, open(f"{folder}/memory.stat") as stat:
-            # Page cache counts towards the limit but is given up for others.
-            used = int(dict(line.split() for line in stat)["anon"])
-            available = min(available, max(0, int(limit.read()) - used))
-    except (OSError, KeyError, ValueError):  # no such file, or "max": no limit
-        pass
-    return available
-
-
-def total_host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _describe(config: EngramConfig) -> str:

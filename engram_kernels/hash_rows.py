@@ -12,12 +12,22 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_no_out, check_programs, check_token_values, check_tokens, is_kernel_device
-from .hashing import hash_arguments, launch_ngram_hash, ngram_rows
+from .hashing import hash_arguments, launch_ngram_hash, ngram_hash, ngram_rows
 from .plan import PLAN_SCHEMA, HashPlan
 from .read_order import check_order, choose_order, key_range
 from .row_format import FORMATS
 from .row_output import check_row_out, kernel_out, make_row_out, op_result
-from .rows import VIEW_SCHEMA, check_tables, copy_rows, launch_sorted, processors, row_constants, rows_config
+from .rows import (
+    VIEW_SCHEMA,
+    check_tables,
+    copy_rows,
+    launch_lookup,
+    launch_sorted,
+    processors,
+    row_constants,
+    rows_config,
+)
+from .staging import check_stageable, stage
 from .table import EngramTable, TableView, view_tables
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -162,6 +172,19 @@ def launch_hash_lookup(
         )
 
 
+def launch_layers(row_ids, tables: Sequence[EngramTable], out, storage: bool, programs: int | None) -> None:
+    """A launch per layer, where some tables are staged: row ids ``[..., L, C]`` come to the CPU once for all."""
+    host_ids = row_ids.cpu()
+    for layer, table in enumerate(tables):
+        ids = row_ids[..., layer, :]
+        if table.placement == "staged":
+            ids, view = stage(table, ids, "hash_lookup", host_ids[..., layer, :])
+        else:
+            view = view_tables((table,), ids.device)
+        target = tuple(part if part is None else part[layer] for part in out) if storage else out[layer]
+        launch_lookup(ids, view, target, storage, programs)
+
+
 @torch.library.custom_op(
     "engram::hash_lookup",
     mutates_args=(),
@@ -227,7 +250,8 @@ def hash_lookup(
     tables: one :class:`EngramTable` per layer of the plan, in its order, of one format and width.
     token_ids, plan, cu_seqlens, history and dead are those of :func:`ngram_hash`; out, out_dtype, out_format, programs
     and order those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes
-    as float32 ``[L]``.
+    as float32 ``[L]``. Where a table is staged there is a launch per layer, and the call waits for the GPU
+    once, to bring row ids to the CPU; it cannot be captured or compiled then.
     """
     where = "hash_lookup"
     check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
@@ -253,7 +277,16 @@ def hash_lookup(
             out_dtype=out_dtype,
             out_format=out_format,
         )
-    storage, view = out_format == "storage", view_tables(tables, token_ids.device)
+    storage = out_format == "storage"
+    if token_ids.is_cuda and any(table.placement == "staged" for table in tables):
+        check_stageable(where)
+        row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)
+        if out is None:
+            kind = TableView(row_ids, tables[0].format.name, tables[0].width, "staged")
+            out = make_row_out(kind, shape, token_ids.device, out_dtype, storage)
+        launch_layers(row_ids, tables, out, storage, programs)
+        return _with_table_scales(out, tables, storage)
+    view = view_tables(tables, token_ids.device)
     order = choose_order(order, tables, num_rows)
     if torch.compiler.is_compiling():
         check_no_out(where, out)
@@ -264,6 +297,11 @@ def hash_lookup(
         if out is None:
             out = make_row_out(view, shape, token_ids.device, out_dtype, storage)
         launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
+    return _with_table_scales(out, tables, storage)
+
+
+def _with_table_scales(out, tables, storage: bool):
+    """Storage output of format e4m3 comes with the tables' scales, which no kernel writes."""
     if storage and tables[0].format.scaling == "table":
         return out[0], torch.stack([table.scale for table in tables])
     return out

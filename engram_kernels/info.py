@@ -1,8 +1,8 @@
 """``python -m engram_kernels info``: versions, devices, and what would run where and why."""
 
 import importlib.metadata
+import os
 import platform
-import resource
 from pathlib import Path
 
 import numpy
@@ -15,7 +15,9 @@ from . import reference
 from .arguments import is_kernel_device
 from .config import EngramConfig
 from .console import gib, print_sections
-from .demo_tables import available_host_memory, layer_bytes, total_host_memory
+from .demo_tables import layer_bytes
+from .memory_report import available_host_memory, limit, locked_limit, total_host_memory
+from .pages import huge_page_setting
 from .version import __version__
 
 _EXTRAS = {
@@ -52,18 +54,25 @@ def _devices():
         yield "GPU", "none that torch can use"
     yield "CPU", f"{platform.machine()}, {torch.get_num_threads()} threads"
     yield "host memory", f"{gib(available_host_memory())} of {gib(total_host_memory())} available"
+    yield "shared memory", _shared_memory()
     yield "huge pages", _huge_pages()
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,} bytes"
-    yield "locked memory", f"limit {limit} (RLIMIT_MEMLOCK); whether it binds a registration is the driver's choice"
+    locked = limit(locked_limit())
+    yield "locked memory", f"limit {locked} (RLIMIT_MEMLOCK); whether it binds a registration is the driver's choice"
+
+
+def _shared_memory() -> str:
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError:
+        return "no /dev/shm: placement 'shared' cannot be used"
+    free, total = (blocks * stat.f_frsize for blocks in (stat.f_bavail, stat.f_blocks))
+    return f"{gib(free)} of {gib(total)} free in /dev/shm, for placement 'shared'"
 
 
 def _huge_pages() -> str:
-    try:
-        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
+    chosen = huge_page_setting()
+    if chosen == "absent":
         return "the kernel has none: a GPU reads large host tables slowly"
-    chosen = setting.split("[")[-1].split("]")[0]
     meaning = {"always": "host tables get them", "madvise": "host tables ask for them and get them"}
     return f"{chosen}: {meaning.get(chosen, 'host tables get none, and a GPU reads large ones slowly')}"
 

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 
 from .arguments import check_choice
-from .host_memory import HUGE_PAGE
+from .pages import HUGE_PAGE
+from .placement import REGISTERED
 from .table import EngramTable
 
 ORDERS = ("direct", "address", "head")
-_UVA_PLACEMENTS = ("host", "shared")
 _REACH = 512  # pages
 _IN_FLIGHT = 2048  # rows
 _SORTED_FROM = 16_384  # rows, with huge pages
@@ -41,7 +41,7 @@ def read_order(num_rows: int, table_bytes: int, page_bytes: int, placement: str)
     Below that, head order costs nothing, and a head's window of V4.1 is 4 GB where a table is 94; but a persistent
     grid has 132 x 16 rows in flight, and so many are on their way at once in any order.
     """
-    if placement not in _UVA_PLACEMENTS or table_bytes <= _REACH * page_bytes:
+    if placement not in REGISTERED or table_bytes <= _REACH * page_bytes:
         return "direct"
     sorted_from = _SORTED_FROM if page_bytes >= HUGE_PAGE else _SORTED_FROM // 10
     if sorted_from <= num_rows < _MOST_SORTED:
@@ -55,8 +55,8 @@ def choose_order(order: str | None, tables: Sequence[EngramTable], num_rows: int
         return order
     chosen, largest = "direct", 0
     for table in tables:
-        if table.placement in _UVA_PLACEMENTS and table.nbytes > largest:
-            chosen, largest = read_order(num_rows, table.nbytes, HUGE_PAGE, table.placement), table.nbytes
+        if table.placement in REGISTERED and table.nbytes > largest:
+            chosen, largest = read_order(num_rows, table.nbytes, table.page_bytes, table.placement), table.nbytes
     return chosen
 
 

@@ -12,6 +12,7 @@ import torch
 SCALE_GROUP = 32  # elements that share one ue8m0 byte
 ROW_ALIGNMENT = 16  # bytes; the width of one vector load
 MAX_ROW_WIDTH = 1024  # elements
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,33 @@ def row_format(name: str, where: str) -> RowFormat:
     if name not in FORMATS:
         raise ValueError(f"{where}: format must be one of {', '.join(FORMATS)}, got {name!r}")
     return FORMATS[name]
+
+
+def format_of(weight: torch.Tensor, scale, where: str) -> tuple[RowFormat, torch.Tensor | None]:
+    """The format of a weight and its scale, and the scale as tables keep it."""
+    if weight.dtype != torch.float8_e4m3fn:
+        if weight.dtype not in {fmt.dtype for fmt in FORMATS.values()}:
+            raise TypeError(
+                f"{where}: weight must be float32, bfloat16, float16, float8_e4m3fn or float64, got {weight.dtype}"
+            )
+        if scale is not None:
+            raise ValueError(f"{where}: a {weight.dtype} weight takes no scale, got one")
+        return FORMATS[str(weight.dtype).removeprefix("torch.")], None
+    # One element of a float type is the table's scale; a single byte would be an exponent, for one row of one group.
+    if isinstance(scale, (int, float)) or (
+        isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.dtype in _SCALE_DTYPES
+    ):
+        return FORMATS["e4m3"], torch.tensor(float(scale), dtype=torch.float32)
+    expected = [weight.shape[0], weight.shape[1] // SCALE_GROUP]
+    if (
+        not isinstance(scale, torch.Tensor)
+        or scale.dtype not in (torch.uint8, torch.float8_e8m0fnu)
+        or list(scale.shape) != expected
+        or not scale.is_contiguous()
+    ):
+        got = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, torch.Tensor) else repr(scale)
+        raise ValueError(
+            f"{where}: scale of a float8_e4m3fn weight must be one float, or uint8 or float8_e8m0fnu {expected}, "
+            f"contiguous, got {got}"
+        )
+    return FORMATS["e4m3_ue8m0"], scale.view(torch.uint8)

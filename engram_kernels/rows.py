@@ -18,6 +18,7 @@ from .arguments import check_no_out, check_programs, check_tensor, is_kernel_dev
 from .read_order import check_order, choose_order, launch_copy_duplicates, scale_words
 from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP
 from .row_output import check_row_out, kernel_out, make_row_out, op_result
+from .staging import stage
 from .table import EngramTable, TableView, view_tables
 
 #: A TableView in the schema of a registered op.
@@ -320,7 +321,8 @@ def check_tables(where: str, tables, device: torch.device) -> None:
             raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu' and CPU tensors")
         if not table.aligned:
             raise ValueError(
-                f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not"
+                f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not "
+                "(placement 'staged' takes any address)"
             )
 
 
@@ -345,6 +347,7 @@ def lookup(
     programs: size of the persistent grid, None for all multiprocessors; fewer leave them to other work.
     order: in which rows are read, "direct", "head" (column by column) or "address" (sorted, duplicates read once); None
     leaves the choice to read_order.py. It changes no bit, and nothing on the CPU.
+    With a staged table the call waits for the GPU to bring row_ids to the CPU, and cannot be captured or compiled.
     """
     check_tensor("lookup", "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
     check_tables("lookup", (table,), row_ids.device)
@@ -356,7 +359,11 @@ def lookup(
     check_row_out("lookup", table, shape, row_ids.device, out, out_dtype, out_format)
     if not is_kernel_device(row_ids) or table.format.dtype == torch.float64:
         return reference.lookup(table, row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
-    storage, view = out_format == "storage", view_tables((table,), row_ids.device)
+    storage = out_format == "storage"
+    if table.placement == "staged" and row_ids.is_cuda:
+        row_ids, view = stage(table, row_ids, "lookup")
+    else:
+        view = view_tables((table,), row_ids.device)
     order = choose_order(order, (table,), row_ids.numel())
     if torch.compiler.is_compiling():
         check_no_out("lookup", out)

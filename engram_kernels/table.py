@@ -1,12 +1,4 @@
-"""The table of one Engram layer: rows in a storage format, in the memory of a placement.
-
-    placement   memory                                                  read by
-    device      GPU memory                                              kernels, ordinary loads
-    host        exact-size mapping, registered with the driver          kernels, over UVA
-    cpu         ordinary memory                                         the reference
-
-Without a GPU a host table is mapped but not registered: the reference reads it, and only written pages cost memory.
-"""
+"""The table of one Engram layer: rows in a storage format, in the memory of a placement (placement.py)."""
 
 import struct
 from collections.abc import Sequence
@@ -14,15 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from .host_memory import HostMapping, RuntimeDriver
-from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP, RowFormat, row_format
-
-PLACEMENTS = ("device", "host", "cpu")
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from . import table_memory
+from .mapped_file import MappedFile
+from .memory_report import MemoryReport, size
+from .pages import Progress
+from .placement import REGISTERED, check_placement, check_scales
+from .row_format import ROW_ALIGNMENT, RowFormat, format_of, row_format
 
 
 class EngramTable:
-    """Rows of one layer. Make one with :meth:`empty` or :meth:`from_tensors`.
+    """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors` or :meth:`attach`.
 
     weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32
     scalar on the CPU for ``e4m3`` (fixed at construction), else None.
@@ -34,19 +27,33 @@ class EngramTable:
         scale: torch.Tensor | None,
         format: RowFormat,
         placement: str,
-        mappings: tuple[HostMapping, ...] = (),
+        mapping: table_memory.Mapping | None = None,
+        scales: str | None = None,
     ):
-        self._weight, self._scale, self._mappings = weight, scale, mappings
+        self._weight, self._scale, self._mapping = weight, scale, mapping
+        self._scales = scales
         self.format, self.placement = format, placement
         self.rows, self.width = weight.shape
-        scale_bits = 0
-        if format.scaling == "table":
-            scale_bits = struct.unpack("<i", struct.pack("<f", float(scale)))[0]
-        scale_address = scale.data_ptr() if format.scaling == "group" else 0
-        self._descriptor = (weight.data_ptr(), scale_address, self.rows, scale_bits)
-        #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need.
-        self.aligned = weight.data_ptr() % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
+        #: Files that the tensors of placement "cpu" and "staged" are mapped from.
+        self.files: list[MappedFile] = []
         self._kept_descriptors: dict[tuple, torch.Tensor] = {}
+        #: Buffers of placement "staged" by device, made when it is first read from there.
+        self.rings: dict = {}
+        self._describe()
+
+    def _describe(self) -> None:
+        """What a kernel is told: address of rows, of scales, number of rows, bits of the table's scale."""
+        scale_bits = 0
+        if self.format.scaling == "table":
+            scale_bits = struct.unpack("<i", struct.pack("<f", float(self._scale)))[0]
+        scale_address = self._scale.data_ptr() if self.format.scaling == "group" else 0
+        self.descriptor = (self._weight.data_ptr(), scale_address, self.rows, scale_bits)
+        #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need; staged ones are
+        #: copied to such places.
+        aligned = self._weight.data_ptr() % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
+        self.aligned = aligned or self.placement == "staged"
+        #: Bytes of the pages that a GPU reads over the link; read back once, since read_order.py asks in every call.
+        self.page_bytes = table_memory.page_bytes(self._mapping)
 
     @classmethod
     def empty(
@@ -57,35 +64,35 @@ class EngramTable:
         *,
         placement: str,
         scale: float = 1.0,
+        scales: str | None = None,
         device: torch.device | str | None = None,
+        name: str | None = None,
+        progress: Progress | None = None,
     ) -> "EngramTable":
-        """A table of ``rows`` x ``width`` elements whose content is undefined (zero for placement "host").
+        """A table of ``rows`` x ``width`` elements whose content is undefined (zero for "host", "shared" and "staged").
 
         format: a name of ``row_format.FORMATS``. scale: the table's scale, for format "e4m3".
+        scales: "device" keeps the scales of e4m3_ue8m0 rows in GPU memory, with placement "host" or "shared".
         device: the GPU of placement "device"; None is the current one.
+        name: of placement "shared", under which other processes :meth:`attach` once this one calls :meth:`publish`;
+        FileExistsError where a table has it.
+        progress: called with (bytes done, all) while the pages of placement "host" or "shared" are faulted in.
         """
         where = "EngramTable.empty"
-        fmt = row_format(format, where)
-        fmt.check_width(width, where)
-        if rows < 1:
-            raise ValueError(f"{where}: rows must be at least 1, got {rows}")
-        device = _checked_placement(placement, device, fmt, where)
-        mappings: list[HostMapping] = []
-
-        def allocate(elements: int, dtype: torch.dtype) -> torch.Tensor:
-            if placement != "host":
-                return torch.empty(rows, elements, dtype=dtype, device=device)
-            driver = RuntimeDriver() if torch.cuda.is_available() else None
-            mappings.append(HostMapping(rows * elements * dtype.itemsize, driver))
-            return mappings[-1].bytes.view(dtype).view(rows, elements)
-
-        weight = allocate(width, fmt.dtype)
-        scales = None
-        if fmt.scaling == "group":
-            scales = allocate(width // SCALE_GROUP, torch.uint8)
-        elif fmt.scaling == "table":
-            scales = torch.tensor(float(scale), dtype=torch.float32)
-        return cls(weight, scales, fmt, placement, tuple(mappings))
+        fmt = _checked_geometry(where, rows, width, format)
+        device = check_placement(where, placement, fmt, device, name, scales)
+        memory = table_memory.allocate(
+            rows,
+            width,
+            fmt,
+            placement=placement,
+            scale=scale,
+            scales=scales,
+            device=device,
+            name=name,
+            progress=progress,
+        )
+        return cls(*memory[:2], fmt, placement, memory.mapping, scales)
 
     @classmethod
     def from_tensors(
@@ -94,12 +101,17 @@ class EngramTable:
         scale: torch.Tensor | float | None = None,
         *,
         placement: str,
+        scales: str | None = None,
         device: torch.device | str | None = None,
+        name: str | None = None,
+        progress: Progress | None = None,
     ) -> "EngramTable":
         """A table with the rows of ``weight [rows, width]``, contiguous; the dtype and ``scale`` tell the format.
 
         float8_e4m3fn takes ``scale``: uint8 or float8_e8m0fnu ``[rows, width / 32]``, or one float.
-        Placement "cpu" shares the tensors' memory, "device" does where they are on that device, "host" copies.
+        Placement "cpu" and "staged" share the tensors' memory, which may be a mapped file; "device" does where they are
+        on that device; "host" and "shared" copy, and "shared" is published then.
+        scales, device, name and progress are those of :meth:`empty`.
         """
         where = "EngramTable.from_tensors"
         if (
@@ -112,30 +124,85 @@ class EngramTable:
             raise ValueError(
                 f"{where}: weight must be a contiguous [rows, width] tensor of at least one row, got {got}"
             )
-        fmt, scale = _format_of(weight, scale, where)
+        fmt, scale = format_of(weight, scale, where)
         fmt.check_width(weight.shape[1], where)
-        device = _checked_placement(placement, device, fmt, where)
-        if placement == "host":
+        device = check_placement(where, placement, fmt, device, name, scales)
+        if placement in REGISTERED:
             value = float(scale) if fmt.scaling == "table" else 1.0
-            table = cls.empty(*weight.shape, fmt.name, placement=placement, scale=value)
-            table._weight.view(torch.uint8).copy_(weight.view(torch.uint8))
-            if fmt.scaling == "group":
-                table._scale.copy_(scale)
+            options = dict(placement=placement, scale=value, scales=scales, name=name, progress=progress)
+            table = cls.empty(*weight.shape, fmt.name, **options)
+            try:
+                table._weight.view(torch.uint8).copy_(weight.view(torch.uint8))
+                if fmt.scaling == "group":
+                    table._scale.copy_(scale)
+                if placement == "shared":
+                    table.publish()
+            except BaseException:
+                table.close()
+                raise
             return table
-        if placement == "cpu" and weight.device.type != "cpu":
-            raise ValueError(f"{where}: placement 'cpu' needs a weight on the CPU, got {weight.device}")
+        if placement != "device" and weight.device.type != "cpu":
+            raise ValueError(f"{where}: placement {placement!r} needs a weight on the CPU, got {weight.device}")
         if fmt.scaling == "group":
             scale = scale.to(device)
-        return cls(weight.to(device), scale, fmt, placement)
+        table = cls(weight.to(device), scale, fmt, placement)
+        if placement != "device":
+            parts = [weight, scale] if fmt.scaling == "group" else [weight]
+            table.files = [file for part in parts if (file := MappedFile.behind(part))]
+        return table
+
+    @classmethod
+    def attach(
+        cls,
+        name: str,
+        rows: int,
+        width: int,
+        format: str,
+        *,
+        scale: float | None = None,
+        scales: str | None = None,
+        timeout: float = 600.0,
+    ) -> "EngramTable":
+        """The table that another process publishes under ``name``, in the same memory; readers must not write to it.
+
+        Waits for it: TimeoutError after ``timeout`` seconds, RuntimeError as soon as its writer has died.
+        rows, width, format: what it must have, ValueError otherwise; scale of format "e4m3" too unless None.
+        scales: as for :meth:`empty`; each process has its own copy.
+        """
+        where = "EngramTable.attach"
+        fmt = _checked_geometry(where, rows, width, format)
+        check_scales(where, "shared", fmt, scales)
+        memory = table_memory.attach(name, rows, width, fmt, scale=scale, scales=scales, timeout=timeout)
+        return cls(*memory[:2], fmt, "shared", memory.mapping, scales)
+
+    def publish(self, *, progress: Progress | None = None) -> None:
+        """Tell the processes that wait for this shared table that all of its content is there. Once.
+
+        Its pages are collapsed to huge ones first (progress: bytes done, all) and registered; kernels read it after
+        that.
+        """
+        self._check_usable("EngramTable.publish")
+        if self.placement != "shared":
+            raise ValueError(f"EngramTable.publish: only placement 'shared' is published, got {self.placement!r}")
+        self._mapping.publish(progress)
+        if self._scales == "device":
+            self._scale = table_memory.on_the_gpu(self._scale)
+        self._describe()
+
+    def memory_report(self) -> MemoryReport:
+        """Where the bytes are, and what the machine granted: huge pages, registration, NUMA node; printable."""
+        self._check_usable("EngramTable.memory_report")
+        parts = [self._weight, self._scale] if self.format.scaling == "group" else [self._weight]
+        return table_memory.report(self.placement, self.nbytes, parts, self._mapping)
 
     @property
     def weight(self) -> torch.Tensor:
-        self._check_open()
+        self._check_usable("EngramTable")
         return self._weight
 
     @property
     def scale(self) -> torch.Tensor | None:
-        self._check_open()
+        self._check_usable("EngramTable")
         return self._scale
 
     @property
@@ -154,11 +221,10 @@ class EngramTable:
 
     def discard(self) -> None:
         """Give the pages of an unregistered host table back: all rows read as zero afterwards."""
-        self._check_open()
+        self._check_usable("EngramTable.discard")
         if self.placement != "host":
             raise ValueError(f"EngramTable.discard: only placement 'host' can give pages back, got {self.placement!r}")
-        for mapping in self._mappings:
-            mapping.discard()
+        self._mapping.discard()
 
     def close(self) -> None:
         """Unregister and release the memory. Using the table afterwards is an error; closing again is not.
@@ -167,9 +233,10 @@ class EngramTable:
         """
         self._weight = self._scale = None
         self._kept_descriptors.clear()
-        for mapping in self._mappings:
-            mapping.close()
-        self._mappings = ()
+        for part in (*self.rings.values(), *self.files, *([self._mapping] if self._mapping else [])):
+            part.close()
+        self.rings.clear()
+        self.files, self._mapping = [], None
 
     def __enter__(self) -> "EngramTable":
         return self
@@ -178,26 +245,38 @@ class EngramTable:
         self.close()
 
     def __repr__(self) -> str:
-        size = f"{self.nbytes / 2**30:.2f} GiB" if self.nbytes >= 2**30 else f"{self.nbytes:,} bytes"
-        state = "closed" if self.closed else size
+        state = "closed" if self.closed else size(self.nbytes)
+        if not self.closed and self._scales == "device":
+            state += ", scales on the device"
         return f"EngramTable({self.rows:,} x {self.width} {self.format.name}, {self.placement}, {state})"
 
     def check_readable_on(self, device: torch.device, where: str) -> None:
         """Raise ValueError unless an op on ``device`` can read this table."""
-        if self.closed:
-            raise ValueError(f"{where}: the table is closed")
+        self._check_usable(where)
+        scale_device = self._scale.device if self.format.scaling == "group" else device
         if device.type == "cpu":
-            readable, need = self._weight.device.type == "cpu", "a table in CPU memory (placement 'cpu' or 'host')"
-        elif self.placement == "host":
-            readable, need = all(mapping.registered for mapping in self._mappings), "a registered host table"
+            readable = self._weight.device.type == scale_device.type == "cpu"
+            need = "a table in CPU memory, with its scales"
+        elif self.placement == "staged":
+            readable, need = True, ""
+        elif self.placement in REGISTERED:
+            readable = self._mapping is not None and self._mapping.registered
+            need = "a registered host table" if self.placement == "host" else "a registered (published) shared table"
+            if readable and scale_device not in (torch.device("cpu"), device):
+                readable, need = False, f"a table with its scales on {device} or on the host"
         else:
             readable, need = self._weight.device == device, f"a table on {device} or a registered host table"
         if not readable:
             raise ValueError(f"{where}: tensors on {device} need {need}, got {self!r} on {self._weight.device}")
 
-    def _check_open(self) -> None:
+    def _check_usable(self, where: str) -> None:
+        """Raise ValueError where the table is closed, or its memory is not in this process or no longer there."""
         if self.closed:
-            raise ValueError("EngramTable: the table is closed")
+            raise ValueError(f"{where}: the table is closed")
+        if not torch.compiler.is_compiling():
+            for part in (self._mapping, *self.files):
+                if part is not None:
+                    part.check(where)
 
 
 class TableView(NamedTuple):
@@ -215,52 +294,15 @@ def view_tables(tables: Sequence[EngramTable], device: torch.device) -> TableVie
     The descriptors are kept, by value, on the first table: only the first call with these tables copies to the device.
     """
     first = tables[0]
-    key = (device, *(table._descriptor for table in tables))
+    key = (device, *(table.descriptor for table in tables))
     if key not in first._kept_descriptors:
         first._kept_descriptors[key] = torch.tensor(key[1:], dtype=torch.int64).to(device)
     return TableView(first._kept_descriptors[key], first.format.name, first.width, first.placement)
 
 
-def _checked_placement(placement: str, device, fmt: RowFormat, where: str) -> torch.device:
-    if placement not in PLACEMENTS:
-        raise ValueError(f"{where}: placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
-    if placement != "device":
-        if device is not None:
-            raise ValueError(f"{where}: device is for placement 'device', got {device} with {placement!r}")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError(f"{where}: placement 'device' needs a GPU, and torch finds none")
-    if fmt.name == "float64":
-        raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu', got 'device'")
-    device = torch.device(device or "cuda")
-    return torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _format_of(weight: torch.Tensor, scale, where: str) -> tuple[RowFormat, torch.Tensor | None]:
-    """The format of a weight and its scale, and the scale as tables keep it."""
-    if weight.dtype != torch.float8_e4m3fn:
-        if weight.dtype not in {fmt.dtype for fmt in FORMATS.values()}:
-            raise TypeError(
-                f"{where}: weight must be float32, bfloat16, float16, float8_e4m3fn or float64, got {weight.dtype}"
-            )
-        if scale is not None:
-            raise ValueError(f"{where}: a {weight.dtype} weight takes no scale, got one")
-        return FORMATS[str(weight.dtype).removeprefix("torch.")], None
-    # One element of a float type is the table's scale; a single byte would be an exponent, for one row of one group.
-    if isinstance(scale, (int, float)) or (
-        isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.dtype in _SCALE_DTYPES
-    ):
-        return FORMATS["e4m3"], torch.tensor(float(scale), dtype=torch.float32)
-    expected = [weight.shape[0], weight.shape[1] // SCALE_GROUP]
-    if (
-        not isinstance(scale, torch.Tensor)
-        or scale.dtype not in (torch.uint8, torch.float8_e8m0fnu)
-        or list(scale.shape) != expected
-        or not scale.is_contiguous()
-    ):
-        got = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, torch.Tensor) else repr(scale)
-        raise ValueError(
-            f"{where}: scale of a float8_e4m3fn weight must be one float, or uint8 or float8_e8m0fnu {expected}, "
-            f"contiguous, got {got}"
-        )
-    return FORMATS["e4m3_ue8m0"], scale.view(torch.uint8)
+def _checked_geometry(where: str, rows: int, width: int, format: str) -> RowFormat:
+    fmt = row_format(format, where)
+    fmt.check_width(width, where)
+    if rows < 1:
+        raise ValueError(f"{where}: rows must be at least 1, got {rows}")
+    return fmt

@@ -7,7 +7,9 @@ in which some kernel of the package never ran, or that takes longer than its bud
 """
 
 import functools
+import gc
 import importlib
+import os
 import pkgutil
 import time
 from collections import Counter
@@ -21,7 +23,8 @@ import triton
 import engram_kernels
 from engram_kernels import EngramConfig, HashPlan
 
-from . import gpu_results
+from . import gpu_results, sharing
+from .peers import Peer
 
 DATA = Path(__file__).parent / "data"
 LANES = {"cpu": (), "interpret": ("kernel",), "compile": ("compile",), "gpu": ("kernel", "gpu")}
@@ -164,3 +167,23 @@ def v41_token_map():
 @pytest.fixture(scope="session")
 def v41_plan(v41_token_map):
     return HashPlan.build(EngramConfig.deepseek_v41_flash(), v41_token_map)
+
+
+@pytest.fixture(scope="session")
+def peers():
+    """Two other processes for all tests that need some: importing takes seconds."""
+    both = [Peer(), Peer()]
+    yield [peer.wait_ready() for peer in both]
+    for peer in both:
+        peer.end()
+
+
+@pytest.fixture
+def shared_name(request):
+    """A name for a shared table, whose file must be gone in the end."""
+    name = f"test-{os.getpid()}-{abs(hash(request.node.name))}"
+    yield name
+    gc.collect()
+    left = sharing.file_of(name).exists()
+    sharing.file_of(name).unlink(missing_ok=True)
+    assert not left, "the file is still there"

@@ -1,48 +1,21 @@
-"""HostMapping: registration in chunks and its undoing, by a driver that keeps account; the mapping itself."""
+"""HostMapping: registration in chunks and its undoing, by a driver that keeps account; what is reported of it."""
 
 import gc
 import re
 import resource
+import types
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 
-from engram_kernels import host_memory
+from engram_kernels import EngramTable, host_memory, table_memory
 from engram_kernels.host_memory import HUGE_PAGE, HostMapping
+from engram_kernels.memory_report import MemoryReport
+
+from .drivers import Accountant, FakeDriver, mapped_ranges
 
 MIB = 1 << 20
-
-
-def mapped_ranges():
-    """(first, end) of every mapping of this process."""
-    with open("/proc/self/maps") as lines:
-        return [tuple(int(edge, 16) for edge in line.split()[0].split("-")) for line in lines]
-
-
-class FakeDriver:
-    """Keeps account of registrations; refuses the one numbered ``refuse_at``, and whatever is not in order."""
-
-    def __init__(self, refuse_at=None):
-        self.refuse_at = refuse_at
-        self.held = {}  # address -> bytes
-        self.registered = []  # every registration ever, in order
-        self.released = []
-
-    def register(self, address, nbytes):
-        if len(self.registered) == self.refuse_at:
-            return "error 2: out of memory"
-        assert nbytes > 0 and address not in self.held
-        assert any(first <= address and address + nbytes <= end for first, end in mapped_ranges())
-        self.held[address] = nbytes
-        self.registered.append((address, nbytes))
-
-    def unregister(self, address):
-        # The driver must be told while the memory is still there.
-        nbytes = self.held.pop(address)
-        assert any(first <= address and address + nbytes <= end for first, end in mapped_ranges())
-        self.released.append(address)
 
 
 @pytest.fixture
@@ -71,53 +44,22 @@ def test_a_small_mapping_is_one_registration():
     assert [size for _, size in driver.registered] == [9 * MIB]
 
 
-@pytest.mark.parametrize("nbytes", [1, 100, 3 * MIB])
-@pytest.mark.parametrize("registered", [False, True])
-def test_memory_starts_at_a_huge_page_zero_and_writable(nbytes, registered):
-    mapping = HostMapping(nbytes, FakeDriver() if registered else None)
-    assert mapping.bytes.data_ptr() % HUGE_PAGE == 0 and HUGE_PAGE == 2 * MIB
-    assert mapping.bytes.dtype == torch.uint8 and mapping.bytes.shape == (nbytes,)
-    assert not mapping.bytes.any()
-    mapping.bytes.fill_(7)
-    assert (mapping.bytes == 7).all()
-    assert mapping.registered is registered
-
-
-def advice_of(mapping):
-    """The kernel's two-letter flags of the range (man 5 proc): hg and nh for huge pages, dc for not in forks."""
-    inside = False
-    with open("/proc/self/smaps") as lines:
-        for line in lines:
-            edges = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-            if edges:
-                inside = int(edges[1], 16) <= mapping.bytes.data_ptr() < int(edges[2], 16)
-            elif inside and line.startswith("VmFlags:"):
-                return set(line.split()[1:])
-
-
-def test_a_registered_mapping_asks_for_huge_pages_and_stays_out_of_forks():
-    flags = advice_of(HostMapping(4 * MIB, FakeDriver()))
-    assert "dc" in flags and "nh" not in flags
-    plain = advice_of(HostMapping(4 * MIB))
-    assert "dc" not in plain and "hg" not in plain
-    if Path("/sys/kernel/mm/transparent_hugepage").exists():
-        assert "hg" in flags and "nh" in plain
-
-
 @pytest.mark.parametrize("refused", [0, 1, 3])
 def test_a_refusal_undoes_every_earlier_chunk(small_chunks, monkeypatch, refused):
-    monkeypatch.setattr(host_memory, "_available", lambda: 12_345_678)
+    monkeypatch.setattr(host_memory, "available_host_memory", lambda: 12_345_678)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (65_536, 65_536))
     driver = FakeDriver(refuse_at=refused)
     with pytest.raises(RuntimeError) as raised:
         HostMapping(9 * MIB, driver)
     message = str(raised.value)
-    assert "error 2: out of memory" in message
+    assert "cudaErrorMemoryAllocation (2): out of memory" in message
     assert f"after {refused * 2 * MIB:,} of {9 * MIB:,} bytes" in message
     assert "12,345,678 bytes are available" in message and "locked-memory limit is 65,536 bytes" in message
-    assert "ulimit -l unlimited" in message
+    assert "ulimit -l unlimited" in message and "placement 'staged'" in message
     assert driver.held == {} and driver.released == [address for address, _ in driver.registered]
     assert len(driver.registered) == refused
+    # Unmapped at once, though the error still holds the frames it came through.
+    assert not any(first in driver.released for first, _ in mapped_ranges())
 
 
 def test_a_refusal_reports_what_the_machine_says(monkeypatch):
@@ -155,33 +97,55 @@ def test_collection_unregisters_once(small_chunks):
     assert gone() is None and driver.held == {} and len(driver.released) == 3
 
 
+def test_a_refusal_to_unregister_is_a_warning():
+    driver = FakeDriver()
+    mapping = HostMapping(MIB, driver)
+    driver.unregister = lambda address: "cudaErrorUnknown (999): unknown error"
+    with pytest.warns(RuntimeWarning, match=r"refused to unregister host memory \(cudaErrorUnknown \(999\)"):
+        mapping.close()
+
+
 def test_memory_outlives_close_while_a_tensor_views_it():
     mapping = HostMapping(MIB, FakeDriver())
+    first = mapping.bytes.data_ptr()
     view = mapping.bytes[10:20]
     view.fill_(3)
     mapping.close()
     del mapping
     gc.collect()
     assert view.tolist() == [3] * 10
+    del view
+    assert not any(range_[0] == first for range_ in mapped_ranges())
 
 
-def test_many_mappings_leak_nothing(small_chunks):
-    HostMapping(5 * MIB, FakeDriver()).close()
+def test_many_tables_leak_nothing(small_chunks, monkeypatch):
+    """200 tables closed, collected or refused half-way: as many registrations as their undoing, and no mapping left."""
+    good, bad = Accountant(), Accountant()
+    monkeypatch.setattr(table_memory, "_driver", lambda: drivers[0])
+    monkeypatch.setattr(host_memory, "ensure_huge", lambda *_: None)  # reads smaps, 10 ms each time
+
+    def make():
+        return EngramTable.empty(18_000, 256, "e4m3_ue8m0", placement="host")  # 4.5 MiB, three chunks
+
+    drivers = [good]
+    make().close()
     gc.collect()
-    before = len(mapped_ranges())
-    good, bad = FakeDriver(), FakeDriver()
+    before, good.registered, good.released = len(mapped_ranges()), [], []
     for round in range(200):
-        mapping = HostMapping(5 * MIB, good)
+        drivers = [good]
+        table = make()
         if round % 2:
-            mapping.close()
-        del mapping
-        bad.refuse_at = len(bad.registered) + 1
+            table.close()
+        del table
+        drivers, bad.refuse_at = [bad], len(bad.registered) + 1
         with pytest.raises(RuntimeError):
-            HostMapping(5 * MIB, bad)
-        HostMapping(5 * MIB)
+            make()
+        drivers = [None]
+        make()
     gc.collect()
     assert good.held == {} == bad.held
-    assert len(good.released) == 600 and len(bad.released) == 200
+    assert len(good.registered) == len(good.released) == 600
+    assert len(bad.registered) == len(bad.released) == 200
     assert len(mapped_ranges()) <= before + 8  # the interpreter's own arenas move a little
 
 
@@ -202,22 +166,71 @@ def test_discard_gives_the_pages_back_unless_registered():
 
 
 def test_the_runtime_driver_reports_the_runtimes_own_error(monkeypatch):
-    class Runtime:
-        calls = []
+    calls, cleared = [], []
 
+    class Runtime:
         def cudaHostRegister(self, address, nbytes, flags):
-            self.calls.append((address, nbytes, flags))
+            calls.append((address, nbytes, flags))
             return 2 if nbytes > 100 else 0
 
         def cudaGetErrorString(self, error):
             return "out of memory"
 
         def cudaHostUnregister(self, address):
-            self.calls.append(address)
+            calls.append(address)
+            return 999 if address == 0 else 0
+
+    def launch(*size, device):
+        cleared.append(device)
+        raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "ones", launch)
     driver = host_memory.RuntimeDriver()
-    assert driver.register(4096, 100) is None
-    assert driver.register(4096, 101) == "error 2: out of memory"
-    driver.unregister(4096)
-    assert Runtime.calls == [(4096, 100, 3), (4096, 101, 3), 4096]  # 3: portable and mapped
+    assert driver.register(4096, 100) is None and not cleared
+    # The refusal is fetched from the runtime, so that no later launch stumbles over it.
+    assert driver.register(4096, 101) == "cudaErrorMemoryAllocation (2): out of memory" and cleared == ["cuda"]
+    assert driver.unregister(4096) is None
+    assert driver.unregister(0) == "cudaErrorUnknown (999): out of memory"
+    assert calls == [(4096, 100, 3), (4096, 101, 3), 4096, 0]  # 3: portable and mapped
+
+
+@pytest.mark.parametrize(("content", "expected"), [("1\n", 1), ("-1\n", None), (None, None)])
+def test_the_runtime_driver_finds_the_gpus_node(monkeypatch, tmp_path, content, expected):
+    monkeypatch.setattr(host_memory, "_PCI", tmp_path)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    gpu = types.SimpleNamespace(pci_domain_id=1, pci_bus_id=0xAB, pci_device_id=0x1F)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: {3: gpu}[index])
+    if content is not None:
+        (tmp_path / "0001:ab:1f.0").mkdir()
+        (tmp_path / "0001:ab:1f.0" / "numa_node").write_text(content)
+    assert host_memory.RuntimeDriver().numa_node() == expected
+    del gpu.pci_bus_id
+    assert host_memory.RuntimeDriver().numa_node() is None
+
+
+def test_memory_report(small_chunks, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (65_536, 65_536))
+    driver = FakeDriver()
+    monkeypatch.setattr(table_memory, "_driver", lambda: driver)
+    table = EngramTable.empty(18_000, 256, "e4m3_ue8m0", placement="host")
+    report = table.memory_report()
+    assert (report.placement, report.bytes, report.device, report.chunks) == ("host", 18_000 * 264, 0, 3)
+    assert report.bytes <= report.resident <= report.bytes + 2 * 4096 and report.locked_limit == 65_536
+    assert report.huge % HUGE_PAGE == 0 and report.huge_share == report.huge / report.resident
+    monkeypatch.setattr(table_memory, "_driver", lambda: None)
+    plain = EngramTable.empty(18_000, 256, "e4m3_ue8m0", placement="host").memory_report()
+    assert (plain.resident, plain.huge, plain.huge_share, plain.chunks) == (0, 0, None, 0)
+    shared = EngramTable.from_tensors(torch.zeros(6, 64), placement="cpu").memory_report()
+    assert (shared.resident, shared.bytes) == (None, 6 * 256)
+
+
+def test_a_report_in_words():
+    full = MemoryReport("host", 100 << 30, 3 << 30, 97 << 30, 97 << 29, 2, 1, 0.75, None, ("something came out less",))
+    assert str(full) == (
+        "host: 100.00 GiB; 3.00 GiB of it on the GPU; 97.00 GiB resident, 50.0% of that in huge pages; registered in "
+        "2 chunks; NUMA node 1 preferred, which holds 75.0%; locked-memory limit unlimited\n"
+        "warning: something came out less"
+    )
+    short = MemoryReport("cpu", 384, locked_limit=8)
+    assert str(short) == "cpu: 384 bytes; not registered; locked-memory limit 8 bytes"

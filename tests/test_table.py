@@ -189,7 +189,7 @@ def test_empty_refuses(expected, changes):
     "make", [lambda **o: EngramTable.empty(6, 64, "bfloat16", **o), lambda **o: from_tensors(torch.zeros(6, 64), **o)]
 )
 def test_placements_are_checked(make):
-    with pytest.raises(ValueError, match="placement must be one of device, host, cpu, got 'pinned'"):
+    with pytest.raises(ValueError, match="placement must be one of device, host, shared, staged, cpu, got 'pinned'"):
         make(placement="pinned")
     with pytest.raises(ValueError, match="placement 'device' needs a GPU, and torch finds none"):
         make(placement="device")
@@ -304,6 +304,9 @@ class Driver:
     def unregister(self, address):
         self.held.remove(address)
 
+    def numa_node(self):
+        return None
+
 
 def test_a_gpu_reads_only_registered_host_tables(monkeypatch):
     gpu = torch.device("cuda", 0)
@@ -316,7 +319,7 @@ def test_a_gpu_reads_only_registered_host_tables(monkeypatch):
         ValueError, match="^op: tensors on cuda:0 need a table on cuda:0 or a registered host table, got"
     ):
         cpu.check_readable_on(gpu, "op")
-    monkeypatch.setattr("engram_kernels.table.RuntimeDriver", Driver)
+    monkeypatch.setattr("engram_kernels.table_memory.RuntimeDriver", Driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with EngramTable.empty(6, 64, "e4m3_ue8m0", placement="host") as registered:
         registered.check_readable_on(gpu, "op")
@@ -324,7 +327,7 @@ def test_a_gpu_reads_only_registered_host_tables(monkeypatch):
         registered.check_readable_on(torch.device("cpu"), "op")
         with pytest.raises(ValueError, match="the driver holds the pages"):
             registered.discard()
-        assert len(Driver.held) == 2  # rows and scales
+        assert len(Driver.held) == 1  # rows and scales in one range
         kept = registered.weight
     assert not Driver.held  # though a view of the rows is still there
     assert not raw(kept).any()
