@@ -9,24 +9,32 @@ Without a GPU a host table is mapped but not registered: the reference reads it,
 """
 
 import struct
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .host_memory import HostMapping, RuntimeDriver
 from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP, RowFormat, row_format
 
+if TYPE_CHECKING:
+    from .config import EngramConfig
+    from .file_mapping import FileMapping
+    from .safetensors_file import Paths
+
 PLACEMENTS = ("device", "host", "cpu")
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class EngramTable:
-    """Rows of one layer. Make one with :meth:`empty` or :meth:`from_tensors`.
+    """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors` or :meth:`from_safetensors`.
 
     weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32
     scalar on the CPU for ``e4m3`` (fixed at construction), else None.
     """
+
+    _files: "Sequence[FileMapping]" = ()  # what a mapped table lies in
 
     def __init__(
         self,
@@ -128,6 +136,57 @@ class EngramTable:
             scale = scale.to(device)
         return cls(weight.to(device), scale, fmt, placement)
 
+    @classmethod
+    def from_safetensors(
+        cls,
+        paths: "Paths",
+        *,
+        placement: str,
+        config: "EngramConfig | None" = None,
+        layer: int | None = None,
+        prefix: str | None = None,
+        mapped: bool = False,
+        threads: int = 8,
+        progress: Callable[[int, int], object] | None = None,
+        **options,
+    ) -> "EngramTable":
+        """A table from a checkpoint's files, in the format they hold. Needs the extra ``hf``.
+
+        paths: a file, a list of files, a folder (its index, or all its files), or an index (``*.index.json``).
+        layer: the model layer whose table is meant, by DeepSeek-V4.1's or Qwen's names; prefix: what comes before
+        ``weight`` (or ``shard_0.weight``) in the names, whatever they are. Neither is needed where there is one table.
+        config: rows and width must be those of its layer.
+
+        Names, dtypes, shapes and row counts are checked before memory is asked for; the rows then go straight to their
+        place, ``threads`` chunks at once, with progress(bytes done, bytes in all). On any error the memory is released.
+        mapped: True reads rows where they lie in the file instead, for placement "cpu"; nothing is loaded.
+        options: as for :meth:`empty`, such as ``device``.
+        """
+        from .table_loading import load_table
+
+        named = dict(config=config, layer=layer, prefix=prefix, mapped=mapped, threads=threads, progress=progress)
+        return load_table(paths, placement=placement, **named, **options)
+
+    def save_safetensors(
+        self,
+        path: "str | Path",
+        *,
+        prefix: str = "",
+        shard_bytes: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Path:
+        """Write the table as ``path`` (``*.safetensors``, or a folder); returns what :meth:`from_safetensors` takes.
+
+        The tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own). Files of more
+        than ``shard_bytes`` bytes are split, into parts ``{prefix}shard_{k}.weight``, with an index. metadata: texts
+        for the files' headers. A table there is replaced at once and as a whole; until then it stays what it was, also
+        where saving fails or is killed. Files that hold anything else are never replaced.
+        """
+        from .table_saving import save_table
+
+        return save_table(self, path, prefix=prefix, shard_bytes=shard_bytes, metadata=metadata, progress=progress)
+
     @property
     def weight(self) -> torch.Tensor:
         self._check_open()
@@ -141,6 +200,11 @@ class EngramTable:
     @property
     def closed(self) -> bool:
         return self._weight is None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether rows are read where they lie in a file."""
+        return bool(self._files)
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +233,7 @@ class EngramTable:
         self._kept_descriptors.clear()
         for mapping in self._mappings:
             mapping.close()
-        self._mappings = ()
+        self._mappings = self._files = ()
 
     def __enter__(self) -> "EngramTable":
         return self
@@ -182,10 +246,16 @@ class EngramTable:
         state = "closed" if self.closed else size
         return f"EngramTable({self.rows:,} x {self.width} {self.format.name}, {self.placement}, {state})"
 
+    def watch(self, files: "Sequence[FileMapping]") -> None:
+        """Have every op check that ``files``, which the rows lie in, are still as long as they were."""
+        self._files = tuple(files)
+
     def check_readable_on(self, device: torch.device, where: str) -> None:
         """Raise ValueError unless an op on ``device`` can read this table."""
         if self.closed:
             raise ValueError(f"{where}: the table is closed")
+        for file in self._files:
+            file.check(where)
         if device.type == "cpu":
             readable, need = self._weight.device.type == "cpu", "a table in CPU memory (placement 'cpu' or 'host')"
         elif self.placement == "host":
