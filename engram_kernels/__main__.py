@@ -1,10 +1,13 @@
-"""Command line: ``python -m engram_kernels demo``, ``info`` and ``size``."""
+"""Command line: ``python -m engram_kernels demo``, ``info``, ``size`` and ``table``."""
 
 import argparse
 import os
 import sys
 
 from .version import __version__
+
+#: Formats that tables are converted to: those that kernels read. Named here, as importing them takes seconds.
+_FORMATS = ("float32", "bfloat16", "float16", "e4m3_ue8m0", "e4m3")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,8 +30,24 @@ def _rate(text: str) -> float:
     return _number(text, lambda number: 0 < number < float("inf"), "a positive number of GB/s")
 
 
+def _scale(text: str) -> float:
+    return _number(text, lambda number: 0 < number < float("inf"), "a positive number")
+
+
 def _share(text: str) -> float:
     return _number(text, lambda number: 0 <= number <= 1, "a number from 0 to 1")
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes, such as 5GB (10^9 each) or 4GiB (2^30)."""
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    digits = text.rstrip("BGIKMbgikm")
+    unit = units.get(text[len(digits) :].upper() or "B", 0)
+    expected = "a positive number of bytes, such as 5GB or 512MiB"
+    number = int(_number(digits, lambda number: 0 < number < float("inf"), expected) * unit)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return number
 
 
 def _number(text: str, accepts, expected: str) -> float:
@@ -78,14 +97,46 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--link", metavar="GB/s", type=_rate, help="of the link to the host; default PCIe Gen5 x16")
     size.add_argument("--memory", metavar="GB/s", type=_rate, help="of device memory; default an H200")
     size.add_argument("--hit-rate", metavar="SHARE", type=_share, help="rows that come from device memory; default 0")
+    _add_table(commands)
     return parser
+
+
+def _add_table(commands) -> None:
+    table = commands.add_parser(
+        "table",
+        help="look at, check or convert the Engram tables of a checkpoint's safetensors files",
+        description="Tables of up to 100 GB are streamed, never loaded. Exit code 1 if a check of verify fails, 2 for "
+        "a command that cannot run.",
+    )
+    actions = table.add_subparsers(dest="action", required=True)
+    texts = {
+        "inspect": "names, format, rows, bytes, and the published models that fit",
+        "verify": "files as long as their headers say, tables whole, and no NaN or unwritten rows in them",
+        "convert": "into another format or other files: nearest values, ties to even, one rounding from float32",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("files", nargs="+", metavar="FILE", help="safetensors files, a folder, or an index (.json)")
+        if name == "inspect":
+            continue
+        action.add_argument("--layer", metavar="N", type=int, help="the table of this model layer")
+        action.add_argument("--prefix", metavar="NAME", help="the table whose rows are called NAME.weight")
+        if name == "verify":
+            action.add_argument("--config", metavar="NAME", help="a preset of EngramConfig, or a config.json to fit")
+            action.add_argument("--headers-only", action="store_true", help="do not read the rows")
+            continue
+        action.add_argument("--out", metavar="PATH", required=True, help="file (.safetensors) or folder to write")
+        action.add_argument("--format", choices=_FORMATS, help="default: as it is")
+        action.add_argument("--scale", metavar="X", type=_scale, help="of format e4m3; default: greatest value / 448")
+        action.add_argument("--out-prefix", metavar="NAME", help="name before .weight; default: as it is")
+        action.add_argument("--shard-bytes", metavar="SIZE", type=_bytes, help="split into files of that size, as 5GB")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        return {"info": _info, "demo": _demo, "size": _size}[arguments.command](arguments)
+        return {"info": _info, "demo": _demo, "size": _size, "table": _table}[arguments.command](arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -126,6 +177,14 @@ def _size(arguments: argparse.Namespace) -> int:
     print_size(name=arguments.config, **{name: value for name, value in options.items() if value is not None})
     sys.stdout.flush()
     return 0
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from .table_command import run_table
+
+    code = run_table(arguments)
+    sys.stdout.flush()
+    return code
 
 
 if __name__ == "__main__":

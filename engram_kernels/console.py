@@ -1,8 +1,9 @@
 """Tables and progress on a terminal: by rich where it is installed, as plain lines otherwise."""
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 #: Characters a line may have where the output is no terminal.
 _PLAIN_WIDTH = 160
@@ -54,6 +55,26 @@ def track(steps: Iterable, description: str, total: int) -> Iterable:
     from rich.progress import track as rich_track
 
     return rich_track(steps, description=description, total=total, console=Console(stderr=True), transient=True)
+
+
+@contextlib.contextmanager
+def byte_bar(description: str) -> Iterator[Callable[[int, int], None] | None]:
+    """What takes (bytes done, bytes in all) and shows a bar on the terminal meanwhile; None where there is none."""
+    if not sys.stderr.isatty():
+        yield None
+    elif not has_rich():
+        yield lambda done, total: print(
+            f"\r{description} {done / max(1, total):4.0%} ", end="", file=sys.stderr, flush=True
+        )
+        print(file=sys.stderr)
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(description, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def gib(nbytes: int) -> str:

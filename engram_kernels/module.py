@@ -24,6 +24,8 @@ from .gate import gate_residual
 from .gate_conv import gate_conv_residual
 from .hash_rows import hash_lookup
 from .plan import HashPlan
+from .safetensors_file import Checkpoint, CheckpointTensors, Paths
+from .stored_table import module_prefix
 from .table import EngramTable
 
 
@@ -125,13 +127,19 @@ class Engram(nn.Module):
         value = self.wkv.weight.new_zeros(batch, span, self.config.hidden_size)
         return value, value.new_zeros(batch, span, self.config.branches, dtype=scale_dtype)
 
-    def load_checkpoint(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+    def load_checkpoint(self, tensors: "Mapping[str, torch.Tensor] | Paths", prefix: str = "") -> None:
         """Copy the layer's weights from a checkpoint's tensors, whose names start with ``prefix``.
 
+        tensors: a mapping from names, or files as :meth:`EngramTable.from_safetensors` takes them, where the layer's
+        number tells the prefix.
         DeepSeek-V4.1 (prefix ``layers.{i}.engram.``): wkv.weight, with wkv.scale where it is fp8, q_weight, k_weight.
         Qwen (``...layers.{i}.ple.``): key_proj, value_proj, norm_query, norm_key, norm_conv, conv1d.
         ValueError names a tensor that is missing or has another shape; nothing is changed then.
         """
+        if not isinstance(tensors, Mapping):
+            with Checkpoint(tensors, "Engram.load_checkpoint") as checkpoint:
+                prefix = prefix or module_prefix(checkpoint, self.layer)
+                return self.load_checkpoint(CheckpointTensors(checkpoint), prefix)
         if prefix + "wkv.weight" in tensors:
             loaded = {"wkv.weight": _dequantised(tensors, prefix + "wkv")}
             loaded |= {name: _tensor(tensors, prefix + name) for name in ("q_weight", "k_weight")}
@@ -198,7 +206,14 @@ def _dequantised(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor
     if weight.dtype != torch.float8_e4m3fn:
         return weight
     scale = _tensor(tensors, f"{name}.scale")
-    blocks = [-(-size // count) for size, count in zip(weight.shape, scale.shape, strict=True)]
+    # Blocks are powers of two (32 x 32 as published), and the last of a dimension may be a part of one.
+    blocks = [1 << (-(-size // count) - 1).bit_length() for size, count in zip(weight.shape, scale.shape, strict=True)]
+    expected = [-(-size // block) for size, block in zip(weight.shape, blocks, strict=True)]
+    if list(scale.shape) != expected:
+        raise ValueError(
+            f"Engram.load_checkpoint: {name}.scale must have one entry per block of {name}.weight "
+            f"{list(weight.shape)}, got {list(scale.shape)}"
+        )
     scale = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
     for dim, block in enumerate(blocks):
         scale = scale.to(torch.float32).repeat_interleave(block, dim)

@@ -1,8 +1,9 @@
 """The table of one Engram layer: rows in a storage format, in the memory of a placement (placement.py)."""
 
 import struct
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,9 +14,13 @@ from .pages import Progress
 from .placement import REGISTERED, check_placement, check_scales
 from .row_format import ROW_ALIGNMENT, RowFormat, format_of, row_format
 
+if TYPE_CHECKING:
+    from .config import EngramConfig
+    from .safetensors_file import Paths
+
 
 class EngramTable:
-    """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors` or :meth:`attach`.
+    """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors`, :meth:`from_safetensors`, :meth:`attach`.
 
     weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32
     scalar on the CPU for ``e4m3`` (fixed at construction), else None.
@@ -195,6 +200,57 @@ class EngramTable:
         parts = [self._weight, self._scale] if self.format.scaling == "group" else [self._weight]
         return table_memory.report(self.placement, self.nbytes, parts, self._mapping)
 
+    @classmethod
+    def from_safetensors(
+        cls,
+        paths: "Paths",
+        *,
+        placement: str,
+        config: "EngramConfig | None" = None,
+        layer: int | None = None,
+        prefix: str | None = None,
+        mapped: bool = False,
+        threads: int = 8,
+        progress: Callable[[int, int], object] | None = None,
+        **options,
+    ) -> "EngramTable":
+        """A table from a checkpoint's files, in the format they hold. Needs the extra ``hf``.
+
+        paths: a file, a list of files, a folder (its index, or all its files), or an index (``*.index.json``).
+        layer: the model layer whose table is meant, by DeepSeek-V4.1's or Qwen's names; prefix: what comes before
+        ``weight`` (or ``shard_0.weight``) in the names, whatever they are. Neither is needed where there is one table.
+        config: rows and width must be those of its layer.
+
+        Names, dtypes, shapes and row counts are checked before memory is asked for; the rows then go straight to their
+        place, ``threads`` chunks at once, with progress(bytes done, bytes in all). On any error the memory is released.
+        mapped: True reads rows where they lie in the file instead, for placement "cpu" and "staged"; nothing is loaded.
+        options: as for :meth:`empty`, such as ``device``.
+        """
+        from .table_loading import load_table
+
+        named = dict(config=config, layer=layer, prefix=prefix, mapped=mapped, threads=threads, progress=progress)
+        return load_table(paths, placement=placement, **named, **options)
+
+    def save_safetensors(
+        self,
+        path: "str | Path",
+        *,
+        prefix: str = "",
+        shard_bytes: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Path:
+        """Write the table as ``path`` (``*.safetensors``, or a folder); returns what :meth:`from_safetensors` takes.
+
+        The tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own). Files of more
+        than ``shard_bytes`` bytes are split, into parts ``{prefix}shard_{k}.weight``, with an index. metadata: texts
+        for the files' headers. A table there is replaced at once and as a whole; until then it stays what it was, also
+        where saving fails or is killed. Files that hold anything else are never replaced.
+        """
+        from .table_saving import save_table
+
+        return save_table(self, path, prefix=prefix, shard_bytes=shard_bytes, metadata=metadata, progress=progress)
+
     @property
     def weight(self) -> torch.Tensor:
         self._check_usable("EngramTable")
@@ -208,6 +264,11 @@ class EngramTable:
     @property
     def closed(self) -> bool:
         return self._weight is None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether rows are read where they lie in a file."""
+        return bool(self.files)
 
     @property
     def nbytes(self) -> int:

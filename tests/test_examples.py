@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from engram_kernels import EngramConfig, ngram_hash
@@ -41,7 +42,7 @@ def test_replace_demo():
     assert float(re.match(r"largest difference: (\S+) at outputs up to \d", difference)[1]) < 1e-4
 
 
-def test_the_readmes_ten_lines():
+def test_the_readmes_ten_lines(tmp_path):
     """As they stand, but for the device, on a checkpoint of the documented names and a tokenizer of 60 words."""
     sizes = dict(max_ngram=4, heads=2, row_width=32, table_sizes=(40,) * 3, hidden_size=16, branches=2)
     rows = EngramConfig(layers=(1, 4), raw_vocab_size=60, format="e4m3_ue8m0", **sizes).rows_per_layer
@@ -52,7 +53,6 @@ def test_the_readmes_ten_lines():
     names = dict(
         checkpoint_config=config,
         tokenizer=Tokenizer(models.WordLevel({f"word {n}": n for n in range(60)}, unk_token="word 0")),
-        engram_weights=[tables.random_parts(count, 32, "e4m3_ue8m0") for count in rows],
         token_ids=torch.randint(0, 60, (7,)),
         hidden=torch.randn(7, 2, 16).bfloat16(),
         wkv=torch.randn(48, 192).bfloat16(),
@@ -62,13 +62,20 @@ def test_the_readmes_ten_lines():
         H=2,
         D=16,
     )
-    before, given = names["hidden"], [(w.view(torch.uint8) & 0x3F, s & 0x7F) for w, s in names["engram_weights"]]
-    names["engram_weights"] = [(weight.view(torch.float8_e4m3fn), scale) for weight, scale in given]
+    parts = [tables.random_parts(count, 32, "e4m3_ue8m0") for count in rows]
+    before, given = names["hidden"], [(w.view(torch.uint8) & 0x3F, s & 0x7F) for w, s in parts]
+    weights = [(weight.view(torch.float8_e4m3fn), scale) for weight, scale in given]
+    names["folder"] = tmp_path
+    stored = {}
+    for number, (weight, scale) in zip([1, 4], weights, strict=True):
+        embed = f"layers.{number}.engram.embed"
+        stored |= {f"{embed}.weight": weight, f"{embed}.scale": scale.view(torch.float8_e8m0fnu)}
+    save_file(stored, tmp_path / "model.safetensors")
     code = re.search(r"## In ten lines\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     assert '"cuda"' in code
     exec(code.replace('"cuda"', '"cpu"'), names)
     row_ids = ngram_hash(names["token_ids"], names["plan"])[:, 1]
-    expected = tables.rounded(tables.expected_values(*names["engram_weights"][1], row_ids), torch.bfloat16)
+    expected = tables.rounded(tables.expected_values(*weights[1], row_ids), torch.bfloat16)
     assert torch.equal(names["rows"][1], expected)
     read = (before, *(names[name] for name in ("key", "value", "query_norm", "key_norm")))
     exact = torch.from_numpy(oracles.gated(*(x.double().numpy() for x in read), eps=1e-6))

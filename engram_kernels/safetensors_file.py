@@ -1,0 +1,272 @@
+"""safetensors files on disk: which tensors a checkpoint has, in which file, and where their bytes lie.
+
+    8 bytes     length of the header, little-endian
+    header      JSON, {name: {"dtype", "shape", "data_offsets"}}, at most 100 MB
+    data        the tensors' bytes, without holes: data_offsets count from here
+
+The library checks headers and gives small tensors. Rows are read here, by byte range: the library maps whole files, so
+that what was read counts as memory of the process, and a file that shrinks while it is read ends the process (SIGBUS).
+Source: https://github.com/huggingface/safetensors, "Format".
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+_HEADER_LIMIT = 100_000_000  # bytes, the library's own
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class CheckpointError(ValueError):
+    """Files are not what they should be: truncated, foreign, incomplete, of another type or shape."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file; its bytes are ``[offset, offset + nbytes)`` of it."""
+
+    name: str
+    dtype: str  #: as the format calls it: "F8_E4M3", "BF16"
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {list(self.shape)}"
+
+
+class Checkpoint:
+    """The tensors of some files: of one file, of several, of a folder, or of an index.
+
+    Headers are read when a tensor is asked for where an index says which file has it, so that of a checkpoint only
+    the files in question need to be there. Files stay open: what was checked is what is read, whatever takes its name.
+    """
+
+    def __init__(self, paths: Paths, where: str):
+        self.where = where
+        self._files: dict[Path, tuple[int, dict[str, StoredTensor]]] = {}
+        self._path_of: dict[str, Path] = {}
+        try:
+            for path in _given(paths, where):
+                self._add(path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._path_of)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files that hold a tensor, whether they have been opened or not."""
+        return list(dict.fromkeys(self._path_of.values()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._path_of
+
+    def path(self, name: str) -> Path:
+        """The file that holds ``name``."""
+        return self._path_of[name]
+
+    def tensor(self, name: str) -> StoredTensor:
+        """Where the tensor called ``name`` lies."""
+        path = self._path_of[name]
+        found = self._header(path).get(name)
+        if found is None:
+            raise self.error(f"the index places {name} in {path}, which does not hold it")
+        return found
+
+    def check(self, path: Path) -> None:
+        """Raise CheckpointError unless ``path`` is a whole safetensors file with the tensors that were said of it."""
+        header = self._header(path)
+        for name, place in self._path_of.items():
+            if place == path and name not in header:
+                self.tensor(name)
+
+    def read_into(self, tensor: StoredTensor, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the tensor's bytes from ``start`` on. Any number of threads may do so."""
+        fd, offset, done = self._files[tensor.path][0], tensor.offset + start, 0
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if count == 0:
+                raise self.error(
+                    f"{tensor.path} ended at byte {os.fstat(fd).st_size:,} while it was read, before the end of "
+                    f"{tensor.name} at {tensor.offset + tensor.nbytes:,}: it has shrunk since its header was checked"
+                )
+            done += count
+
+    def read(self, tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+        """A small tensor as ``dtype``, which is as wide as what is stored."""
+        content = bytearray(tensor.nbytes)
+        self.read_into(tensor, 0, memoryview(content))
+        return torch.frombuffer(content, dtype=dtype).reshape(tensor.shape)
+
+    def open_fd(self, path: Path) -> int:
+        """The descriptor of a file whose header was read; it stays this object's own."""
+        return self._files[path][0]
+
+    def error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {text}")
+
+    def close(self) -> None:
+        for fd, _ in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _add(self, path: Path) -> None:
+        if path.name.endswith(".json"):
+            found = {name: path.parent / file for name, file in _weight_map(path, self.where).items()}
+        else:
+            found = dict.fromkeys(self._header(path), path)
+        for name, place in found.items():
+            other = self._path_of.setdefault(name, place)
+            if other != place:
+                raise self.error(f"two files hold {name}: {other} and {place}")
+
+    def _header(self, path: Path) -> dict[str, StoredTensor]:
+        if path not in self._files:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{self.where}: no such file: {path}") from None
+            try:
+                self._files[path] = fd, _checked_header(path, fd, self.where)
+            except BaseException:
+                os.close(fd)
+                raise
+        return self._files[path][1]
+
+
+class CheckpointTensors(Mapping[str, torch.Tensor]):
+    """All tensors of a checkpoint by name, loaded by the library as they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._checkpoint:
+            raise KeyError(name)
+        path = self._checkpoint.tensor(name).path
+        with library(self._checkpoint.where).safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._checkpoint
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.names)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.names)
+
+
+def library(where: str):
+    """The safetensors package, which is an extra."""
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            f"{where}: safetensors files need the extra 'hf': pip install 'engram_kernels[hf]' ({error})"
+        ) from None
+    return safetensors
+
+
+def _given(paths: Paths, where: str) -> list[Path]:
+    """The files and indices that ``paths`` stands for."""
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    if not isinstance(given, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in given):
+        raise TypeError(f"{where}: paths must be a file, a folder, an index, or a list of them, got {paths!r}"[:200])
+    if not given:
+        raise ValueError(f"{where}: paths must name at least one file, got none")
+    found: list[Path] = []
+    for path in map(Path, given):
+        found += _of_folder(path, where) if path.is_dir() else [path]
+    return list(dict.fromkeys(found))
+
+
+def _of_folder(folder: Path, where: str) -> list[Path]:
+    """A folder's index; without one, all its files."""
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    named = folder / f"model{INDEX_SUFFIX}"
+    if named in indices or len(indices) == 1:
+        return [named if named in indices else indices[0]]
+    if indices:
+        names = ", ".join(path.name for path in indices)
+        raise CheckpointError(f"{where}: {folder} has more than one index ({names}): name the one to read")
+    files = sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    if not files:
+        raise CheckpointError(f"{where}: {folder} holds no {SUFFIX} file")
+    return files
+
+
+def _weight_map(path: Path, where: str) -> dict[str, str]:
+    """An index's map from a tensor's name to its file."""
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{where}: no such file: {path}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {path} is no JSON ({error})") from None
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{where}: {path} has no 'weight_map' from tensor names to files")
+    return found
+
+
+def _checked_header(path: Path, fd: int, where: str) -> dict[str, StoredTensor]:
+    """The tensors of one file, after the library has found its header valid and the file as long as it says."""
+    safetensors = library(where)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = set(file.keys())
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{where}: {path} {_diagnosis(fd)} ({error})") from None
+    begin = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
+    header = json.loads(os.pread(fd, begin - 8, 8))
+    header.pop("__metadata__", None)
+    if set(header) != names:
+        raise CheckpointError(f"{where}: {path} was replaced while its header was read")
+    return {
+        name: StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, begin + first, end - first)
+        for name, entry in header.items()
+        for first, end in [entry["data_offsets"]]
+    }
+
+
+def _diagnosis(fd: int) -> str:
+    """What is wrong with a file whose header the library refused."""
+    size, head = os.fstat(fd).st_size, os.pread(fd, 64, 0)
+    if head.startswith(_LFS_POINTER):
+        return "is a Git LFS pointer, not the file itself: git lfs pull fetches it"
+    length = int.from_bytes(head[:8], "little")
+    if size < 10 or length > _HEADER_LIMIT or head[8:9] != b"{":
+        return f"is no safetensors file, in {size:,} bytes"
+    if 8 + length > size:
+        return f"is truncated: its header takes {8 + length:,} bytes, and it has {size:,}"
+    try:
+        header = json.loads(os.pread(fd, length, 8))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return "has a header that cannot be read"
+    if 8 + length + end > size:
+        return f"is truncated: its header tells of {8 + length + end:,} bytes, and it has {size:,}"
+    if 8 + length + end < size:
+        return f"has {size - 8 - length - end:,} bytes behind the last tensor"
+    return "has a header that contradicts itself"
