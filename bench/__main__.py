@@ -2,25 +2,36 @@
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .cases import Case, Workbench, load_cases
 from .environment import clocks, describe_gpu, describe_software, huge_share, slug
+from .footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
+from .interference import FIRST_PAIR, Interference, interference_names
 from .peers import Peers
 from .plots import write_plots
+from .progress import Progress
 from .report import COLUMNS, cells, markdown, print_report
-from .roofs import measure_roofs
-from .suite import ResultFile, UsageError, run_cases
+from .step import FIRST_STEP, Steps, step_names
+from .step_report import record_text
+from .suite import ResultFile, UsageError, run_cases, run_each
+from .text import statistics_line, tokenize
 from .timing import Budget, GpuTimer
 from .without_gpu import print_without_gpu
 
 RESULTS = Path(__file__).parent / "results"
 #: Seconds kept for starting up, giving memory back, tables, Markdown and plots.
 REPORTING = 18.0
+#: Seconds that roofs may take before footprints are left out, and what cases leave to steps and to matmuls beside a
+#: lookup: with tables and REPORTING less than a third of the default.
+ROOFS, STEPS, PAIRS = 30.0, 20.0, 8.0
 GIB = 1 << 30
 
 
@@ -29,7 +40,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="end within this time; default 270, with --full no limit")
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name has it, or matches it where it has a *")
     parser.add_argument(
-        "--full", action="store_true", help="every baseline and roof, a large host table, no time limit"
+        "--full",
+        action="store_true",
+        help="all models, 1 to 16,384 tokens, every baseline and roof, a large host table, no time limit",
     )
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="FILE", help="go on with a run's JSON; default: this GPU's newest"
@@ -37,6 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host-gib", type=int, metavar="N", help="size of the host table; default 16, with --full 64")
     parser.add_argument("--device-gib", type=int, metavar="N", help="size of the device table; default 8")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="vLLM's and SGLang's kernels; see CONTRIBUTING.md")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text in place of the novels in bench/data")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where results go")
     parser.add_argument("--report", type=Path, metavar="FILE", help="make tables and plots from a run's JSON, and end")
     chosen = parser.parse_args(arguments)
@@ -53,10 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if not torch.cuda.is_available():
             print_without_gpu()
+            if chosen.text is not None:
+                read_text(chosen.text, 1, found := {})
+                print(f"\n4. Text: {found['text']}. Distinct n-grams: {found['text_distinct']}.")
             return 0
         return run(chosen, Budget(chosen.seconds - REPORTING))
     except UsageError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        warn(f"bench: {error}")
         return 2
 
 
@@ -77,25 +94,52 @@ def run(chosen: argparse.Namespace, budget: Budget) -> int:
 def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, environment: dict, timer) -> int:
     """What :func:`run` does once machine and timer are known."""
     host, on_device = environment["host_table_bytes"], environment["device_table_bytes"]
-    say(f"{environment['gpu']}: host table of at most {host / GIB:.1f} GiB, device table {on_device / GIB:.1f} GiB")
-    cases = select(load_cases(chosen.full), chosen.only)
+    cases, steps, pairs = select(load_cases(chosen.full), step_names(chosen.full), interference_names(), chosen.only)
+    text = read_text(chosen.text, max((case.tokens for case in cases), default=1), environment)
     results = open_results(chosen, environment)
     content = results.content
-    peers = None if chosen.peers is None else Peers(chosen.peers, say)
-    content["environment"]["peers"] = None if peers is None else peers.describe()
-    with Workbench(device, host, on_device, environment["l2_bytes"] or 0, say, peers) as bench:
-        table = bench.table("v41", "host").weight.view(torch.uint8).view(-1)
-        content["environment"]["huge_page_share"] = huge_share(table.data_ptr())
-        if content["roofs"] is None:
-            say("roofs")
-            content["roofs"] = measure_roofs(timer, device, table, chosen.full)
-            content["environment"]["under_load"] = clocks(device)
+    with Progress() as progress:
+        say = progress.say
+        say(f"{environment['gpu']}: host table of at most {host / GIB:.1f} GiB, device table {on_device / GIB:.1f} GiB")
+        peers = None if chosen.peers is None else Peers(chosen.peers, say)
+        content["environment"]["peers"] = None if peers is None else peers.describe()
+        # Only a full run, which goes model by model, can close a table without needing it again soon.
+        room = {"host": 5 * host_free(environment) // 6, "device": 4 * on_device} if chosen.full else None
+        wide = []
+        if chosen.full and content["roofs"] is None:
+            wide = wide_footprints(timer, device, wide_bytes(environment, budget), say)
+        with Workbench(device, host, on_device, environment["l2_bytes"] or 0, say, peers, text, room) as bench:
+            measure_table(bench, timer, chosen.full, wide, budget.part(ROOFS), results, say)
+            for_pairs = PAIRS if pairs else 0
+            for_cases, for_steps = budget.but(for_pairs + (STEPS if steps else 0)), budget.but(for_pairs)
+            progress.begin("cases", len(cases))
+            most = 99 if chosen.full else 3
+            run_cases(cases, bench, timer, for_cases, results, most, tell_progress(results, progress))
+            progress.begin("steps", len(steps) + len(pairs))
+            tell = tell_record(progress)
+            # Made when the first is measured: what they cannot allocate is then a failure of that one alone.
+            step, pair = cache(lambda: Steps(bench, timer)), cache(lambda: Interference(bench, timer))
+            run_each("steps", steps, lambda name: step().measure(name), for_steps, results, FIRST_STEP, tell)
+            run_each("interference", pairs, lambda name: pair().measure(name), budget, results, FIRST_PAIR, tell)
+            content["environment"]["at_the_end"] = clocks(device)
+            content["finished"] = True
             results.save()
-        run_cases(cases, bench, timer, budget, results, 99 if chosen.full else 3, tell_progress(results))
-        content["environment"]["at_the_end"] = clocks(device)
-        results.save()
     report_again(results.path)
-    return 1 if any(record["status"] != "ok" for record in content["cases"]) else 0
+    return 1 if results.failed else 0
+
+
+def measure_table(
+    bench: Workbench, timer, full: bool, wide: list[dict], budget: Budget, results: ResultFile, say
+) -> None:
+    """The host table's pages, and the roofs over it where ``results`` has none yet."""
+    table = bench.table("v41", "host").weight.view(torch.uint8).view(-1)
+    environment = results.content["environment"]
+    environment["huge_page_share"] = huge_share(table.data_ptr())
+    if results.content["roofs"] is None:
+        say("roofs")
+        results.content["roofs"] = all_roofs(timer, bench.device, table, full, wide, budget, say)
+        environment["under_load"] = clocks(bench.device)
+        results.save()
 
 
 def table_limits(host_free: int, device_free: int, host_wanted: int, device_wanted: int) -> tuple[int, int]:
@@ -104,20 +148,54 @@ def table_limits(host_free: int, device_free: int, host_wanted: int, device_want
     On a host with 100 GiB free that admits 64. A second host table may stand beside the first (5.4 GiB for 27B), and
     pinned memory of baselines. A device holds two tables, and inputs and references of up to 10 GiB.
     """
-    limits = min(host_wanted, host_free * 16 // 25), min(device_wanted, device_free // 4)
+    host, device = min(host_wanted, host_free * 16 // 25), min(device_wanted, device_free // 4)
     # Whole GiB, so that a run that goes on later finds the same.
-    return tuple(limit // GIB * GIB or limit for limit in limits)
+    return host // GIB * GIB or host, device // GIB * GIB or device
 
 
-def select(cases: list[Case], pattern: str | None) -> list[Case]:
-    """Cases whose name contains ``pattern``, or matches it where it holds a wildcard; UsageError where none does."""
+def select(
+    cases: list[Case], steps: list[str], pairs: list[str], pattern: str | None
+) -> tuple[list[Case], list[str], list[str]]:
+    """What contains ``pattern`` in its name, or matches it where it holds a wildcard; UsageError where nothing does."""
     if not pattern:
-        return cases
+        return cases, steps, pairs
     wild = any(character in pattern for character in "*?[")
-    kept = [case for case in cases if (fnmatch.fnmatch(case.name, pattern) if wild else pattern in case.name)]
-    if not kept:
-        raise UsageError(f"no case matches --only {pattern!r}; names are like {cases[0].name}")
+
+    def fits(name: str) -> bool:
+        return fnmatch.fnmatch(name, pattern) if wild else pattern in name
+
+    kept = [case for case in cases if fits(case.name)], list(filter(fits, steps)), list(filter(fits, pairs))
+    if not any(kept):
+        raise UsageError(f"no case matches --only {pattern!r}; names are like {cases[0].name}, {steps[0]}, {pairs[0]}")
     return kept
+
+
+def read_text(path: Path | None, tokens: int, environment: dict) -> np.ndarray | None:
+    """Token ids of a text of the user's, noted in ``environment``; None for the text that is there."""
+    environment["text"] = "data/austen_ids.npz"
+    if path is None:
+        return None
+    try:
+        content = path.read_text(encoding="utf-8")
+        ids = tokenize(content)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--text {path}: {error}") from None
+    if len(ids) <= tokens:
+        raise UsageError(f"--text {path} has {len(ids):,} tokens, and a case of this run reads {tokens:,} at a time")
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    environment["text"] = f"{path.name}, {len(ids):,} ids, sha256 {digest}"
+    environment["text_distinct"] = statistics_line(ids)
+    return ids.astype(np.int32)
+
+
+def host_free(environment: dict) -> int:
+    return environment.get("host_bytes_available") or 2 * environment["host_table_bytes"]
+
+
+def wide_bytes(environment: dict, budget: Budget) -> int:
+    """Host memory that the widest footprints read: 0.85 of what is free, or what there is time to map twice."""
+    in_time = min(max(0.0, budget.left()) / 4 / (2 * SLOWEST_MAPPING), 1 << 20)
+    return int(min(0.85 * host_free(environment), in_time * GIB)) // GIB * GIB or GIB
 
 
 def open_results(chosen: argparse.Namespace, environment: dict) -> ResultFile:
@@ -156,18 +234,30 @@ def report_again(path: Path) -> None:
     print("Wrote " + ", ".join(str(file) for file in written))
 
 
-def tell_progress(results: ResultFile):
+def tell_progress(results: ResultFile, progress: Progress):
     """One line per case as it ends."""
 
     def tell(record: dict, done: int, total: int) -> None:
         line = cells(record, results.content["roofs"])
         facts = [f"{name} {text}" for name, text in zip(COLUMNS[1:6], line[1:6], strict=True) if text]
-        say(f"[{done}/{total}] {line[0]}: {line[1] if record['status'] != 'ok' else ', '.join(facts)}")
+        failed = record["status"] != "ok"
+        progress.advance()
+        progress.say(f"[{done}/{total}] {line[0]}: {line[1] if failed else ', '.join(facts)}")
 
     return tell
 
 
-def say(text: str) -> None:
+def tell_record(progress: Progress):
+    """One line per step, or matmul beside a lookup, as it ends."""
+
+    def tell(record: dict) -> None:
+        progress.advance()
+        progress.say(f"{record['name']}: {record_text(record)}")
+
+    return tell
+
+
+def warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

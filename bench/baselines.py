@@ -30,15 +30,15 @@ def compiled(function, inputs):
 
 def plain_lookup(table: EngramTable):
     """``rows(ids)`` in steps that torch.compile knows: it has no ue8m0, so powers of two come from the scale bytes."""
-    weight = table.weight.view(torch.uint8)
+    weight, scale = table.weight.view(torch.uint8), table.scale
 
     def rows(ids):
         values = weight[ids.long()].view(table.format.dtype)
-        if table.format.scaling == "group":
-            scales = torch.exp2(table.scale[ids.long()].float() - 127)
+        if scale is not None and table.format.scaling == "group":
+            scales = torch.exp2(scale[ids.long()].float() - 127)
             values = (values.float().unflatten(-1, (-1, reference.rows.SCALE_GROUP)) * scales[..., None]).flatten(-2)
-        elif table.format.scaling == "table":
-            values = values.float() * table.scale
+        elif scale is not None:
+            values = values.float() * scale
         return values.to(table.default_out_dtype)
 
     return rows

@@ -9,7 +9,18 @@ import torch
 from engram_kernels import gate_residual, reference
 
 from . import baselines
-from .cases import MODELS, TOKENS, Case, Prepared, Workbench, poison, priority, spread_tokens, tensor_bytes
+from .cases import (
+    TOKENS,
+    Case,
+    Prepared,
+    Workbench,
+    models,
+    poison,
+    priority,
+    spread_tokens,
+    tensor_bytes,
+    token_counts,
+)
 
 #: A gate near d = 0 jumps by 1e-3 between the signs, and float32 sums of another order may disagree on the sign.
 GATE_JUMP = 2.0**-10
@@ -17,8 +28,8 @@ BFLOAT16_STEP = 2.0**-7
 
 
 def cases(full: bool = False) -> Iterator[Case]:
-    for model in MODELS:
-        for tokens in TOKENS:
+    for model in models(full):
+        for tokens in token_counts(full):
             prepared = partial(prepare, model, tokens, full)
             yield Case("gate_residual", model, "", tokens, priority(model, tokens), prepared)
 
@@ -39,7 +50,7 @@ class GateInputs:
         key, value = kv[:, :-width].unflatten(1, (branches, width)), kv[:, -width:]
         return cls(bench.randn(tokens, branches, width, seed=2 * seed), key, value)
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.hidden, self.key, self.value
 
 
@@ -68,14 +79,13 @@ def prepare(model: str, tokens: int, full: bool, bench: Workbench) -> Prepared:
     sets = [GateInputs.random(bench, model, tokens, index) for index in range(bench.sets(nbytes))]
     poison(out)
 
-    def check(result: torch.Tensor, index: int) -> str | None:
-        at = spread_tokens(tokens).to(bench.device)
-        inputs = [tensor[at] for tensor in sets[index].tensors()]
-        expected = reference.gate_residual(*inputs, query_norm, key_norm, **options)
-        return disagreement(result[at], expected, inputs[2])
-
     def plain(hidden, key, value):
         return reference.gate_residual(hidden, key, value, query_norm, key_norm, **options)
+
+    def check(result: torch.Tensor, index: int) -> str | None:
+        at = spread_tokens(tokens).to(bench.device)
+        hidden, key, value = (tensor[at] for tensor in sets[index].tensors())
+        return disagreement(result[at], plain(hidden, key, value), value)
 
     prepared = Prepared(
         calls=[partial(gate_residual, *each.tensors(), query_norm, key_norm, **options, out=out) for each in sets],

@@ -9,16 +9,18 @@ from engram_kernels import gate_conv_residual, reference
 
 from . import baselines
 from .bench_gate import GateInputs, disagreement, norms
-from .cases import TOKENS, Case, Prepared, Workbench, poison, priority, tensor_bytes
+from .cases import TOKENS, Case, Prepared, Workbench, models, poison, priority, tensor_bytes, token_counts
 
 _CHECKED = 256  # tokens at either end that are compared with the reference
 
 
 def cases(full: bool = False) -> Iterator[Case]:
     # DeepSeek-V4.1 has no convolution. The other model is first here, so it gets the rank of the first.
-    for tokens in TOKENS:
-        prepared = partial(prepare, "27b", tokens, full)
-        yield Case("gate_conv_residual", "27b", "", tokens, priority("v41", tokens), prepared)
+    for model in models(full):
+        if model != "v41":
+            for tokens in token_counts(full):
+                prepared = partial(prepare, model, tokens, full)
+                yield Case("gate_conv_residual", model, "", tokens, priority("v41", tokens), prepared)
 
 
 def prepare(model: str, tokens: int, full: bool, bench: Workbench) -> Prepared:

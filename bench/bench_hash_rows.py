@@ -6,17 +6,20 @@ from functools import partial
 import torch
 
 from engram_kernels import hash_lookup, reference
+from engram_kernels.size import layer_traffic
 
 from . import baselines
-from .cases import Case, Prepared, Workbench, poison, row_bytes, row_variants, spread_tokens, tensor_bytes
+from .cases import Case, Prepared, Workbench, poison, row_bytes, row_variants, spread_tokens, tensor_bytes, wrong_rows
 
 
 def cases(full: bool = False) -> Iterator[Case]:
-    for model, variant, tokens, priority, roof in row_variants():
-        yield Case("hash_lookup", model, variant, tokens, priority, partial(prepare, model, variant, tokens), roof)
+    for model, variant, tokens, priority, roof in row_variants(full):
+        yield Case(
+            "hash_lookup", model, variant, tokens, priority, partial(prepare, model, variant, tokens, full), roof
+        )
 
 
-def prepare(model: str, variant: str, tokens: int, bench: Workbench) -> Prepared:
+def prepare(model: str, variant: str, tokens: int, full: bool, bench: Workbench) -> Prepared:
     placement, kind = variant.split("/")
     plan, plan_cpu = bench.plan(model, placement), bench.plan(model, placement, torch.device("cpu"))
     layers, columns = plan.primes.shape
@@ -31,18 +34,14 @@ def prepare(model: str, variant: str, tokens: int, bench: Workbench) -> Prepared
     def check(result: torch.Tensor, index: int) -> str | None:
         at = spread_tokens(tokens)
         row_ids = reference.ngram_hash(ids[index].cpu(), plan_cpu)[at].to(table.weight.device)
-        wrong = elements = 0
-        for layer in range(layers):
-            expected = reference.lookup(table, row_ids[:, layer])
-            found = result[layer, at.to(bench.device)].to(expected.device)
-            wrong, elements = wrong + int((found != expected).sum()), elements + expected.numel()
-        return f"{wrong} of {elements} elements differ from the reference" if wrong else None
+        return wrong_rows(result[:, at.to(bench.device)], row_ids, table)
 
     prepared = Prepared(
         calls=[partial(hash_lookup, each, plan, tables, out=out) for each in ids],
         check=check,
         nbytes=tensor_bytes(ids[0], out) + read,
         link_bytes=read if placement == "host" else 0,
+        wire_bytes=layers * layer_traffic(bench.config(model), tokens).wire_bytes if placement == "host" else 0.0,
         facts={"sets": sets, "table_bytes": table.nbytes, "layers": layers},
     )
     if bench.peers and model == "v41":
@@ -51,4 +50,12 @@ def prepare(model: str, variant: str, tokens: int, bench: Workbench) -> Prepared
     prepared.baselines["demo"] = lambda: baselines.demo_rows(ids, plan_cpu, tables)
     if placement == "device":
         prepared.baselines["eager"] = lambda: lambda index: reference.hash_lookup(ids[index], plan, tables)
+        if full:
+            rows = baselines.plain_lookup(table)
+
+            def plain(token_ids):
+                row_ids = reference.ngram_hash(token_ids, plan)
+                return torch.stack([rows(row_ids[:, layer]) for layer in range(layers)])
+
+            prepared.baselines["compiled"] = lambda: baselines.compiled(plain, [(each,) for each in ids])
     return prepared

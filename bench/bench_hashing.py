@@ -8,12 +8,12 @@ import torch
 from engram_kernels import ngram_hash, reference
 
 from . import baselines
-from .cases import MODELS, TOKENS, Case, Prepared, Workbench, poison, priority, tensor_bytes
+from .cases import TOKENS, Case, Prepared, Workbench, models, poison, priority, tensor_bytes, token_counts
 
 
 def cases(full: bool = False) -> Iterator[Case]:
-    for model in MODELS:
-        for tokens in TOKENS:
+    for model in models(full):
+        for tokens in token_counts(full):
             yield Case(
                 op="ngram_hash",
                 model=model,

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from engram_kernels import lookup, reference
+from engram_kernels.size import layer_traffic
 
 from . import baselines
 from .cases import (
@@ -18,11 +19,12 @@ from .cases import (
     row_variants,
     spread_tokens,
     tensor_bytes,
+    wrong_rows,
 )
 
 
 def cases(full: bool = False) -> Iterator[Case]:
-    for model, variant, tokens, priority, roof in row_variants():
+    for model, variant, tokens, priority, roof in row_variants(full):
         yield Case("lookup", model, variant, tokens, priority, partial(prepare, model, variant, tokens, full), roof)
 
 
@@ -39,17 +41,15 @@ def prepare(model: str, variant: str, tokens: int, full: bool, bench: Workbench)
     poison(out)
 
     def check(result: torch.Tensor, index: int) -> str | None:
-        at = spread_tokens(tokens)
-        device = table.weight.device
-        expected = reference.lookup(table, row_ids[index][at.to(bench.device)].to(device))
-        wrong = int((result[at.to(bench.device)].to(device) != expected).sum())
-        return f"{wrong} of {expected.numel()} elements differ from the reference" if wrong else None
+        at = spread_tokens(tokens).to(bench.device)
+        return wrong_rows(result[None, at], row_ids[index][at, None].to(table.weight.device), table)
 
     prepared = Prepared(
         calls=[partial(lookup, table, ids, out=out) for ids in row_ids],
         check=check,
         nbytes=tensor_bytes(row_ids[0], out) + read,
         link_bytes=read if placement == "host" else 0,
+        wire_bytes=layer_traffic(bench.config(model), tokens).wire_bytes if placement == "host" else 0.0,
         facts={
             "sets": len(row_ids),
             "table_bytes": table.nbytes,

@@ -69,7 +69,9 @@ def smi(device, fields: tuple[str, ...]) -> dict:
     if uuid is not None:
         command.append(f"--id=GPU-{str(uuid).removeprefix('GPU-')}")
     values = _output(command)
-    found = [value.strip() for value in values.splitlines()[0].split(",")] if values and values.strip() else []
+    found: list[str | None] = []
+    if values and values.strip():
+        found += [value.strip() for value in values.splitlines()[0].split(",")]
     if len(found) != len(fields):
         if len(fields) > 1:  # it refuses all of them where it does not know one
             return {name: value for field in fields for name, value in smi(device, (field,)).items()}
@@ -88,15 +90,20 @@ def commit() -> str | None:
 
 
 def huge_share(address: int) -> float | None:
-    """Share of the resident memory of the mapping at ``address`` that is in huge pages."""
-    sizes: dict[str, int] = {}
+    """Share of the resident memory of the mapping at ``address`` that is in huge pages, of whatever kind."""
+    huge = other = 0
     inside = False
     for line in (_read("/proc/self/smaps") or "").splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif inside and (size := re.match(r"(Rss|AnonHugePages):\s+(\d+) kB", line)):
-            sizes[size[1]] = int(size[2])
-    return sizes["AnonHugePages"] / sizes["Rss"] if sizes.get("Rss") else None
+        elif inside and (size := re.match(r"(\w+):\s+(\d+) kB", line)):
+            if size[1] in ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"):
+                huge, other = huge + int(size[2]), other - int(size[2])
+            elif size[1] in ("Shared_Hugetlb", "Private_Hugetlb"):  # these are not in Rss
+                huge += int(size[2])
+            elif size[1] == "Rss":
+                other += int(size[2])
+    return huge / (huge + other) if huge + other else None
 
 
 def cpu_name() -> str:

@@ -168,7 +168,7 @@ def sglang_hash(functions, token_ids, plan: HashPlan):
     layers, longest = plan.multipliers.shape
     ids = [each.long() for each in token_ids]  # its own type
     positions = torch.arange(tokens, device=device)
-    run = dict(mode=0)
+    run: dict = dict(mode=0)
     if tokens > 1:
         zeros = dict(dtype=torch.int32, device=device)
         run = dict(mode=2, row=torch.zeros(tokens, **zeros), starts=torch.zeros(1, **zeros))

@@ -1,4 +1,7 @@
-"""Plots of a run's JSON, where matplotlib is installed: gather rates, latency of few tokens, gates against a copy."""
+"""Plots of a run's JSON, where matplotlib is installed.
+
+Gather rates and latency of few tokens, gates against a copy, what a step costs, and the link over footprints.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -18,12 +21,12 @@ def write_plots(content: dict, base: Path) -> list[Path]:
     from matplotlib import pyplot
 
     written = []
-    for name, draw in (("gather", _gather), ("latency", _latency), ("gate", _gate)):
+    for name, draw in PLOTS.items():
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
         try:
             if draw(axes, content):
                 environment = content["environment"]
-                axes.set_xlabel("tokens")
+                axes.set_xlabel(axes.get_xlabel() or "tokens")
                 axes.set_xscale("log", base=2)
                 axes.legend(fontsize="small")
                 axes.set_title(f"{axes.get_title()}\n{environment.get('gpu')}, {environment.get('date')}", fontsize=10)
@@ -83,3 +86,35 @@ def _gate(axes, content: dict) -> bool:
     axes.set_title("Gates against a copy within device memory")
     axes.set_ylabel("fraction of the copy's rate")
     return drawn
+
+
+def _step(axes, content: dict) -> bool:
+    steps = [record for record in content.get("steps", ()) if record["status"] == "ok"]
+    for decoder in dict.fromkeys(record["decoder"] for record in steps):
+        records = sorted((r for r in steps if r["decoder"] == decoder), key=lambda record: record["batch"])
+        batches = [record["batch"] for record in records]
+        for mode, style in (("ready", ":"), ("inline", "--"), ("side", "o-"), ("by_layer", "s-")):
+            costs = [100 * record["cost"][mode] for record in records]
+            axes.plot(batches, costs, style, label=f"{decoder}, {mode.replace('_', ' ')}")
+        if records[0]["paper"] is not None:
+            label = f"paper, {decoder}: {records[0]['paper']:.2%}"
+            axes.axhline(100 * records[0]["paper"], color="black", linestyle="-.", linewidth=0.8, label=label)
+    axes.set_title("What two Engram layers with tables on the host cost a decoder's step")
+    axes.set_xlabel("sequences, one token each")
+    axes.set_ylabel("% of throughput lost")
+    return bool(steps)
+
+
+def _footprint(axes, content: dict) -> bool:
+    entries = (content["roofs"] or {}).get("footprints", [])
+    for pages in dict.fromkeys(entry["pages"] for entry in entries):
+        found = [entry for entry in entries if entry["pages"] == pages]
+        rates = [entry["linear"] / 1e9 for entry in found]
+        axes.plot([entry["bytes"] / 2**30 for entry in found], rates, "o-", label=f"{pages} pages")
+    axes.set_title("Linear zero-copy reads of host memory over the footprint")
+    axes.set_xlabel("GiB")
+    axes.set_ylabel("GB/s over the link")
+    return bool(entries)
+
+
+PLOTS = {"gather": _gather, "latency": _latency, "gate": _gate, "step": _step, "footprint": _footprint}

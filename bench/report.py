@@ -3,6 +3,10 @@
 import sys
 from pathlib import Path
 
+from engram_kernels.size import link_seconds
+
+from .step_report import PAIR_COLUMNS, STEP_COLUMNS, pair_rows, step_rows
+
 NOTES = Path(__file__).parent / "NOTES.md"
 COLUMNS = (
     "case",
@@ -11,6 +15,7 @@ COLUMNS = (
     "MB",
     "GB/s",
     "of roof",
+    "of floor",
     "round trips",
     "graph us",
     "host us",
@@ -38,6 +43,18 @@ def fraction(record: dict, roofs: dict | None) -> float | None:
     return rate(record) / roof if roof else None
 
 
+def over_floor(record: dict, roofs: dict | None) -> float | None:
+    """Measured time over the traffic model's least time at the rates of this run's roofs.
+
+    Unlike the fraction it counts what else a row costs on the link: sectors in part and a header for every request.
+    """
+    if not roofs or not record["nbytes"]:
+        return None
+    over_link = link_seconds(record.get("wire_bytes", 0.0), roofs["zero_copy"] / 1e9)
+    floor = max(over_link, (record["nbytes"] - record["link_bytes"]) / roofs["device_copy"])
+    return record["median"] / floor
+
+
 def round_trips(record: dict, roofs: dict | None) -> float | None:
     """Time over an empty kernel in round trips to the host, for a lookup of few tokens."""
     if not roofs or not roofs.get("round_trip") or not record["link_bytes"] or record["tokens"] > WAITING_TOKENS:
@@ -50,7 +67,7 @@ def cells(record: dict, roofs: dict | None) -> list[str]:
     if record["status"] != "ok":
         return [record["name"], f"FAILED: {record.get('reason', 'unknown')}"] + [""] * (len(COLUMNS) - 2)
     kernels = record.get("kernels") or []
-    share, trips = fraction(record, roofs), round_trips(record, roofs)
+    share, trips, floor = fraction(record, roofs), round_trips(record, roofs), over_floor(record, roofs)
     return [
         record["name"],
         microseconds(record["median"]),
@@ -58,6 +75,7 @@ def cells(record: dict, roofs: dict | None) -> list[str]:
         f"{record['nbytes'] / 1e6:.3g}",
         f"{rate(record) / 1e9:.3g}",
         "" if share is None else f"{share:.3f}",
+        "" if floor is None else f"{floor:.3g}x",
         "" if trips is None else f"{trips:.1f}",
         microseconds(record.get("graph")),
         microseconds(record.get("host")),
@@ -86,7 +104,22 @@ def roof_lines(roofs: dict | None) -> list[tuple[str, str]]:
     shape = f"{best['programs']} programs, loads of {best['width']} B, tiles of {best['tile']:,} B"
     lines[1] = ("zero_copy", f"{lines[1][1]}, best at {shape}; by programs: {_by_programs(roofs['sweep'])}")
     lines.append(("empty", f"{roofs['empty'] * 1e6:.2f} us"))
-    lines.append(("round_trip", f"{roofs['round_trip'] * 1e6:.2f} us"))
+    lines.append(("round_trip", f"{roofs['round_trip'] * 1e6:.2f} us, at random over {_size(roofs['host_bytes'])}"))
+    return lines + footprint_lines(roofs.get("footprints", []))
+
+
+def footprint_lines(footprints: list[dict]) -> list[tuple[str, str]]:
+    """Linear rate and round trip by footprint, a line for each kind of page."""
+    lines = []
+    for pages in dict.fromkeys(entry["pages"] for entry in footprints):
+        found = [entry for entry in footprints if entry["pages"] == pages]
+        share = found[-1]["huge_share"]
+        kind = f"{pages} pages" + ("" if share is None else f", {share:.0%} found huge")
+        points = [
+            f"{_size(entry['bytes'])}: {entry['linear'] / 1e9:.1f} GB/s, {entry['round_trip'] * 1e6:.2f} us"
+            for entry in found
+        ]
+        lines.append(("footprints", f"{kind}: {'; '.join(points)}"))
     return lines
 
 
@@ -106,6 +139,11 @@ def flags(content: dict, notes: str | None = None) -> list[str]:
         for name, entry in record.get("baselines", {}).items():
             if entry.get("failed") not in (None, NO_TIME):
                 found.append((name, f"baseline {name} of {record['name']} failed: {entry['failed']}"))
+    for record in (*content.get("steps", ()), *content.get("interference", ())):
+        if record["status"] != "ok":
+            found.append((record["name"], f"{record['name']} failed: {record.get('reason')}"))
+        elif not record.get("covered", True):
+            found.append((record["name"], f"{record['name']}: the lookup ended before the matmuls did"))
     return [text + (" (explained in NOTES.md)" if f"`{subject}`" in notes else "") for subject, text in found]
 
 
@@ -120,8 +158,9 @@ def markdown(content: dict) -> str:
     lines += [f"{len(content['cases'])} cases; {len(content['left_out'])} left out. Times are medians of cold calls."]
     lines += ["", "## Roofs, measured in this run", "", "| roof | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in roof_lines(content["roofs"])]
-    lines += ["", "## Cases", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(map(_escape, cells(record, content["roofs"]))) + " |" for record in content["cases"]]
+    for title, columns, rows in tables(content):
+        lines += ["", f"## {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in rows]
     lines += ["", "## Flags", ""]
     lines += [f"- {flag}" for flag in flags(content)] or ["None."]
     lines += ["", "## Left out", ""]
@@ -129,6 +168,16 @@ def markdown(content: dict) -> str:
     lines += ["", "## Machine", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_escape(text)} |" for name, text in environment_lines(environment)]
     return "\n".join(lines) + "\n"
+
+
+def tables(content: dict) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
+    """(title, columns, rows) of all but the roofs; what was not measured has no table."""
+    found = [
+        ("Cases", COLUMNS, [cells(record, content["roofs"]) for record in content["cases"]]),
+        ("What two Engram layers cost a decoder's step", STEP_COLUMNS, step_rows(content.get("steps", []))),
+        ("A matmul beside a lookup", PAIR_COLUMNS, pair_rows(content.get("interference", []))),
+    ]
+    return [entry for entry in found if entry[2]]
 
 
 def print_table(columns, rows, out=None) -> None:
@@ -159,7 +208,9 @@ def print_table(columns, rows, out=None) -> None:
 def print_report(content: dict) -> None:
     """Roofs, cases, flags and what was left out, on the terminal."""
     print_table(("roof", "measured in the same run"), roof_lines(content["roofs"]))
-    print_table(COLUMNS, [cells(record, content["roofs"]) for record in content["cases"]])
+    for title, columns, rows in tables(content):
+        print(title)
+        print_table(columns, rows)
     for flag in flags(content):
         print(f"FLAG: {flag}")
     if content["left_out"]:
@@ -171,6 +222,10 @@ def _by_programs(sweep: list[dict]) -> str:
     for entry in sweep:
         best[entry["programs"]] = max(best.get(entry["programs"], 0), entry["rate"])
     return ", ".join(f"{programs}: {value / 1e9:.1f}" for programs, value in sorted(best.items()))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.3g} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.3g} MiB"
 
 
 def _joined(values) -> str:

