@@ -4,6 +4,7 @@
     compiled       torch.compile of the reference
     two_launches   ngram_hash, then a lookup for each layer
     embedding      F.embedding over the table's bytes, then dequantised; over a host table by a tensor that views it
+    staged         lookup of a staged table over the same memory: threads gather into pinned slots, then a kernel
     cpu_gather     row ids to the CPU, a gather there into pinned memory, a copy back, then dequantised
     demo           as the demo published with the paper does it: the hash in numpy, ids copied, nn.Embedding
 
@@ -97,6 +98,13 @@ def embedding(table: EngramTable, row_ids):
         return _values(table, rows, scales)
 
     return call
+
+
+def staged(table: EngramTable, row_ids):
+    """What the package does for memory that the GPU cannot read, over the memory of a host table."""
+    other = EngramTable.from_tensors(table.weight, table.scale, placement="staged")
+    out = torch.empty(*row_ids[0].shape, table.width, dtype=table.default_out_dtype, device=row_ids[0].device)
+    return lambda index: lookup(other, row_ids[index], out=out)
 
 
 def cpu_gather(table: EngramTable, row_ids):

@@ -60,6 +60,7 @@ def prepare(model: str, variant: str, tokens: int, full: bool, bench: Workbench)
         prepared.baselines |= bench.peers.lookup(table, row_ids)
     prepared.baselines["embedding"] = lambda: baselines.embedding(table, row_ids)
     if placement == "host":
+        prepared.baselines["staged"] = lambda: baselines.staged(table, row_ids)
         prepared.baselines["cpu_gather"] = lambda: baselines.cpu_gather(table, row_ids)
     else:
         prepared.baselines["eager"] = lambda: lambda index: reference.lookup(table, row_ids[index])
