@@ -1,5 +1,5 @@
 """Kernels at their limits: tokens and rows beyond 2^31 elements, inputs of the size of eps, and the margins of the
-convolution's new state.
+convolution's scalars and new state.
 """
 
 import pytest
@@ -7,6 +7,7 @@ import torch
 
 from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_residual, hash_lookup, lookup
 from engram_kernels.conv_state import launch_advance_state
+from engram_kernels.gate_scale import launch_gate_scale
 from engram_kernels.host_memory import HostMapping
 
 from .guards import Guarded
@@ -110,3 +111,14 @@ def test_new_state_stays_in_bounds(device):
     launch_advance_state(value, scale, None, None, (6,), 4, old, (new_value.tensor, new_scale.tensor))
     assert torch.equal(new_value.check()[0], value[2:])
     assert torch.equal(new_scale.check()[0], scale[2:])
+
+
+def test_gates_and_scales_stay_in_bounds(device):
+    """Three branches, in blocks of four: a fourth is the next token's first, and the last token's lies outside."""
+    hidden, key, value, *norms = (x.to(device) for x in inputs(5, 3, 80))
+    gate, scale = (Guarded((5, 3), torch.float32, device) for _ in range(2))
+    launch_gate_scale(
+        hidden, key, value, *norms, EPS, CONV_EPS, 1e-6, None, "copysign", None, gate.tensor, scale.tensor
+    )
+    assert 0 < gate.check().min() and gate.check().max() < 1
+    assert scale.check().isfinite().all()

@@ -13,7 +13,7 @@ mask dropped: masked tokens @ gate_scale
 mask dropped: end of value @ gate_scale
 - mask = live[:, None] & (offs_d < HIDDEN_SIZE)
 + mask = live[:, None] & (offs_d >= 0)
-mask dropped: branches @ gate_scale -k test_kernel and 12-3-80
+mask dropped: branches @ gate_scale -k scales_stay_in_bounds
 - mask_out = mask_t[:, None] & (offs_h < NUM_BRANCHES)
 + mask_out = mask_t[:, None] & (offs_h >= 0)
 stride swapped @ gate_scale
