@@ -60,6 +60,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        from .train import main as train
+
+        return train(arguments[1:])
     chosen = parse(arguments)
     try:
         if chosen.report is not None:

@@ -9,6 +9,7 @@ from .module import Engram
 from .plan import HashPlan
 from .prefetch import Prefetcher
 from .replacement import replace_engram
+from .row_optimizers import RowAdagrad, RowAdam
 from .rows import lookup
 from .table import EngramTable
 from .token_map import build_token_map
@@ -20,6 +21,8 @@ __all__ = [
     "EngramTable",
     "HashPlan",
     "Prefetcher",
+    "RowAdagrad",
+    "RowAdam",
     "build_token_map",
     "gate_conv_residual",
     "gate_residual",

@@ -20,6 +20,11 @@ def is_kernel_device(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or INTERPRETING
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 for the interpreter, so that programs take several steps."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def records_gradient(*tensors: torch.Tensor) -> bool:
     """Whether autograd must see the call: the references are differentiable, the kernels are not."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -5,17 +5,19 @@ C columns, R elements a row.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_no_out, check_programs, check_token_values, check_tokens, is_kernel_device
+from .arguments import check_no_out, check_programs, check_token_values, check_tokens, is_kernel_device, processors
 from .hashing import hash_arguments, launch_ngram_hash, ngram_hash, ngram_rows
 from .plan import PLAN_SCHEMA, HashPlan
 from .read_order import check_order, choose_order, key_range
 from .row_format import FORMATS
+from .row_gradient import check_recordable, record_rows, records_rows
 from .row_output import check_row_out, kernel_out, make_row_out, op_result
 from .rows import (
     VIEW_SCHEMA,
@@ -23,7 +25,6 @@ from .rows import (
     copy_rows,
     launch_lookup,
     launch_sorted,
-    processors,
     row_constants,
     rows_config,
 )
@@ -231,6 +232,12 @@ def ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
     return (plan.primes.shape[0], *token_ids.shape, plan.primes.shape[1])
 
 
+def _layer_gradients(plan: HashPlan, names, grad, token_ids, *tokens):
+    """Row ids and their gradient for each layer, from the gradient of :func:`hash_lookup`'s rows."""
+    row_ids = ngram_hash(token_ids, plan, **dict(zip(names, tokens, strict=True)))
+    return [(row_ids[..., layer, :], part) for layer, part in enumerate(grad)]
+
+
 def hash_lookup(
     token_ids: torch.Tensor,
     plan: HashPlan,
@@ -252,6 +259,8 @@ def hash_lookup(
     and order those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes
     as float32 ``[L]``. Where a table is staged there is a launch per layer, and the call waits for the GPU
     once, to bring row ids to the CPU; it cannot be captured or compiled then.
+    Where a table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows; the
+    backward pass hashes once more rather than keep the ids.
     """
     where = "hash_lookup"
     check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
@@ -265,6 +274,12 @@ def hash_lookup(
     shape = ids_shape(token_ids, plan)
     check_row_out(where, tables[0], (*shape, tables[0].width), token_ids.device, out, out_dtype, out_format)
     check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
+    if records_rows(tables, out_format):
+        check_recordable(where, out)
+        tokens = dict(cu_seqlens=cu_seqlens, history=history, dead=dead)
+        with torch.no_grad():
+            rows = hash_lookup(token_ids, plan, tables, **tokens, out_dtype=out_dtype, programs=programs, order=order)
+        return record_rows(rows, tables, partial(_layer_gradients, plan, list(tokens)), token_ids, *tokens.values())
     if not is_kernel_device(token_ids) or tables[0].format.dtype == torch.float64:
         return reference.hash_lookup(
             token_ids,

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_no_out, check_programs, check_tensor, is_kernel_device
+from .arguments import check_no_out, check_programs, check_tensor, is_kernel_device, processors
 from .read_order import check_order, choose_order, launch_copy_duplicates, scale_words
 from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP
+from .row_gradient import check_recordable, record_rows, records_rows
 from .row_output import check_row_out, kernel_out, make_row_out, op_result
 from .staging import stage
 from .table import EngramTable, TableView, view_tables
@@ -239,11 +240,6 @@ def row_constants(view: TableView, storage: bool, config: RowsConfig) -> dict:
     )
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 for the interpreter, so that programs take several steps."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def launch_lookup(row_ids, view: TableView, out, storage: bool, programs: int | None, order: str = "direct") -> None:
     """One launch, or those of :func:`launch_sorted`; ``row_ids [..., C]`` whose leading dimensions view as one."""
     if row_ids.numel() == 0:
@@ -348,6 +344,7 @@ def lookup(
     order: in which rows are read, "direct", "head" (column by column) or "address" (sorted, duplicates read once); None
     leaves the choice to read_order.py. It changes no bit, and nothing on the CPU.
     With a staged table the call waits for the GPU to bring row_ids to the CPU, and cannot be captured or compiled.
+    Where the table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows.
     """
     check_tensor("lookup", "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
     check_tables("lookup", (table,), row_ids.device)
@@ -357,6 +354,11 @@ def lookup(
         raise ValueError(f"lookup: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
     shape = (*row_ids.shape, table.width)
     check_row_out("lookup", table, shape, row_ids.device, out, out_dtype, out_format)
+    if records_rows((table,), out_format):
+        check_recordable("lookup", out)
+        with torch.no_grad():
+            rows = lookup(table, row_ids, out_dtype=out_dtype, programs=programs, order=order)
+        return record_rows(rows, (table,), lambda grad, ids: ((ids, grad),), row_ids)
     if not is_kernel_device(row_ids) or table.format.dtype == torch.float64:
         return reference.lookup(table, row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
     storage = out_format == "storage"

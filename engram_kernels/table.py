@@ -13,13 +13,14 @@ from .memory_report import MemoryReport, size
 from .pages import Progress
 from .placement import REGISTERED, check_placement, check_scales
 from .row_format import ROW_ALIGNMENT, RowFormat, format_of, row_format
+from .trainable import TrainableRows
 
 if TYPE_CHECKING:
     from .config import EngramConfig
     from .safetensors_file import Paths
 
 
-class EngramTable:
+class EngramTable(TrainableRows):
     """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors`, :meth:`from_safetensors`, :meth:`attach`.
 
     weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32

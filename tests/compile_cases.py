@@ -4,7 +4,7 @@ A case is a function without arguments; what it launches is compiled for the tar
 the CPU: only their dtypes, alignment and strides matter.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -13,6 +13,8 @@ from engram_kernels.gate import launch_gate_residual
 from engram_kernels.gate_conv import launch_gate_conv_residual
 from engram_kernels.hash_rows import launch_hash_lookup
 from engram_kernels.hashing import launch_ngram_hash
+from engram_kernels.row_gradient import RowGradient, launch_row_gradient
+from engram_kernels.row_update import launch_row_update
 from engram_kernels.rows import launch_lookup
 from engram_kernels.table import view_tables
 
@@ -101,6 +103,24 @@ def conv_case(branches, width, dtype, full=False):
     launch_gate_conv_residual(*inputs, inputs[3], weight, *options, torch.empty_like(inputs[0]), *state)
 
 
+def row_gradient_case(width, dtype):
+    entries = 16 * TOKENS
+    int64, int32, float32 = (partial(torch.empty, dtype=each) for each in (torch.int64, torch.int32, torch.float32))
+    grad = torch.empty(entries, width, dtype=dtype)
+    found = int32(entries), int64(entries), int32(entries + 2), int32(2)
+    launch_row_gradient(grad, *found, int64(entries), float32(entries, width), float32(entries))
+
+
+def update_case(width, dtype, adam):
+    """The gradient of 16 rows a token; a table and its state of 64 rows."""
+    entries = 16 * TOKENS
+    ids, count = torch.empty(entries, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
+    gradient = RowGradient(ids, torch.empty(entries, width), torch.empty(entries), count, 64)
+    state = [torch.empty(64, width)] * 2 + [torch.empty(64, dtype=torch.int32)] if adam else [torch.empty(64)]
+    options = dict(lr=1e-3, eps=1e-8, weight_decay=0.0, seed=0, step=7) | (dict(betas=(0.9, 0.999)) if adam else {})
+    launch_row_update(torch.empty(64, width, dtype=dtype), state, gradient, torch.empty(1), count, **options)
+
+
 V41, PAPER, QWEN = "deepseek_v41_flash", "engram_27b", "qwen38_flash_next"
 
 CASES = {
@@ -126,6 +146,11 @@ CASES = {
     "gate/v41-masked": lambda: gate_case(4, 5120, torch.bfloat16, mask=True),
     "gate/27b": lambda: gate_case(4, 2560, torch.bfloat16),
     "gate/float32-1x1000": lambda: gate_case(1, 1000, torch.float32),
+    "row_gradient/27b": lambda: row_gradient_case(80, torch.bfloat16),
+    "row_gradient/float32-1024": lambda: row_gradient_case(1024, torch.float32),
+    "row_adagrad/27b": lambda: update_case(80, torch.bfloat16, adam=False),
+    "row_adam/27b": lambda: update_case(80, torch.bfloat16, adam=True),
+    "row_adam/float32-256": lambda: update_case(256, torch.float32, adam=True),
     "gate_conv/27b": lambda: conv_case(4, 2560, torch.bfloat16),
     "gate_conv/27b-packed-state": lambda: conv_case(4, 2560, torch.bfloat16, full=True),
 }

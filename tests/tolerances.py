@@ -57,13 +57,16 @@ def conv_bound(exact, hidden, value, gate, gate_error, size, hidden_size, taps, 
     return gated_bound(exact, hidden, value, gate_error, dtype) + 1.1 * relative * size
 
 
-def assert_within(result, exact, bound):
-    """Every element within its bound, and the root mean square well within theirs: no bound is met by all at once."""
+def assert_within(result, exact, bound, spread=True):
+    """Every element within its bound, and the root mean square well within theirs: no bound is met by all at once.
+
+    ``spread=False`` leaves the second out, for bounds that few roundings can reach.
+    """
     result = result.detach().to(torch.float64).cpu().numpy()
     assert result.shape == exact.shape, f"shape {result.shape}, expected {exact.shape}"
     error = np.abs(result - exact)
     worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else None
     assert (error <= bound).all(), f"error {error[worst]:.3e} above {bound[worst]:.3e} at {worst}; value {exact[worst]}"
-    if error.size:
+    if error.size and spread:
         rms, limit = np.sqrt((error**2).mean()), np.sqrt((bound**2).mean())
         assert rms <= 0.75 * limit, f"RMS error {rms:.3e} above 0.75 of its bound {limit:.3e}"

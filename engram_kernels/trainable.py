@@ -1,0 +1,64 @@
+"""What makes a table's rows trainable: their place in autograd and the gradient that backward passes leave."""
+
+import torch
+
+from .placement import REGISTERED
+from .row_gradient import RowGradient, row_gradient
+
+
+class TrainableRows:
+    """The part of :class:`EngramTable` that training is about."""
+
+    _anchor: torch.Tensor | None = None
+    #: What backward passes have left since the last zero_row_grad.
+    row_grad: RowGradient | None = None
+
+    @property
+    def requires_row_grad(self) -> bool:
+        """Whether autograd follows values that ops read from this table."""
+        return self._anchor is not None
+
+    @property
+    def anchor(self) -> torch.Tensor | None:
+        """A leaf of one element that stands for the rows in autograd, None where they are not trainable.
+
+        It is float32, or float64 for float64 rows. A backward pass fills ``row_grad`` and makes the anchor's gradient
+        that gradient's norm. What scales the one, such as clip_grad_norm_ or a GradScaler, scales the other when an
+        optimizer of this package takes its step.
+        """
+        return self._anchor
+
+    def requires_row_grad_(self, requires: bool = True) -> "TrainableRows":
+        """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged"."""
+        where = "EngramTable.requires_row_grad_"
+        self._check_usable(where)
+        if requires and self.format.scaling != "none":
+            raise ValueError(
+                f"{where}: rows must be float32, bfloat16, float16 or float64, got {self!r}. Steps of training are "
+                "smaller than those of fp8: train a master table in bfloat16 or float32 and convert it"
+            )
+        if requires and self.placement == "staged":
+            raise ValueError(
+                f"{where}: kernels cannot write to placement 'staged'; use 'host' or 'device', got {self!r}"
+            )
+        device = self.weight.device
+        if self.placement in REGISTERED and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        dtype = torch.float64 if self.format.dtype == torch.float64 else torch.float32
+        self._anchor = torch.zeros(1, dtype=dtype, device=device, requires_grad=True) if requires else None
+        self.zero_row_grad()
+        return self
+
+    def accumulate_row_grad(self, row_ids: torch.Tensor, grad: torch.Tensor) -> None:
+        """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]``, as the backward pass of a lookup does."""
+        if self._anchor is None:
+            raise ValueError("EngramTable.accumulate_row_grad: the table is not trainable (requires_row_grad_)")
+        new = row_gradient(row_ids, grad, self.rows)
+        self.row_grad = new if self.row_grad is None else self.row_grad.plus(new)
+        self._anchor.grad = self.row_grad.norm().to(self._anchor)[None]
+
+    def zero_row_grad(self) -> None:
+        """Forget the rows' gradient."""
+        self.row_grad = None
+        if self._anchor is not None:
+            self._anchor.grad = None
