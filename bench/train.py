@@ -168,9 +168,12 @@ class DenseAdagrad:
 
     @torch.no_grad()
     def step(self) -> None:
-        self.sums += self.weight.grad.square().mean(1)
+        grad = self.weight.grad
+        if grad is None:
+            return
+        self.sums += grad.square().mean(1)
         # A row that never had a gradient is 0 / eps.
-        self.weight += -self.lr * self.weight.grad / (self.sums.sqrt() + self.eps)[:, None]
+        self.weight.add_(-self.lr * grad / (self.sums.sqrt() + self.eps)[:, None])
 
     def zero_grad(self) -> None:
         self.weight.grad = None
@@ -202,8 +205,8 @@ def train(kind: str, settings: Settings, seed: int, ids: torch.Tensor, device: t
     with torch.no_grad():
         parts = [loss_of(model, part) * len(part) for part in windows.split(64)]
     if kind == "engram":
-        optimizers[1].close()
-        rows.close()
+        for resource in (*optimizers[1:], rows):
+            resource.close()
     parameters = sum(parameter.numel() for parameter in dense)
     return dict(losses=losses, held_out=float(sum(parts)) / len(windows), dense_parameters=parameters)
 
