@@ -117,7 +117,8 @@ class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: a row's rate falls with the sum, over its own steps, of its gradient's mean square.
 
     tables: one or more trainable tables. weight_decay: what a row loses per step and lr, of the rows that have a
-    gradient alone. state_placement: "device", "host" or "cpu", where the states live; None is the table's.
+    gradient alone. state_placement: "device", "host" or "cpu", where the states live; None is the table's ("host" for a
+    shared one, which one process writes).
     stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
     """
 

@@ -13,7 +13,8 @@ PLACEMENTS = ("device", "host", "cpu")
 class RowState:
     """Arrays ``[rows]`` or ``[rows, R]`` beside a table.
 
-    arrays: of each, its name, its dtype, and whether it has a number per element. placement: None is the table's.
+    arrays: of each, its name, its dtype, and whether it has a number per element. placement: None is the table's,
+    "host" for a shared table.
     """
 
     def __init__(
@@ -23,7 +24,9 @@ class RowState:
         placement: str | None,
         where: str,
     ):
-        placement = table.placement if placement is None else placement
+        if placement is None:
+            # A shared table has one writer, whose state no other process needs.
+            placement = "host" if table.placement == "shared" else table.placement
         if placement not in PLACEMENTS:
             raise ValueError(f"{where}: state_placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
         if placement == "device" and not torch.cuda.is_available():

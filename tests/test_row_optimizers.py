@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import re
 from pathlib import Path
 
@@ -267,6 +268,20 @@ def test_a_step_touches_its_own_rows_alone(device, kind):
         optimizer.close()
         with pytest.raises(ValueError, match=f"{kind.__name__}: the optimizer is closed"):
             optimizer.step()
+        optimizer.close()
+
+
+@pytest.mark.parametrize("kind", [RowAdagrad, RowAdam])
+def test_shared_tables(kind):
+    """The writer's steps are what another process's attached table reads; the states are the writer's own."""
+    before = torch.randn(ROWS, WIDTH)
+    name = f"rows-{os.getpid()}-{kind.__name__}"
+    with EngramTable.from_tensors(before, placement="shared", name=name) as table:
+        optimizer = kind(table.requires_row_grad_())
+        lookup(table, torch.tensor([3, 5])).sum().backward()
+        optimizer.step()
+        with EngramTable.attach(name, ROWS, WIDTH, "float32", timeout=5) as other:
+            assert (other.weight != before).any(1).nonzero().flatten().tolist() == [3, 5]
         optimizer.close()
 
 

@@ -26,7 +26,7 @@ def test_a_small_run():
 
 
 def test_a_wrong_update_is_seen(monkeypatch):
-    """Control: with twice the rate in one of the runs their losses part."""
+    """Control: where the dense run leaves its rows alone the losses part."""
     monkeypatch.setattr(train.DenseAdagrad, "step", lambda self: None)
     settings = dataclasses.replace(TINY, seeds=(0,), row_rate=1.0, steps=8)
     result = train.run(settings, torch.device("cpu"))
