@@ -124,8 +124,10 @@ def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, en
             tell = tell_record(progress)
             # Made when the first is measured: what they cannot allocate is then a failure of that one alone.
             step, pair = cache(lambda: Steps(bench, timer)), cache(lambda: Interference(bench, timer))
-            run_each("steps", steps, lambda name: step().measure(name), for_steps, results, FIRST_STEP, tell)
-            run_each("interference", pairs, lambda name: pair().measure(name), budget, results, FIRST_PAIR, tell)
+            run_each("steps", steps, lambda name: step().measure(name), for_steps, results, FIRST_STEP, device, tell)
+            run_each(
+                "interference", pairs, lambda name: pair().measure(name), budget, results, FIRST_PAIR, device, tell
+            )
             content["environment"]["at_the_end"] = clocks(device)
             content["finished"] = True
             results.save()

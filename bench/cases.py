@@ -7,6 +7,7 @@ Tables are the layer's own size where that is below the workbench's limit and sc
 primes alike, so that ids still cover the whole table. All layers of a plan read one table.
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -244,13 +245,16 @@ class Workbench:
             self._close([there.pop(0)])
 
     def _close(self, keys: list[tuple]) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        # After a fault on the device this fails, as everything does; the report is still to be written.
+        with contextlib.suppress(RuntimeError):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         for key in keys:
             self._tables.pop(key).close()
         gc.collect()  # torch.compile leaves cycles that hold views of them
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _fill(self, table: EngramTable) -> None:
         """Random bytes made on the device, which for tables of many GiB is much faster than on the host."""

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 _LINK_QUERY = ("pcie.link.gen.current", "pcie.link.gen.max", "pcie.link.width.current", "pcie.link.width.max")
 _CLOCK_QUERY = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.draw", "power.limit")
 #: What must be equal for a run to go on where another one stopped.
-IDENTITY = ("gpu", "driver", "torch", "triton", "python", "engram_kernels", "commit", "host_table_bytes")
+IDENTITY = ("gpu", "driver", "torch", "triton", "python", "engram_kernels", "commit", "host_table_bytes", "text")
 
 
 def describe_gpu(device) -> dict:

@@ -103,6 +103,7 @@ def run_each(
     budget: Budget,
     results: ResultFile,
     first: float,
+    device: torch.device,
     tell: Callable[[dict], None] = lambda record: None,
 ) -> None:
     """``measure(name)`` of what is not in ``results`` yet, kept there as ``kind``; one that fails is kept as that.
@@ -114,7 +115,7 @@ def run_each(
         if name in results.done:
             continue
         before = budget.left()
-        if before < expected:
+        if before < expected or not device_answers(device):
             results.content["left_out"].append(name)
             continue
         try:

@@ -26,7 +26,12 @@ ROOFS |= dict(
     sweep=[dict(programs=8, width=16, tile=8192, rate=40e9), dict(programs=32, width=16, tile=8192, rate=5e10)]
 )
 MACHINE = dict(
-    gpu="NVIDIA Test", date="2026-01-12 10:00 UTC", host_table_bytes=LIMIT, device_table_bytes=LIMIT, l2_bytes=0
+    gpu="NVIDIA Test",
+    date="2026-01-12 10:00 UTC",
+    text="data/austen_ids.npz",
+    host_table_bytes=LIMIT,
+    device_table_bytes=LIMIT,
+    l2_bytes=0,
 )
 
 

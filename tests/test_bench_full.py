@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench as bench_package
 from bench import __main__ as command
 from bench import progress, suite, text
 from bench.cases import ALL_MODELS, ALL_TOKENS, Workbench, load_cases
@@ -41,6 +42,18 @@ def test_a_full_run_has_every_preset_and_power_of_two():
     models = [case.model for case in found]
     assert list(dict.fromkeys(models)) == list(ALL_MODELS) and models == sorted(models, key=list(ALL_MODELS).index)
     assert {case.name for case in load_cases()} < {case.name for case in found}
+
+
+def test_a_benchmark_is_added_by_adding_a_file(tmp_path, monkeypatch):
+    (tmp_path / "bench_new.py").write_text(
+        "from bench.cases import Case\n"
+        "def cases(full=False):\n"
+        "    yield Case('new', 'v41', 'full' if full else '', 1, 0, lambda bench: None)\n"
+    )
+    monkeypatch.setattr(bench_package, "__path__", [*bench_package.__path__, str(tmp_path)])
+    found = {case.name for case in load_cases()} | {case.name for case in load_cases(full=True)}
+    del sys.modules["bench.bench_new"]
+    assert {"new/v41/T=1", "new/v41/full/T=1"} <= found
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: case.name)

@@ -101,7 +101,8 @@ def test_windows_are_places_of_the_text(bench):
     assert windows[1][2].tolist() == text[8 * 104_729 % (len(text) - 4) :][:4]
     at = step.StandIn(TOY, bench).at(6)
     plan, window = bench.plan("v41", "host"), at.sets[1]
-    whole = torch.cat([window[1], window[0][:, None]], 1)
+    whole = windows[1]
+    assert torch.equal(window[0], whole[:, -1])
     decoded = ngram_hash(window[0], plan, cu_seqlens=at.cu_seqlens, history=window[1])
     assert torch.equal(decoded, ngram_hash(whole, plan)[:, -1]), "history is what came before, oldest first"
 
@@ -175,12 +176,12 @@ def test_each_is_measured_within_its_time_and_once(tmp_path):
         return dict(value=name)
 
     results = suite.ResultFile(tmp_path / "r.json", dict(MACHINE))
-    suite.run_each("steps", list("abcd"), measure, timing.Budget(13.0, clock), results, first=5.0)
+    suite.run_each("steps", list("abcd"), measure, timing.Budget(13.0, clock), results, 5.0, CPU)
     kept = json.loads(results.path.read_text())
     assert kept["left_out"] == ["d"] and [record["name"] for record in kept["steps"]] == list("abc")
     assert kept["steps"][1] == dict(name="b", status="failed", reason="RuntimeError: no room") and results.failed
     again = suite.ResultFile.resume(results.path, dict(MACHINE))
-    suite.run_each("steps", list("abcd"), measure, timing.Budget(99.0, clock), again, first=5.0)
+    suite.run_each("steps", list("abcd"), measure, timing.Budget(99.0, clock), again, 5.0, CPU)
     assert [record["name"] for record in again.content["steps"]] == list("acbd")
 
 
