@@ -47,10 +47,12 @@ def branch_gate(hidden, key, query_norm, key_norm, *, eps, clamp, zero_gate):
     """The gate of every token and branch, ``[..., H]``, in the type the op computes in."""
     dtype = compute_dtype(hidden)
     query = rms_norm(hidden.to(dtype), query_norm.to(dtype), eps)
-    d = torch.einsum("...d,...d->...", query, rms_norm(key.to(dtype), key_norm.to(dtype), eps))
-    d = d / math.sqrt(hidden.shape[-1])
+    # Not an einsum, which torch.autocast would compute in half precision.
+    d = (query * rms_norm(key.to(dtype), key_norm.to(dtype), eps)).sum(-1) / math.sqrt(hidden.shape[-1])
     sign = torch.sign(d) if zero_gate == "sign" else torch.where(d < 0, -1.0, 1.0).to(dtype)
-    return torch.sigmoid(sign * torch.sqrt(torch.clamp(d.abs(), min=clamp)))
+    # The second where changes no value: it makes the gradient at d = 0 zero, with a clamp of zero too.
+    magnitude = d.abs().clamp(min=clamp).where(d != 0, clamp)
+    return torch.sigmoid(sign * torch.sqrt(magnitude))
 
 
 def rms_norm(x, weight, eps):
