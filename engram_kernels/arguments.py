@@ -26,7 +26,7 @@ def processors(device: torch.device) -> int:
 
 
 def records_gradient(*tensors: torch.Tensor) -> bool:
-    """Whether autograd must see the call: the references are differentiable, the kernels are not."""
+    """Whether autograd records a call on ``tensors``."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 

@@ -8,113 +8,23 @@ per token t and branch h, in float32, rounded once. T tokens, H branches, D hidd
 DeepSeek-V4.1) or 0 ("sign", the demo and Qwen). Source: arXiv 2601.07372, section 2.3.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from . import reference
 from .arguments import check_choice, check_no_out, check_out, check_tensor, is_kernel_device, records_gradient
+from .branch_gate import branch_gate, flatten_tokens, float32_eps, gate_config, rows_aligned, store_scalars, token_rows
+from .gate_backward import gate_formula, save_gate
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_BRANCHES, MAX_HIDDEN_SIZE = 8, 16_384
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """Tokens, branches (a power of two) and elements of D that a program holds at once, and its warps."""
-
-    block_t: int
-    block_h: int
-    block_d: int
-    num_warps: int
-
-
-def gate_config(branches: int, hidden_size: int) -> GateConfig:
-    """Tiles of 2,048 elements, 16 a thread, with 256 of D, so that a warp sums a row of a tile alone.
-
-    Two tokens share the norm weights they load: in float32 those are 2 H D * 4 bytes, more than the hidden state and
-    key of one token. With four, the weights' tile has another layout than the hidden state's, and Triton converts one
-    to the other through shared memory. A function of H and D only: it fixes the order of the sums over D, hence a
-    token's bits.
-    """
-    block_h, block_d = triton.next_power_of_2(branches), min(256, triton.next_power_of_2(hidden_size))
-    block_t = max(1, min(8, 2048 // (block_h * block_d)))
-    return GateConfig(block_t, block_h, block_d, max(1, min(4, block_t * block_h * block_d // 512)))
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
     "gate_residual_kernel": dict(sm_80=(168, 4096), sm_90=(168, 4096), sm_100=(168, 4096), gfx942=(80, 8192)),
 }
-
-
-@triton.jit
-def token_rows(base_ptr, token, offs_h, stride_t, stride_h, ALIGNED: tl.constexpr):
-    """Pointers ``[BLOCK_T, BLOCK_H, 1]`` to the rows of tokens and branches.
-
-    ALIGNED: the launcher found every row at a multiple of 16 bytes. Triton itself takes that from a stride only where
-    it is a multiple of 16 elements.
-    """
-    rows = base_ptr + (token[:, None, None] * stride_t + offs_h.to(tl.int64) * stride_h)
-    if ALIGNED:
-        rows = tl.multiple_of(rows, (16, 16, 16))
-    return rows
-
-
-@triton.jit
-def branch_gate(
-    token,
-    live,
-    hidden_ptr,
-    key_ptr,
-    query_norm_ptr,
-    key_norm_ptr,
-    stride_hidden_t,
-    stride_hidden_h,
-    stride_key_t,
-    stride_key_h,
-    eps,
-    clamp,
-    NUM_BRANCHES: tl.constexpr,
-    HIDDEN_SIZE: tl.constexpr,
-    COPYSIGN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Gates ``[BLOCK_T, BLOCK_H]`` of tokens ``token [BLOCK_T]`` (int64); those not ``live`` are not read."""
-    offs_h = tl.arange(0, BLOCK_H)[None, :, None]
-    hidden_row = token_rows(hidden_ptr, token, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
-    key_row = token_rows(key_ptr, token, offs_h, stride_key_t, stride_key_h, ALIGNED)
-    mask_row = live[:, None, None] & (offs_h < NUM_BRANCHES)
-    hidden_square = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
-    key_square = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
-    product = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
-    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
-        offs_d = begin + tl.arange(0, BLOCK_D)[None, None, :]
-        mask_d = offs_d < HIDDEN_SIZE
-        mask_w = (offs_h < NUM_BRANCHES) & mask_d
-        hidden = tl.load(hidden_row + offs_d, mask=mask_row & mask_d, other=0).to(tl.float32)
-        key = tl.load(key_row + offs_d, mask=mask_row & mask_d, other=0).to(tl.float32)
-        query_norm = tl.load(query_norm_ptr + offs_h * HIDDEN_SIZE + offs_d, mask=mask_w, other=0).to(tl.float32)
-        key_norm = tl.load(key_norm_ptr + offs_h * HIDDEN_SIZE + offs_d, mask=mask_w, other=0).to(tl.float32)
-        hidden_square += hidden * hidden
-        key_square += key * key
-        product += (hidden * query_norm) * (key * key_norm)
-    hidden_scale = tl.rsqrt(tl.sum(hidden_square, axis=2) / HIDDEN_SIZE + eps)
-    key_scale = tl.rsqrt(tl.sum(key_square, axis=2) / HIDDEN_SIZE + eps)
-    d = tl.sum(product, axis=2) * hidden_scale * key_scale * (HIDDEN_SIZE**-0.5)
-    magnitude = tl.abs(d)
-    # Not tl.maximum, which drops NaN on NVIDIA hardware.
-    root = tl.sqrt(tl.where(magnitude < clamp, clamp, magnitude))
-    if COPYSIGN:
-        logit = tl.where(d < 0, -root, root)
-    else:
-        logit = tl.where(d < 0, -root, tl.where(d == 0, 0.0, root))
-    return 1.0 / (1.0 + tl.exp(-logit))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -125,6 +35,7 @@ def gate_residual_kernel(
     query_norm_ptr,
     key_norm_ptr,
     mask_ptr,
+    scalars_ptr,
     out_ptr,
     stride_hidden_t,
     stride_hidden_h,
@@ -156,7 +67,7 @@ def gate_residual_kernel(
     live = mask_t
     if mask_ptr is not None:
         live = mask_t & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
-    gate = branch_gate(
+    gate, d, hidden_scale, key_scale = branch_gate(
         token,
         live,
         hidden_ptr,
@@ -177,6 +88,8 @@ def gate_residual_kernel(
         BLOCK_H,
         BLOCK_D,
     )
+    if scalars_ptr is not None:
+        store_scalars(scalars_ptr, token, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES, BLOCK_H)
     offs_h = tl.arange(0, BLOCK_H)[None, :, None]
     hidden_row = token_rows(hidden_ptr, token, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
     out_row = token_rows(out_ptr, token, offs_h, stride_out_t, stride_out_h, ALIGNED)
@@ -195,21 +108,13 @@ def gate_residual_kernel(
         tl.store(out_row + offs_d, result.to(out_ptr.dtype.element_ty), mask=mask_row & mask_d)
 
 
-def rows_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether every row of every tensor starts at a multiple of 16 bytes."""
-    return all(
-        tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
-    )
+def launch_gate_residual(
+    hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual, out, scalars=None
+) -> None:
+    """One launch; hidden, key and out ``[..., H, D]``, value ``[..., D]``, whose leading dimensions view as one.
 
-
-def float32_eps(eps: float | None) -> float:
-    """What the kernels add inside a norm: None is the machine epsilon, as in torch.nn.RMSNorm."""
-    return torch.finfo(torch.float32).eps if eps is None else float(eps)
-
-
-def launch_gate_residual(hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual, out) -> None:
-    """One launch; hidden, key and out ``[..., H, D]``, value ``[..., D]``, whose leading dimensions view as one."""
+    scalars: float32 ``[..., 3, H]`` for the backward pass, or None.
+    """
     hidden, key, out = (
         flatten_tokens("gate_residual", name, tensor, 2)
         for name, tensor in (("hidden", hidden), ("key", key), ("out", out))
@@ -227,6 +132,7 @@ def launch_gate_residual(hidden, key, value, query_norm, key_norm, eps, clamp, m
             query_norm,
             key_norm,
             mask,
+            scalars,
             out,
             hidden.stride(0),
             hidden.stride(1),
@@ -251,12 +157,13 @@ def launch_gate_residual(hidden, key, value, query_norm, key_norm, eps, clamp, m
         )
 
 
-@torch.library.custom_op(
-    "engram::gate_residual",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, float? eps, float clamp, "
-    "Tensor? mask, str zero_gate, bool residual) -> Tensor",
+_SCHEMA = (
+    "(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, float? eps, float clamp, "
+    "Tensor? mask, str zero_gate, bool residual)"
 )
+
+
+@torch.library.custom_op("engram::gate_residual", mutates_args=(), schema=f"{_SCHEMA} -> Tensor")
 def gate_residual_op(hidden, *options):
     """:func:`gate_residual` for torch.compile."""
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
@@ -267,6 +174,28 @@ def gate_residual_op(hidden, *options):
 @gate_residual_op.register_fake
 def _(hidden, *options):
     return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+
+
+@torch.library.custom_op("engram::gate_residual_scalars", mutates_args=(), schema=f"{_SCHEMA} -> (Tensor, Tensor)")
+def gate_residual_scalars_op(hidden, *options):
+    """:func:`gate_residual` where autograd records it: the same bits, and the scalars that the backward pass reads."""
+    out, scalars = make_recorded(hidden)
+    launch_gate_residual(hidden, *options, out, scalars)
+    return out, scalars
+
+
+@gate_residual_scalars_op.register_fake
+def _(hidden, *options):
+    return make_recorded(hidden)
+
+
+gate_residual_scalars_op.register_autograd(gate_formula, setup_context=save_gate)
+
+
+def make_recorded(hidden):
+    """The output, and the scalars ``[..., 3, H]`` that :func:`store_scalars` writes."""
+    *tokens, branches, _ = hidden.shape
+    return hidden.new_empty(hidden.shape), hidden.new_empty(*tokens, 3, branches, dtype=torch.float32)
 
 
 def check_gate(where, hidden, key, value, query_norm, key_norm, *, eps, clamp, mask, zero_gate) -> None:
@@ -308,18 +237,6 @@ def check_gate_out(where, hidden, out) -> None:
         check_out(where, out, hidden.shape, hidden.dtype, hidden.device)
 
 
-def flatten_tokens(where: str, name: str, tensor: torch.Tensor, kept: int) -> torch.Tensor:
-    """``tensor`` with all but its last ``kept`` dimensions viewed as one; ValueError where that would take a copy."""
-    shape = tensor.shape[tensor.dim() - kept :]
-    try:
-        return tensor.view(-1 if tensor.numel() else 0, *shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{where}: leading dimensions of {name} must be viewable as one, "
-            f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
-        ) from None
-
-
 def gate_residual(
     hidden: torch.Tensor,
     key: torch.Tensor,
@@ -344,18 +261,22 @@ def gate_residual(
     zero_gate: "copysign" (a gate at d = 0 counts as positive) or "sign" (it is 0.5).
     residual: False returns ``gate * value`` alone. out: a contiguous tensor, or hidden itself.
 
-    Where autograd records the call it runs the reference, on any device: the kernel has no backward yet.
+    Gradients come from kernels too (gate_backward.py), of the first order. Recording changes no bit of the result,
+    which is copied where ``out`` is given. Split kv by ``kv.split``: slices' own backward writes all of kv for each.
     """
     where = "gate_residual"
     check_gate(where, hidden, key, value, query_norm, key_norm, eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
     check_gate_out(where, hidden, out)
-    differentiable = records_gradient(hidden, key, value, query_norm, key_norm)
-    if not is_kernel_device(hidden) or hidden.dtype == torch.float64 or differentiable:
+    if not is_kernel_device(hidden) or hidden.dtype == torch.float64:
         options = dict(eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate, residual=residual, out=out)
         return reference.gate_residual(hidden, key, value, query_norm, key_norm, **options)
     arguments = (hidden, key, value, query_norm, key_norm, eps, float(clamp), mask, zero_gate, residual)
     if torch.compiler.is_compiling():
         check_no_out(where, out)
+    if records_gradient(hidden, key, value, query_norm, key_norm):
+        result, _ = gate_residual_scalars_op(*arguments)
+        return result if out is None else out.copy_(result)
+    if torch.compiler.is_compiling():
         return gate_residual_op(*arguments)
     if out is None:
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)

@@ -20,8 +20,10 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_batch, check_no_out, check_tensor, is_kernel_device, records_gradient
+from .branch_gate import flatten_tokens
 from .conv_state import check_conv_state, launch_advance_state
-from .gate import FLOAT_DTYPES, check_gate, check_gate_out, flatten_tokens
+from .gate import FLOAT_DTYPES, check_gate, check_gate_out, make_recorded
+from .gate_conv_backward import gate_conv_formula, save_gate_conv
 from .gate_scale import launch_gate_scale
 from .sequences import find_sequence, sequence_arguments
 
@@ -156,8 +158,12 @@ def launch_gate_conv_residual(
     out,
     new_value,
     new_scale,
+    recorded=None,
 ) -> None:
-    """Two launches, and a third where there is a state. Tokens ``[T]`` or ``[B, S]`` whose dimensions view as one."""
+    """Two launches, and a third where there is a state. Tokens ``[T]`` or ``[B, S]`` whose dimensions view as one.
+
+    recorded: gate, scale ``[..., H]`` and scalars ``[..., 3, H]``, all float32, for the backward pass.
+    """
     shape = hidden.shape[:-2]
     hidden, key, out = (
         flatten_tokens("gate_conv_residual", name, tensor, 2)
@@ -167,13 +173,17 @@ def launch_gate_conv_residual(
     num_tokens, branches, hidden_size = hidden.shape
     num_taps = conv_weight.shape[2]
     sequences = sequence_arguments(shape, cu_seqlens)
-    # Two tensors: halves of one would be aligned for some T and not for others, each a variant of the kernels.
-    gate, scale = (torch.empty(num_tokens, branches, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    if recorded is None:
+        # Two tensors: halves of one would be aligned for some T and not for others, each a variant of the kernels.
+        gate, scale = (torch.empty(num_tokens, branches, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        scalars = None
+    else:
+        gate, scale, scalars = recorded
     config = conv_config(num_tokens, hidden_size)
     with torch.cuda.device_of(hidden):
         if num_tokens:
             inputs = (hidden, key, value, query_norm, key_norm)
-            launch_gate_scale(*inputs, eps, conv_eps, clamp, mask, zero_gate, cu_seqlens, gate, scale)
+            launch_gate_scale(*inputs, eps, conv_eps, clamp, mask, zero_gate, cu_seqlens, gate, scale, scalars)
             programs = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(hidden_size, config.block_d)
             conv_residual_kernel[(programs,)](
                 hidden,
@@ -228,6 +238,34 @@ def gate_conv_residual_op(hidden, *options):
 @gate_conv_residual_op.register_fake
 def _(hidden, *options):
     return [result for result in make_conv_out(hidden, *options[-2:]) if result is not None]
+
+
+@torch.library.custom_op(
+    "engram::gate_conv_residual_scalars",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor conv_norm, "
+    "Tensor conv_weight, int dilation, float? eps, float? conv_eps, float clamp, Tensor? mask, str zero_gate, "
+    "bool residual, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def gate_conv_residual_scalars_op(hidden, *options):
+    """:func:`gate_conv_residual` where autograd records it: the same bits, and what the backward pass reads."""
+    out, *recorded = make_conv_recorded(hidden)
+    launch_gate_conv_residual(hidden, *options, None, None, out, None, None, recorded)
+    return out, *recorded
+
+
+@gate_conv_residual_scalars_op.register_fake
+def _(hidden, *options):
+    return make_conv_recorded(hidden)
+
+
+gate_conv_residual_scalars_op.register_autograd(gate_conv_formula, setup_context=save_gate_conv)
+
+
+def make_conv_recorded(hidden):
+    """The output, gate and scale ``[..., H]``, and the scalars ``[..., 3, H]`` of both norms."""
+    out, scalars = make_recorded(hidden)
+    return out, *(hidden.new_empty(hidden.shape[:-1], dtype=torch.float32) for _ in range(2)), scalars
 
 
 def make_conv_out(hidden, state_value, state_scale, out=None):
@@ -290,13 +328,16 @@ def gate_conv_residual(
     cu_seqlens: as for :func:`ngram_hash`; padding tokens come back as hidden.
     conv_state: (value ``[B, (K-1) * dilation, D]`` in hidden's dtype, scale ``[B, (K-1) * dilation, H]`` float32),
     oldest first, zeros before a sequence's start. It is not written; with it the result is (out, new state).
+
+    Gradients come from kernels too (gate_conv_backward.py), but with conv_state from the reference, as does the output.
     """
     where = "gate_conv_residual"
     check_gate(where, hidden, key, value, query_norm, key_norm, eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
     check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state)
     check_gate_out(where, hidden, out)
     tensors = (hidden, key, value, query_norm, key_norm, conv_norm, conv_weight)
-    if not is_kernel_device(hidden) or hidden.dtype == torch.float64 or records_gradient(*tensors):
+    recorded = records_gradient(*tensors)
+    if not is_kernel_device(hidden) or hidden.dtype == torch.float64 or (recorded and conv_state is not None):
         options = dict(dilation=dilation, eps=eps, conv_eps=conv_eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
         options |= dict(residual=residual, cu_seqlens=cu_seqlens, conv_state=conv_state, out=out)
         return reference.gate_conv_residual(*tensors, **options)
@@ -304,6 +345,10 @@ def gate_conv_residual(
     options = (dilation, eps, conv_eps, float(clamp), mask, zero_gate, residual, cu_seqlens, *state)
     if torch.compiler.is_compiling():
         check_no_out(where, out)
+    if recorded:
+        result, *_ = gate_conv_residual_scalars_op(*tensors, *options[:-2])
+        return result if out is None else out.copy_(result)
+    if torch.compiler.is_compiling():
         out, *new_state = gate_conv_residual_op(*tensors, *options)
     else:
         out, *new_state = make_conv_out(hidden, *state, out)

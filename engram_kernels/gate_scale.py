@@ -9,7 +9,7 @@ Both float32, zero for masked and padding tokens. T tokens, H branches.
 import triton
 import triton.language as tl
 
-from .gate import branch_gate, float32_eps, gate_config, rows_aligned
+from .branch_gate import branch_gate, float32_eps, gate_config, rows_aligned, store_scalars
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -26,6 +26,7 @@ def gate_scale_kernel(
     key_norm_ptr,
     mask_ptr,
     cu_seqlens_ptr,
+    scalars_ptr,
     gate_ptr,
     scale_ptr,
     stride_hidden_t,
@@ -58,7 +59,7 @@ def gate_scale_kernel(
         live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
     if cu_seqlens_ptr is not None:
         live = live & (token < tl.load(cu_seqlens_ptr + num_seqs))
-    gate = branch_gate(
+    gate, d, hidden_scale, key_scale = branch_gate(
         token,
         live,
         hidden_ptr,
@@ -79,6 +80,8 @@ def gate_scale_kernel(
         BLOCK_H,
         BLOCK_D,
     )
+    if scalars_ptr is not None:
+        store_scalars(scalars_ptr, token, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES, BLOCK_H)
     gate = tl.where(live[:, None], gate, 0.0)
     square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for begin in range(0, HIDDEN_SIZE, BLOCK_D):
@@ -96,9 +99,25 @@ def gate_scale_kernel(
 
 
 def launch_gate_scale(
-    hidden, key, value, query_norm, key_norm, eps, conv_eps, clamp, mask, zero_gate, cu_seqlens, gate, scale
+    hidden,
+    key,
+    value,
+    query_norm,
+    key_norm,
+    eps,
+    conv_eps,
+    clamp,
+    mask,
+    zero_gate,
+    cu_seqlens,
+    gate,
+    scale,
+    scalars=None,
 ) -> None:
-    """One launch; hidden and key ``[T, H, D]``, value ``[T, D]``; writes ``gate`` and ``scale`` ``[T, H]``."""
+    """One launch; hidden and key ``[T, H, D]``, value ``[T, D]``; writes ``gate`` and ``scale`` ``[T, H]``.
+
+    And ``scalars [T, 3, H]`` for the backward pass, where they are not None.
+    """
     num_tokens, branches, hidden_size = hidden.shape
     config = gate_config(branches, hidden_size)
     gate_scale_kernel[(triton.cdiv(num_tokens, config.block_t),)](
@@ -109,6 +128,7 @@ def launch_gate_scale(
         key_norm,
         mask,
         cu_seqlens,
+        scalars,
         gate,
         scale,
         hidden.stride(0),

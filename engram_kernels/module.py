@@ -22,6 +22,7 @@ from .arguments import check_batch, check_tensor
 from .config import EngramConfig
 from .gate import gate_residual
 from .gate_conv import gate_conv_residual
+from .gate_gradients import split_kv
 from .hash_rows import hash_lookup
 from .plan import HashPlan
 from .safetensors_file import Checkpoint, CheckpointTensors, Paths
@@ -87,15 +88,17 @@ class Engram(nn.Module):
         token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history and dead as for :func:`ngram_hash`; or rows
         ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before. Padding tokens come back as hidden, and so do dead
         ones (in DeepSeek-V4.1 those of images), to which a form with a convolution still adds that of earlier tokens.
+        Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
         """
         if (token_ids is None) == (rows is None):
             raise ValueError("Engram.forward: expected either token_ids or rows, got both or neither")
         if rows is None:
             rows = self.rows(token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead)
         kv = self.wkv(rows.flatten(-2).to(self.wkv.weight.dtype))
-        width = self.config.branches * self.config.hidden_size
-        key = kv[..., :width].unflatten(-1, (self.config.branches, self.config.hidden_size))
-        inputs = (hidden, key, kv[..., width:], self.q_weight, self.k_weight)
+        if torch.is_autocast_enabled(hidden.device.type):
+            kv = kv.to(hidden.dtype)
+        key, value = split_kv(kv, self.config.branches, self.config.hidden_size)
+        inputs = (hidden, key, value, self.q_weight, self.k_weight)
         options = dict(eps=self.config.eps, zero_gate=self.config.zero_gate, residual=self.residual)
         options |= dict(mask=self._mask(hidden, cu_seqlens, dead))
         if not self.config.conv_kernel:

@@ -10,7 +10,10 @@ import torch
 
 from engram_kernels import EngramConfig, EngramTable, HashPlan
 from engram_kernels.gate import launch_gate_residual
+from engram_kernels.gate_backward import launch_gate_backward
 from engram_kernels.gate_conv import launch_gate_conv_residual
+from engram_kernels.gate_conv_backward import launch_gate_conv_backward, make_conv_gradients
+from engram_kernels.gate_gradients import make_gate_gradients
 from engram_kernels.hash_rows import launch_hash_lookup
 from engram_kernels.hashing import launch_ngram_hash
 from engram_kernels.row_gradient import RowGradient, launch_row_gradient
@@ -103,6 +106,25 @@ def conv_case(branches, width, dtype, full=False):
     launch_gate_conv_residual(*inputs, inputs[3], weight, *options, torch.empty_like(inputs[0]), *state)
 
 
+def gate_backward_case(branches, width, dtype, mask=False):
+    """All gradients, from a gradient as dense as hidden."""
+    inputs, mask = gate_inputs(branches, width, dtype), torch.empty(TOKENS).bool() if mask else None
+    gradients = make_gate_gradients(inputs[0], *inputs[3:], [True] * 5)
+    scalars = torch.empty(TOKENS, 3, branches)
+    options = (1e-6, mask, "copysign", True, [True] * 5, gradients)
+    launch_gate_backward(torch.empty_like(inputs[0]), *inputs, scalars, *options)
+
+
+def conv_backward_case(branches, width, dtype, full=False):
+    inputs = (*gate_inputs(branches, width, dtype), torch.empty(branches, width, dtype=dtype))
+    weight = torch.empty(branches, width, 4, dtype=dtype)
+    mask, cu = (torch.empty(TOKENS).bool(), torch.empty(9, dtype=torch.int32)) if full else (None, None)
+    recorded = torch.empty(TOKENS, branches), torch.empty(TOKENS, branches), torch.empty(TOKENS, 3, branches)
+    gradients = make_conv_gradients(inputs[0], *inputs[3:], weight, [True] * 7)
+    options = (3, 1e-5, 1e-6, mask, "sign", True, cu, [True] * 7, gradients)
+    launch_gate_conv_backward(torch.empty_like(inputs[0]), *inputs, weight, *recorded, *options)
+
+
 def row_gradient_case(width, dtype):
     entries = 16 * TOKENS
     int64, int32, float32 = (partial(torch.empty, dtype=each) for each in (torch.int64, torch.int32, torch.float32))
@@ -146,6 +168,10 @@ CASES = {
     "gate/v41-masked": lambda: gate_case(4, 5120, torch.bfloat16, mask=True),
     "gate/27b": lambda: gate_case(4, 2560, torch.bfloat16),
     "gate/float32-1x1000": lambda: gate_case(1, 1000, torch.float32),
+    "gate/8x2560": lambda: gate_case(8, 2560, torch.bfloat16),
+    "gate_backward/v41-masked": lambda: gate_backward_case(4, 5120, torch.bfloat16, mask=True),
+    "gate_backward/float32-1x1000": lambda: gate_backward_case(1, 1000, torch.float32),
+    "gate_conv_backward/27b-packed": lambda: conv_backward_case(4, 2560, torch.bfloat16, full=True),
     "row_gradient/27b": lambda: row_gradient_case(80, torch.bfloat16),
     "row_gradient/float32-1024": lambda: row_gradient_case(1024, torch.float32),
     "row_adagrad/27b": lambda: update_case(80, torch.bfloat16, adam=False),

@@ -103,6 +103,13 @@ def gate_of(d, clamp=1e-6, zero_gate="copysign"):
     return 0.5 + 0.5 * np.tanh(side * np.sqrt(np.maximum(np.abs(d), clamp)) / 2)
 
 
+def gate_slope(d, clamp=1e-6):
+    """Derivative of :func:`gate_of`, with the logistic function's as a hyperbolic secant; 0 in the flat region."""
+    root = np.sqrt(np.maximum(np.abs(d), clamp))
+    with np.errstate(divide="ignore"):
+        return np.where((np.abs(d) < clamp) | (d == 0), 0.0, 1 / (8 * root * np.cosh(root / 2) ** 2))
+
+
 def gated(hidden, key, value, query_norm, key_norm, *, eps, clamp=1e-6, zero_gate="copysign"):
     """``hidden + gate * value`` float64 ``[T, H, D]``."""
     d, _ = gate_parts(hidden, key, query_norm, key_norm, eps)

@@ -53,13 +53,14 @@ def check_load_width(case, target, code):
     # The convolution reads the values of four taps, a hidden state and a norm; its state values alone.
     fewest = {"lookup_kernel": 4, "hash_lookup_kernel": 4, "gate_residual_kernel": 4, "gate_scale_kernel": 4}
     fewest |= {"conv_residual_kernel": 6, "advance_state_kernel": 2}
+    fewest |= {"gate_backward_kernel": 8, "conv_backward_kernel": 8, "norm_gradient_kernel": 2}
     fewest |= {} if "storage" in case else {"copy_duplicates_kernel": 4}  # which also copies scales, of 8 bytes
     wide, narrow = code.loads.get("16", 0), code.loads.get("1", 0)
     wanted = fewest.get(code.kernel, 0) // (2 if target == "gfx942" else 1)
-    if target == "gfx942" and code.kernel in ("conv_residual_kernel", "advance_state_kernel"):
+    if target == "gfx942" and code.kernel in ("conv_residual_kernel", "advance_state_kernel", "conv_backward_kernel"):
         wide += code.loads.get("8", 0)  # what their tiles leave a thread of warps of 64
     assert wide >= wanted, f"{code.kernel}: at least {wanted} loads of 16 bytes, got {code.loads}"
-    masks = 5 if any(word in case for word in ("packed", "masked")) else 0
+    masks = 8 if any(word in case for word in ("packed", "masked")) else 0
     assert narrow <= masks, f"{code.kernel}: at most {masks} loads of one byte, got {code.loads}"
 
 
@@ -91,6 +92,10 @@ SWEEPS = {
     "conv": (
         (lambda: compile_cases.conv_case(3, 64, torch.bfloat16, full=True),),
         dict(gate_scale_kernel=1, conv_residual_kernel=4, advance_state_kernel=1),
+    ),
+    "gradients": (
+        (lambda: compile_cases.conv_backward_case(3, 64, torch.bfloat16, full=True),),
+        dict(conv_backward_kernel=1, conv_gradient_kernel=1, gate_backward_kernel=1, norm_gradient_kernel=1),
     ),
 }
 
@@ -124,7 +129,8 @@ def test_grids_of_millions_of_tokens(monkeypatch):
         compile_cases.CASES[case]()
     compile_cases.gate_case(1, 8, torch.bfloat16)
     compile_cases.conv_case(1, 8, torch.bfloat16, full=True)
-    assert len(grids) >= 6
+    compile_cases.conv_backward_case(1, 8, torch.bfloat16, full=True)
+    assert len(grids) >= 10
     assert all(grid[0] < 2**31 and max((0, *grid[1:])) < 2**16 for grid in grids.values()), grids
 
 

@@ -12,7 +12,11 @@ from engram_kernels.host_memory import HostMapping
 
 from .guards import Guarded
 from .test_gate import EPS, check, inputs
+from .test_gate_backward import backward, check_gradients, gradient_of
 from .test_gate_conv import CONV_EPS, conv_inputs, exact_and_bound, state
+from .test_gate_conv_backward import ALL
+from .test_gate_conv_backward import check_gradients as check_conv_gradients
+from .test_gate_conv_backward import exact_gradients as exact_conv_gradients
 from .tolerances import assert_within
 
 pytestmark = pytest.mark.kernel
@@ -73,6 +77,25 @@ def test_conv_of_branches_beyond_2_31_elements(device):
     hidden, key = (branches_apart(x) for x in tensors[:2])
     gate_conv_residual(hidden, key, *tensors[2:], dilation=1, eps=EPS, conv_eps=CONV_EPS, out=hidden)
     assert_within(hidden, *exact_and_bound(tensors, torch.bfloat16, dilation=1))
+
+
+def test_gate_gradients_of_tokens_beyond_2_31_elements(device):
+    on_the_cpu(device)
+    tensors, grad = inputs(3, 2, 48, torch.bfloat16), gradient_of(3, 2, 48, torch.bfloat16)
+    far = [*(far_apart(x) for x in tensors[:3]), *tensors[3:]]
+    _, found = backward(gate_residual, far, far_apart(grad), eps=EPS)
+    check_gradients(found, tensors, grad, (torch.bfloat16, torch.float32))
+
+
+def test_conv_gradients_of_tokens_beyond_2_31_elements(device):
+    on_the_cpu(device)
+    tensors, grad = conv_inputs(3, 2, 48, 2, torch.bfloat16), gradient_of(3, 2, 48, torch.bfloat16)
+    far = [*(far_apart(x) for x in tensors[:3]), *tensors[3:]]
+    options = dict(dilation=1, eps=EPS, conv_eps=CONV_EPS)
+    _, found = backward(gate_conv_residual, far, far_apart(grad), ALL, **options)
+    exact = exact_conv_gradients(tensors, grad, **options)
+    checked = dict(dilation=1, starts=[0] * 3, exact=exact)
+    check_conv_gradients(found, tensors, grad, (torch.bfloat16, torch.float32), **checked)
 
 
 def test_hash_lookup_of_rows_beyond_2_36_bytes(device):

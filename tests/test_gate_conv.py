@@ -158,13 +158,6 @@ def test_reference_equals_golden_demo(layer):
     torch.testing.assert_close(output, part["output"], rtol=1e-12, atol=1e-13)
 
 
-def test_reference_gradients():
-    tensors = [x.requires_grad_() for x in conv_inputs(5, 2, 4, 3, torch.float64, torch.float64)]
-    cu, mask = torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([True, True, False, True, True])
-    options = dict(dilation=1, eps=EPS, conv_eps=CONV_EPS, cu_seqlens=cu, mask=mask)
-    assert torch.autograd.gradcheck(lambda *x: reference.gate_conv_residual(*x, **options), tensors)
-
-
 @pytest.mark.parametrize("masked", [True, False])
 def test_reference_gradients_know_nothing_of_masked_and_padding_tokens(masked):
     tensors = [x.requires_grad_() for x in conv_inputs(5, 2, 4, 3, torch.float64, torch.float64)]
