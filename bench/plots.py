@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .report import WAITING_TOKENS, fraction, rate
 
-LOOKUPS, GATES = ("lookup", "hash_lookup"), ("gate_residual", "gate_conv_residual")
+LOOKUPS = ("lookup", "hash_lookup")
+GATES = ("gate_residual", "gate_conv_residual", "gate_residual_backward", "gate_conv_residual_backward")
 
 
 def write_plots(content: dict, base: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels import gate, gate_conv, gate_scale, hash_rows, hashing, rows
+from engram_kernels import gate, gate_backward, gate_conv, gate_conv_backward, gate_scale, hash_rows, hashing, rows
 
 from .cases import Case, Workbench, load_cases
 from .environment import describe_gpu, describe_software, slug
@@ -78,6 +78,19 @@ SWEEPS = {
         (gate_conv,),
         ("gate_conv_residual/27b/T=1", "gate_conv_residual/27b/T=8192"),
         grid(block_t=(4, 8, 16, 32), block_d=(64, 128), num_warps=(2, 4, 8)),
+    ),
+    # Programs of the grid as they are on 132 multiprocessors: one, two, three and four each.
+    "gate_backward": Sweep(
+        "gate_backward_config",
+        (gate_backward,),
+        ("gate_residual_backward/v41/backward/T=8192",),
+        grid(block_t=(1, 2, 4), num_warps=(4, 8), programs=(132, 264, 396, 528)),
+    ),
+    "conv_backward": Sweep(
+        "conv_backward_config",
+        (gate_conv_backward,),
+        ("gate_conv_residual_backward/27b/backward/T=8192",),
+        grid(block_t=(16, 32), block_d=(32, 64), num_warps=(4, 8), group_tokens=(64, 160, 320, 640)),
     ),
 }
 

@@ -35,7 +35,11 @@ def test_cases_and_fields_exist():
         assert set(entry.cases) <= names
         function = getattr(entry.modules[0], entry.function)
         assert all(getattr(module, entry.function) is function for module in entry.modules)
-        arguments = {"rows_config": (256, 1, 99, 132, "host")}.get(entry.function, (4, 64))
+        arguments = {
+            "rows_config": (256, 1, 99, 132, "host"),
+            "gate_backward_config": (4, 64, 99, 132),
+            "conv_backward_config": (4, 64, 4, 99, 132),
+        }.get(entry.function, (4, 64))
         for changes in entry.candidates:
             dataclasses.replace(function(*arguments), **changes)
 
