@@ -41,6 +41,12 @@ def run_chunks(
                 progress(done, total)
 
 
+def check_threads(threads: int, where: str) -> None:
+    """Raise ValueError unless ``threads`` is a number of threads."""
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"{where}: threads must be at least 1, got {threads!r}")
+
+
 def interleave(queues: Iterable[Iterable[Chunk]]) -> Iterator[Chunk]:
     """One of each in turn, so that several files are read at once."""
     missing = object()

@@ -7,15 +7,22 @@ The rules are those of reference/row_update.py. Both are torch optimizers over t
 rate schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/training.md shows how.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import optimizer_saving
 from .arguments import INTERPRETING
+from .chunk_runner import THREADS, Progress
 from .reference import row_update as reference
 from .row_state import RowState
 from .row_update import launch_row_update
 from .table import EngramTable
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -42,18 +49,17 @@ class RowOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{where}: {table!r} is not trainable; call requires_row_grad_() on it first")
         if not tables or len(set(map(id, tables))) != len(tables):
             raise ValueError(f"{where}: tables must be one or more different tables, got {list(tables)}")
-        for name, low, high in (("lr", 0, None), ("eps", 0, None), ("weight_decay", 0, None)):
-            _check_number(where, name, defaults[name], low, high)
-        for beta in defaults.get("betas", ()):
-            _check_number(where, "betas", beta, 0, 1)
+        self.check_options(where, defaults)
         super().__init__([table.anchor for table in tables], defaults)
         self.tables, self.steps = tables, 0
         self._seed = seed if stochastic_rounding else None
         self._skipped: dict[torch.device, torch.Tensor] = {}
+        self._skipped_before = 0
         self._states: list[RowState] = []
         try:
             for table in tables:
                 self._states.append(RowState(table, self._arrays, state_placement, where))
+                self.state[table.anchor] = self._states[-1].tensors
         except BaseException:
             self.close()
             raise
@@ -69,10 +75,12 @@ class RowOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.steps += 1
-        options = {id(anchor): group for group in self.param_groups for anchor in group["params"]}
-        for table, state in zip(self.tables, self._states, strict=True):
-            if table.row_grad is not None and table.anchor.grad is not None:
-                self._update(table, state, options[id(table.anchor)])
+        (group,) = self.param_groups
+        for table, state, anchor in zip(self.tables, self._states, group["params"], strict=True):
+            if table.anchor is not anchor:
+                raise ValueError(f"{type(self).__name__}: {table!r} has stopped being trainable since this was made")
+            if table.row_grad is not None and anchor.grad is not None:
+                self._update(table, state, group)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -83,16 +91,112 @@ class RowOptimizer(torch.optim.Optimizer):
     @property
     def skipped(self) -> int:
         """Rows left as they were so far because their gradient was NaN or infinite. Waits for the device."""
-        return sum(int(count) for count in self._skipped.values())
+        return self._skipped_before + sum(int(count) for count in self._skipped.values())
 
     def states(self, index: int = 0) -> dict[str, torch.Tensor]:
         """The state of table number ``index`` by name, where it lives."""
         return self._states[index].tensors
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch optimizers: states by table number, not copied; options; and ``facts`` under "row_optimizer".
+
+        Waits for steps that a GPU has yet to take. Tensors of a "host" state are those that later steps write.
+        """
+        self._check_open("state_dict")
+        self.wait_for_steps()
+        return super().state_dict() | {optimizer_saving.KEY: self.facts()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over states, options, seed and counters; ValueError, and no change, unless they fit these tables.
+
+        States are copied to where this optimizer has its own.
+        """
+        self._check_open("load_state_dict")
+        where, groups = f"{type(self).__name__}.load_state_dict", state_dict.get("param_groups") or [None]
+        facts, states = state_dict.get(optimizer_saving.KEY), state_dict.get("state") or {}
+        optimizer_saving.check_facts(where, facts, self)
+        group = optimizer_saving.check_group(where, groups[0], self)
+        given = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
+        own = {f"{i}.{name}": value for i in range(len(self.tables)) for name, value in self.states(i).items()}
+        optimizer_saving.check_tensors(where, {name: optimizer_saving.form_of(x) for name, x in given.items()}, own)
+        self.wait_for_steps()
+        for name, value in own.items():
+            value.copy_(given[name])
+        self.restore(facts, group)
+
+    def save_safetensors(
+        self,
+        path: "str | os.PathLike",
+        *,
+        metadata: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> "Path":
+        """Write what :meth:`state_dict` tells as ``path`` (``*.safetensors``, or a folder); returns the file.
+
+        States go there in chunks, with progress(bytes done, bytes in all). One that is there is replaced at once and as
+        a whole; until then it stays what it was, also where saving fails or is killed. A file that is no optimizer's is
+        never replaced. metadata: texts for the file's header. Gradients are not saved: save between a step and the next
+        backward pass. Needs the extra ``hf``.
+        """
+        return optimizer_saving.save_states(self, path, metadata=metadata, progress=progress)
+
+    def load_safetensors(
+        self, path: "str | os.PathLike", *, threads: int = THREADS, progress: Progress | None = None
+    ) -> None:
+        """:meth:`load_state_dict` from a file of :meth:`save_safetensors`, ``threads`` chunks at once.
+
+        What the header tells is checked before a state is touched. An error after that leaves the optimizer closed.
+        """
+        self._check_open("load_safetensors")
+        optimizer_saving.load_states(self, path, threads=threads, progress=progress)
+
+    def facts(self) -> dict[str, Any]:
+        """What a saved state is good for and has counted, in plain numbers; ``version`` is that of the form."""
+        tables = [dict(rows=table.rows, width=table.width, format=table.format.name) for table in self.tables]
+        named = dict(version=1, optimizer=type(self).__name__, tables=tables)
+        return named | dict(steps=self.steps, skipped=self.skipped, seed=self._seed)
+
+    def restore(self, facts: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+        """Take over counters, seed and options; states are there already."""
+        self.steps, self._seed = facts["steps"], facts["seed"]
+        self._skipped_before, self._skipped = facts["skipped"], {}
+        self.param_groups[0].update(group)
+
+    @staticmethod
+    def check_options(where: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError where a rate or another hyper-parameter is out of range."""
+        for name in ("lr", "eps", "weight_decay"):
+            _check_number(where, name, options[name], 0, None)
+        for beta in options.get("betas", ()):
+            _check_number(where, "betas", beta, 0, 1)
+
+    def wait_for_steps(self) -> None:
+        """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""
+        for table in self.tables:
+            table.wait_for_steps()
+
+    def add_param_group(self, param_group: dict) -> None:
+        """All tables are one group; ValueError for another. Rates by table take an optimizer each."""
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__}: tables are one group; use an optimizer of its own for other options"
+            )
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            f"{type(self).__name__}: an optimizer of tables is neither copied nor pickled; use state_dict()"
+        )
+
     def close(self) -> None:
         """Release the states' memory; closing again is no error."""
+        self.state.clear()
         for state in self._states:
             state.close()
+
+    def _check_open(self, method: str) -> None:
+        if not self.state:
+            raise ValueError(f"{type(self).__name__}.{method}: the optimizer is closed")
 
     def _update(self, table: EngramTable, state: RowState, group: dict) -> None:
         gradient = table.row_grad
@@ -169,6 +273,8 @@ class RowAdam(RowOptimizer):
 
 
 def _check_number(where: str, name: str, value, low: float, high: float | None) -> None:
+    if not isinstance(value, (int, float, torch.Tensor)):
+        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
     if not low <= value < (float("inf") if high is None else high):
         bound = f"at least {low}" if high is None else f"within {low} <= {name} < {high}"
         raise ValueError(f"{where}: {name} must be a finite number {bound}, got {value!r}")

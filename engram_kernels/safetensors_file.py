@@ -87,6 +87,13 @@ class Checkpoint:
             raise self.error(f"the index places {name} in {path}, which does not hold it")
         return found
 
+    def metadata(self, path: Path) -> dict[str, str]:
+        """The texts in the header of a file."""
+        self._header(path)
+        fd = self._files[path][0]
+        length = int.from_bytes(os.pread(fd, 8, 0), "little")
+        return json.loads(os.pread(fd, length, 8)).get("__metadata__") or {}
+
     def check(self, path: Path) -> None:
         """Raise CheckpointError unless ``path`` is a whole safetensors file with the tensors that were said of it."""
         header = self._header(path)

@@ -300,6 +300,14 @@ class EngramTable(TrainableRows):
         self.rings.clear()
         self.files, self._mapping = [], None
 
+    def __reduce_ex__(self, protocol):
+        # Its memory may be 100 GB that a driver holds, and kernels know it by address.
+        raise TypeError(
+            "EngramTable: a table is not copied or pickled. Let the copy of a model read the same one by "
+            "copy.deepcopy(model, {id(table): table}), save it with save_safetensors, or use placement 'shared' for "
+            "other processes"
+        )
+
     def __enter__(self) -> "EngramTable":
         return self
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .chunk_runner import CHUNK, THREADS, Progress, interleave, run_chunks, spans
+from .chunk_runner import CHUNK, THREADS, Progress, check_threads, interleave, run_chunks, spans
 from .config import EngramConfig
 from .file_mapping import FileMapping
 from .memory_report import available_host_memory
@@ -36,8 +36,7 @@ def load_table(
     **options,
 ) -> EngramTable:
     """:meth:`EngramTable.from_safetensors`. options: of :meth:`EngramTable.empty` (``from_tensors`` where mapped)."""
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"{_WHERE}: threads must be at least 1, got {threads!r}")
+    check_threads(threads, _WHERE)
     with Checkpoint(paths, _WHERE) as checkpoint:
         stored = select_table(checkpoint, config, layer, prefix)
         if mapped:
@@ -70,6 +69,17 @@ def fill_table(
     targets = [(_flat(table.weight), stored.weights)]
     if stored.scales:
         targets.append((_flat(table.scale), stored.scales))
+    fill_tensors(targets, checkpoint, threads=threads, progress=progress)
+
+
+def fill_tensors(
+    targets: Sequence[tuple[torch.Tensor, Sequence[StoredTensor]]],
+    checkpoint: Checkpoint,
+    *,
+    threads: int = THREADS,
+    progress: Progress | None = None,
+) -> None:
+    """Write stored tensors, one after the other, into the dense uint8 tensor that each sequence of them fills."""
     buffers = threading.local()
 
     def copy(chunk) -> int:
@@ -84,7 +94,8 @@ def fill_table(
             target[at : at + end - begin].copy_(part)
         return end - begin
 
-    run_chunks(_chunks(targets), copy, threads=threads, progress=progress, total=stored.nbytes)
+    total = sum(tensor.nbytes for _, tensors in targets for tensor in tensors)
+    run_chunks(_chunks(targets), copy, threads=threads, progress=progress, total=total)
 
 
 def _chunks(targets) -> list[tuple[StoredTensor, int, int, torch.Tensor, int]]:

@@ -6,12 +6,10 @@ every time, so that what the old index tells of stays until the new one is there
 recognised by its lock, which went with it, and removed by the next save.
 """
 
-import fcntl
 import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +17,23 @@ from pathlib import Path
 import torch
 
 from .chunk_runner import CHUNK, THREADS, Progress, run_chunks, spans
+from .file_writing import (
+    NewTensor,
+    check_room,
+    checked_metadata,
+    file_path,
+    header_of,
+    locked_file,
+    remove_abandoned,
+    sync_folder,
+    write_all,
+)
 from .row_format import RowFormat
 from .safetensors_file import INDEX_SUFFIX, SUFFIX, Checkpoint, CheckpointError
 from .stored_table import as_prefix, find_tables
 from .table import EngramTable
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-#: Data begins at a multiple of a page, so that a mapped table's rows start at multiples of 16 bytes.
-_PAGE = 4096
 
 
 def save_table(
@@ -40,6 +47,7 @@ def save_table(
 ) -> Path:
     """:meth:`EngramTable.save_safetensors`."""
     weight, scale, fmt = table.weight, table.scale, table.format
+    table.wait_for_steps()
     shape = dict(format=fmt, rows=table.rows, width=table.width)
     options = dict(prefix=prefix, scale=float(scale) if fmt.scaling == "table" else None, metadata=metadata)
     with TableWriter(path, "EngramTable.save_safetensors", **shape, shard_bytes=shard_bytes, **options) as writer:
@@ -95,23 +103,23 @@ class TableWriter:
         self._sizes = format.row_bytes(width), format.scale_bytes(width)
         self.row_bytes = sum(self._sizes)
         self._width, self._committed = width, False
-        self._path = _file_path(path, where)
+        self._path = file_path(path, where, f"model{SUFFIX}")
         self._index = _index_of(self._path)
-        self._metadata = _checked_metadata(metadata, where)
+        self._metadata = checked_metadata(metadata, where)
         if shard_bytes is not None and (not isinstance(shard_bytes, int) or shard_bytes < 1):
             raise ValueError(f"{where}: shard_bytes must be a positive int or None, got {shard_bytes!r}")
         self._old = _replaceable(self._path, where)
         _sweep(self._path)
         self._shards = self._layout(rows, shard_bytes)
-        _check_room(self._path.parent, sum(shard.nbytes for shard in self._shards), where)
+        check_room(self._path.parent, sum(shard.nbytes for shard in self._shards), where)
         try:
             for shard in self._shards:
-                shard.fd = _locked_file(shard.partial)
+                shard.fd = locked_file(shard.partial)
                 os.ftruncate(shard.fd, shard.nbytes)
-                _write_all(shard.fd, shard.header, 0)
+                write_all(shard.fd, shard.header, 0)
                 if "table" in shard.offsets:
                     value = torch.tensor([scale], dtype=torch.float32)
-                    _write_all(shard.fd, value.numpy().tobytes(), shard.offsets["table"])
+                    write_all(shard.fd, value.numpy().tobytes(), shard.offsets["table"])
         except BaseException:
             self.close()
             raise
@@ -126,7 +134,7 @@ class TableWriter:
             for key, tensor, size in zip(("weight", "scale"), (weight, scales), self._sizes, strict=True):
                 if size:
                     part = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
-                    _write_all(shard.fd, part.numpy(), shard.offsets[key] + (first - shard.begin) * size)
+                    write_all(shard.fd, part.numpy(), shard.offsets[key] + (first - shard.begin) * size)
         return len(weight) * self.row_bytes
 
     def commit(self) -> Path:
@@ -137,10 +145,10 @@ class TableWriter:
             os.rename(shard.partial, shard.final)
         single = self._shards[0].final == self._path
         if not single:
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
             self._write_index()
         self._committed = True
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
         for path in self._old - {shard.final for shard in self._shards} - (set() if single else {self._index}):
             path.unlink(missing_ok=True)
         return self._path if single else self._index
@@ -180,22 +188,14 @@ class TableWriter:
         """A file's first bytes, and where its tensors begin."""
         dtype = _DTYPES.get(self._format.name, "F8_E4M3")
         stem = self._prefix if number is None else f"{self._prefix}shard_{number}."
-        tensors = [("weight", f"{stem}weight", dtype, [rows, self._width], rows * self._sizes[0])]
+        tensors = {"weight": NewTensor(f"{stem}weight", dtype, (rows, self._width), rows * self._sizes[0])}
         if self._sizes[1]:
-            shape = [rows, self._sizes[1]]
-            tensors.append(("scale", f"{stem}scale", "F8_E8M0", shape, rows * self._sizes[1]))
+            shape = (rows, self._sizes[1])
+            tensors["scale"] = NewTensor(f"{stem}scale", "F8_E8M0", shape, rows * self._sizes[1])
         if self._format.scaling == "table" and first:
-            tensors.append(("table", f"{self._prefix}weight_scale", "F32", [1], 4))
-        entries: dict = {"__metadata__": {"format": "pt", **self._metadata}}
-        offsets, at = {}, 0
-        for key, name, kind, shape, nbytes in tensors:
-            entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + nbytes]}
-            offsets[key], at = at, at + nbytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _PAGE)
-        begin = 8 + len(text)
-        places = {key: begin + offset for key, offset in offsets.items()} | {"end": begin + at}
-        return len(text).to_bytes(8, "little") + text, places
+            tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
+        header, places = header_of(list(tensors.values()), self._metadata)
+        return header, dict(zip((*tensors, "end"), places, strict=True))
 
     def _write_index(self) -> None:
         names = {}
@@ -209,9 +209,9 @@ class TableWriter:
         total = sum(shard.nbytes - len(shard.header) for shard in self._shards)
         content = {"metadata": {"total_size": total, **self._metadata}, "weight_map": names}
         partial = self._shards[0].partial.with_suffix(".index.partial")
-        fd = _locked_file(partial)
+        fd = locked_file(partial)
         try:
-            _write_all(fd, json.dumps(content, indent=2).encode(), 0)
+            write_all(fd, json.dumps(content, indent=2).encode(), 0)
             os.fsync(fd)
             # Once the index may be there, what it tells of has to stay, whatever interrupts this.
             self._committed = True
@@ -224,27 +224,8 @@ class TableWriter:
             os.close(fd)
 
 
-def _file_path(path: str | os.PathLike, where: str) -> Path:
-    """The file that is meant: of a folder, the one that loaders look for there."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{where}: path must be a file or a folder, got {type(path).__name__}")
-    path = Path(path) / f"model{SUFFIX}" if os.path.isdir(path) else Path(path)
-    if path.suffix != SUFFIX:
-        raise ValueError(f"{where}: path must end in {SUFFIX} or be a folder that exists, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{where}: no such folder: {path.parent}")
-    return path
-
-
 def _index_of(path: Path) -> Path:
     return path.parent / f"{path.name.removesuffix(SUFFIX)}{INDEX_SUFFIX}"
-
-
-def _checked_metadata(metadata: Mapping[str, str] | None, where: str) -> dict[str, str]:
-    found = dict(metadata or {})
-    if not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise TypeError(f"{where}: metadata must map texts to texts, got {found!r}"[:200])
-    return found
 
 
 def _replaceable(path: Path, where: str) -> set[Path]:
@@ -279,52 +260,6 @@ def _sweep(path: Path) -> None:
     referred = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else set()
     stem = re.escape(path.name.removesuffix(SUFFIX))
     partial = re.compile(rf"\.{stem}-[0-9a-f]{{8}}-\d{{5}}(\.index)?\.partial")
-    for name in os.listdir(path.parent):
-        if not partial.fullmatch(name) and (name in referred or not _shard_name(path).fullmatch(name)):
-            continue
-        try:
-            fd = os.open(path.parent / name, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # another save has swept it away
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (path.parent / name).unlink(missing_ok=True)
-        except OSError:  # somebody holds it, or the file system has no locks and nobody can tell
-            pass
-        finally:
-            os.close(fd)
-
-
-def _locked_file(path: Path) -> int:
-    """A new file, locked for as long as it is open, which tells _sweep that somebody writes it."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks (NFS and Lustre may be one), where nothing is swept away
-            return fd
-        if os.fstat(fd).st_nlink:
-            return fd
-        os.close(fd)  # swept away between the two calls
-
-
-def _write_all(fd: int, content, offset: int) -> None:
-    view = memoryview(content).cast("B")
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names are data of the folder, which has to reach the disk as well."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _check_room(folder: Path, nbytes: int, where: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise OSError(f"{where}: {nbytes:,} bytes are to be written and {folder} has room for {free:,}")
+    names = os.listdir(path.parent)
+    lost = {name for name in names if _shard_name(path).fullmatch(name)} - referred
+    remove_abandoned(path.parent, lost | set(filter(partial.fullmatch, names)))

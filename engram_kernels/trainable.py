@@ -10,6 +10,8 @@ class TrainableRows:
     """The part of :class:`EngramTable` that training is about."""
 
     _anchor: torch.Tensor | None = None
+    #: Where optimizers take their steps, once the rows were trainable.
+    _steps_on: torch.device | None = None
     #: What backward passes have left since the last zero_row_grad.
     row_grad: RowGradient | None = None
 
@@ -32,6 +34,8 @@ class TrainableRows:
         """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged"."""
         where = "EngramTable.requires_row_grad_"
         self._check_usable(where)
+        if requires and self._anchor is not None:
+            return self
         if requires and self.format.scaling != "none":
             raise ValueError(
                 f"{where}: rows must be float32, bfloat16, float16 or float64, got {self!r}. Steps of training are "
@@ -46,6 +50,7 @@ class TrainableRows:
             device = torch.device("cuda", torch.cuda.current_device())
         dtype = torch.float64 if self.format.dtype == torch.float64 else torch.float32
         self._anchor = torch.zeros(1, dtype=dtype, device=device, requires_grad=True) if requires else None
+        self._steps_on = device if requires else self._steps_on
         self.zero_row_grad()
         return self
 
@@ -56,6 +61,11 @@ class TrainableRows:
         new = row_gradient(row_ids, grad, self.rows)
         self.row_grad = new if self.row_grad is None else self.row_grad.plus(new)
         self._anchor.grad = self.row_grad.norm().to(self._anchor)[None]
+
+    def wait_for_steps(self) -> None:
+        """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""
+        if self._steps_on is not None and self._steps_on.type == "cuda":
+            torch.cuda.synchronize(self._steps_on)
 
     def zero_row_grad(self) -> None:
         """Forget the rows' gradient."""

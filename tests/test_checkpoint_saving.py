@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engram_kernels import EngramTable, lookup, table_saving
+from engram_kernels import EngramTable, file_writing, lookup, table_saving
 from engram_kernels.row_format import FORMATS
 
 from . import tables
@@ -168,7 +168,7 @@ def test_a_failed_save_leaves_what_was_there_and_nothing_else(tmp_path, before, 
             with pytest.raises(OSError, match="No space left"):
                 new.save_safetensors(tmp_path / "t.safetensors", **FORMS[after])
         untouched()
-    monkeypatch.setattr(table_saving.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(file_writing.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(OSError, match=r"save_safetensors: [\d,]+ bytes are to be written and .* has room for 100$"):
         new.save_safetensors(tmp_path / "t.safetensors", **FORMS[after])
     untouched()
@@ -247,7 +247,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table_saving.fcntl, "flock", refuse)
+        patch.setattr(file_writing.fcntl, "flock", refuse)
         path = table.save_safetensors(tmp_path / "t.safetensors")
     assert same(load(path, placement="cpu"), table) and listing(tmp_path) == [left.name, path.name]
     table.save_safetensors(path)

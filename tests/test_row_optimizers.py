@@ -311,8 +311,13 @@ def test_bad_tables(device):
             RowAdagrad(tables)
 
 
-def test_the_guides_code_runs():
+def test_the_guides_code_runs(tmp_path):
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    training, saving, *_ = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict = {"folder": tmp_path}
+    exec(training, names)
     assert names["rows"].steps == 3 and names["rows"].skipped == 0 and int(names["table"].row_grad.count) > 20
+    names["model"], before = names["head"], names["rows"]
+    exec(saving, names)
+    assert names["rows"].facts() == before.facts() and names["rows"] is not before
+    assert torch.equal(names["table"].weight, before.tables[0].weight)
