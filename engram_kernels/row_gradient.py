@@ -9,7 +9,7 @@ waits for nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -140,12 +140,19 @@ class RowGradient:
         """Euclidean norm over all rows, a scalar on the device."""
         return self.squares.sum().sqrt()
 
+    def times(self, factor: torch.Tensor) -> "RowGradient":
+        """The gradient times a scalar tensor; equal bits where that is 1."""
+        return replace(self, values=self.values * factor, squares=self.squares * (factor * factor))
+
     def plus(self, other: "RowGradient") -> "RowGradient":
         """The sum of two gradients of one table; it has the places of both."""
         return row_gradient(torch.cat([self.ids, other.ids]), torch.cat([self.values, other.values]), self.num_rows)
 
     def to_sparse_coo(self) -> torch.Tensor:
-        """A coalesced sparse COO tensor ``[rows, R]``, for other optimizers. Waits for the device to know its size."""
+        """A coalesced sparse COO tensor ``[rows, R]``, for other optimizers. Waits for the device to know its size.
+
+        It shares the values' memory, and knows nothing of what has scaled the table's anchor.
+        """
         count = int(self.count)
         shape = (self.num_rows, self.values.shape[1])
         sparse = torch.sparse_coo_tensor(self.ids[None, :count], self.values[:count], shape, check_invariants=False)

@@ -47,6 +47,10 @@ class RowOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"{where}: tables must be EngramTable objects, got {type(table).__name__}")
             if not table.requires_row_grad:
                 raise ValueError(f"{where}: {table!r} is not trainable; call requires_row_grad_() on it first")
+            if table.attached:
+                raise ValueError(
+                    f"{where}: {table!r} was attached, and only the process that published it may move rows"
+                )
         if not tables or len(set(map(id, tables))) != len(tables):
             raise ValueError(f"{where}: tables must be one or more different tables, got {list(tables)}")
         self.check_options(where, defaults)
@@ -203,9 +207,7 @@ class RowOptimizer(torch.optim.Optimizer):
         device = gradient.values.device
         state.check_readable_on(device, type(self).__name__)
         table.check_readable_on(device, type(self).__name__)
-        norm = gradient.norm()
-        scaled = table.anchor.grad[0].to(norm)
-        factor = torch.where(torch.isfinite(scaled) & (norm > 0), scaled / norm, 1.0)
+        factor = table.row_grad_factor()
         if device not in self._skipped:
             self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay") if name in group}

@@ -179,7 +179,9 @@ class EngramTable(TrainableRows):
         fmt = _checked_geometry(where, rows, width, format)
         check_scales(where, "shared", fmt, scales)
         memory = table_memory.attach(name, rows, width, fmt, scale=scale, scales=scales, timeout=timeout)
-        return cls(*memory[:2], fmt, "shared", memory.mapping, scales)
+        table = cls(*memory[:2], fmt, "shared", memory.mapping, scales)
+        table.attached = True
+        return table
 
     def publish(self, *, progress: Progress | None = None) -> None:
         """Tell the processes that wait for this shared table that all of its content is there. Once.

@@ -10,6 +10,8 @@ class TrainableRows:
     """The part of :class:`EngramTable` that training is about."""
 
     _anchor: torch.Tensor | None = None
+    #: Whether another process published the rows, and is the one to write them.
+    attached = False
     #: Where optimizers take their steps, once the rows were trainable.
     _steps_on: torch.device | None = None
     #: What backward passes have left since the last zero_row_grad.
@@ -59,8 +61,18 @@ class TrainableRows:
         if self._anchor is None:
             raise ValueError("EngramTable.accumulate_row_grad: the table is not trainable (requires_row_grad_)")
         new = row_gradient(row_ids, grad, self.rows)
-        self.row_grad = new if self.row_grad is None else self.row_grad.plus(new)
+        old = self.row_grad if self._anchor.grad is not None else None
+        self.row_grad = new if old is None else old.times(self.row_grad_factor()).plus(new)
         self._anchor.grad = self.row_grad.norm().to(self._anchor)[None]
+
+    def row_grad_factor(self) -> torch.Tensor:
+        """What the anchor's gradient was multiplied by since the last backward pass, a scalar: that of ``row_grad``.
+
+        1 where that is unknown, since there is no gradient or not a finite one.
+        """
+        norm = self.row_grad.norm()
+        scaled = self._anchor.grad[0].to(norm)
+        return torch.where(torch.isfinite(scaled) & (norm > 0), scaled / norm, 1.0)
 
     def wait_for_steps(self) -> None:
         """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""

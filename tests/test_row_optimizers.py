@@ -282,6 +282,8 @@ def test_shared_tables(kind):
         optimizer.step()
         with EngramTable.attach(name, ROWS, WIDTH, "float32", timeout=5) as other:
             assert (other.weight != before).any(1).nonzero().flatten().tolist() == [3, 5]
+            with pytest.raises(ValueError, match="was attached, and only the process that published it may move rows"):
+                kind(other.requires_row_grad_())
         optimizer.close()
 
 
