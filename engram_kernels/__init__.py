@@ -11,6 +11,7 @@ from .prefetch import Prefetcher
 from .replacement import replace_engram
 from .row_optimizers import RowAdagrad, RowAdam
 from .rows import lookup
+from .state import EngramState
 from .table import EngramTable
 from .token_map import build_token_map
 from .version import __version__ as __version__
@@ -18,6 +19,7 @@ from .version import __version__ as __version__
 __all__ = [
     "Engram",
     "EngramConfig",
+    "EngramState",
     "EngramTable",
     "HashPlan",
     "Prefetcher",

@@ -21,6 +21,7 @@ import triton.language as tl
 from . import reference
 from .arguments import check_batch, check_no_out, check_tensor, is_kernel_device, records_gradient
 from .branch_gate import flatten_tokens
+from .conv_slots import ConvSlots, check_conv_slots, launch_store_conv, slot_cursor
 from .conv_state import check_conv_state, launch_advance_state
 from .gate import FLOAT_DTYPES, check_gate, check_gate_out, make_recorded
 from .gate_conv_backward import gate_conv_formula, save_gate_conv
@@ -52,7 +53,7 @@ CEILINGS = {
 }
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len"])
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "num_slots"])
 def conv_residual_kernel(
     hidden_ptr,
     value_ptr,
@@ -64,6 +65,8 @@ def conv_residual_kernel(
     cu_seqlens_ptr,
     state_value_ptr,
     state_scale_ptr,
+    slots_ptr,
+    cursor_ptr,
     out_ptr,
     stride_hidden_t,
     stride_hidden_h,
@@ -77,11 +80,13 @@ def conv_residual_kernel(
     num_seqs,
     search_steps,
     seq_len,
+    num_slots,
     NUM_BRANCHES: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     NUM_TAPS: tl.constexpr,
     DILATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    RING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -99,6 +104,8 @@ def conv_residual_kernel(
     mask = mask_t[:, None] & mask_d[None, :]
     seq, start, padding = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
     token64 = token.to(tl.int64)
+    if slots_ptr is not None:
+        seq_slot, cursor, known = slot_cursor(seq, mask_t & ~padding, slots_ptr, cursor_ptr, num_slots)
     for branch in range(NUM_BRANCHES):
         branch64 = tl.cast(branch, tl.int64)
         conv_norm = tl.load(conv_norm_ptr + branch * HIDDEN_SIZE + offs_d, mask=mask_d, other=0).to(tl.float32)
@@ -117,6 +124,10 @@ def conv_residual_kernel(
             if state_value_ptr is not None and tap < NUM_TAPS - 1:
                 slot = seq.to(tl.int64) * SPAN + SPAN + source - start
                 before = mask_t & (source < start) & ~padding
+                if slots_ptr is not None:
+                    position = cursor + source - start
+                    before = before & known & (position >= 0)
+                    slot = seq_slot * RING + position % RING
                 scale = tl.load(state_scale_ptr + slot * NUM_BRANCHES + branch, mask=before, other=0).to(tl.float32)
                 state_tile = state_value_ptr + slot[:, None] * HIDDEN_SIZE + offs_d[None, :]
                 value = tl.load(state_tile, mask=before[:, None] & mask_d[None, :], other=0).to(tl.float32)
@@ -159,8 +170,11 @@ def launch_gate_conv_residual(
     new_value,
     new_scale,
     recorded=None,
+    ring: ConvSlots | None = None,
 ) -> None:
     """Two launches, and a third where there is a state. Tokens ``[T]`` or ``[B, S]`` whose dimensions view as one.
+
+    ring: the state by slot, in place of the others; its entries are written by the third launch.
 
     recorded: gate, scale ``[..., H]`` and scalars ``[..., 3, H]``, all float32, for the backward pass.
     """
@@ -194,8 +208,7 @@ def launch_gate_conv_residual(
                 conv_weight,
                 mask,
                 cu_seqlens,
-                state_value,
-                state_scale,
+                *((state_value, state_scale, None, None) if ring is None else (*ring[:2], ring.slots, ring.cursor)),
                 out,
                 hidden.stride(0),
                 hidden.stride(1),
@@ -205,18 +218,22 @@ def launch_gate_conv_residual(
                 out.stride(1),
                 num_tokens,
                 **sequences,
+                num_slots=0 if ring is None else len(ring.cursor),
                 NUM_BRANCHES=branches,
                 HIDDEN_SIZE=hidden_size,
                 NUM_TAPS=num_taps,
                 DILATION=dilation,
                 RESIDUAL=residual,
+                RING=0 if ring is None else ring.value.shape[1],
                 BLOCK_T=config.block_t,
                 BLOCK_D=config.block_d,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
             )
+        span = (num_taps - 1) * dilation
+        if ring is not None:
+            launch_store_conv(ring, value, scale, mask, cu_seqlens, span)
         if state_value is not None:
-            span = (num_taps - 1) * dilation
             states = (state_value, state_scale), (new_value, new_scale)
             launch_advance_state(value, scale, mask, cu_seqlens, shape, span, *states)
 
@@ -238,6 +255,27 @@ def gate_conv_residual_op(hidden, *options):
 @gate_conv_residual_op.register_fake
 def _(hidden, *options):
     return [result for result in make_conv_out(hidden, *options[-2:]) if result is not None]
+
+
+@torch.library.custom_op(
+    "engram::gate_conv_residual_slots",
+    mutates_args=("ring_value", "ring_scale"),
+    schema="(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor conv_norm, "
+    "Tensor conv_weight, int dilation, float? eps, float? conv_eps, float clamp, Tensor? mask, str zero_gate, "
+    "bool residual, Tensor? cu_seqlens, Tensor(a!) ring_value, Tensor(b!) ring_scale, Tensor cursor, Tensor slots) "
+    "-> Tensor",
+)
+def gate_conv_residual_slots_op(hidden, *options):
+    """:func:`gate_conv_residual` for torch.compile where the state lies in slots."""
+    out, *_ = make_conv_out(hidden, None, None)
+    ring = ConvSlots(*options[-4:])
+    launch_gate_conv_residual(hidden, *options[:-4], None, None, out, None, None, ring=ring)
+    return out
+
+
+@gate_conv_residual_slots_op.register_fake
+def _(hidden, *options):
+    return make_conv_out(hidden, None, None)[0]
 
 
 @torch.library.custom_op(
@@ -296,7 +334,8 @@ def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seq
     if conv_eps is not None and not 0 <= conv_eps < float("inf"):
         raise ValueError(f"{where}: conv_eps must be a finite number of at least 0, got {conv_eps}")
     if conv_state is not None:
-        check_conv_state(where, conv_state, batch, (conv_weight.shape[2] - 1) * dilation, hidden)
+        check_state = check_conv_slots if isinstance(conv_state, ConvSlots) else check_conv_state
+        check_state(where, conv_state, batch, (conv_weight.shape[2] - 1) * dilation, hidden)
 
 
 def gate_conv_residual(
@@ -316,9 +355,9 @@ def gate_conv_residual(
     zero_gate: str = "copysign",
     residual: bool = True,
     cu_seqlens: torch.Tensor | None = None,
-    conv_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    conv_state: tuple[torch.Tensor, torch.Tensor] | ConvSlots | None = None,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | ConvSlots]:
     """``hidden + v + silu(conv(rms(v) * conv_norm))`` ``[T, H, D]`` (or ``[B, S, H, D]``) with ``v = gate * value``.
 
     hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual and out are those of
@@ -327,7 +366,9 @@ def gate_conv_residual(
     conv_eps: of the norm before the convolution; None is the machine epsilon.
     cu_seqlens: as for :func:`ngram_hash`; padding tokens come back as hidden.
     conv_state: (value ``[B, (K-1) * dilation, D]`` in hidden's dtype, scale ``[B, (K-1) * dilation, H]`` float32),
-    oldest first, zeros before a sequence's start. It is not written; with it the result is (out, new state).
+    oldest first, zeros before a sequence's start. It is not written; with it the result is (out, new state). Or the
+    slots of an :class:`EngramState`, which come back as they are: these tokens are written to them, and count once they
+    are committed.
 
     Gradients come from kernels too (gate_conv_backward.py), but with conv_state from the reference, as does the output.
     """
@@ -341,16 +382,19 @@ def gate_conv_residual(
         options = dict(dilation=dilation, eps=eps, conv_eps=conv_eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
         options |= dict(residual=residual, cu_seqlens=cu_seqlens, conv_state=conv_state, out=out)
         return reference.gate_conv_residual(*tensors, **options)
-    state = (None, None) if conv_state is None else conv_state
+    ring = conv_state if isinstance(conv_state, ConvSlots) else None
+    state = (None, None) if conv_state is None or ring is not None else conv_state
     options = (dilation, eps, conv_eps, float(clamp), mask, zero_gate, residual, cu_seqlens, *state)
     if torch.compiler.is_compiling():
         check_no_out(where, out)
     if recorded:
         result, *_ = gate_conv_residual_scalars_op(*tensors, *options[:-2])
         return result if out is None else out.copy_(result)
+    if torch.compiler.is_compiling() and ring is not None:
+        return gate_conv_residual_slots_op(*tensors, *options[:-2], *ring), ring
     if torch.compiler.is_compiling():
         out, *new_state = gate_conv_residual_op(*tensors, *options)
     else:
         out, *new_state = make_conv_out(hidden, *state, out)
-        launch_gate_conv_residual(*tensors, *options, out, *new_state)
-    return out if conv_state is None else (out, tuple(new_state))
+        launch_gate_conv_residual(*tensors, *options, out, *new_state, ring=ring)
+    return out if conv_state is None else (out, tuple(new_state) if ring is None else ring)

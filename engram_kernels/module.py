@@ -26,6 +26,7 @@ from .gate_gradients import split_kv
 from .hash_rows import hash_lookup
 from .plan import HashPlan
 from .safetensors_file import Checkpoint, CheckpointTensors, Paths
+from .state import EngramStep
 from .stored_table import module_prefix
 from .table import EngramTable
 
@@ -82,14 +83,24 @@ class Engram(nn.Module):
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
         conv_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+        state: EngramStep | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """``[T, H, D]`` (``[B, S, H, D]``) from hidden of that shape; with conv_state (out, new state).
 
         token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history and dead as for :func:`ngram_hash`; or rows
-        ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before. Padding tokens come back as hidden, and so do dead
-        ones (in DeepSeek-V4.1 those of images), to which a form with a convolution still adds that of earlier tokens.
+        ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before.
+        state: a step of :class:`EngramState`, which stands for all of them but rows; the result is out alone.
+        Padding tokens come back as hidden, and so do dead ones (in DeepSeek-V4.1 those of images), to which a form with
+        a convolution still adds that of earlier tokens.
         Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
         """
+        if state is not None:
+            others = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, conv_state=conv_state)
+            if given := [name for name, value in others.items() if value is not None]:
+                raise ValueError(f"Engram.forward: state stands for {', '.join(given)} too, got both")
+            options = dict(state.options, conv_state=state.conv_state(self.layer))
+            out = self.forward(hidden, state.token_ids if rows is None else None, rows=rows, **options)
+            return out if options["conv_state"] is None else out[0]
         if (token_ids is None) == (rows is None):
             raise ValueError("Engram.forward: expected either token_ids or rows, got both or neither")
         if rows is None:

@@ -12,6 +12,7 @@ per token and branch. The state of a sequence is therefore ``value`` and ``scale
 
 import torch
 
+from .conv_slots import gather_conv, store_conv
 from .gate import branch_gate
 from .sequences import token_sequences
 
@@ -55,10 +56,12 @@ def gate_conv_residual(
 
     taps = conv_weight.shape[-1]
     span = (taps - 1) * dilation
+    ring = conv_state if hasattr(conv_state, "cursor") else None
+    past = conv_state if ring is None else gather_conv(ring, span)
     conv = torch.zeros_like(v)
     for tap in range(taps):
         source = torch.arange(len(v), device=v.device) - (taps - 1 - tap) * dilation
-        past_value, past_scale = _at(source, value, scale, sequence, start, conv_state, span)
+        past_value, past_scale = _at(source, value, scale, sequence, start, past, span)
         normed = past_value[:, None].to(v.dtype) * past_scale[..., None] * conv_norm.to(v.dtype)
         conv = conv + normed * conv_weight[..., tap].to(v.dtype)
     addend = v + torch.nn.functional.silu(conv)
@@ -68,6 +71,9 @@ def gate_conv_residual(
     result = result if out is None else out.copy_(result)
     if conv_state is None:
         return result
+    if ring is not None:
+        store_conv(ring, value, scale, span=span, cu_seqlens=cu_seqlens)
+        return result, ring
     return result, _advance(conv_state, value, scale, shape, cu_seqlens, span)
 
 

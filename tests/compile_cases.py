@@ -9,6 +9,7 @@ from functools import cache, partial
 import torch
 
 from engram_kernels import EngramConfig, EngramTable, HashPlan
+from engram_kernels.conv_slots import ConvSlots
 from engram_kernels.gate import launch_gate_residual
 from engram_kernels.gate_backward import launch_gate_backward
 from engram_kernels.gate_conv import launch_gate_conv_residual
@@ -16,6 +17,7 @@ from engram_kernels.gate_conv_backward import launch_gate_conv_backward, make_co
 from engram_kernels.gate_gradients import make_gate_gradients
 from engram_kernels.hash_rows import launch_hash_lookup
 from engram_kernels.hashing import launch_ngram_hash
+from engram_kernels.history import launch_commit_history, launch_gather_history
 from engram_kernels.row_gradient import RowGradient, launch_row_gradient
 from engram_kernels.row_update import launch_row_update
 from engram_kernels.rows import launch_lookup
@@ -106,6 +108,25 @@ def conv_case(branches, width, dtype, full=False):
     launch_gate_conv_residual(*inputs, inputs[3], weight, *options, torch.empty_like(inputs[0]), *state)
 
 
+def conv_slots_case(branches, width, dtype):
+    """The state of 8 sequences in 64 slots of two windows and 8 drafts."""
+    inputs = gate_inputs(branches, width, dtype)
+    cu, mask = torch.empty(9, dtype=torch.int32), torch.empty(TOKENS).bool()
+    cursor, slots = torch.empty(64, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
+    ring = ConvSlots(torch.empty(64, 26, width, dtype=dtype), torch.empty(64, 26, branches), cursor, slots)
+    weight = torch.empty(branches, width, 4, dtype=dtype)
+    options = (3, 1e-6, 1e-5, 1e-6, mask, "sign", True, cu, None, None)
+    launch_gate_conv_residual(*inputs, inputs[3], weight, *options, torch.empty_like(inputs[0]), None, None, ring=ring)
+
+
+def history_case(ring):
+    """History of three ids for 8 sequences in 64 slots, with the cursor of a convolution or without."""
+    history, slots = torch.empty(64, 3, dtype=torch.int64), torch.empty(8, dtype=torch.int32)
+    launch_gather_history(history, slots, torch.empty(8, 3, dtype=torch.int64))
+    cursor, options = (torch.empty(64, dtype=torch.int32), (26, 9)) if ring else (None, (0, 0))
+    launch_commit_history(history, cursor, slots, *tokens(True)[:2], tokens(True)[3], slots, *options, None)
+
+
 def gate_backward_case(branches, width, dtype, mask=False):
     """All gradients, from a gradient as dense as hidden."""
     inputs, mask = gate_inputs(branches, width, dtype), torch.empty(TOKENS).bool() if mask else None
@@ -179,4 +200,7 @@ CASES = {
     "row_adam/float32-256": lambda: update_case(256, torch.float32, adam=True),
     "gate_conv/27b": lambda: conv_case(4, 2560, torch.bfloat16),
     "gate_conv/27b-packed-state": lambda: conv_case(4, 2560, torch.bfloat16, full=True),
+    "gate_conv/27b-packed-slots": lambda: conv_slots_case(4, 2560, torch.bfloat16),
+    "history/v41-packed": lambda: history_case(ring=False),
+    "history/27b-packed": lambda: history_case(ring=True),
 }

@@ -102,10 +102,10 @@ def test_the_reference_has_the_same_parameters(op):
 
 def test_no_op_waits_for_a_gpu(monkeypatch):
     """On fake tensors of a GPU, whose values nothing can read: .item(), .tolist() and the like would raise."""
-    for file in ("hashing", "rows", "hash_rows", "gate", "gate_conv"):
+    for file in ("hashing", "rows", "hash_rows", "gate", "gate_conv", "history", "state"):
         module = importlib.import_module(f"engram_kernels.{file}")
         for launcher in [name for name in vars(module) if name.startswith("launch_")]:
-            monkeypatch.setattr(module, launcher, lambda *_: None)
+            monkeypatch.setattr(module, launcher, lambda *_, **__: None)
     monkeypatch.setattr(engram_kernels.EngramTable, "check_readable_on", lambda *_: None)
     plan = engram_kernels.HashPlan.from_parts(torch.ones(2, 3).long(), torch.full((2, 4), 7), pad=0, vocab_size=9)
     tables = [engram_kernels.EngramTable.empty(40, 32, "e4m3_ue8m0", placement="cpu") for _ in range(2)]
@@ -128,6 +128,15 @@ def test_no_op_waits_for_a_gpu(monkeypatch):
         options |= dict(conv_state=(fake(2, 4, 8), fake(2, 4, 2)))
         out, (value, scale) = engram_kernels.gate_conv_residual(*gate, fake(2, 8), fake(2, 8, 3), **options)
         assert (out.shape, value.shape, scale.shape) == ((6, 2, 8), (2, 4, 8), (2, 4, 2))
+        config = engram_kernels.EngramConfig.qwen38_flash_next()
+        state = engram_kernels.EngramState(dataclasses.replace(config, hidden_size=8, branches=2), 4, "cuda:0")
+        slots = fake(2, dtype=torch.int32)
+        step = state.begin(ids, slots, cu_seqlens=cu, dead=mask)
+        step.commit(slots)
+        step.commit()
+        state.reset(slots)
+        state.restore(slots, ids, cu_seqlens=cu, conv_states=[(fake(2, 9, 8, dtype=torch.bfloat16), fake(2, 9, 2))])
+        assert step.history.shape == (2, 2)
 
 
 def test_classes_make_their_objects_by_name():

@@ -52,12 +52,13 @@ def check_load_width(case, target, code):
     # and norms take as many.
     # The convolution reads the values of four taps, a hidden state and a norm; its state values alone.
     fewest = {"lookup_kernel": 4, "hash_lookup_kernel": 4, "gate_residual_kernel": 4, "gate_scale_kernel": 4}
-    fewest |= {"conv_residual_kernel": 6, "advance_state_kernel": 2}
+    fewest |= {"conv_residual_kernel": 6, "advance_state_kernel": 2, "store_conv_kernel": 1}
     fewest |= {"gate_backward_kernel": 8, "conv_backward_kernel": 8, "norm_gradient_kernel": 2}
     fewest |= {} if "storage" in case else {"copy_duplicates_kernel": 4}  # which also copies scales, of 8 bytes
     wide, narrow = code.loads.get("16", 0), code.loads.get("1", 0)
     wanted = fewest.get(code.kernel, 0) // (2 if target == "gfx942" else 1)
-    if target == "gfx942" and code.kernel in ("conv_residual_kernel", "advance_state_kernel", "conv_backward_kernel"):
+    conv_kernels = ("conv_residual_kernel", "advance_state_kernel", "store_conv_kernel", "conv_backward_kernel")
+    if target == "gfx942" and code.kernel in conv_kernels:
         wide += code.loads.get("8", 0)  # what their tiles leave a thread of warps of 64
     assert wide >= wanted, f"{code.kernel}: at least {wanted} loads of 16 bytes, got {code.loads}"
     masks = 8 if any(word in case for word in ("packed", "masked")) else 0
@@ -92,6 +93,14 @@ SWEEPS = {
     "conv": (
         (lambda: compile_cases.conv_case(3, 64, torch.bfloat16, full=True),),
         dict(gate_scale_kernel=1, conv_residual_kernel=4, advance_state_kernel=1),
+    ),
+    "serving": (
+        (
+            lambda: compile_cases.conv_slots_case(3, 64, torch.bfloat16),
+            lambda: compile_cases.history_case(ring=True),
+        ),
+        dict(gate_scale_kernel=1, conv_residual_kernel=4, store_conv_kernel=1)
+        | dict(gather_history_kernel=1, commit_history_kernel=1),
     ),
     "gradients": (
         (lambda: compile_cases.conv_backward_case(3, 64, torch.bfloat16, full=True),),

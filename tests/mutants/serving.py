@@ -1,0 +1,105 @@
+"""Mutants of the state by slot: history, and the convolution's ring."""
+
+from .change import mutants
+
+GATHER_HISTORY = """\
+mask dropped: slots that do not exist @ history -k many or equals_reference
+- mask=known, other=-1)
++ mask=mask & (slot < num_slots), other=-1)
+other dropped @ history
+- offs % DEPTH, mask=known, other=-1)
++ offs % DEPTH, mask=known, other=0)
+stride swapped @ history
+- tl.load(slots_ptr + offs // DEPTH, mask=mask, other=-1)
++ tl.load(slots_ptr + offs % num_seqs, mask=mask, other=-1)
+history reversed @ history
+- * DEPTH + offs % DEPTH, mask
++ * DEPTH + DEPTH - 1 - offs % DEPTH, mask
+"""
+
+COMMIT_HISTORY = """\
+mask dropped: slots that do not exist @ history
+- writes = (slot >= 0) & (slot < num_slots)
++ writes = slot >= -1
+mask dropped: dead tokens @ history
+- tl.where(tl.load(dead_ptr + token, mask=inside, other=0) != 0, -1, id)
++ id
+invalid ids missing @ history
+- id = tl.where(id == -1, -2, id)
++ id = id
+accepted ignored @ history
+- tl.minimum(tl.maximum(tl.load(accepted_ptr + seq, mask=mask_b, other=0), 0), length)
++ length
+window off by one: old ids @ history
+- row + offs_n + taken, mask=mask & (position < 0)
++ row + offs_n + taken - 1, mask=mask & (position < 0)
+cu_seqlens ignored @ history
+- start = tl.load(cu_seqlens_ptr + seq, mask=mask_b, other=0)
++ start = seq * 0
+offset omitted: tokens the ring has no room for @ history
+- cursor + taken - tl.maximum(length - (RING - SPAN), 0)
++ cursor + taken
+offset omitted: beyond the ring @ history
+- tl.where(moved < RING, moved, RING + moved % RING)
++ tl.where(moved < RING, moved, moved % RING)
+last tile skipped @ history
+- mask_b = seq < num_seqs
++ mask_b = seq < num_seqs // BLOCK_B * BLOCK_B
+"""
+
+# slot_cursor, in both kernels that read slots.
+SLOTS = """\
+window off by one: the first slot @ conv_slots -k kernel_equals_dense
+- known = (slot >= 0) & (slot < num_slots)
++ known = (slot > 0) & (slot < num_slots)
+"""
+
+SLOTS_RESIDUAL = """\
+mask dropped: entries before the first @ gate_conv
+- before & known & (position >= 0)
++ before & known
+window off by one: cursor @ gate_conv
+- position = cursor + source - start
++ position = cursor + source - start - 1
+branch fixed to 0: slot @ gate_conv
+- slot = seq_slot * RING + position % RING
++ slot = position % RING
+"""
+
+STORE_CONV = """\
+mask dropped: masked tokens @ conv_slots
+- present = present & (tl.load(mask_ptr + token, mask=live, other=0) != 0)
++ present = present
+mask dropped: branches @ conv_slots -k reference_does
+- mask_h = live & (offs_h < NUM_BRANCHES)
++ mask_h = live & (offs_h >= 0)
+mask dropped: end of D @ conv_slots -k reference_does and 80-2
+- mask_d = offs_d < HIDDEN_SIZE
++ mask_d = offs_d >= 0
+window off by one: the first token @ conv_slots
+- live = known & (position >= 0)
++ live = known & (position > 0)
+window off by one @ conv_slots
+- position = length - num_rows + index % num_rows
++ position = length - 1 - num_rows + index % num_rows
+window off by one: chunks longer than the ring has room for @ conv_slots
+- tl.maximum(length - (RING - SPAN), 0)) % RING
++ tl.maximum(length - (RING - SPAN), 0) * 0) % RING
+branch fixed to 0: slot @ conv_slots
+- tl.where(live, slot * RING + entry, 0)
++ tl.where(live, entry.to(tl.int64), 0)
+restart ignored @ conv_slots
+- cursor = seq * 0
++ cursor = cursor
+last tile skipped @ conv_slots
+- range(0, HIDDEN_SIZE, BLOCK_D)
++ range(0, HIDDEN_SIZE - HIDDEN_SIZE % BLOCK_D, BLOCK_D)
+"""
+
+_HISTORY, _CONV = ("history", ("history/27b-packed",)), ("conv_slots", ("gate_conv/27b-packed-slots",))
+MUTANTS = (
+    *mutants("gather_history_kernel", *_HISTORY, GATHER_HISTORY),
+    *mutants("commit_history_kernel", *_HISTORY, COMMIT_HISTORY),
+    *mutants("conv_residual_kernel", *_CONV, SLOTS, SLOTS_RESIDUAL),
+    *mutants("store_conv_kernel", *_CONV, SLOTS, STORE_CONV),
+)
