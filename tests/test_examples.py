@@ -1,16 +1,19 @@
 """The programs under examples/ run as they are, in a process of their own, and the README's ten lines nearly so."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from engram_kernels import EngramConfig, ngram_hash
+from engram_kernels import EngramConfig, EngramState, ngram_hash
+from engram_kernels.state import EngramStep
 
 from . import oracles, tables
 
@@ -40,6 +43,39 @@ def test_replace_demo():
     replaced, difference = run("replace_demo.py").splitlines()
     assert replaced == "replaced: engrams.1, engrams.3"
     assert float(re.match(r"largest difference: (\S+) at outputs up to \d", difference)[1]) < 1e-4
+
+
+def test_serve():
+    """A small engine, with drafts right and wrong, gives the tokens of generation without any state."""
+    first, drafts, share, same = run("serve.py").splitlines()
+    assert re.fullmatch(r"7 requests, 476 tokens in \S+ s on cpu: \d+ tokens/s", first)
+    taken, drafted = map(int, re.fullmatch(r"drafts: (\d+) of (\d+) accepted", drafts).groups())
+    assert 0 < taken < drafted
+    assert re.fullmatch(r"Engram's share of a step of \d+ tokens: -?\d+%", share)
+    assert same == "the tokens of one-shot generation: 7 of 7 requests"
+
+
+@pytest.mark.parametrize("method", ["commit", "reset"])
+def test_serve_needs_its_state(method, monkeypatch):
+    """Negative control: where slots are never moved on, or never emptied, tokens are others."""
+    serve = serving_example()
+    monkeypatch.setattr(EngramStep if method == "commit" else EngramState, method, lambda *_: None)
+    with torch.inference_mode():
+        model = serve.Transformer()
+        requests = [serve.Request([number, 2, 3], 12) for number in range(6)]
+        serve.Engine(model).serve(requests)
+        expected = [serve.one_shot(model, [number, 2, 3], 12) for number in range(6)]
+    assert all(len(request.tokens) == 12 for request in requests)
+    assert [request.tokens for request in requests] != expected
+
+
+def serving_example():
+    """examples/serve.py as a module."""
+    spec = importlib.util.spec_from_file_location("serve", ROOT / "examples" / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["serve"] = module  # where its dataclass looks
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_readmes_ten_lines(tmp_path):

@@ -1,6 +1,9 @@
 """EngramState on a GPU: a captured step, replayed over any schedule, and no wait for the GPU in an eager one."""
 
+import importlib.util
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +53,17 @@ def test_a_captured_step(device, dialect, conv, commit_inside):
             step.commit(accepted)
 
     serve(engine, random.Random(5), texts=8, longest=TOKENS // SEQUENCES - MAX_DRAFTS - 2, step=replay)
+
+
+def test_the_serving_example(capsys):
+    """examples/serve.py with graphs and float32, whose sums over more tokens change few bits."""
+    spec = importlib.util.spec_from_file_location("serve", Path(__file__).parents[1] / "examples" / "serve.py")
+    serve = importlib.util.module_from_spec(spec)
+    sys.modules["serve"] = serve  # where its dataclass looks
+    spec.loader.exec_module(serve)
+    vars(serve)["DTYPE"] = torch.float32
+    serve.main()
+    assert "one-shot generation: 7 of 7 requests" in capsys.readouterr().out
 
 
 def test_no_call_waits_for_the_gpu(device):
