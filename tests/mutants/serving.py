@@ -6,43 +6,43 @@ GATHER_HISTORY = """\
 mask dropped: slots that do not exist @ history -k many or equals_reference
 - mask=known, other=-1)
 + mask=mask & (slot < num_slots), other=-1)
-other dropped @ history
+other dropped @ history -k equals_reference
 - offs % DEPTH, mask=known, other=-1)
 + offs % DEPTH, mask=known, other=0)
-stride swapped @ history
+stride swapped @ history -k equals_reference
 - tl.load(slots_ptr + offs // DEPTH, mask=mask, other=-1)
 + tl.load(slots_ptr + offs % num_seqs, mask=mask, other=-1)
-history reversed @ history
+history reversed @ history -k equals_reference
 - * DEPTH + offs % DEPTH, mask
 + * DEPTH + DEPTH - 1 - offs % DEPTH, mask
 """
 
 COMMIT_HISTORY = """\
-mask dropped: slots that do not exist @ history
+mask dropped: slots that do not exist @ history -k equals_reference
 - writes = (slot >= 0) & (slot < num_slots)
 + writes = slot >= -1
-mask dropped: dead tokens @ history
+mask dropped: dead tokens @ history -k equals_reference
 - tl.where(tl.load(dead_ptr + token, mask=inside, other=0) != 0, -1, id)
 + id
-invalid ids missing @ history
+invalid ids missing @ history -k equals_reference
 - id = tl.where(id == -1, -2, id)
 + id = id
-accepted ignored @ history
+accepted ignored @ history -k equals_reference
 - tl.minimum(tl.maximum(tl.load(accepted_ptr + seq, mask=mask_b, other=0), 0), length)
 + length
-window off by one: old ids @ history
+window off by one: old ids @ history -k equals_reference
 - row + offs_n + taken, mask=mask & (position < 0)
 + row + offs_n + taken - 1, mask=mask & (position < 0)
-cu_seqlens ignored @ history
+cu_seqlens ignored @ history -k equals_reference
 - start = tl.load(cu_seqlens_ptr + seq, mask=mask_b, other=0)
 + start = seq * 0
-offset omitted: tokens the ring has no room for @ history
+offset omitted: tokens the ring has no room for @ history -k equals_reference
 - cursor + taken - tl.maximum(length - (RING - SPAN), 0)
 + cursor + taken
-offset omitted: beyond the ring @ history
+offset omitted: beyond the ring @ history -k equals_reference
 - tl.where(moved < RING, moved, RING + moved % RING)
 + tl.where(moved < RING, moved, moved % RING)
-last tile skipped @ history
+last tile skipped @ history -k equals_reference
 - mask_b = seq < num_seqs
 + mask_b = seq < num_seqs // BLOCK_B * BLOCK_B
 """
@@ -67,31 +67,31 @@ branch fixed to 0: slot @ gate_conv
 """
 
 STORE_CONV = """\
-mask dropped: masked tokens @ conv_slots
+mask dropped: masked tokens @ conv_slots -k reference_does and 80-2
 - present = present & (tl.load(mask_ptr + token, mask=live, other=0) != 0)
 + present = present
-mask dropped: branches @ conv_slots -k reference_does
+mask dropped: branches @ conv_slots -k reference_does and 1056
 - mask_h = live & (offs_h < NUM_BRANCHES)
 + mask_h = live & (offs_h >= 0)
 mask dropped: end of D @ conv_slots -k reference_does and 80-2
 - mask_d = offs_d < HIDDEN_SIZE
 + mask_d = offs_d >= 0
-window off by one: the first token @ conv_slots
+window off by one: the first token @ conv_slots -k reference_does and 80-2
 - live = known & (position >= 0)
 + live = known & (position > 0)
-window off by one @ conv_slots
+window off by one @ conv_slots -k reference_does and 80-2
 - position = length - num_rows + index % num_rows
 + position = length - 1 - num_rows + index % num_rows
-window off by one: chunks longer than the ring has room for @ conv_slots
+window off by one: chunks longer than the ring has room for @ conv_slots -k reference_does and 80-2
 - tl.maximum(length - (RING - SPAN), 0)) % RING
 + tl.maximum(length - (RING - SPAN), 0) * 0) % RING
-branch fixed to 0: slot @ conv_slots
+branch fixed to 0: slot @ conv_slots -k reference_does and 80-2
 - tl.where(live, slot * RING + entry, 0)
 + tl.where(live, entry.to(tl.int64), 0)
-restart ignored @ conv_slots
+restart ignored @ conv_slots -k reference_does and 80-2
 - cursor = seq * 0
 + cursor = cursor
-last tile skipped @ conv_slots
+last tile skipped @ conv_slots -k reference_does and 1056
 - range(0, HIDDEN_SIZE, BLOCK_D)
 + range(0, HIDDEN_SIZE - HIDDEN_SIZE % BLOCK_D, BLOCK_D)
 """
