@@ -357,7 +357,7 @@ def gate_conv_residual(
     cu_seqlens: torch.Tensor | None = None,
     conv_state: tuple[torch.Tensor, torch.Tensor] | ConvSlots | None = None,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | ConvSlots]:
+) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """``hidden + v + silu(conv(rms(v) * conv_norm))`` ``[T, H, D]`` (or ``[B, S, H, D]``) with ``v = gate * value``.
 
     hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual and out are those of
