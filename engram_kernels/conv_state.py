@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import check_tensor
+from .arguments import check_batch, check_tensor
+from .conv_slots import ConvSlots, check_conv_slots
+from .gate import FLOAT_DTYPES
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -107,3 +109,26 @@ def check_conv_state(where, conv_state, batch, span, hidden) -> None:
     for part, dtype, last in ((0, hidden.dtype, hidden_size), (1, scale_dtype, branches)):
         name, expected = f"conv_state[{part}]", (batch, span, last)
         check_tensor(where, name, conv_state[part], dtypes=(dtype,), shape=expected, device=hidden.device)
+
+
+def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state) -> None:
+    """Types, shapes and devices of what the convolution reads beyond the gate."""
+    *tokens, branches, hidden_size = hidden.shape
+    device = hidden.device
+    if hidden.shape[:-2].numel() >= 2**31:
+        raise ValueError(f"{where}: hidden must have below 2^31 tokens, got {list(hidden.shape)}")
+    batch = check_batch(where, tokens, cu_seqlens, device)
+    check_tensor(where, "conv_norm", conv_norm, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=device)
+    check_tensor(where, "conv_weight", conv_weight, dtypes=FLOAT_DTYPES, device=device, contiguous=False)
+    if conv_weight.dim() != 3 or conv_weight.shape[:2] != (branches, hidden_size) or conv_weight.shape[2] < 1:
+        raise ValueError(
+            f"{where}: conv_weight must have shape [H, D, K] = [{branches}, {hidden_size}, K >= 1], "
+            f"got {list(conv_weight.shape)}"
+        )
+    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f"{where}: dilation must be a positive int, got {dilation!r}")
+    if conv_eps is not None and not 0 <= conv_eps < float("inf"):
+        raise ValueError(f"{where}: conv_eps must be a finite number of at least 0, got {conv_eps}")
+    if conv_state is not None:
+        check_state = check_conv_slots if isinstance(conv_state, ConvSlots) else check_conv_state
+        check_state(where, conv_state, batch, (conv_weight.shape[2] - 1) * dilation, hidden)

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_batch, check_no_out, check_tensor, is_kernel_device, records_gradient
+from .arguments import check_no_out, is_kernel_device, records_gradient
 from .branch_gate import flatten_tokens
-from .conv_slots import ConvSlots, check_conv_slots, launch_store_conv, slot_cursor
-from .conv_state import check_conv_state, launch_advance_state
-from .gate import FLOAT_DTYPES, check_gate, check_gate_out, make_recorded
+from .conv_slots import ConvSlots, launch_store_conv, slot_cursor
+from .conv_state import check_conv, launch_advance_state
+from .gate import check_gate, check_gate_out, make_recorded
 from .gate_conv_backward import gate_conv_formula, save_gate_conv
 from .gate_scale import launch_gate_scale
 from .sequences import find_sequence, sequence_arguments
@@ -313,29 +313,6 @@ def make_conv_out(hidden, state_value, state_scale, out=None):
     if state_value is None:
         return out, None, None
     return out, torch.empty_like(state_value), torch.empty_like(state_scale)
-
-
-def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state) -> None:
-    """Types, shapes and devices of what the convolution reads beyond the gate."""
-    *tokens, branches, hidden_size = hidden.shape
-    device = hidden.device
-    if hidden.shape[:-2].numel() >= 2**31:
-        raise ValueError(f"{where}: hidden must have below 2^31 tokens, got {list(hidden.shape)}")
-    batch = check_batch(where, tokens, cu_seqlens, device)
-    check_tensor(where, "conv_norm", conv_norm, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=device)
-    check_tensor(where, "conv_weight", conv_weight, dtypes=FLOAT_DTYPES, device=device, contiguous=False)
-    if conv_weight.dim() != 3 or conv_weight.shape[:2] != (branches, hidden_size) or conv_weight.shape[2] < 1:
-        raise ValueError(
-            f"{where}: conv_weight must have shape [H, D, K] = [{branches}, {hidden_size}, K >= 1], "
-            f"got {list(conv_weight.shape)}"
-        )
-    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
-        raise ValueError(f"{where}: dilation must be a positive int, got {dilation!r}")
-    if conv_eps is not None and not 0 <= conv_eps < float("inf"):
-        raise ValueError(f"{where}: conv_eps must be a finite number of at least 0, got {conv_eps}")
-    if conv_state is not None:
-        check_state = check_conv_slots if isinstance(conv_state, ConvSlots) else check_conv_state
-        check_state(where, conv_state, batch, (conv_weight.shape[2] - 1) * dilation, hidden)
 
 
 def gate_conv_residual(

@@ -155,7 +155,16 @@ class Engine:
         step, *results = self.forward(ids, dead, inputs, slots, cu)
         self.check(pieces, lengths, *results)
         accepted = [piece[5] for piece in pieces]
-        step.commit(None if accepted == lengths else torch.tensor(accepted, dtype=torch.int32, device=self.device))
+        if any(accepted):  # a step that is given up is one of which nothing is accepted
+            step.commit(None if accepted == lengths else torch.tensor(accepted, dtype=torch.int32, device=self.device))
+
+    def move(self, text, first, source, target):
+        """A sequence of ``first`` tokens goes on in another slot, from its ids and the states kept of it."""
+        slots = torch.tensor([source], dtype=torch.int32, device=self.device)
+        states = self.state.conv_states(slots) if self.config.conv_kernel else None
+        known = slice(max(0, first - 3), first)
+        self.state.restore(target, text.ids[known], dead=text.dead[known], conv_states=states)
+        self.state.reset(slots)
 
     def check_end(self, slot, text):
         """The state of a slot that has taken all of a text."""
@@ -186,6 +195,11 @@ def serve(engine, random, texts=5, longest=16, step=None):
             running[slot] = [waiting.pop(), 0]
         fresh = [*fresh[: len(running)], -1]
         engine.state.reset(torch.tensor(fresh, dtype=torch.int32, device=engine.device))
+        free = [slot for slot in range(engine.state.slots) if slot not in running]
+        if free and running and random.random() < 0.2:
+            slot = random.choice(list(running))
+            engine.move(*running[slot], slot, free[0])
+            running[free[0]] = running.pop(slot)
         pieces = []
         for slot, (text, first) in running.items():
             count = random.choice([0, 1, 1, 2, len(text.ids) - first])
