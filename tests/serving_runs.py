@@ -31,6 +31,7 @@ DIALECTS = {
     "pad": dict(layers=(1, 4), vocab_size=VOCAB),
     "eos": dict(layers=(2, 3), window="eos", eos_id=7, multiplier_rule="splitmix64"),
 }
+FORMS = [(dialect, conv) for dialect in DIALECTS for conv in (0, 3)]
 
 
 @dataclass

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .serving_runs import MAX_DRAFTS, Engine, serve
+from .serving_runs import FORMS, MAX_DRAFTS, Engine, serve
 from .test_gpu import graph_of
-from .test_state import FORMS, int32
+from .test_state import int32
 
 pytestmark = pytest.mark.gpu
 SLOTS, TOKENS, SEQUENCES = 3, 80, 4

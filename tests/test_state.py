@@ -1,27 +1,16 @@
-"""EngramState: any schedule of chunks, drafts and slots gives the bits of one call per sequence."""
+"""EngramState: schedules of chunks, drafts and slots give the bits of one call per text (more: test_schedules.py)."""
 
 import random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from engram_kernels import EngramConfig, EngramState, Prefetcher, hash_lookup
 
-from .serving_runs import Engine, serve
+from .serving_runs import FORMS, Engine, serve
 from .test_module import FORMS as FORMS_OF_MODULES
 from .test_module import built
 from .test_registration import check, compiled
-
-FORMS = [(dialect, conv) for dialect in ("pad", "eos") for conv in (0, 3)]
-
-
-@pytest.mark.parametrize(("dialect", "conv"), FORMS)
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**32), texts=st.integers(1, 5), longest=st.integers(1, 24))
-def test_any_schedule_equals_one_call(dialect, conv, seed, texts, longest):
-    serve(Engine(dialect, conv, torch.device("cpu")), random.Random(seed), texts, longest)
 
 
 @pytest.mark.kernel
