@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_residual, hash_lookup, lookup
+from engram_kernels.conv_slots import ConvSlots
 from engram_kernels.conv_state import launch_advance_state
 from engram_kernels.gate_scale import launch_gate_scale
 from engram_kernels.host_memory import HostMapping
@@ -60,6 +61,24 @@ def test_conv_of_tokens_beyond_2_31_elements(device):
     _, (new_value, _) = gate_conv_residual(hidden, key, value, *tensors[3:], **options, conv_state=old, out=hidden)
     assert_within(hidden, *exact_and_bound(tensors, torch.bfloat16, dilation=1, conv_state=old))
     assert torch.equal(new_value[0], tensors[2])
+
+
+def test_conv_of_slots_beyond_2_31_elements(device):
+    """The last slot's window is read, and its token written, where 32 bits wrap."""
+    on_the_cpu(device)
+    tensors, width, capacity = conv_inputs(2, 1, 1024, 3, torch.bfloat16), 1024, 8
+    slots = 2**31 // (capacity * width) + 1
+    # With 2^31 elements before the first slot, as in far_apart().
+    room = HostMapping((2**31 + slots * capacity * width) * 2).bytes.view(torch.bfloat16)
+    value = room[2**31 :].view(slots, capacity, width)
+    scale, cursor = torch.zeros(slots, capacity, 1), torch.full((slots,), capacity, dtype=torch.int32)
+    old = state(1, 1, width, 2, torch.bfloat16)
+    value[-1, 6:], scale[-1, 6:] = old[0][0], old[1][0]
+    ring = ConvSlots(value, scale, cursor, torch.tensor([slots - 1], dtype=torch.int32))
+    options = dict(dilation=1, eps=EPS, conv_eps=CONV_EPS)
+    out, _ = gate_conv_residual(*tensors, **options, conv_state=ring)
+    expected, (new_value, _) = gate_conv_residual(*tensors, **options, conv_state=old)
+    assert torch.equal(out, expected) and torch.equal(value[-1, :2], new_value[0])
 
 
 def test_gate_of_branches_beyond_2_31_elements(device):

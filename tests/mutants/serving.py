@@ -52,6 +52,9 @@ SLOTS = """\
 window off by one: the first slot @ conv_slots -k kernel_equals_dense
 - known = (slot >= 0) & (slot < num_slots)
 + known = (slot > 0) & (slot < num_slots)
+32-bit product: slots @ conv_slots -k slots_beyond
+- return slot.to(tl.int64), tl.load
++ return slot, tl.load
 """
 
 SLOTS_RESIDUAL = """\
