@@ -16,20 +16,26 @@ def ngram_hash(token_ids, plan, *, cu_seqlens=None, history=None, dead=None, out
 
     A column whose window holds an invalid id, and every padding token, gets -1.
     """
+    mixes, bad = ngram_mixes(token_ids, plan, cu_seqlens, history, dead)
+    newest = plan.orders.long() - 1  # the oldest shift that each column's n-gram reads
+    rows = torch.remainder(mixes[..., newest], plan.primes) + plan.offsets
+    rows = torch.where(bad[:, None, newest], -1, rows).to(plan.index_dtype)
+    rows = rows.view(*token_ids.shape, *plan.primes.shape)
+    return rows if out is None else out.copy_(rows)
+
+
+def ngram_mixes(token_ids, plan, cu_seqlens, history, dead):
+    """Mixes int64 ``[T, L, N]`` of the n-grams of 1 to N tokens that end at each token.
+
+    And bool ``[T, N]``, where there is no such n-gram: it reads an invalid id, or the token is padding.
+    """
     windows, invalid, padding = token_windows(token_ids, plan, cu_seqlens, history, dead)
-    multipliers = plan.multipliers.to(windows.device)
     # [T, L, N] products; the XOR of the first n is the mix of order n
-    products = windows[:, None, :] * multipliers[None]
+    products = windows[:, None, :] * plan.multipliers.to(windows.device)[None]
     mixes = [products[..., 0]]
     for shift in range(1, plan.max_ngram):
         mixes.append(mixes[-1] ^ products[..., shift])
-    newest = plan.orders.long() - 1  # the oldest shift that each column's n-gram reads
-    mix = torch.stack(mixes, dim=-1)[..., newest]
-    rows = torch.remainder(mix, plan.primes) + plan.offsets
-    bad = invalid.cummax(dim=1).values[:, newest] | padding[:, None]
-    rows = torch.where(bad[:, None, :], -1, rows).to(plan.index_dtype)
-    rows = rows.view(*token_ids.shape, *plan.primes.shape)
-    return rows if out is None else out.copy_(rows)
+    return torch.stack(mixes, dim=-1), invalid.cummax(dim=1).values | padding[:, None]
 
 
 def token_windows(token_ids, plan, cu_seqlens, history, dead):
