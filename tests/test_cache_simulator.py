@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engram_kernels import reference
-from engram_kernels.reference.cache import CacheSimulator, ngram_keys, scramble, set_of, unscramble
+from engram_kernels.reference.cache import LAG, CacheSimulator, ngram_keys, scramble, set_of, unscramble
 
 from .test_hashing import ragged, small_plan
 
@@ -61,24 +61,28 @@ def test_keys_have_the_rows_of_ngram_hash():
     assert (rows < 0).any() and (rows >= 0).any()
 
 
-def test_the_least_recently_used_ways_make_room():
-    """One set of two ways, worked by hand."""
+def test_the_lowest_stamps_make_room():
+    """One set of two ways, worked by hand. The clock starts at the lag, 8 times its 2 entries."""
     sim = CacheSimulator(1, 1, 2)
     steps = [
-        # keys asked for, hits, (key, step of last use) of both ways afterwards
-        ([5, 5], [0, 0], [(5, 1), (0, 0)]),  # read once for both; way 0 is the first of the empty ones
-        ([0, 5, 7], [0, 1, 0], [(5, 2), (7, 2)]),  # 0 is no n-gram
-        ([5], [1], [(5, 3), (7, 2)]),
-        ([9], [0], [(5, 3), (9, 4)]),  # evicts 7
-        ([4, 5], [0, 1], [(5, 5), (4, 5)]),  # 5 is in use
-        ([3, 2, 1], [0, 0, 0], [(1, 6), (2, 6)]),  # equally old: the lower way first; 3 finds no way
-        ([1, 2, 3], [1, 1, 0], [(1, 7), (2, 7)]),  # both in use
+        # keys asked for, hits, then key and stamp of both ways; the lag (16) is taken from the stamps of new keys
+        ([5, 5], [0, 0], [(5, 18 - 16), (0, 0)]),  # read once for both; way 0 is the first of the empty ones
+        ([0, 5, 7], [0, 1, 0], [(5, 21), (7, 21 - 16)]),  # 0 is no n-gram
+        ([9], [0], [(5, 21), (9, 22 - 16)]),  # evicts 7, which was not hit
+        ([4, 5], [0, 1], [(5, 24), (4, 24 - 16)]),
+        ([5, 3, 2], [1, 0, 0], [(5, 27), (2, 27 - 16)]),  # of 2 and 3 one finds a way; 5 is in use
+        ([0] * 16, [0] * 16, [(5, 27), (2, 27 - 16)]),  # time passes
+        ([1], [0], [(5, 27), (1, 44 - 16)]),  # 2 is still the older one
+        ([2], [0], [(2, 45 - 16), (1, 44 - 16)]),  # 5 was hit 17 tokens before 1 was read
+        ([2, 1], [1, 1], [(2, 47), (1, 47)]),
+        ([8, 7, 6], [0, 0, 0], [(6, 50 - 16), (7, 50 - 16)]),  # equal stamps: the lower way first; 8 finds none
     ]
     for asked, hits, ways in steps:
         found = sim.look_up(np.array([asked]))
         assert found.tolist() == [[bool(hit) for hit in hits]]
         assert list(zip(sim.keys[0, 0], sim.stamps[0, 0], strict=True)) == ways
-    assert counts(sim) == [14, 5, 8, 6, 4]
+    # 11 were read, 9 of them kept, 2 of these in empty ways.
+    assert counts(sim) == [17, 5, 11, 9, 7]
 
 
 def test_sets_and_groups_are_apart():
@@ -94,26 +98,29 @@ def test_sets_and_groups_are_apart():
 
 
 class KeyByKey:
-    """The same rules without arrays: a dict per set, from key to (way, step)."""
+    """The same rules without arrays: a dict per set, from key to (way, stamp)."""
 
     def __init__(self, sets, ways):
-        self.sets, self.ways, self.step = [{} for _ in range(sets)], ways, 0
+        self.sets, self.ways, self.lag = [{} for _ in range(sets)], ways, LAG * sets * ways
+        self.clock = self.lag
 
     def look_up(self, keys):
-        self.step += 1
+        self.clock += len(keys)
         before = [dict(content) for content in self.sets]
         hits = [key != 0 and key in before[self.place(key)] for key in keys]
         for key, hit in zip(keys, hits, strict=True):
             if hit:
-                self.sets[self.place(key)][key] = (before[self.place(key)][key][0], self.step)
+                self.sets[self.place(key)][key] = (before[self.place(key)][key][0], self.clock)
+        taken = [set() for _ in self.sets]
         for key in sorted({key for key, hit in zip(keys, hits, strict=True) if key and not hit}):
-            content = self.sets[self.place(key)]
-            taken = {way: (step, other) for other, (way, step) in content.items()}
-            oldest = min(range(self.ways), key=lambda way: (taken.get(way, (0, 0))[0], way))
-            step, other = taken.get(oldest, (0, 0))
-            if step < self.step:
-                content.pop(other, None)
-                content[key] = (oldest, self.step)
+            content, gone = self.sets[self.place(key)], taken[self.place(key)]
+            held = {way: (stamp, other) for other, (way, stamp) in content.items()}
+            left = [way for way in range(self.ways) if way not in gone and held.get(way, (0,))[0] < self.clock]
+            if left:
+                way = min(left, key=lambda way: (held.get(way, (0,))[0], way))
+                content.pop(held.get(way, (0, None))[1], None)
+                content[key] = (way, self.clock - self.lag)
+                gone.add(way)
         return hits
 
     def place(self, key):
