@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .cache_prediction import print_prediction
 from .cases import Case, Workbench, load_cases
 from .environment import clocks, describe_gpu, describe_software, huge_share, slug
 from .footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
@@ -22,7 +23,7 @@ from .report import COLUMNS, cells, markdown, print_report
 from .step import FIRST_STEP, Steps, step_names
 from .step_report import record_text
 from .suite import ResultFile, UsageError, run_cases, run_each
-from .text import statistics_line, tokenize
+from .text import load_token_ids, statistics_line, tokenize
 from .timing import Budget, GpuTimer
 from .without_gpu import print_without_gpu
 
@@ -65,6 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .train import main as train
 
         return train(arguments[1:])
+    if arguments[:1] == ["cache"]:
+        from .cache_prediction import main as predict
+
+        return predict(arguments[1:])
     chosen = parse(arguments)
     try:
         if chosen.report is not None:
@@ -72,9 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if not torch.cuda.is_available():
             print_without_gpu()
-            if chosen.text is not None:
-                read_text(chosen.text, 1, found := {})
-                print(f"\n4. Text: {found['text']}. Distinct n-grams: {found['text_distinct']}.")
+            found: dict = {}
+            ids = read_text(chosen.text, 1, found)
+            print("\n4. A hot n-gram cache: simulated, not measured.")
+            print_prediction(load_token_ids() if ids is None else ids, found["text"])
+            if ids is not None:
+                print(f"\n5. Text: {found['text']}. Distinct n-grams: {found['text_distinct']}.")
             return 0
         return run(chosen, Budget(chosen.seconds - REPORTING))
     except UsageError as error:

@@ -357,14 +357,17 @@ def test_plain_table_without_rich(monkeypatch, capsys):
 def test_without_a_gpu_everything_is_labelled(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "print_without_gpu", lambda: without_gpu.print_without_gpu(seconds=1.0))
+    monkeypatch.setattr(command, "load_token_ids", lambda: text.load_token_ids()[:40_000])
     assert command.main([]) == 0
     printed = capsys.readouterr().out
     model, compiled, times = (printed.index(f"\n{number}. ") for number in (1, 2, 3))
+    cache = printed.index("\n4. A hot n-gram cache: simulated, not measured.")
+    assert "40,000 tokens" in printed[cache:] and "1,048,576" in printed[cache:]
     assert printed.startswith("No GPU: nothing below was measured on one.")
     assert "counted, not measured" in printed[model:compiled]
     assert "compile to, without running" in printed[compiled:times] and "hash_lookup_kernel" in printed
     assert "CPU times of the references" in printed[times:] and "FAILED" not in printed
-    lines = [line for line in printed[times:].splitlines() if "/T=" in line]
+    lines = [line for line in printed[times:cache].splitlines() if "/T=" in line]
     assert len(lines) >= 3 and all(" CPU " in line for line in lines)
 
 

@@ -113,7 +113,7 @@ def test_a_text_of_ones_own(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "print_without_gpu", lambda: None)
-    assert command.main(["--text", str(path)]) == 0 and "4. Text: mine.txt" in capsys.readouterr().out
+    assert command.main(["--text", str(path)]) == 0 and "5. Text: mine.txt" in capsys.readouterr().out
     for bad, message in ((tmp_path / "none", "No such file"), (tmp_path / "bytes", "utf-8")):
         (tmp_path / "bytes").write_bytes(b"\xff\xfe")
         assert command.main(["--text", str(bad)]) == 2 and message in capsys.readouterr().err
