@@ -89,7 +89,7 @@ class CacheSimulator:
     def _probe(self, group: int, keys: np.ndarray) -> np.ndarray:
         sets = set_of(keys, self.keys.shape[1])
         same = (self.keys[group, sets] == keys[:, None]) & (self.stamps[group, sets] > 0)
-        is_hit = same.any(axis=1) & (keys != 0)
+        is_hit = same.any(axis=1)  # key 0 is never kept
         self.stamps[group, sets[is_hit], same[is_hit].argmax(axis=1)] = self.clock
         return is_hit
 

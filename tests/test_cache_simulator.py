@@ -92,6 +92,8 @@ def test_sets_and_groups_are_apart():
     assert sim.keys[..., 0].tolist() == [[LOW, HIGH], [0, HIGH]]
     assert sim.look_up(asked).tolist() == [[True, True, False], [True, True, False]]
     assert sim.evicted.tolist() == [0, 0] and sim.read.tolist() == [4, 1]
+    sim.stamps[:] = 0  # emptied: what a way's key was is of no account
+    assert not sim.look_up(asked).any() and sim.evicted.tolist() == [0, 0]
     # An empty way holds key 0, and is no hit for what shares its bits.
     assert CacheSimulator(1, 1, 1).look_up(np.array([[0]])).tolist() == [[False]]
     assert CacheSimulator(1, 1, 1).look_up(np.zeros((1, 0), dtype=np.int64)).shape == (1, 0)
