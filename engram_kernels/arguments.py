@@ -56,12 +56,6 @@ def check_out(where, out, shape, dtype, device) -> None:
         check_tensor(where, "out", out, dtypes=(dtype,), shape=shape, device=device)
 
 
-def check_no_out(where, out) -> None:
-    """Raise where ``out`` is given under torch.compile."""
-    if out is not None:
-        raise ValueError(f"{where}: out must be None under torch.compile, which places results itself")
-
-
 def check_choice(where, name, value, choices) -> None:
     if value not in choices:
         raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

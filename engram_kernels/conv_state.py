@@ -7,6 +7,8 @@ S = (K-1) * dilation entries, oldest first, zeros before a sequence's start. ``v
 the convolution reads (gate_conv.py), so the state needs no ``[S, H, D]``.
 """
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
@@ -115,7 +117,7 @@ def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seq
     """Types, shapes and devices of what the convolution reads beyond the gate."""
     *tokens, branches, hidden_size = hidden.shape
     device = hidden.device
-    if hidden.shape[:-2].numel() >= 2**31:
+    if prod(tokens) >= 2**31:
         raise ValueError(f"{where}: hidden must have below 2^31 tokens, got {list(hidden.shape)}")
     batch = check_batch(where, tokens, cu_seqlens, device)
     check_tensor(where, "conv_norm", conv_norm, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=device)

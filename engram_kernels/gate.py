@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_choice, check_no_out, check_out, check_tensor, is_kernel_device, records_gradient
+from .arguments import check_choice, check_out, check_tensor, is_kernel_device, records_gradient
 from .branch_gate import branch_gate, flatten_tokens, float32_eps, gate_config, rows_aligned, store_scalars, token_rows
 from .gate_backward import gate_formula, save_gate
 
@@ -176,6 +176,19 @@ def _(hidden, *options):
     return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
 
 
+@torch.library.custom_op(
+    "engram::gate_residual_out", mutates_args=("out",), schema=f"{_SCHEMA[:-1]}, Tensor(a!) out) -> ()"
+)
+def gate_residual_out_op(*arguments):
+    """:func:`gate_residual` for torch.compile, into ``out``."""
+    launch_gate_residual(*arguments)
+
+
+@gate_residual_out_op.register_fake
+def _(*_):
+    return None
+
+
 @torch.library.custom_op("engram::gate_residual_scalars", mutates_args=(), schema=f"{_SCHEMA} -> (Tensor, Tensor)")
 def gate_residual_scalars_op(hidden, *options):
     """:func:`gate_residual` where autograd records it: the same bits, and the scalars that the backward pass reads."""
@@ -271,14 +284,13 @@ def gate_residual(
         options = dict(eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate, residual=residual, out=out)
         return reference.gate_residual(hidden, key, value, query_norm, key_norm, **options)
     arguments = (hidden, key, value, query_norm, key_norm, eps, float(clamp), mask, zero_gate, residual)
-    if torch.compiler.is_compiling():
-        check_no_out(where, out)
     if records_gradient(hidden, key, value, query_norm, key_norm):
         result, _ = gate_residual_scalars_op(*arguments)
         return result if out is None else out.copy_(result)
-    if torch.compiler.is_compiling():
-        return gate_residual_op(*arguments)
+    compiling = torch.compiler.is_compiling()
     if out is None:
+        if compiling:
+            return gate_residual_op(*arguments)
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    launch_gate_residual(*arguments, out)
+    (gate_residual_out_op if compiling else launch_gate_residual)(*arguments, out)
     return out

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_no_out, is_kernel_device, records_gradient
+from .arguments import is_kernel_device, records_gradient
 from .branch_gate import flatten_tokens
 from .conv_slots import ConvSlots, launch_store_conv, slot_cursor
 from .conv_state import check_conv, launch_advance_state
@@ -238,13 +238,15 @@ def launch_gate_conv_residual(
             launch_advance_state(value, scale, mask, cu_seqlens, shape, span, *states)
 
 
-@torch.library.custom_op(
-    "engram::gate_conv_residual",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor conv_norm, "
+_SCHEMA = (
+    "(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor conv_norm, "
     "Tensor conv_weight, int dilation, float? eps, float? conv_eps, float clamp, Tensor? mask, str zero_gate, "
-    "bool residual, Tensor? cu_seqlens, Tensor? state_value, Tensor? state_scale) -> Tensor[]",
+    "bool residual, Tensor? cu_seqlens"
 )
+_STATE = "Tensor? state_value, Tensor? state_scale"
+
+
+@torch.library.custom_op("engram::gate_conv_residual", mutates_args=(), schema=f"{_SCHEMA}, {_STATE}) -> Tensor[]")
 def gate_conv_residual_op(hidden, *options):
     """:func:`gate_conv_residual` for torch.compile: [out], or [out, new value, new scale] where there is a state."""
     results = make_conv_out(hidden, *options[-2:])
@@ -260,10 +262,7 @@ def _(hidden, *options):
 @torch.library.custom_op(
     "engram::gate_conv_residual_slots",
     mutates_args=("ring_value", "ring_scale"),
-    schema="(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor conv_norm, "
-    "Tensor conv_weight, int dilation, float? eps, float? conv_eps, float clamp, Tensor? mask, str zero_gate, "
-    "bool residual, Tensor? cu_seqlens, Tensor(a!) ring_value, Tensor(b!) ring_scale, Tensor cursor, Tensor slots) "
-    "-> Tensor",
+    schema=f"{_SCHEMA}, Tensor(a!) ring_value, Tensor(b!) ring_scale, Tensor cursor, Tensor slots) -> Tensor",
 )
 def gate_conv_residual_slots_op(hidden, *options):
     """:func:`gate_conv_residual` for torch.compile where the state lies in slots."""
@@ -279,11 +278,27 @@ def _(hidden, *options):
 
 
 @torch.library.custom_op(
+    "engram::gate_conv_residual_out",
+    mutates_args=("out", "new_value", "new_scale", "ring_value", "ring_scale"),
+    schema=f"{_SCHEMA}, {_STATE}, Tensor(a!) out, Tensor(b!)? new_value, Tensor(c!)? new_scale, "
+    "Tensor(d!)? ring_value, Tensor(e!)? ring_scale, Tensor? cursor, Tensor? slots) -> ()",
+)
+def gate_conv_residual_out_op(*arguments):
+    """:func:`gate_conv_residual` for torch.compile, into ``out``, with a dense state, slots or neither."""
+    *arguments, ring_value, ring_scale, cursor, slots = arguments
+    ring = None if ring_value is None else ConvSlots(ring_value, ring_scale, cursor, slots)
+    launch_gate_conv_residual(*arguments, ring=ring)
+
+
+@gate_conv_residual_out_op.register_fake
+def _(*_):
+    return None
+
+
+@torch.library.custom_op(
     "engram::gate_conv_residual_scalars",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor conv_norm, "
-    "Tensor conv_weight, int dilation, float? eps, float? conv_eps, float clamp, Tensor? mask, str zero_gate, "
-    "bool residual, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"{_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def gate_conv_residual_scalars_op(hidden, *options):
     """:func:`gate_conv_residual` where autograd records it: the same bits, and what the backward pass reads."""
@@ -312,7 +327,7 @@ def make_conv_out(hidden, state_value, state_scale, out=None):
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     if state_value is None:
         return out, None, None
-    return out, torch.empty_like(state_value), torch.empty_like(state_scale)
+    return out, *(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (state_value, state_scale))
 
 
 def gate_conv_residual(
@@ -362,15 +377,17 @@ def gate_conv_residual(
     ring = conv_state if isinstance(conv_state, ConvSlots) else None
     state = (None, None) if conv_state is None or ring is not None else conv_state
     options = (dilation, eps, conv_eps, float(clamp), mask, zero_gate, residual, cu_seqlens, *state)
-    if torch.compiler.is_compiling():
-        check_no_out(where, out)
     if recorded:
         result, *_ = gate_conv_residual_scalars_op(*tensors, *options[:-2])
         return result if out is None else out.copy_(result)
-    if torch.compiler.is_compiling() and ring is not None:
-        return gate_conv_residual_slots_op(*tensors, *options[:-2], *ring), ring
     if torch.compiler.is_compiling():
-        out, *new_state = gate_conv_residual_op(*tensors, *options)
+        if out is not None:
+            _, *new_state = results = make_conv_out(hidden, *state, out)
+            gate_conv_residual_out_op(*tensors, *options, *results, *(ring or (None,) * 4))
+        elif ring is not None:
+            out = gate_conv_residual_slots_op(*tensors, *options[:-2], *ring)
+        else:
+            out, *new_state = gate_conv_residual_op(*tensors, *options)
     else:
         out, *new_state = make_conv_out(hidden, *state, out)
         launch_gate_conv_residual(*tensors, *options, out, *new_state, ring=ring)

@@ -6,21 +6,30 @@ C columns, R elements a row.
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 
 import torch
 import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_no_out, check_programs, check_token_values, check_tokens, is_kernel_device, processors
+from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device, processors
 from .hashing import hash_arguments, launch_ngram_hash, ngram_hash, ngram_rows
 from .plan import PLAN_SCHEMA, HashPlan
 from .read_order import check_order, choose_order, key_range
 from .row_format import FORMATS
 from .row_gradient import check_recordable, record_rows, records_rows
-from .row_output import check_row_out, kernel_out, make_row_out, op_result
-from .rows import (
+from .row_output import (
     VIEW_SCHEMA,
+    check_row_out,
+    kernel_out,
+    make_row_out,
+    op_out,
+    op_result,
+    out_parts,
+    split_view,
+)
+from .rows import (
     check_tables,
     copy_rows,
     launch_lookup,
@@ -190,12 +199,13 @@ def launch_layers(row_ids, tables: Sequence[EngramTable], out, storage: bool, pr
     "engram::hash_lookup",
     mutates_args=(),
     schema=f"(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, {VIEW_SCHEMA}, "
-    f"ScalarType? out_dtype, bool storage, int? programs, str order, {PLAN_SCHEMA}) -> Tensor[]",
+    f"ScalarType? out_dtype, bool storage, int? programs, str? order, {PLAN_SCHEMA}) -> Tensor[]",
 )
 def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
     """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
     view, (out_dtype, storage, programs, order), plan = _parts(rest)
     out = make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
+    order = choose_order(order, view, prod(ids_shape(token_ids, plan)))
     launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
     return op_result(out)
 
@@ -206,9 +216,28 @@ def _(token_ids, cu_seqlens, history, dead, *rest):
     return op_result(make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
 
 
-def _parts(rest) -> tuple[TableView, tuple, HashPlan]:
-    """The registered op's arguments after the tokens: view, (out_dtype, storage, programs, order), plan."""
-    return TableView(*rest[:4]), rest[4:8], HashPlan(*rest[8:])
+@torch.library.custom_op(
+    "engram::hash_lookup_out",
+    mutates_args=("out", "out_scales"),
+    schema=f"(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, {VIEW_SCHEMA}, Tensor(a!) out, "
+    f"Tensor(b!)? out_scales, bool storage, int? programs, str? order, {PLAN_SCHEMA}) -> ()",
+)
+def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, *rest):
+    """:func:`hash_lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
+    view, (out, *out_scales, storage, programs, order), plan = _parts(rest, 5)
+    out, order = (out, *out_scales) if storage else out, choose_order(order, view, prod(ids_shape(token_ids, plan)))
+    launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
+
+
+@hash_lookup_out_op.register_fake
+def _(*_):
+    return None
+
+
+def _parts(rest, options: int = 4) -> tuple[TableView, tuple, HashPlan]:
+    """The registered op's arguments after the tokens: view, ``options`` of them such as order, plan."""
+    view, rest = split_view(rest)
+    return view, rest[:options], HashPlan(*rest[options:])
 
 
 def check_tables_of_plan(where: str, plan: HashPlan, tables) -> tuple[EngramTable, ...]:
@@ -302,13 +331,14 @@ def hash_lookup(
         launch_layers(row_ids, tables, out, storage, programs)
         return _with_table_scales(out, tables, storage)
     view = view_tables(tables, token_ids.device)
-    order = choose_order(order, tables, num_rows)
     if torch.compiler.is_compiling():
-        check_no_out(where, out)
-        options = (out_dtype, storage, programs, order)
-        out = hash_lookup_op(token_ids, cu_seqlens, history, dead, *view, *options, *plan.parts())
-        out = (*out, None)[:2] if storage else out[0]
+        sources, options = (token_ids, cu_seqlens, history, dead), (storage, programs, order, *plan.parts())
+        if out is None:
+            out = op_out(hash_lookup_op(*sources, *view, out_dtype, *options), storage)
+        else:
+            hash_lookup_out_op(*sources, *view, *out_parts(out), *options)
     else:
+        order = choose_order(order, view, num_rows)
         if out is None:
             out = make_row_out(view, shape, token_ids.device, out_dtype, storage)
         launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)

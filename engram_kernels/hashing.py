@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_no_out, check_out, check_token_values, check_tokens, is_kernel_device
+from .arguments import check_out, check_token_values, check_tokens, is_kernel_device
 from .plan import PLAN_SCHEMA, HashPlan
 from .sequences import find_sequence, sequence_arguments
 
@@ -270,6 +270,22 @@ def _(token_ids, cu_seqlens, history, dead, *plan_parts):
     return make_hash_out(token_ids, HashPlan(*plan_parts))
 
 
+@torch.library.custom_op(
+    "engram::ngram_hash_out",
+    mutates_args=("out",),
+    schema="(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, Tensor(a!) out, "
+    f"{PLAN_SCHEMA}) -> ()",
+)
+def ngram_hash_out_op(token_ids, cu_seqlens, history, dead, out, *plan_parts):
+    """:func:`ngram_hash` for torch.compile, into ``out``."""
+    launch_ngram_hash(token_ids, HashPlan(*plan_parts), cu_seqlens, history, dead, out)
+
+
+@ngram_hash_out_op.register_fake
+def _(*_):
+    return None
+
+
 def make_hash_out(token_ids, plan: HashPlan) -> torch.Tensor:
     """A new tensor for the row ids of ``token_ids``."""
     return torch.empty((*token_ids.shape, *plan.primes.shape), dtype=plan.index_dtype, device=token_ids.device)
@@ -304,8 +320,10 @@ def ngram_hash(
     if not is_kernel_device(token_ids):
         return reference.ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead, out=out)
     if torch.compiler.is_compiling():
-        check_no_out("ngram_hash", out)
-        return ngram_hash_op(token_ids, cu_seqlens, history, dead, *plan.parts())
+        if out is None:
+            return ngram_hash_op(token_ids, cu_seqlens, history, dead, *plan.parts())
+        ngram_hash_out_op(token_ids, cu_seqlens, history, dead, out, *plan.parts())
+        return out
     if out is None:
         out = make_hash_out(token_ids, plan)
     launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out)

@@ -10,7 +10,6 @@ from the table, and the others are copied from where that one went. No order cha
 on shapes alone and the host waits for nothing, so that all of it can be captured in a CUDA graph.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ import triton.language as tl
 from .arguments import check_choice
 from .pages import HUGE_PAGE
 from .placement import REGISTERED
-from .table import EngramTable
+from .table import TableView
 
 ORDERS = ("direct", "address", "head")
 _REACH = 512  # pages
@@ -49,15 +48,14 @@ def read_order(num_rows: int, table_bytes: int, page_bytes: int, placement: str)
     return "head" if num_rows > _IN_FLIGHT else "direct"
 
 
-def choose_order(order: str | None, tables: Sequence[EngramTable], num_rows: int) -> str:
-    """``order`` where one was asked for, else :func:`read_order` for the largest table that is read over the link."""
+def choose_order(order: str | None, view: TableView, num_rows: int) -> str:
+    """``order`` where one was asked for, else :func:`read_order` for the largest table that is read over the link.
+
+    Registered ops ask when they run: a compiled graph that held the choice would be compiled again for other counts.
+    """
     if order is not None:
         return order
-    chosen, largest = "direct", 0
-    for table in tables:
-        if table.placement in REGISTERED and table.nbytes > largest:
-            chosen, largest = read_order(num_rows, table.nbytes, table.page_bytes, table.placement), table.nbytes
-    return chosen
+    return read_order(num_rows, view.link_bytes, view.page_bytes, "host") if view.link_bytes else "direct"
 
 
 def check_order(where: str, order: str | None, num_rows: int) -> None:

@@ -6,6 +6,8 @@ from .arguments import check_choice, check_out, check_tensor
 from .row_format import FORMATS, SCALE_GROUP
 from .table import EngramTable, TableView
 
+#: A TableView in the schema of a registered op.
+VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement, int link_bytes, int page_bytes"
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -51,6 +53,21 @@ def kernel_out(out, view: TableView, storage: bool):
     rows, scales = out
     scaling = FORMATS[view.format].scaling
     return rows if scaling == "none" else rows.view(torch.uint8), scales if scaling == "group" else None
+
+
+def split_view(rest: tuple) -> tuple[TableView, tuple]:
+    """The view that a registered op's arguments ``rest`` begin with, and what follows it."""
+    return TableView(*rest[:6]), rest[6:]
+
+
+def op_out(result: list[torch.Tensor], storage: bool):
+    """What the caller sees of :func:`op_result`."""
+    return (*result, None)[:2] if storage else result[0]
+
+
+def out_parts(out) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An output as registered ops take it."""
+    return out if isinstance(out, tuple) else (out, None)
 
 
 def op_result(out) -> list[torch.Tensor]:

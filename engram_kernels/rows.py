@@ -14,16 +14,24 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_no_out, check_programs, check_tensor, is_kernel_device, processors
+from .arguments import check_programs, check_tensor, is_kernel_device, processors
+from .lookup_arguments import check_tables, two_dimensional
 from .read_order import check_order, choose_order, launch_copy_duplicates, scale_words
-from .row_format import FORMATS, ROW_ALIGNMENT, SCALE_GROUP
+from .row_format import FORMATS, SCALE_GROUP
 from .row_gradient import check_recordable, record_rows, records_rows
-from .row_output import check_row_out, kernel_out, make_row_out, op_result
+from .row_output import (
+    VIEW_SCHEMA,
+    check_row_out,
+    kernel_out,
+    make_row_out,
+    op_out,
+    op_result,
+    out_parts,
+    split_view,
+)
 from .staging import stage
 from .table import EngramTable, TableView, view_tables
 
-#: A TableView in the schema of a registered op.
-VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement"
 _POINTEE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -244,7 +252,7 @@ def launch_lookup(row_ids, view: TableView, out, storage: bool, programs: int | 
     """One launch, or those of :func:`launch_sorted`; ``row_ids [..., C]`` whose leading dimensions view as one."""
     if row_ids.numel() == 0:
         return
-    row_ids = _two_dimensional(row_ids, order == "head")
+    row_ids = two_dimensional(row_ids, order == "head")
     if order == "address":
         launch_sorted(row_ids.reshape(1, -1), 0, view, out, storage, programs)
         return
@@ -288,38 +296,39 @@ def _launch(view: TableView, out, storage: bool, programs: int | None, *, num_ro
 @torch.library.custom_op(
     "engram::lookup",
     mutates_args=(),
-    schema=f"(Tensor row_ids, {VIEW_SCHEMA}, ScalarType? out_dtype, bool storage, int? programs, str order) "
+    schema=f"(Tensor row_ids, {VIEW_SCHEMA}, ScalarType? out_dtype, bool storage, int? programs, str? order) "
     "-> Tensor[]",
 )
-def lookup_op(row_ids, descriptors, row_format, width, placement, out_dtype, storage, programs, order):
+def lookup_op(row_ids, *rest):
     """:func:`lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
-    view = TableView(descriptors, row_format, width, placement)
+    view, (out_dtype, storage, programs, order) = split_view(rest)
     out = make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
-    launch_lookup(row_ids, view, out, storage, programs, order)
+    launch_lookup(row_ids, view, out, storage, programs, choose_order(order, view, row_ids.numel()))
     return op_result(out)
 
 
 @lookup_op.register_fake
-def _(row_ids, descriptors, row_format, width, placement, out_dtype, storage, programs, order):
-    view = TableView(descriptors, row_format, width, placement)
+def _(row_ids, *rest):
+    view, (out_dtype, storage, *_) = split_view(rest)
     return op_result(make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage))
 
 
-def check_tables(where: str, tables, device: torch.device) -> None:
-    """Tables that one launch can read together on ``device``."""
-    for table in tables:
-        if not isinstance(table, EngramTable):
-            raise TypeError(f"{where}: expected an EngramTable, got {type(table).__name__}")
-        table.check_readable_on(device, where)
-        if (table.format, table.width) != (tables[0].format, tables[0].width):
-            raise ValueError(f"{where}: tables must share format and width, got {tables[0]!r} and {table!r}")
-        if device.type == "cuda" and table.format.dtype == torch.float64:
-            raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu' and CPU tensors")
-        if not table.aligned and not table.mapped:  # a checkpoint's rows lie where they lie, and a CPU reads them
-            raise ValueError(
-                f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not "
-                "(placement 'staged' takes any address)"
-            )
+@torch.library.custom_op(
+    "engram::lookup_out",
+    mutates_args=("out", "out_scales"),
+    schema=f"(Tensor row_ids, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, bool storage, int? programs, "
+    "str? order) -> ()",
+)
+def lookup_out_op(row_ids, *rest):
+    """:func:`lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
+    view, (out, out_scales, storage, programs, order) = split_view(rest)
+    out, order = (out, out_scales) if storage else out, choose_order(order, view, row_ids.numel())
+    launch_lookup(row_ids, view, out, storage, programs, order)
+
+
+@lookup_out_op.register_fake
+def _(*_):
+    return None
 
 
 def lookup(
@@ -366,26 +375,14 @@ def lookup(
         row_ids, view = stage(table, row_ids, "lookup")
     else:
         view = view_tables((table,), row_ids.device)
-    order = choose_order(order, (table,), row_ids.numel())
     if torch.compiler.is_compiling():
-        check_no_out("lookup", out)
-        out = lookup_op(row_ids, *view, out_dtype, storage, programs, order)
-        out = (*out, None)[:2] if storage else out[0]
+        if out is None:
+            out = op_out(lookup_op(row_ids, *view, out_dtype, storage, programs, order), storage)
+        else:
+            lookup_out_op(row_ids, *view, *out_parts(out), storage, programs, order)
     else:
+        order = choose_order(order, view, row_ids.numel())
         if out is None:
             out = make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
         launch_lookup(row_ids, view, out, storage, programs, order)
     return (out[0], table.scale) if storage and table.format.scaling == "table" else out
-
-
-def _two_dimensional(row_ids: torch.Tensor, keep_columns: bool) -> torch.Tensor:
-    """``row_ids`` as a view ``[T, C]``, or where columns do not matter ``[T * C, 1]``; a copy is made of no tensor."""
-    if row_ids.dim() == 1 or (row_ids.is_contiguous() and not keep_columns):
-        return row_ids.view(-1, 1)
-    try:
-        return row_ids.view(-1, row_ids.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            "lookup: leading dimensions of row_ids must be viewable as one, "
-            f"got shape {list(row_ids.shape)} with strides {list(row_ids.stride())}"
-        ) from None

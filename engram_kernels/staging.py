@@ -173,7 +173,7 @@ def stage(
     if ring is None:
         ring = table.rings.setdefault(row_ids.device, StagingRing(StreamRuntime(row_ids.device)))
     rows_per_task = _FILE_ROWS_PER_TASK if table.files else _ROWS_PER_TASK
-    descriptor, local = ring.fetch(sources, ids, table.rows, table.descriptor[3], rows_per_task)
+    descriptor, local = ring.fetch(sources, ids, table.rows, int(table.descriptor.split()[3]), rows_per_task)
     return local.view(row_ids.shape), TableView(descriptor, table.format.name, table.width, "device")
 
 

@@ -42,7 +42,7 @@ class EngramTable(TrainableRows):
         self.rows, self.width = weight.shape
         #: Files that the tensors of placement "cpu" and "staged" are mapped from.
         self.files: list[MappedFile] = []
-        self._kept_descriptors: dict[tuple, torch.Tensor] = {}
+        self._kept_views: dict[tuple, TableView] = {}
         #: Buffers of placement "staged" by device, made when it is first read from there.
         self.rings: dict = {}
         self._describe()
@@ -53,7 +53,8 @@ class EngramTable(TrainableRows):
         if self.format.scaling == "table":
             scale_bits = struct.unpack("<i", struct.pack("<f", float(self._scale)))[0]
         scale_address = self._scale.data_ptr() if self.format.scaling == "group" else 0
-        self.descriptor = (self._weight.data_ptr(), scale_address, self.rows, scale_bits)
+        # As text, which is a constant to torch.compile where numbers may become symbols.
+        self.descriptor = f"{self._weight.data_ptr()} {scale_address} {self.rows} {scale_bits}"
         #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need; staged ones are
         #: copied to such places.
         aligned = self._weight.data_ptr() % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
@@ -296,7 +297,7 @@ class EngramTable(TrainableRows):
         A GPU must be done with it: synchronise the streams that read it first.
         """
         self._weight = self._scale = None
-        self._kept_descriptors.clear()
+        self._kept_views.clear()
         for part in (*self.rings.values(), *self.files, *([self._mapping] if self._mapping else [])):
             part.close()
         self.rings.clear()
@@ -352,24 +353,34 @@ class EngramTable(TrainableRows):
 
 
 class TableView(NamedTuple):
-    """What a launch knows of tables: tensors and constants, so that registered ops can take it apart."""
+    """What a launch knows of tables: a tensor and constants, so that registered ops can take it apart."""
 
     descriptors: torch.Tensor  #: int64 ``[L, 4]`` on the device: address of rows, of scales, rows, bits of the scale
     format: str
     width: int
     placement: str
+    link_bytes: int = 0  #: of the largest table that is read over the link, and of its pages; 0 for none
+    page_bytes: int = 0
 
 
 def view_tables(tables: Sequence[EngramTable], device: torch.device) -> TableView:
     """The view of tables of one format and width, for launches on ``device``.
 
-    The descriptors are kept, by value, on the first table: only the first call with these tables copies to the device.
+    It is kept, by value, on the first table: only the first call with these tables copies to the device. To a compiled
+    graph the descriptors are an input then, so that it can be captured; where the first call of all is a compiled one,
+    its graph makes them, and the second is compiled anew.
     """
     first = tables[0]
-    key = (device, *(table.descriptor for table in tables))
-    if key not in first._kept_descriptors:
-        first._kept_descriptors[key] = torch.tensor(key[1:], dtype=torch.int64).to(device)
-    return TableView(first._kept_descriptors[key], first.format.name, first.width, first.placement)
+    key = (device, *[table.descriptor for table in tables])
+    if key not in first._kept_views:
+        numbers = [[int(number) for number in text.split()] for text in key[1:]]
+        descriptors = torch.tensor(numbers, dtype=torch.int64).to(device)
+        view = TableView(descriptors, first.format.name, first.width, first.placement)
+        for table in tables:
+            if table.placement in REGISTERED and table.nbytes > view.link_bytes:
+                view = TableView(*view[:4], table.nbytes, table.page_bytes)
+        first._kept_views[key] = view
+    return first._kept_views[key]
 
 
 def _checked_geometry(where: str, rows: int, width: int, format: str) -> RowFormat:

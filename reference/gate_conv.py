@@ -60,7 +60,7 @@ def gate_conv_residual(
     past = conv_state if ring is None else gather_conv(ring, span)
     conv = torch.zeros_like(v)
     for tap in range(taps):
-        source = torch.arange(len(v), device=v.device) - (taps - 1 - tap) * dilation
+        source = torch.arange(v.shape[0], device=v.device) - (taps - 1 - tap) * dilation
         past_value, past_scale = _at(source, value, scale, sequence, start, past, span)
         normed = past_value[:, None].to(v.dtype) * past_scale[..., None] * conv_norm.to(v.dtype)
         conv = conv + normed * conv_weight[..., tap].to(v.dtype)
@@ -82,7 +82,7 @@ def _at(source, value, scale, sequence, start, conv_state, span):
     inside = source >= start
     here = source.clamp(min=0)
     past_value, past_scale = value[here].where(inside[:, None], 0), scale[here].where(inside[:, None], 0)
-    if conv_state is None or span == 0 or not len(source):
+    if conv_state is None or span == 0 or not source.shape[0]:
         return past_value, past_scale
     slot = torch.where(inside, 0, span + source - start)
     old_value, old_scale = (state[sequence, slot] for state in conv_state)
@@ -111,6 +111,6 @@ def _advance(conv_state, value, scale, shape, cu_seqlens, span):
 
     def last(old, new):
         kept = old[sequence, slot]
-        return torch.where(inside[..., None], new[token].to(old.dtype), kept) if len(new) else kept
+        return torch.where(inside[..., None], new[token].to(old.dtype), kept) if new.shape[0] else kept
 
     return last(old_value, value), last(old_scale, scale)

@@ -47,7 +47,7 @@ def token_windows(token_ids, plan, cu_seqlens, history, dead):
     sequence, start, padding = token_sequences(token_ids.shape, cu_seqlens, token_ids.device)
     ids = token_ids.reshape(-1).long()
     dead = torch.zeros_like(padding) if dead is None else dead.reshape(-1)
-    token = torch.arange(len(ids), device=ids.device)
+    token = torch.arange(ids.shape[0], device=ids.device)
     blocked = torch.zeros_like(padding)
     windows, invalid = [], []
     for shift in range(plan.max_ngram):

@@ -17,5 +17,5 @@ def token_sequences(shape, cu_seqlens, device):
         return sequence, sequence * length, torch.zeros_like(token, dtype=torch.bool)
     ends = cu_seqlens[1:].long()
     # Counting the sequences that end at or before a token also steps over empty ones.
-    sequence = torch.searchsorted(ends, token, right=True).clamp(max=max(0, len(ends) - 1))
+    sequence = torch.searchsorted(ends, token, right=True).clamp(max=max(0, ends.shape[0] - 1))
     return sequence, cu_seqlens.long()[sequence], token >= cu_seqlens[-1]

@@ -62,9 +62,10 @@ def test_choice_for_tables():
     small = EngramTable.from_tensors(torch.zeros(64, 16), placement="cpu")
     with EngramTable.empty(1 << 25, 32, "e4m3_ue8m0", placement="host") as large:
         assert large.nbytes > 1 << 30
-        assert choose_order(None, (small, large), 100_000) == "address"
-        assert choose_order(None, (small,), 100_000) == "direct"
-        assert choose_order("head", (large, small), 1) == "head"
+        both, one = view_tables((small, large), CPU), view_tables((small,), CPU)
+        assert choose_order(None, both, 100_000) == "address"
+        assert choose_order(None, one, 100_000) == "direct"
+        assert choose_order("head", both, 1) == "head"
 
 
 def test_more_rows_than_a_sort_takes():
