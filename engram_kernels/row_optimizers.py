@@ -212,6 +212,7 @@ class RowOptimizer(torch.optim.Optimizer):
             self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay") if name in group}
         options |= dict(lr=float(group["lr"]), seed=self._seed, step=self.steps)
+        table.rows_changed()
         arguments = table.weight, tuple(state.tensors.values()), gradient
         if (device.type == "cpu" and not INTERPRETING) or table.weight.dtype == torch.float64:
             self._skipped[device] += type(self)._rule(*arguments, factor=factor, **options)

@@ -194,6 +194,7 @@ class EngramTable(TrainableRows):
         if self.placement != "shared":
             raise ValueError(f"EngramTable.publish: only placement 'shared' is published, got {self.placement!r}")
         self._mapping.publish(progress)
+        self.rows_changed()
         if self._scales == "device":
             self._scale = table_memory.on_the_gpu(self._scale)
         self._describe()
@@ -290,6 +291,7 @@ class EngramTable(TrainableRows):
         if self.placement != "host":
             raise ValueError(f"EngramTable.discard: only placement 'host' can give pages back, got {self.placement!r}")
         self._mapping.discard()
+        self.rows_changed()
 
     def close(self) -> None:
         """Unregister and release the memory. Using the table afterwards is an error; closing again is not.

@@ -16,6 +16,20 @@ class TrainableRows:
     _steps_on: torch.device | None = None
     #: What backward passes have left since the last zero_row_grad.
     row_grad: RowGradient | None = None
+    _changes = 0
+
+    @property
+    def version(self) -> int:
+        """A number that rises whenever the rows change, for what keeps copies of them (:class:`NgramCache`).
+
+        It sees writes by torch to ``weight`` and ``scale``, by optimizers of this package, and :meth:`rows_changed`.
+        """
+        parts = [part for part in (self.weight, self.scale) if part is not None and not part.is_inference()]
+        return self._changes + sum(part._version for part in parts)
+
+    def rows_changed(self) -> None:
+        """Say that rows have been written by other means: a kernel, NumPy, another process."""
+        self._changes += 1
 
     @property
     def requires_row_grad(self) -> bool:
