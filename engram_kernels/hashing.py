@@ -60,6 +60,69 @@ def remainder(mix, prime, reciprocals_ptr, offs_param, mask_param, NON_NEGATIVE:
 
 
 @triton.jit
+def mix_rows(mix, offs_param, mask_param, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE: tl.constexpr):
+    """Row ids, int64, of mixes in the columns whose parameters are at ``offs_param``."""
+    prime = tl.load(primes_ptr + offs_param, mask=mask_param, other=1)
+    offset = tl.load(offsets_ptr + offs_param, mask=mask_param, other=0)
+    return remainder(mix, prime, reciprocals_ptr, offs_param, mask_param, NON_NEGATIVE) + offset
+
+
+@triton.jit
+def ngram_mix(
+    token,
+    mask_token,
+    order,
+    layer,
+    token_ids_ptr,
+    cu_seqlens_ptr,
+    history_ptr,
+    dead_ptr,
+    token_map_ptr,
+    multipliers_ptr,
+    num_seqs,
+    search_steps,
+    seq_len,
+    vocab_size,
+    pad,
+    eos,
+    MAX_NGRAM: tl.constexpr,
+    HAS_EOS: tl.constexpr,
+):
+    """The mix, int64, of every (token, order) pair of one layer, and whether it has none: padding and invalid ids.
+
+    ``token`` and ``order`` broadcast against each other.
+    """
+    seq, start, bad = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
+    blocked = token < 0
+    mix = (token * 0).to(tl.int64) + (order * 0).to(tl.int64)
+    for shift in tl.static_range(MAX_NGRAM):
+        source = token - shift
+        inside = mask_token & (source >= start) & (source >= 0)
+        raw = tl.load(token_ids_ptr + source, mask=inside, other=-1).to(tl.int64)
+        if shift > 0:
+            if history_ptr is not None:
+                slot = MAX_NGRAM - 1 + source - start
+                before = mask_token & (source < start) & (slot >= 0)
+                past = tl.load(history_ptr + seq.to(tl.int64) * (MAX_NGRAM - 1) + slot, mask=before, other=-1)
+                raw = tl.where(inside, raw, past.to(tl.int64))
+            blocked = blocked | ((raw == -1) & ~inside)
+            if HAS_EOS:
+                blocked = blocked | (raw == eos)
+        if dead_ptr is not None:
+            blocked = blocked | (tl.load(dead_ptr + source, mask=inside, other=0) != 0)
+        valid = (raw >= 0) & (raw < vocab_size)
+        if token_map_ptr is not None:
+            raw = tl.load(token_map_ptr + raw, mask=mask_token & valid & ~blocked, other=0).to(tl.int64)
+        value = tl.where(blocked, pad, raw)
+        multiplier = tl.load(multipliers_ptr + layer * MAX_NGRAM + shift)
+        reads = order > shift
+        mix = mix ^ tl.where(reads, value * multiplier, 0)
+        bad = bad | (reads & ~valid & ~blocked)
+    # An invalid id makes its column -1; what it does to the mix must stay within the reciprocal's range.
+    return tl.where(bad, 0, mix), bad
+
+
+@triton.jit
 def ngram_rows(
     token,
     mask_token,
@@ -92,39 +155,29 @@ def ngram_rows(
     ``token`` and ``column`` broadcast against each other: ``[BLOCK_T, 1]`` and ``[1, BLOCK_C]``, both ``[BLOCK]``, or
     one column alone.
     """
-    seq, start, bad = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
     order = tl.load(orders_ptr + column, mask=mask_column, other=0)
-    blocked = token < 0
-    mix = (token * 0).to(tl.int64) + (column * 0).to(tl.int64)
-    for shift in tl.static_range(MAX_NGRAM):
-        source = token - shift
-        inside = mask_token & (source >= start) & (source >= 0)
-        raw = tl.load(token_ids_ptr + source, mask=inside, other=-1).to(tl.int64)
-        if shift > 0:
-            if history_ptr is not None:
-                slot = MAX_NGRAM - 1 + source - start
-                before = mask_token & (source < start) & (slot >= 0)
-                past = tl.load(history_ptr + seq.to(tl.int64) * (MAX_NGRAM - 1) + slot, mask=before, other=-1)
-                raw = tl.where(inside, raw, past.to(tl.int64))
-            blocked = blocked | ((raw == -1) & ~inside)
-            if HAS_EOS:
-                blocked = blocked | (raw == eos)
-        if dead_ptr is not None:
-            blocked = blocked | (tl.load(dead_ptr + source, mask=inside, other=0) != 0)
-        valid = (raw >= 0) & (raw < vocab_size)
-        if token_map_ptr is not None:
-            raw = tl.load(token_map_ptr + raw, mask=mask_token & valid & ~blocked, other=0).to(tl.int64)
-        value = tl.where(blocked, pad, raw)
-        multiplier = tl.load(multipliers_ptr + layer * MAX_NGRAM + shift)
-        reads = order > shift
-        mix = mix ^ tl.where(reads, value * multiplier, 0)
-        bad = bad | (reads & ~valid & ~blocked)
-    # An invalid id makes its column -1; what it does to the mix must stay within the reciprocal's range.
-    mix = tl.where(bad, 0, mix)
+    mix, bad = ngram_mix(
+        token,
+        mask_token,
+        order,
+        layer,
+        token_ids_ptr,
+        cu_seqlens_ptr,
+        history_ptr,
+        dead_ptr,
+        token_map_ptr,
+        multipliers_ptr,
+        num_seqs,
+        search_steps,
+        seq_len,
+        vocab_size,
+        pad,
+        eos,
+        MAX_NGRAM,
+        HAS_EOS,
+    )
     offs_param = layer * num_columns + column
-    prime = tl.load(primes_ptr + offs_param, mask=mask_column, other=1)
-    offset = tl.load(offsets_ptr + offs_param, mask=mask_column, other=0)
-    row = remainder(mix, prime, reciprocals_ptr, offs_param, mask_column, NON_NEGATIVE) + offset
+    row = mix_rows(mix, offs_param, mask_column, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE)
     return tl.where(bad, -1, row)
 
 

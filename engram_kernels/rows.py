@@ -102,14 +102,18 @@ def copy_rows(
     STORAGE: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    kept_ptr=None,
+    kept_scale_ptr=None,
+    kept_row=None,
 ):
     """Read rows ``row [BLOCK]`` (int64) of the table at ``weight_address``; write them to output rows ``out_row``.
 
     Chunks of CHUNK elements as tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group. Addresses are
-    int64 and 16-byte aligned. The scale bytes of a row are read as one word where they are 1, 2, 4 or a multiple of 8.
+    int64 and 16-byte aligned, scalars like the rest about the table or ``[BLOCK]``. The scale bytes of a row are read
+    as one word where they are 1, 2, 4 or a multiple of 8. Stored rows also go to ``kept_ptr``, where kept_row >= 0.
     """
     present = mask_row & (row >= 0) & (row < num_table_rows)
-    weight_ptr = tl.multiple_of(weight_address.to(tl.pointer_type(ELEMENT)), 16)
+    row_ptr = tl.multiple_of(weight_address.to(tl.pointer_type(ELEMENT)), 16) + row * WIDTH
     NUM_SCALES: tl.constexpr = WIDTH // GROUP
     CHUNK_SCALES: tl.constexpr = CHUNK // GROUP
     offs_scale = tl.arange(0, CHUNK_SCALES)
@@ -120,20 +124,26 @@ def copy_rows(
         if begin + CHUNK > WIDTH:
             mask = mask & (offs_w < WIDTH)
             mask_out = mask_out & (offs_w < WIDTH)
-        value = tl.load(weight_ptr + row[:, None, None] * WIDTH + offs_w, mask=mask, other=0)
+        value = tl.load(row_ptr[:, None, None] + offs_w, mask=mask, other=0)
+        if kept_ptr is not None:
+            mask_kept = mask_out & (kept_row >= 0)[:, None, None]
+            tl.store(kept_ptr + kept_row[:, None, None] * WIDTH + offs_w, value, mask=mask_kept)
         if SCALING == "group":
             scales = load_scales(row, present, scale_address, begin // GROUP, NUM_SCALES, CHUNK_SCALES)
+            offs_s = begin // GROUP + offs_scale
+            mask_s = mask_row[:, None] & (offs_s < NUM_SCALES)[None, :]
+            if kept_ptr is not None:
+                kept_s = kept_scale_ptr + kept_row[:, None] * NUM_SCALES + offs_s[None, :]
+                tl.store(kept_s, scales.to(tl.uint8), mask=mask_s & (kept_row >= 0)[:, None])
             if STORAGE:
-                offs_s = begin // GROUP + offs_scale
-                mask_s = mask_row[:, None] & (offs_s < NUM_SCALES)[None, :]
                 out_s = out_scale_ptr + out_row[:, None] * NUM_SCALES + offs_s[None, :]
                 tl.store(out_s, scales.to(tl.uint8), mask=mask_s)
             else:
                 value = decode_e4m3(value) * decode_ue8m0(scales)[:, :, None]
         elif SCALING == "table" and not STORAGE:
-            scale = scale_bits.to(tl.int32).to(tl.float32, bitcast=True)
+            scale = (scale_bits + row * 0).to(tl.int32).to(tl.float32, bitcast=True)
             # A missing row is zero even where the scale is infinite.
-            value = tl.where(present[:, None, None], decode_e4m3(value) * scale, 0.0)
+            value = tl.where(present[:, None, None], decode_e4m3(value) * scale[:, None, None], 0.0)
         value = value.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + out_row[:, None, None] * WIDTH + offs_w, value, mask=mask_out)
 
@@ -155,9 +165,9 @@ def load_scales(row, present, scale_address, begin, NUM_SCALES: tl.constexpr, CH
         word = tl.load(word_ptr + row, mask=present, other=0).to(tl.uint32)
         return (word[:, None] >> (8 * offs)[None, :].to(tl.uint32)) & 0xFF
     else:
-        byte_ptr = scale_address.to(tl.pointer_type(tl.uint8))
+        byte_ptr = scale_address.to(tl.pointer_type(tl.uint8)) + row * NUM_SCALES
         mask = present[:, None] & (begin + offs < NUM_SCALES)[None, :]
-        return tl.load(byte_ptr + row[:, None] * NUM_SCALES + begin + offs[None, :], mask=mask, other=0).to(tl.uint32)
+        return tl.load(byte_ptr[:, None] + begin + offs[None, :], mask=mask, other=0).to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns", "first_entry", "first_key"])
@@ -361,8 +371,7 @@ def lookup(
     check_order("lookup", order, row_ids.numel())
     if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
         raise ValueError(f"lookup: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
-    shape = (*row_ids.shape, table.width)
-    check_row_out("lookup", table, shape, row_ids.device, out, out_dtype, out_format)
+    check_row_out("lookup", table, (*row_ids.shape, table.width), row_ids.device, out, out_dtype, out_format)
     if records_rows((table,), out_format):
         check_recordable("lookup", out)
         with torch.no_grad():

@@ -44,8 +44,8 @@ history reversed @ hashing
 - * (MAX_NGRAM - 1) + slot
 + * (MAX_NGRAM - 1) + (MAX_NGRAM - 2 - slot)
 offset omitted @ hashing
-- mask_column, NON_NEGATIVE) + offset
-+ mask_column, NON_NEGATIVE)
+- mask_param, NON_NEGATIVE) + offset
++ mask_param, NON_NEGATIVE)
 branch fixed to 0: layer of the primes @ hashing -k golden_v41 or real_geometry
 - offs_param = layer * num_columns + column
 + offs_param = column + mix.to(tl.int32) * 0

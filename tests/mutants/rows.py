@@ -9,11 +9,11 @@ mask dropped: end of a row @ rows -k test_kernel and bfloat16-80
 - mask_out = mask_out & (offs_w < WIDTH)
 + mask_out = mask_out
 other dropped: missing rows @ rows -k test_kernel
-- weight_ptr + row[:, None, None] * WIDTH + offs_w, mask=mask, other=0)
-+ weight_ptr + row[:, None, None] * WIDTH + offs_w, mask=mask, other=1)
+- row_ptr[:, None, None] + offs_w, mask=mask, other=0)
++ row_ptr[:, None, None] + offs_w, mask=mask, other=1)
 32-bit product @ rows -k beyond
-- weight_ptr + row[:, None, None] * WIDTH
-+ weight_ptr + row[:, None, None].to(tl.uint32) * WIDTH
+- 16) + row * WIDTH
++ 16) + row.to(tl.uint32) * WIDTH
 scale byte off by one: exponent @ rows
 - exponent << 23)
 + (exponent + 1) << 23)
@@ -27,8 +27,8 @@ mask dropped: negative ids @ rows -k missing_row
 - mask_row & (row >= 0) & (row < num_table_rows)
 + mask_row & (row < num_table_rows)
 mask dropped: missing rows under a scale @ rows -k missing_row
-- tl.where(present[:, None, None], decode_e4m3(value) * scale, 0.0)
-+ decode_e4m3(value) * scale
+- tl.where(present[:, None, None], decode_e4m3(value) * scale[:, None, None], 0.0)
++ decode_e4m3(value) * scale[:, None, None]
 NaN dropped: row @ rows
 - return tl.where(tl.abs(value) == 480.0, float("nan"), value)
 + return value
