@@ -6,6 +6,7 @@ from .gate_conv import gate_conv_residual
 from .hash_rows import hash_lookup
 from .hashing import ngram_hash
 from .module import Engram
+from .ngram_cache import NgramCache
 from .plan import HashPlan
 from .prefetch import Prefetcher
 from .replacement import replace_engram
@@ -22,6 +23,7 @@ __all__ = [
     "EngramState",
     "EngramTable",
     "HashPlan",
+    "NgramCache",
     "Prefetcher",
     "RowAdagrad",
     "RowAdam",

@@ -7,6 +7,7 @@ C columns, R elements a row.
 from collections.abc import Sequence
 from functools import partial
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -14,6 +15,7 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device, processors
+from .cache_lookup import check_cache, launch_cached_lookup
 from .hashing import hash_arguments, launch_ngram_hash, ngram_hash, ngram_rows
 from .plan import PLAN_SCHEMA, HashPlan
 from .read_order import check_order, choose_order, key_range
@@ -39,6 +41,9 @@ from .rows import (
 )
 from .staging import check_stageable, stage
 from .table import EngramTable, TableView, view_tables
+
+if TYPE_CHECKING:
+    from .ngram_cache import NgramCache
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -280,6 +285,7 @@ def hash_lookup(
     out_format: str = "values",
     programs: int | None = None,
     order: str | None = None,
+    cache: "NgramCache | None" = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, in one launch unless rows are sorted.
 
@@ -288,6 +294,8 @@ def hash_lookup(
     and order those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes
     as float32 ``[L]``. Where a table is staged there is a launch per layer, and the call waits for the GPU
     once, to bring row ids to the CPU; it cannot be captured or compiled then.
+    cache: an :class:`NgramCache` for this plan and these tables; what it has is not read from them, and what it has not
+    once a call, head by head in every order but "direct". No bit differs.
     Where a table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows; the
     backward pass hashes once more rather than keep the ids.
     """
@@ -303,11 +311,13 @@ def hash_lookup(
     shape = ids_shape(token_ids, plan)
     check_row_out(where, tables[0], (*shape, tables[0].width), token_ids.device, out, out_dtype, out_format)
     check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
+    cache = check_cache(where, cache, plan, tables, token_ids, num_rows)
     if records_rows(tables, out_format):
         check_recordable(where, out)
         tokens = dict(cu_seqlens=cu_seqlens, history=history, dead=dead)
         with torch.no_grad():
-            rows = hash_lookup(token_ids, plan, tables, **tokens, out_dtype=out_dtype, programs=programs, order=order)
+            options = dict(out_dtype=out_dtype, programs=programs, order=order, cache=cache)
+            rows = hash_lookup(token_ids, plan, tables, **tokens, **options)
         return record_rows(rows, tables, partial(_layer_gradients, plan, list(tokens)), token_ids, *tokens.values())
     if not is_kernel_device(token_ids) or tables[0].format.dtype == torch.float64:
         return reference.hash_lookup(
@@ -320,6 +330,7 @@ def hash_lookup(
             out=out,
             out_dtype=out_dtype,
             out_format=out_format,
+            cache=None if cache is None else cache.simulator,
         )
     storage = out_format == "storage"
     if token_ids.is_cuda and any(table.placement == "staged" for table in tables):
@@ -341,7 +352,10 @@ def hash_lookup(
         order = choose_order(order, view, num_rows)
         if out is None:
             out = make_row_out(view, shape, token_ids.device, out_dtype, storage)
-        launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
+        launch = launch_hash_lookup
+        if cache is not None:
+            launch = partial(launch_cached_lookup, cache)
+        launch(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
     return _with_table_scales(out, tables, storage)
 
 

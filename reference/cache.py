@@ -17,6 +17,8 @@ longer: a cache follows its text. All of it is integers, and nothing depends on 
 do exactly the same. NumPy, and fast enough for texts of millions of tokens.
 """
 
+import math
+
 import numpy as np
 
 from .hashing import ngram_mixes
@@ -57,7 +59,7 @@ def ngram_keys(token_ids, plan, *, cu_seqlens=None, history=None, dead=None) -> 
     """Keys int64 ``[G, T]`` of the n-grams that end at each token; 0 for padding and n-grams with an invalid id."""
     mixes, absent = ngram_mixes(token_ids, plan, cu_seqlens, history, dead)
     keys = np.where(absent[:, None, 1:].cpu().numpy(), 0, scramble(mixes[..., 1:].cpu().numpy()))
-    return np.ascontiguousarray(keys.reshape(len(keys), -1).T)
+    return np.ascontiguousarray(keys.reshape(len(keys), math.prod(keys.shape[1:])).T)
 
 
 class CacheSimulator:

@@ -2,6 +2,7 @@
 
 import torch
 
+from .cache import ngram_keys
 from .hashing import ngram_hash
 from .rows import lookup
 
@@ -19,9 +20,15 @@ def hash_lookup(
     out_format="values",
     programs=None,
     order=None,
+    cache=None,
 ):
-    """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``); arguments as ``engram_kernels.hash_lookup``."""
+    """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``); arguments as ``engram_kernels.hash_lookup``.
+
+    cache: a ``CacheSimulator``, which says what a cache would have had; the rows come from the tables all the same.
+    """
     row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)
+    if cache is not None:
+        cache.look_up(ngram_keys(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead))
     per_layer = [
         lookup(table, row_ids[..., layer, :], out_dtype=out_dtype, out_format=out_format)
         for layer, table in enumerate(tables)

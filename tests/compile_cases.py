@@ -8,7 +8,8 @@ from functools import cache, partial
 
 import torch
 
-from engram_kernels import EngramConfig, EngramTable, HashPlan
+from engram_kernels import EngramConfig, EngramTable, HashPlan, NgramCache
+from engram_kernels.cache_lookup import launch_cached_lookup
 from engram_kernels.conv_slots import ConvSlots
 from engram_kernels.gate import launch_gate_residual
 from engram_kernels.gate_backward import launch_gate_backward
@@ -82,6 +83,16 @@ def hash_lookup_case(model, full=False, storage=False, order="direct"):
     out = row_out(rows, (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
     view = view_tables([rows] * chosen.primes.shape[0], CPU)
     launch_hash_lookup(ids, chosen, view, *rest, out, storage, None, order)
+
+
+def cached_lookup_case(model, full=False, storage=False, order="head"):
+    """With tables of as many rows as the plan has, of which none is ever touched."""
+    config, chosen = getattr(EngramConfig, model)(), plan(model)
+    layers = [EngramTable.empty(max(chosen.rows_per_layer), config.row_width, config.format, placement="host")]
+    cache = NgramCache(chosen, layers * chosen.primes.shape[0], entries=64)
+    ids, *rest = tokens(full)
+    out = row_out(layers[0], (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
+    launch_cached_lookup(cache, ids, chosen, view_tables(cache.tables, CPU), *rest, out, storage, None, order)
 
 
 def gate_inputs(branches, width, dtype):
@@ -185,6 +196,7 @@ CASES = {
     "hash_lookup/v41-address": lambda: hash_lookup_case(V41, order="address"),
     "hash_lookup/27b": lambda: hash_lookup_case(PAPER),
     "hash_lookup/qwen": lambda: hash_lookup_case(QWEN),
+    "cached_lookup/v41-packed": lambda: cached_lookup_case(V41, full=True),
     "gate/v41": lambda: gate_case(4, 5120, torch.bfloat16),
     "gate/v41-masked": lambda: gate_case(4, 5120, torch.bfloat16, mask=True),
     "gate/27b": lambda: gate_case(4, 2560, torch.bfloat16),

@@ -26,7 +26,7 @@ OPS = {
     "lookup": (("table", "row_ids"), {"out", "out_dtype", "out_format", "programs", "order"}),
     "hash_lookup": (
         ("token_ids", "plan", "tables"),
-        {"cu_seqlens", "history", "dead", "out", "out_dtype", "out_format", "programs", "order"},
+        {"cu_seqlens", "history", "dead", "out", "out_dtype", "out_format", "programs", "order", "cache"},
     ),
     "gate_residual": (GATE, {"eps", "clamp", "mask", "zero_gate", "residual", "out"}),
     "gate_conv_residual": (

@@ -7,7 +7,7 @@ wide enough. Each file here has the mutants of one operation. Left out is what n
 used, a swap of the norms inside their product.
 """
 
-from . import gate, gate_backward, gate_conv, hashing, read_order, rows, serving, training
+from . import cache, gate, gate_backward, gate_conv, hashing, read_order, rows, serving, training
 from .change import Mutant as Mutant
 
 # What the list has to hold at least once; a kernel without the thing that is broken is spared it.
@@ -17,5 +17,5 @@ KINDS = (
     "eps outside the mean, norms swapped, branch fixed to 0, taps reversed, dilation minus one"
 ).split(", ")
 
-FILES = (hashing, rows, read_order, gate, gate_conv, gate_backward, training, serving)
+FILES = (hashing, rows, read_order, cache, gate, gate_conv, gate_backward, training, serving)
 MUTANTS = tuple(mutant for file in FILES for mutant in file.MUTANTS)

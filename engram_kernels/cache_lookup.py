@@ -1,0 +1,185 @@
+"""hash_lookup through a hot n-gram cache: hits from device memory, each missed n-gram from the table once, then kept.
+
+G groups, one for each layer and order; S sets of W ways; T tokens, E columns of an order. What a call does to the cache
+is specified by reference/cache.py. It takes these launches, in the order of one stream:
+
+    probe     keys of all n-grams, compared with the tags; rows of hits from the entries, zeros where there is no n-gram
+    sort      of the missed keys, in which equal ones are a run and those of a set lie together
+    place     for each run the n-gram that reads for all, and the entry that it takes, if any
+    read      rows of those n-grams from the tables, to the output and to their entries, with tag and stamp
+    repeat    rows of the others from where the first ones went; the clock goes on
+
+Entries and tags are read in the first launch alone and written in the fourth alone, so that nobody sees half of one
+(docs/cache.md). Sizes depend on shapes alone and the host waits for nothing, so that a CUDA graph can hold all of it.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+
+from .arguments import describe, processors
+from .cache_misses import COUNTED, place_config, place_missed_kernel, read_missed_kernel, repeat_rows_kernel
+from .cache_probe import probe_cache_kernel
+from .hashing import hash_arguments
+from .plan import HashPlan
+from .read_order import copy_config, scale_words
+from .row_format import FORMATS
+from .row_output import kernel_out
+from .rows import row_constants, rows_config
+from .table import TableView
+
+if TYPE_CHECKING:
+    from .ngram_cache import NgramCache
+
+#: What is counted for each group, in this order: n-grams asked for and hits of these, distinct missed ones read from
+#: the tables, those of them that were kept, and entries that they took from others.
+COUNTS = ("asked", "hits", "read", "inserted", "evicted")
+
+
+#: Bytes over the link from which a call is worth a cache's launches.
+_PAYS_FROM = 5 << 20
+
+
+def fewest_tokens(token_bytes: int) -> int:
+    """The fewest tokens of a call, of ``token_bytes`` in all layers, that a cache makes shorter rather than longer.
+
+    Arithmetic, not measured: four launches more than the direct order has take about 20 us, the sort of some 10,000
+    keys 40. A link of 52 GB/s brings 3 MB in that time, and where six of ten rows are found or asked for twice, as in
+    prose, a call of 5 MB is spared as many. For V4.1 on two layers that is 414 tokens.
+    """
+    return max(1, -(-_PAYS_FROM // token_bytes))
+
+
+def check_cache(where: str, cache, plan: HashPlan, tables, token_ids, num_rows: int) -> "NgramCache | None":
+    """``cache`` where this call goes through it, ready for it; raises unless it is one for this plan and tables."""
+    from .ngram_cache import NgramCache
+
+    if cache is None:
+        return None
+    if not isinstance(cache, NgramCache):
+        raise TypeError(f"{where}: cache must be an NgramCache, got {describe(cache)}")
+    same = len(tables) == len(cache.tables) and all(map(lambda a, b: a is b, tables, cache.tables))
+    if plan is not cache.plan or not same:
+        raise ValueError(f"{where}: cache must be made for this very plan and these tables, got {cache!r} of others")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{where}: cache must be None under torch.compile, which cannot see that a cache changes")
+    if num_rows >= 2**31:
+        raise ValueError(f"{where}: with a cache L * T * C must be below 2^31, got {num_rows}")
+    cache.refresh()
+    return cache if token_ids.numel() >= max(1, cache.min_tokens) else None
+
+
+class CacheState(NamedTuple):
+    """The tensors of a cache, and its lag."""
+
+    keys: torch.Tensor  #: int64 ``[G, S, W]``
+    stamps: torch.Tensor  #: int64 ``[G, S, W]``, when it was last used; 0 is an empty way, whatever its key
+    clock: torch.Tensor  #: int64 ``[1]``, tokens so far, behind a start of ``lag``
+    counts: torch.Tensor  #: int64 ``[5, G]``, in the order of COUNTS
+    rows: torch.Tensor  #: ``[G * S * W * E, R]`` in the table's type, fp8 as bytes
+    scales: torch.Tensor | None  #: uint8 ``[G * S * W * E, R / 32]`` where the format has them
+    descriptor: torch.Tensor  #: int64 ``[4]`` of rows and scales, as in a TableView
+    lag: int  #: how much older than now a new entry counts
+
+
+def launch_cached_lookup(
+    cache, token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs, order
+) -> None:
+    """One call through ``cache`` for all layers; ``order`` other than "direct" reads head by head."""
+    state = cache.state
+    num_groups, num_sets, ways = state.keys.shape
+    num_layers, num_columns = plan.primes.shape
+    num_orders = num_groups // num_layers
+    num_heads = num_columns // num_orders
+    num_tokens, device = token_ids.numel(), token_ids.device
+    num_entries = num_groups * num_tokens
+    missed = torch.empty(num_entries, dtype=torch.int64, device=device)
+    slots, sources, targets = (torch.empty(num_entries, dtype=torch.int32, device=device) for _ in range(3))
+    out_ptr, out_scale_ptr = kernel_out(out, view, storage)
+    itemsize = FORMATS[view.format].dtype.itemsize
+    values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
+    hashing = ("token_ids_ptr", "cu_seqlens_ptr", "history_ptr", "dead_ptr", "token_map_ptr", "multipliers_ptr")
+    numbers = ("num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos")
+    columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr")
+    tensors = dict(tables_ptr=view.descriptors, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, clock_ptr=state.clock)
+    tensors |= dict(stamps_ptr=state.stamps, keys_ptr=state.keys)
+    shared = dict(NUM_HEADS=num_heads)
+    with torch.cuda.device_of(token_ids), cache.in_order():
+        config = rows_config(view.width, itemsize, num_groups * num_tokens, processors(device), "device")
+        probe_cache_kernel[(programs or config.programs,)](
+            **{name: values[name] for name in (*hashing, *numbers)},
+            **tensors,
+            counts_ptr=state.counts,
+            entries_ptr=state.descriptor,
+            missed_ptr=missed,
+            slots_ptr=slots,
+            num_sets=num_sets,
+            **{name: constants[name] for name in ("NUM_LAYERS", "MAX_NGRAM", "HAS_EOS")},
+            **shared,
+            WAYS=ways,
+            **row_constants(view, storage, config),
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+        missed, places = torch.sort(missed, stable=True)
+        place = place_config(ways)
+        place_missed_kernel[(triton.cdiv(num_entries, place.block),)](
+            missed,
+            places,
+            state.stamps,
+            state.clock,
+            state.counts,
+            sources,
+            targets,
+            num_tokens,
+            num_entries,
+            num_entries.bit_length(),
+            num_sets,
+            NUM_GROUPS=num_groups,
+            WAYS=ways,
+            BLOCK=place.block,
+            COUNTED=min(COUNTED, triton.next_power_of_2(num_groups)),
+            num_warps=place.num_warps,
+            enable_fp_fusion=True,
+        )
+        config = rows_config(view.width, itemsize, num_entries * num_heads, processors(device), view.placement)
+        read_missed_kernel[(programs or config.programs,)](
+            missed_ptr=missed,
+            places_ptr=places,
+            slots_ptr=slots,
+            sources_ptr=sources,
+            targets_ptr=targets,
+            **{name: values[name] for name in columns},
+            **tensors,
+            rows_ptr=state.rows,
+            scales_ptr=state.scales,
+            num_tokens=num_tokens,
+            num_entries=num_entries,
+            lag=state.lag,
+            NUM_ORDERS=num_orders,
+            **shared,
+            NON_NEGATIVE=constants["NON_NEGATIVE"],
+            **row_constants(view, storage, config),
+            HEAD_MAJOR=order != "direct",
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+        parts = [out_ptr] if out_scale_ptr is None else [scale_words(out_scale_ptr), out_ptr]
+        for part in parts:
+            width = num_heads * part.shape[-1]
+            copies = copy_config(width, part.element_size())
+            steps = triton.cdiv(num_entries, copies.block_rows)
+            repeat_rows_kernel[(min(programs or 8 * processors(device), steps),)](
+                sources,
+                part,
+                state.clock if part is parts[-1] else None,
+                num_tokens,
+                num_entries,
+                NUM_ORDERS=num_orders,
+                WIDTH=width,
+                BLOCK_ROWS=copies.block_rows,
+                CHUNK=copies.chunk,
+                num_warps=copies.num_warps,
+                enable_fp_fusion=True,
+            )

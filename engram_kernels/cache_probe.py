@@ -1,0 +1,155 @@
+"""The first launch of a cached lookup: which n-grams the cache has, and the rows of those.
+
+    key = scramble(mix)                                      (a bijection of 64 bits; 0 stands for no n-gram)
+    set = (((key >> 32) + 2^31) * S) >> 32                   (rises with key, as signed numbers)
+
+G groups, one for each layer and order; S sets of W ways; T tokens. cache_lookup.py has the launches that follow.
+"""
+
+import triton
+import triton.language as tl
+
+from .hashing import ngram_mix
+from .rows import copy_rows
+
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "probe_cache_kernel": dict(sm_80=(128, 2048), sm_90=(104, 2048), sm_100=(104, 2048), gfx942=(96, 4096)),
+}
+
+
+@triton.jit
+def scramble(mix):
+    """The key of a mix: SplitMix64's finalizer, behind an XOR that no mix of a non-negative plan turns into key 0."""
+    word = (mix ^ -0x61C8864680B583EB).to(tl.uint64, bitcast=True)
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB
+    return (word ^ (word >> 31)).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def unscramble(key):
+    """The mix of a key: each step of :func:`scramble` undone, products by the inverses of their factors."""
+    word = key.to(tl.uint64, bitcast=True)
+    word = (word ^ (word >> 31) ^ (word >> 62)) * 0x319642B2D24D8EC3
+    word = (word ^ (word >> 27) ^ (word >> 54)) * 0x96DE1B173F119089
+    return (word ^ (word >> 30) ^ (word >> 60)).to(tl.int64, bitcast=True) ^ -0x61C8864680B583EB
+
+
+@triton.jit
+def set_of(key, num_sets):
+    """The set of a key within its group, int64."""
+    return (((key >> 32) + 2147483648) * num_sets) >> 32
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos", "num_sets"]
+)
+def probe_cache_kernel(
+    token_ids_ptr,
+    cu_seqlens_ptr,
+    history_ptr,
+    dead_ptr,
+    token_map_ptr,
+    multipliers_ptr,
+    tables_ptr,
+    keys_ptr,
+    stamps_ptr,
+    clock_ptr,
+    counts_ptr,
+    entries_ptr,
+    missed_ptr,
+    slots_ptr,
+    out_ptr,
+    out_scale_ptr,
+    num_tokens,
+    num_seqs,
+    search_steps,
+    seq_len,
+    vocab_size,
+    pad,
+    eos,
+    num_sets,
+    NUM_LAYERS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    MAX_NGRAM: tl.constexpr,
+    HAS_EOS: tl.constexpr,
+    WAYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALING: tl.constexpr,
+    STORAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Compare the n-grams of one group at BLOCK_ROWS tokens with the cache; copy rows of hits, note what is missed.
+
+    Writes, for each group and token, a missed n-gram's key (else 0) and its slot: -1 missed, -2 no n-gram. Persistent
+    grid. Relies on G * T < 2^31, and on writing tags and entries nowhere: a stamp gets the same value from all writers.
+    """
+    NUM_ORDERS: tl.constexpr = MAX_NGRAM - 1
+    NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
+    token_steps = (num_tokens - 1) // BLOCK_ROWS + 1
+    now = tl.load(clock_ptr) + num_tokens
+    for block in range(tl.program_id(0), NUM_GROUPS * token_steps, tl.num_programs(0)):
+        group = block // token_steps
+        layer = group // NUM_ORDERS
+        order = group - layer * NUM_ORDERS
+        token = (block - group * token_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask_t = token < num_tokens
+        mix, absent = ngram_mix(
+            token,
+            mask_t,
+            order + 2,
+            layer,
+            token_ids_ptr,
+            cu_seqlens_ptr,
+            history_ptr,
+            dead_ptr,
+            token_map_ptr,
+            multipliers_ptr,
+            num_seqs,
+            search_steps,
+            seq_len,
+            vocab_size,
+            pad,
+            eos,
+            MAX_NGRAM,
+            HAS_EOS,
+        )
+        absent = absent != 0  # of a scalar order the interpreter makes integers
+        key = scramble(mix)
+        asked = mask_t & ~absent & (key != 0)
+        first_slot = (group.to(tl.int64) * num_sets + set_of(key, num_sets)) * WAYS
+        slots = first_slot[:, None] + tl.arange(0, WAYS)[None, :]
+        held = tl.load(keys_ptr + slots, mask=asked[:, None], other=0)
+        stamp = tl.load(stamps_ptr + slots, mask=asked[:, None], other=0)
+        same = asked[:, None] & (stamp > 0) & (held == key[:, None])
+        tl.store(stamps_ptr + slots, now + slots * 0, mask=same)
+        slot = tl.max(tl.where(same, slots, -1), axis=1)
+        hit = slot >= 0
+        entry = group * num_tokens + token
+        tl.store(missed_ptr + entry, tl.where(asked & ~hit, key, 0), mask=mask_t)
+        tl.store(slots_ptr + entry, tl.where(absent, -2, slot).to(tl.int32), mask=mask_t)
+        tl.atomic_add(counts_ptr + group, tl.sum(asked.to(tl.int64), axis=0), sem="relaxed")
+        tl.atomic_add(counts_ptr + NUM_GROUPS + group, tl.sum(hit.to(tl.int64), axis=0), sem="relaxed")
+        out_row = ((layer.to(tl.int64) * num_tokens + token) * NUM_ORDERS + order) * NUM_HEADS
+        for head in range(NUM_HEADS):
+            copy_rows(
+                tl.where(hit, slot * NUM_HEADS + head, -1),
+                out_row + head,
+                mask_t & (hit | absent),
+                tl.load(entries_ptr),
+                tl.load(entries_ptr + 1),
+                tl.load(entries_ptr + 2),
+                tl.load(tables_ptr + layer * 4 + 3),
+                out_ptr,
+                out_scale_ptr,
+                WIDTH,
+                ELEMENT,
+                SCALING,
+                STORAGE,
+                GROUP,
+                CHUNK,
+            )
