@@ -13,7 +13,7 @@ Entries and tags are read in the first launch alone and written in the fourth al
 (docs/cache.md). Sizes depend on shapes alone and the host waits for nothing, so that a CUDA graph can hold all of it.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,9 +28,6 @@ from .row_format import FORMATS
 from .row_output import kernel_out
 from .rows import row_constants, rows_config
 from .table import TableView
-
-if TYPE_CHECKING:
-    from .ngram_cache import NgramCache
 
 #: What is counted for each group, in this order: n-grams asked for and hits of these, distinct missed ones read from
 #: the tables, those of them that were kept, and entries that they took from others.
@@ -51,23 +48,21 @@ def fewest_tokens(token_bytes: int) -> int:
     return max(1, -(-_PAYS_FROM // token_bytes))
 
 
-def check_cache(where: str, cache, plan: HashPlan, tables, token_ids, num_rows: int) -> "NgramCache | None":
-    """``cache`` where this call goes through it, ready for it; raises unless it is one for this plan and tables."""
+def check_cache(where: str, cache, plan: HashPlan, tables, num_rows: int) -> None:
+    """Raise unless ``cache`` is None or one for this plan and these tables, in a call for ``num_rows`` rows."""
     from .ngram_cache import NgramCache
 
     if cache is None:
-        return None
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{where}: cache must be None under torch.compile, which cannot see that a cache changes")
     if not isinstance(cache, NgramCache):
         raise TypeError(f"{where}: cache must be an NgramCache, got {describe(cache)}")
     same = len(tables) == len(cache.tables) and all(map(lambda a, b: a is b, tables, cache.tables))
     if plan is not cache.plan or not same:
         raise ValueError(f"{where}: cache must be made for this very plan and these tables, got {cache!r} of others")
-    if torch.compiler.is_compiling():
-        raise ValueError(f"{where}: cache must be None under torch.compile, which cannot see that a cache changes")
     if num_rows >= 2**31:
         raise ValueError(f"{where}: with a cache L * T * C must be below 2^31, got {num_rows}")
-    cache.refresh()
-    return cache if token_ids.numel() >= max(1, cache.min_tokens) else None
 
 
 class CacheState(NamedTuple):

@@ -311,7 +311,9 @@ def hash_lookup(
     shape = ids_shape(token_ids, plan)
     check_row_out(where, tables[0], (*shape, tables[0].width), token_ids.device, out, out_dtype, out_format)
     check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
-    cache = check_cache(where, cache, plan, tables, token_ids, num_rows)
+    check_cache(where, cache, plan, tables, num_rows)
+    if cache is not None and not cache.takes(token_ids.numel()):
+        cache = None
     if records_rows(tables, out_format):
         check_recordable(where, out)
         tokens = dict(cu_seqlens=cu_seqlens, history=history, dead=dead)

@@ -161,6 +161,13 @@ class NgramCache:
         with self.in_order():
             self._state.stamps.zero_()
 
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a call of so many tokens goes through it; what tables have changed is forgotten then."""
+        if num_tokens < max(1, self.min_tokens):
+            return False
+        self.refresh()
+        return True
+
     def refresh(self) -> None:
         """Forget the entries of tables whose rows have changed since (``EngramTable.version``).
 

@@ -9,16 +9,21 @@ reader is done. docs/prefetch.md has the argument, and recipes for CUDA graphs.
 """
 
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from .arguments import check_programs, check_token_values, check_tokens
+from .cache_lookup import check_cache
 from .hash_rows import check_tables_of_plan, hash_lookup
 from .plan import HashPlan
 from .read_order import check_order
 from .row_output import check_row_out
 from .rows import processors
 from .table import EngramTable, view_tables
+
+if TYPE_CHECKING:
+    from .ngram_cache import NgramCache
 
 _LAUNCH_BYTES = {"device": 32 << 20}  # of other placements:
 _LINK_BYTES = 512 << 10
@@ -112,6 +117,7 @@ class Prefetcher:
     max_sequences: most sequences of one start; None is max_tokens.
     layers: what :meth:`rows` calls the plan's layers, such as ``config.layers``; None is 0, 1, and so on.
     streams: what work is ordered with; None is a stream of the plan's GPU. On a CPU start() does all the work.
+    cache: as for :func:`hash_lookup`. With one the rows of all layers come at once.
 
     Keep it, like any buffer, for as long as a CUDA graph that holds its work is replayed. Not for two threads at once.
     """
@@ -128,6 +134,7 @@ class Prefetcher:
         max_sequences: int | None = None,
         layers: Sequence[int] | None = None,
         streams: CudaStreams | NoStreams | None = None,
+        cache: "NgramCache | None" = None,
     ):
         where = "Prefetcher"
         if not isinstance(plan, HashPlan):
@@ -141,11 +148,12 @@ class Prefetcher:
         _check_count(where, "max_sequences", max_sequences)
         check_programs(where, programs)
         check_order(where, order, num_layers * max_tokens * num_columns)
+        check_cache(where, cache, plan, tables, num_layers * max_tokens * num_columns)
         check_row_out(where, tables[0], (), plan.device, None, out_dtype, "values")
         names = tuple(range(num_layers) if layers is None else layers)
         if len(set(names)) != num_layers or len(names) != num_layers:
             raise ValueError(f"{where}: layers must be {num_layers} different names, one per layer, got {list(names)}")
-        self._plan, self._tables, self._layers = plan, tables, names
+        self._plan, self._tables, self._layers, self._cache = plan, tables, names, cache
         self.max_tokens, self.max_sequences = max_tokens, max_sequences
         self._plans = [plan.select(layers=[layer]) for layer in range(num_layers)]
         self._layer_bytes = num_columns * tables[0].nbytes // tables[0].rows  # of one token
@@ -292,7 +300,10 @@ class Prefetcher:
         view = self._rows[: torch.Size(shape).numel()].view(shape)
         self._view, self._start_captured = view, captured
         parts = [(self._plan, slice(0, num_layers))]
-        if layers_apart(token_ids.numel() * self._layer_bytes, self._tables[0].placement):
+        cached = self._cache is not None and token_ids.numel() >= self._cache.min_tokens
+        if cached:
+            options |= dict(cache=self._cache)
+        elif layers_apart(token_ids.numel() * self._layer_bytes, self._tables[0].placement):
             parts = [(plan, slice(layer, layer + 1)) for layer, plan in enumerate(self._plans)]
         streams, side = self._streams, self._streams.side
         for plan, part in parts:

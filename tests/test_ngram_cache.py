@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from engram_kernels import HashPlan, NgramCache, RowAdagrad, hash_lookup, reference
+from engram_kernels import HashPlan, NgramCache, Prefetcher, RowAdagrad, hash_lookup, reference
 from engram_kernels.cache_lookup import fewest_tokens
+from engram_kernels.reference.cache import ngram_keys
 
 from . import tables
 from .fake_streams import FakeStreams
@@ -144,6 +145,26 @@ def test_each_wait_is_needed(dropped):
     assert not all(run_order(dropped, False, first) for first in ORDERS)
 
 
+def test_a_prefetcher_with_a_cache():
+    """Its starts are calls of the cache, with the same rows; what it is given must fit."""
+    pair = Pair(CPU, small_plan(), 8, "float32", sets=8, ways=4)
+    prefetcher = Prefetcher(pair.moved, pair.tables, 40, cache=pair.cache)
+    pair.cache.min_tokens = 5
+    ids, cu, history, dead = ragged()
+    options = dict(cu_seqlens=cu, history=history, dead=dead)
+    for length in (19, 19, 4):
+        chosen = options if length == 19 else {}
+        prefetcher.start(ids[:length], **chosen)
+        expected = reference.hash_lookup(ids[:length], pair.plan, pair.on_cpu, **chosen)
+        assert all(torch.equal(prefetcher.rows(layer), expected[layer]) for layer in range(2))
+        if length == 19:
+            pair.simulator.look_up(ngram_keys(ids, pair.plan, **options))
+        pair.check()
+    assert pair.simulator.hits.min() > 5
+    with pytest.raises(ValueError, match="Prefetcher: cache must be made for this very plan and these tables"):
+        Prefetcher(pair.plan, pair.tables, 40, cache=pair.cache)
+
+
 def test_statistics():
     pair = Pair(CPU, small_plan(max_ngram=4, heads=3), 8, "float32", sets=4, ways=2)
     for ids in stream():
@@ -240,6 +261,8 @@ def test_errors_of_lookups():
     for plan, placed in ((pair.moved, other.tables), (other.moved, pair.tables), (pair.moved, [pair.tables[1]] * 2)):
         with pytest.raises(ValueError, match="hash_lookup: cache must be made for this very plan and these tables"):
             hash_lookup(ids, plan, placed, cache=pair.cache)
+    with pytest.raises(Exception, match="cache must be None under torch.compile"):
+        torch.compile(lambda ids: cached(pair, ids), backend="eager", fullgraph=True)(ids)
     with pytest.raises(TypeError, match="NgramCache.warm: token_ids must be a tensor of int32 or int64"):
         pair.cache.warm([1, 2])
     with pytest.raises(ValueError, match=r"NgramCache.warm: token_ids must have shape \[T\] or \[B, S\]"):
