@@ -41,7 +41,8 @@ def load_table(
         stored = select_table(checkpoint, config, layer, prefix)
         if mapped:
             return _mapped(checkpoint, stored, placement, options)
-        _check_room(stored, placement)
+        way_out = "free memory, or read it where it lies (placement='cpu', mapped=True)"
+        check_room(f"{stored.prefix}weight", stored.nbytes, placement, _WHERE, way_out)
         if stored.scale is not None:
             options["scale"] = stored.scale
         table = EngramTable.empty(stored.rows, stored.width, stored.format.name, placement=placement, **options)
@@ -64,12 +65,16 @@ def fill_table(
     *,
     threads: int = THREADS,
     progress: Progress | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """Write what is stored into a table of its rows, width and format."""
+    """Write what is stored into a table of its rows, width and format.
+
+    ranges: ``[begin, end)`` of the rows that the table is to hold, one after the other; None is all of them.
+    """
     targets = [(_flat(table.weight), stored.weights)]
     if stored.scales:
         targets.append((_flat(table.scale), stored.scales))
-    fill_tensors(targets, checkpoint, threads=threads, progress=progress)
+    fill_tensors(targets, checkpoint, threads=threads, progress=progress, ranges=ranges)
 
 
 def fill_tensors(
@@ -78,8 +83,12 @@ def fill_tensors(
     *,
     threads: int = THREADS,
     progress: Progress | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """Write stored tensors, one after the other, into the dense uint8 tensor that each sequence of them fills."""
+    """Write stored tensors, one after the other, into the dense uint8 tensor that each sequence of them fills.
+
+    ranges: as of :func:`fill_table`, in rows of each sequence.
+    """
     buffers = threading.local()
 
     def copy(chunk) -> int:
@@ -94,20 +103,37 @@ def fill_tensors(
             target[at : at + end - begin].copy_(part)
         return end - begin
 
-    total = sum(tensor.nbytes for _, tensors in targets for tensor in tensors)
-    run_chunks(_chunks(targets), copy, threads=threads, progress=progress, total=total)
+    chunks = _chunks(targets, ranges)
+    total = sum(end - begin for _, begin, end, *_ in chunks)
+    run_chunks(chunks, copy, threads=threads, progress=progress, total=total)
 
 
-def _chunks(targets) -> list[tuple[StoredTensor, int, int, torch.Tensor, int]]:
+def _chunks(targets, ranges) -> list[tuple[StoredTensor, int, int, torch.Tensor, int]]:
     """(stored tensor, begin and end in it, target, place there), files in turn."""
     queues: dict = {}
     for target, tensors in targets:
         place = 0
-        for tensor in tensors:
+        for tensor, low, high in _parts(tensors, ranges):
             queue = queues.setdefault(tensor.path, [])
-            queue += [(tensor, begin, end, target, place + begin) for begin, end in spans(tensor.nbytes, CHUNK)]
-            place += tensor.nbytes
+            for begin, end in spans(high - low, CHUNK):
+                queue.append((tensor, low + begin, low + end, target, place + begin))
+            place += high - low
     return list(interleave(queues.values()))
+
+
+def _parts(tensors: Sequence[StoredTensor], ranges) -> Iterator[tuple[StoredTensor, int, int]]:
+    """(stored tensor, begin and end in its bytes) of rows in ``ranges``, in their order; None is all of them."""
+    if ranges is None:
+        yield from ((tensor, 0, tensor.nbytes) for tensor in tensors)
+        return
+    ends = list(itertools.accumulate(tensor.shape[0] for tensor in tensors))
+    for begin, end in ranges:
+        for tensor, last in zip(tensors, ends, strict=True):
+            first = last - tensor.shape[0]
+            low, high = max(begin, first), min(end, last)
+            if low < high:
+                size = tensor.nbytes // tensor.shape[0]
+                yield tensor, (low - first) * size, (high - first) * size
 
 
 def _mapped(checkpoint: Checkpoint, stored: StoredTable, placement: str, options: dict) -> EngramTable:
@@ -140,14 +166,11 @@ def _run(checkpoint: Checkpoint, tensors: Sequence[StoredTensor], dtype) -> torc
     return mapping.bytes.view(dtype).view(-1, first.shape[1])
 
 
-def _check_room(stored: StoredTable, placement: str) -> None:
+def check_room(name: str, nbytes: int, placement: str, where: str, way_out: str) -> None:
     """Raise MemoryError where loading would have the kernel end this process or another."""
     available = available_host_memory()
-    if placement != "device" and stored.nbytes > available:
-        raise MemoryError(
-            f"{_WHERE}: {stored.prefix}weight takes {stored.nbytes:,} bytes and {available:,} are available; free "
-            "memory, or read it where it lies (placement='cpu', mapped=True)"
-        )
+    if placement != "device" and nbytes > available:
+        raise MemoryError(f"{where}: {name} takes {nbytes:,} bytes and {available:,} are available; {way_out}")
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

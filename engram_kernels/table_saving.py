@@ -6,6 +6,7 @@ every time, so that what the old index tells of stays until the new one is there
 recognised by its lock, which went with it, and removed by the next save.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -80,6 +81,50 @@ class _Shard:
         return self.offsets["end"]
 
 
+@dataclass
+class RowsFiles:
+    """Files under way and where rows go in them, which another process can open as well."""
+
+    shards: list[_Shard]
+    sizes: tuple[int, int]  #: bytes of a row, of its scales
+
+    def open(self) -> None:
+        """Open the files, in a process that did not make them; all or none."""
+        for shard in self.shards:
+            shard.fd = -1
+        try:
+            for shard in self.shards:
+                shard.fd = os.open(shard.partial, os.O_RDWR | os.O_CLOEXEC)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, begin: int, weight: torch.Tensor, scales: torch.Tensor | None) -> int:
+        """Write rows from ``begin`` on, and their scales; returns the bytes written."""
+        end = begin + len(weight)
+        for shard in self.shards:
+            first, last = max(begin, shard.begin), min(end, shard.end)
+            if first >= last:
+                continue
+            for key, tensor, size in zip(("weight", "scale"), (weight, scales), self.sizes, strict=True):
+                if size:
+                    part = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
+                    write_all(shard.fd, part.numpy(), shard.offsets[key] + (first - shard.begin) * size)
+        return len(weight) * sum(self.sizes)
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        for shard in self.shards:
+            os.fsync(shard.fd)
+
+    def close(self) -> None:
+        """Close what :meth:`open` opened."""
+        for shard in self.shards:
+            if shard.fd >= 0:
+                os.close(shard.fd)
+                shard.fd = -1
+
+
 class TableWriter:
     """A table's files, written in any order of rows and by any number of threads, then put in place by commit().
 
@@ -124,18 +169,14 @@ class TableWriter:
             self.close()
             raise
 
+    @property
+    def rows_files(self) -> "RowsFiles":
+        """Where rows go, for this process or for others that see the same folder."""
+        return RowsFiles([dataclasses.replace(shard) for shard in self._shards], self._sizes)
+
     def write(self, begin: int, weight: torch.Tensor, scales: torch.Tensor | None) -> int:
         """Write rows from ``begin`` on, and their scales; returns the bytes written."""
-        end = begin + len(weight)
-        for shard in self._shards:
-            first, last = max(begin, shard.begin), min(end, shard.end)
-            if first >= last:
-                continue
-            for key, tensor, size in zip(("weight", "scale"), (weight, scales), self._sizes, strict=True):
-                if size:
-                    part = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
-                    write_all(shard.fd, part.numpy(), shard.offsets[key] + (first - shard.begin) * size)
-        return len(weight) * self.row_bytes
+        return RowsFiles(self._shards, self._sizes).write(begin, weight, scales)
 
     def commit(self) -> Path:
         """Put the files in place; returns the file, or the index of several."""
