@@ -12,6 +12,7 @@ from .prefetch import Prefetcher
 from .replacement import replace_engram
 from .row_optimizers import RowAdagrad, RowAdam
 from .rows import lookup
+from .sharded_table import ShardedTable
 from .state import EngramState
 from .table import EngramTable
 from .token_map import build_token_map
@@ -27,6 +28,7 @@ __all__ = [
     "Prefetcher",
     "RowAdagrad",
     "RowAdam",
+    "ShardedTable",
     "build_token_map",
     "gate_conv_residual",
     "gate_residual",

@@ -26,6 +26,7 @@ from .gate_gradients import split_kv
 from .hash_rows import hash_lookup
 from .plan import HashPlan
 from .safetensors_file import Checkpoint, CheckpointTensors, Paths
+from .sharded_table import ShardedTable
 from .state import EngramStep
 from .stored_table import module_prefix
 from .table import EngramTable
@@ -34,7 +35,8 @@ from .table import EngramTable
 class Engram(nn.Module):
     """Engram of model layer ``layer``; H branches, D hidden size, C columns of R elements.
 
-    plan: the plan of all the config's layers, or of this one alone. table: this layer's rows.
+    plan: the plan of all the config's layers, or of this one alone. table: this layer's rows; of a
+    :class:`ShardedTable` each rank looks up its own tokens, in forward passes that all ranks make.
     residual: False returns what is to be added to the hidden state instead of the sum, as the demo's module does.
     """
 
@@ -43,7 +45,7 @@ class Engram(nn.Module):
         config: EngramConfig,
         layer: int,
         plan: HashPlan,
-        table: EngramTable,
+        table: EngramTable | ShardedTable,
         *,
         residual: bool = True,
         device: torch.device | str | None = None,
@@ -132,7 +134,10 @@ class Engram(nn.Module):
         dtype = self.wkv.weight.dtype
         out_dtype = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else None
         options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, out_dtype=out_dtype)
-        return hash_lookup(token_ids, self._plan(token_ids.device), (self.table,), **options)[0]
+        plan = self._plan(token_ids.device)
+        if isinstance(self.table, ShardedTable):
+            return self.table.hash_lookup(token_ids, plan, **options)
+        return hash_lookup(token_ids, plan, (self.table,), **options)[0]
 
     def new_conv_state(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The state before the first token of ``batch`` sequences, on the module's device."""

@@ -1,0 +1,142 @@
+"""What ranks of a group say to each other, by torch.distributed, with errors that name the step and the rank.
+
+A rank that dies, hangs, or makes another call shows up in its peers' next collective: at once with Gloo where a
+connection breaks, within the group's time-out otherwise.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Result = TypeVar("Result")
+
+
+class RankError(RuntimeError):
+    """A step that all ranks of a group take together failed on some rank."""
+
+
+def attempt_everywhere(ranks: "Ranks", replicas: "Ranks | None", where: str, what: str, work: Callable):
+    """:meth:`Ranks.attempt` in a group, and through the groups of its ranks' replicas in all groups beside it."""
+    if replicas is None:
+        return ranks.attempt(where, what, work)
+    return replicas.attempt(where, what, lambda: ranks.attempt(where, what, work))
+
+
+class Ranks:
+    """A process group seen from one of its ranks; None is the world. ``what`` names it in errors."""
+
+    def __init__(self, group: "ProcessGroup | None", where: str):
+        import torch.distributed as dist
+
+        if not dist.is_available() or not dist.is_initialized():
+            raise ValueError(f"{where}: torch.distributed must be initialised first (init_process_group)")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"{where}: a group must be a torch.distributed.ProcessGroup (of a DeviceMesh, mesh.get_group(name)) or "
+                f"None, got {type(group).__name__}"
+            )
+        self.group = dist.group.WORLD if group is None else group
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError(f"{where}: rank {dist.get_rank()} of the world is not a member of the group")
+
+    @property
+    def members(self) -> list[int]:
+        """Ranks of the world, in the group's order."""
+        import torch.distributed as dist
+
+        return dist.get_process_group_ranks(self.group)
+
+    def exchange(
+        self, send: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], where: str, what: str
+    ) -> torch.Tensor:
+        """``send [n, ...]``, of which ``send_counts`` entries go to each rank, for what the ranks have for this one."""
+        received = send.new_empty(sum(receive_counts), *send.shape[1:])
+        return self.exchange_into(received, send, where, what, list(receive_counts), list(send_counts))
+
+    def exchange_into(
+        self,
+        received: torch.Tensor,
+        send: torch.Tensor,
+        where: str,
+        what: str,
+        receive_counts: list[int] | None = None,
+        send_counts: list[int] | None = None,
+    ) -> torch.Tensor:
+        """The same into a tensor of the caller's; without counts every rank gets an equal share."""
+        import torch.distributed as dist
+
+        with self._together(where, what):
+            dist.all_to_all_single(received, send, receive_counts, send_counts, group=self.group)
+        return received
+
+    def exchange_counts(self, counts: torch.Tensor, where: str, what: str) -> tuple[list[int], list[int]]:
+        """(counts as given, what each rank has for this one) of int64 ``counts [W]``. Waits for the device."""
+        received = self.exchange_into(torch.empty_like(counts), counts, where, f"the number of {what}")
+        return counts.tolist(), received.tolist()
+
+    def sum(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
+        """The sum of ``value [1]`` over the ranks, added in their order: the same bits on every rank."""
+        import torch.distributed as dist
+
+        values = value.new_empty(self.size)
+        with self._together(where, what):
+            dist.all_gather_into_tensor(values, value, group=self.group)
+        return values.sum(0, keepdim=True)
+
+    def gather(self, value: Any, where: str, what: str) -> list[Any]:
+        """Every rank's ``value``, in the order of ranks."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with self._together(where, what):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def attempt(self, where: str, what: str, work: Callable[[], Result]) -> Result:
+        """``work()`` on every rank; where it fails on one, it fails on all: there with its error, else RankError."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as failure:
+            error = failure
+        self.report(error, where, what)
+        return result
+
+    def report(self, error: Exception | None, where: str, what: str) -> None:
+        """Tell the others how ``what`` went here, and raise where it failed anywhere."""
+        texts = self.gather(None if error is None else f"{type(error).__name__}: {error}", where, f"report on {what}")
+        if error is not None:
+            raise error
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        if failed:
+            rank, text = failed[0]
+            others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise RankError(f"{where}: {what} failed on rank {rank} of {self.size}{others}: {text}")
+
+    def check_equal(self, facts: Mapping[str, Any], where: str) -> None:
+        """Raise ValueError on every rank unless all of them have the same facts."""
+        everywhere = self.gather(dict(facts), where, "comparison of arguments")
+        for name, expected in everywhere[0].items():
+            for rank, other in enumerate(everywhere):
+                if other.get(name) != expected:
+                    raise ValueError(
+                        f"{where}: {name} must be the same on all {self.size} ranks, got {expected!r} on rank 0 and "
+                        f"{other.get(name)!r} on rank {rank}"
+                    )
+
+    @contextlib.contextmanager
+    def _together(self, where: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # what c10d and its backends raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RankError(
+                f"{where}: {what} failed on rank {self.rank} of {self.size}: a rank has died, has not come within the "
+                f"group's time-out, or made another call ({reason[:300]})"
+            ) from error
