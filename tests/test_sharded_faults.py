@@ -1,0 +1,82 @@
+"""Errors of tables over ranks: on every rank, soon, and with what is wrong in words."""
+
+import time
+
+import pytest
+import torch
+
+from engram_kernels import EngramConfig, ShardedTable, lookup
+
+from .rank_cases import config_of
+from .ranks import Each, World
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = World(3, tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(capacity=5),
+            "ShardedTable: capacity must be the same on all 3 ranks, got None on rank 0 and 5 on rank 1",
+        ),
+        (dict(split="rows"), "ShardedTable: split must be the same on all 3 ranks, got 'columns' on rank 0 and 'rows'"),
+        (dict(layer=1), "must be the same on all 3 ranks|weight must have shape"),
+        (dict(config=config_of("tiny", "bfloat16")), "weight must have shape [12, 64], got [720, 64]"),
+        (dict(cut=True), "weight must have shape [720, 64], got [719, 64]"),
+        (dict(capacity=0), "capacity must be a positive int or None, got 0"),
+        (dict(placement="device"), "placement 'device' needs a GPU"),
+        (dict(scales="device"), "scales='device' is for format e4m3_ue8m0"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(world, change, message):
+    errors = world.errors("construct", Each([None, change, None]))
+    assert all(any(part in error for part in message.split("|")) for error in errors), errors
+
+
+def test_a_config_that_differs(world):
+    change = dict(config=EngramConfig(**{**vars(config_of("wide", "bfloat16")), "seed": 5}))
+    (error,) = set(world.errors("construct", Each([None, None, change])))
+    assert error.startswith(
+        "ValueError: ShardedTable: config's seed must be the same on all 3 ranks, got 0 on rank 0 and 5"
+    )
+
+
+def test_rows_that_cannot_be_written(world):
+    """A fill that fails on one rank; the parts of the others are closed as well."""
+    errors = world.errors("construct_filled", Each([False, False, True]))
+    assert errors[2] == "KeyError: 'no rows here'"
+    assert all("making its part failed on rank 2 of 3: KeyError: 'no rows here'" in error for error in errors[:2])
+
+
+@pytest.mark.parametrize("what, seconds", [("die", 10.0), ("sleep", 20.0)])
+def test_a_rank_that_dies_or_hangs(tmp_path, what, seconds):
+    """Its peers' next lookup is an error: at once where the connection breaks, else within the time-out of 2 s."""
+    world = World(3, tmp_path, timeout=2.0)
+    try:
+        world.run("keep")
+        start = time.monotonic()
+        world.start("use", Each(["look", "look", what]))
+        for worked, text in world.answers(ranks=(0, 1), timeout=seconds):
+            assert not worked
+            assert "ShardedTable.lookup: the number of rows asked for failed on rank" in text
+            assert "a rank has died, has not come within the group's time-out, or made another call" in text
+        assert time.monotonic() - start < seconds
+    finally:
+        world.close()
+
+
+def test_without_a_group():
+    with pytest.raises(ValueError, match=r"^ShardedTable: torch.distributed must be initialised first"):
+        ShardedTable(config_of(), 4, placement="cpu")
+
+
+def test_ops_for_tables_in_one_piece_say_what_they_expect(world):
+    table = object.__new__(ShardedTable)
+    with pytest.raises(TypeError, match="^lookup: expected an EngramTable, got ShardedTable$"):
+        lookup(table, torch.tensor([[1]]))
