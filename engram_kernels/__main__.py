@@ -26,6 +26,10 @@ def _positive(text: str) -> int:
     return number
 
 
+def _ranks(text: str) -> int:
+    return int(_number(text, lambda number: 2 <= number <= 65536 and number % 1 == 0, "a whole number from 2 to 65536"))
+
+
 def _rate(text: str) -> float:
     return _number(text, lambda number: 0 < number < float("inf"), "a positive number of GB/s")
 
@@ -97,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--link", metavar="GB/s", type=_rate, help="of the link to the host; default PCIe Gen5 x16")
     size.add_argument("--memory", metavar="GB/s", type=_rate, help="of device memory; default an H200")
     size.add_argument("--hit-rate", metavar="SHARE", type=_share, help="rows that come from device memory; default 0")
+    size.add_argument("--ranks", metavar="N", type=_ranks, help="what a table over N ranks costs, beside copies")
     _add_cache(commands)
     _add_table(commands)
     return parser
@@ -196,14 +201,22 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _size(arguments: argparse.Namespace) -> int:
-    from .size import PRESETS, print_size
+    from .console import print_sections
+    from .rank_traffic import rank_sections
+    from .size import PRESETS, size_sections
 
     if arguments.config not in PRESETS:
         known = ", ".join(PRESETS)
         print(f"engram_kernels size: --config must be one of {known}, got {arguments.config!r}", file=sys.stderr)
         return 2
     options = {name: getattr(arguments, name) for name in ("tokens", "link", "memory", "hit_rate")}
-    print_size(name=arguments.config, **{name: value for name, value in options.items() if value is not None})
+    options = {name: value for name, value in options.items() if value is not None}
+    sections = size_sections(arguments.config, **options)
+    if arguments.ranks is not None:
+        options.pop("memory", None)
+        options["tokens"] = max(options.get("tokens", (8192,)))
+        sections += rank_sections(arguments.config, arguments.ranks, **options)
+    print_sections(sections)
     sys.stdout.flush()
     return 0
 

@@ -49,7 +49,10 @@ class Sharding:
     @cached_property
     def part_rows(self) -> tuple[int, ...]:
         """Rows of each rank's part."""
-        return tuple(sum(end - begin for begin, end in self.ranges(rank)) for rank in range(self.ranks))
+        rows = [0] * self.ranks
+        for piece in self.pieces:
+            rows[piece.rank] += piece.end - piece.begin
+        return tuple(rows)
 
     @property
     def key_stride(self) -> int:

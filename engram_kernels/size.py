@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from .config import EngramConfig
-from .console import gib, print_sections
+from .console import gib
 from .row_format import row_format
 
 PRESETS = ("deepseek_v41_flash", "engram_27b", "engram_40b", "deepseek_demo", "qwen38_flash_next")
@@ -132,11 +132,6 @@ def size_sections(
     labels = ["one layer"] + [""] * len(tokens)
     note = "floors of time are bytes over rate; at large T the projection is bound by arithmetic instead"
     return [head, [*memory_lines, ("all layers", gib(total))], [*zip(labels, rows, strict=True), ("", note)]]
-
-
-def print_size(**options) -> None:
-    """Print :func:`size_sections`."""
-    print_sections(size_sections(**options))
 
 
 def _scales(nbytes: int) -> str:

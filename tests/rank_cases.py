@@ -109,11 +109,47 @@ def lookups(kind, format, tokens, split="columns", capacity=None, index_dtype=to
         found["strided"] = same(table.lookup(ids.T), lookup(expected, ids.T.contiguous()))
         rows = table.hash_lookup(own, plan_of(config))
         found["hashed"] = same(rows, hash_lookup(own, plan_of(config).select(layers=[1]), [expected])[0])
-        with counted_bytes() as calls:
-            table.lookup(row_ids)
         parts = (table.sharding.split, table.sharding.part_rows)
-        asked = [len(set(part.tolist())) for part in _by_owner(table, row_ids)]
-    return found, parts, asked, calls
+    return found, parts
+
+
+def traffic(kind, capacity=None, tokens=300, meshed=False):
+    """What a lookup and its backward pass hand to all_to_all_single, and the rows that go to each owner."""
+    options = dict(capacity=capacity)
+    if meshed:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "table"))
+        options |= dict(group=grid.get_group("table"), replicas=grid.get_group("data"))
+    config = config_of(kind, "bfloat16")
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    own = torch.randint(0, 50, (tokens,), generator=generator)
+    row_ids = ngram_hash(own, plan_of(config))[:, 1]
+    with sharded(config, **options) as table:
+        table.requires_row_grad_()
+        with counted_bytes() as forward:
+            values = table.lookup(row_ids)
+        with counted_bytes() as backward:
+            values.sum().backward()
+        entries = [part.tolist() for part in _by_owner(table, row_ids)]
+    sent = [[others for others, _ in calls] for calls in (forward, backward)]
+    return *sent, [len(set(part)) for part in entries], [len(part) for part in entries]
+
+
+def documented(blocks, folder, name):
+    """The blocks of docs/scale.md, on a CPU; what the rows are before and after the step of the first."""
+    config = config_of("wide", "float32")
+    own = batches(dist.get_world_size(), "uneven")[dist.get_rank()]
+    hidden = torch.randn(len(own), config.branches, HIDDEN, requires_grad=True)
+    space = dict(config=config, layer=4, plan=plan_of(config), folder=folder, hidden=hidden, token_ids=own, group=None)
+    tables_made = []
+    for block in blocks:
+        for there, here in (('dist.init_process_group("nccl")', ""), ('"cuda"', '"cpu"'), ('"engram-1"', repr(name))):
+            block = block.replace(there, here)
+        exec(compile(block, "docs/scale.md", "exec"), space)
+        tables_made.append(space["table"])
+    shapes = [(table.placement, table.ranks.size, table.part.rows) for table in tables_made]
+    for it in (space["rows"], *tables_made):
+        it.close()
+    return shapes, hidden.grad is not None
 
 
 def _by_owner(table, row_ids):

@@ -1,9 +1,14 @@
 """A table over real processes (Gloo): the bits of one process, training, nodes and meshes."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from engram_kernels import EngramTable
+from engram_kernels.rank_traffic import fixed_exchange, gradient_exchange, lookup_exchange, replica_exchange
+
+from .rank_cases import WIDTH, config_of, whole
 from .ranks import World
 
 SIZES = (2, 3, 4, 8)
@@ -28,7 +33,7 @@ def world(request, tmp_path_factory):
     ],
 )
 def test_bits_are_those_of_one_process(world, kind, format, tokens, split, capacity):
-    for found, (became, rows), *_ in world.run("lookups", kind, format, tokens, split, capacity):
+    for found, (became, rows) in world.run("lookups", kind, format, tokens, split, capacity):
         assert all(found.values()), found
         columns = 8 if kind == "wide" else 2
         assert became == ("columns" if split == "columns" and columns % world.size == 0 else "rows")
@@ -76,6 +81,27 @@ def test_the_module_takes_it(world):
         assert all(equal) and has_gradient
 
 
+ROW, ENTRY, ID = 2 * WIDTH, 2 * WIDTH, 4  # bfloat16 rows and gradients
+
+
+@pytest.mark.parametrize("kind", ["wide", "tiny"])
+def test_bytes_are_those_of_the_traffic_model(world, kind):
+    """Of each exchange and rank, exactly; of its own number of rows, which is a mean, within 5 %."""
+    size, tokens = world.size, 300
+    answers = world.run("traffic", kind, tokens=tokens)
+    for rank, (forward, backward, distinct, entries) in enumerate(answers):
+        asked = sum(distinct) - distinct[rank]
+        given = sum(other[2][rank] for other in answers) - distinct[rank]
+        assert tuple(forward) == lookup_exchange(size, asked, given, ROW, ID)
+        assert tuple(backward) == gradient_exchange(size, sum(entries) - entries[rank], ENTRY, ID)
+    # The model counts (W - 1) / W of what is fetched, which holds on average over ranks.
+    fetched = sum(sum(distinct) for _, _, distinct, _ in answers) / size * (size - 1) / size
+    sent = sum(sum(forward) for forward, *_ in answers) / size
+    assert sent == pytest.approx(sum(lookup_exchange(size, fetched, fetched, ROW, ID)), rel=0.05)
+    for forward, *_ in world.run("traffic", kind, capacity=400, tokens=tokens):
+        assert tuple(forward) == fixed_exchange(size, 400, ROW, ID)
+
+
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     made = World(4, tmp_path_factory.mktemp("ranks"))
@@ -95,8 +121,33 @@ def test_a_mesh_of_data_and_table(four):
         assert equal and size == 2 and trained["equal"] and trained["changed"]
 
 
+def test_bytes_of_replicas_are_those_of_the_traffic_model(four):
+    answers = four.run("traffic", "wide", meshed=True)
+    for rank, (_, backward, _, entries) in enumerate(answers):
+        column, pair = rank % 2, [rank // 2 * 2, rank // 2 * 2 + 1]  # its place in the table's group; that group
+        received = sum(answers[other][3][column] for other in pair)
+        mine = gradient_exchange(2, entries[1 - column], ENTRY, ID)
+        assert tuple(backward) == (*mine, *replica_exchange(2, 2, received, ENTRY, ID))
+
+
 def test_nodes_of_different_sizes_are_refused(four):
     (error,) = set(four.errors("uneven_nodes"))
     assert error == (
         "ValueError: ShardedTable.node_groups: every node must have the same number of ranks, got {'a': 1, 'b': 3}"
     )
+
+
+def test_the_blocks_of_the_document_run(four, tmp_path, shared_name):
+    """One after the other, by four ranks of one node; the step of the first is in the file it writes."""
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/scale.md").read_text(), re.S)
+    assert len(blocks) == 3
+    config = config_of("wide", "float32")
+    EngramTable.from_tensors(*whole(config, 4), placement="cpu").save_safetensors(tmp_path)
+    rows = config.rows_per_layer[1]
+    for shapes, has_gradient in four.run("documented", blocks, str(tmp_path), shared_name):
+        assert shapes[0][:2] == ("host", 4) and 0 < shapes[0][2] < rows / 2
+        assert shapes[1] == ("shared", 1, rows) and shapes[2][:2] == ("host", 2)
+        assert has_gradient
+    with EngramTable.from_safetensors(tmp_path, placement="cpu") as table:
+        moved = (table.weight != whole(config, 4)[0]).any(1).sum()
+        assert 0 < moved < rows
