@@ -86,7 +86,7 @@ class Ranks:
 
         values = value.new_empty(self.size)
         with self._together(where, what):
-            dist.all_gather_into_tensor(values, value, group=self.group)
+            dist.all_gather(list(values.split(1)), value, group=self.group)
         return values.sum(0, keepdim=True)
 
     def gather(self, value: Any, where: str, what: str) -> list[Any]:

@@ -7,7 +7,7 @@ The rules are those of reference/row_update.py. Both are torch optimizers over t
 rate schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/training.md shows how.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +41,7 @@ class RowOptimizer(torch.optim.Optimizer):
         seed: int,
     ):
         where = type(self).__name__
-        tables = (tables,) if isinstance(tables, EngramTable) else tuple(tables)
+        tables = tuple(tables) if isinstance(tables, Iterable) else (tables,)
         for table in tables:
             if not isinstance(table, EngramTable):
                 raise TypeError(f"{where}: tables must be EngramTable objects, got {type(table).__name__}")

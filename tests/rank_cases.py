@@ -203,11 +203,12 @@ def train(optimizer, tokens, split="columns", format="float32", steps=3, clip=No
             one.zero_row_grad()
             # Different per entry and cheap; the second pass adds to what the first left.
             (values.float() * values.float().sin()).sum().backward(retain_graph=True)
-            values.float().square().sum().backward()
+            values.float().square().sum().backward(retain_graph=clip is not None)
         norms.append((float(table.anchor.grad), float(alone.anchor.grad)))
-        if clip:
-            for anchor in (table.anchor, alone.anchor):
+        if clip:  # and one more pass, which adds to what clipping left
+            for values, anchor in ((rows, table.anchor), (expected, alone.anchor)):
                 torch.nn.utils.clip_grad_norm_([anchor], clip)
+                values.float().sum().backward()
         if ours is not None:
             ours.step()
         theirs.step()
@@ -319,7 +320,7 @@ def seconds():
     return HELD["seconds"]
 
 
-def nodes(name, optimizer):
+def nodes(name, optimizer, path):
     """Two nodes of two ranks, each with one part in shared memory: what is shared, and steps of training."""
     label = "ab"[dist.get_rank() // 2]
     inside, across = ShardedTable.node_groups(node=label)
@@ -339,7 +340,21 @@ def nodes(name, optimizer):
         begin = table.sharding.ranges(table.ranks.rank)[0][0]
         table.part.weight[5] = expected.weight[begin + 5]
     dist.barrier()
+    if not table.part.attached:
+        table.save_safetensors(path)
+    dist.barrier()
     return members, equal, seen, train(optimizer, "uneven", table=table)
+
+
+def ill_matched(kind):
+    """Replicas that hold other parts, one of which fails, or tables of different nodes' configs."""
+    if kind == "parts":
+        return sharded(config_of("wide"), replicas=dist.group.WORLD)
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "table"))
+    options = dict(group=grid.get_group("table"), replicas=grid.get_group("data"))
+    split = "rows" if kind == "split" and dist.get_rank() > 1 else "columns"
+    change = dict(placement="device") if kind == "memory" and dist.get_rank() == 3 else {}
+    return sharded(config_of("wide"), split=split, **options, **change)
 
 
 def uneven_nodes():

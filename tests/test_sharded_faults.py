@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from engram_kernels import EngramConfig, ShardedTable, lookup
+from engram_kernels import EngramConfig, RowAdagrad, ShardedTable, lookup
 
 from .rank_cases import config_of
 from .ranks import Each, World
@@ -76,7 +76,9 @@ def test_without_a_group():
         ShardedTable(config_of(), 4, placement="cpu")
 
 
-def test_ops_for_tables_in_one_piece_say_what_they_expect(world):
+def test_what_takes_tables_in_one_piece_says_so():
     table = object.__new__(ShardedTable)
     with pytest.raises(TypeError, match="^lookup: expected an EngramTable, got ShardedTable$"):
         lookup(table, torch.tensor([[1]]))
+    with pytest.raises(TypeError, match="^RowAdagrad: tables must be EngramTable objects, got ShardedTable$"):
+        RowAdagrad(table)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from engram_kernels import EngramTable
 from engram_kernels.rank_traffic import fixed_exchange, gradient_exchange, lookup_exchange, replica_exchange
@@ -109,11 +110,14 @@ def four(tmp_path_factory):
     made.close()
 
 
-def test_a_part_per_node(four, shared_name):
+def test_a_part_per_node(four, shared_name, tmp_path):
     """Two nodes of two ranks: one copy each, lookups across nodes, and one writer whose steps both ranks see."""
-    for rank, (members, equal, seen, trained) in enumerate(four.run("nodes", shared_name, "adagrad")):
+    config = config_of("wide", "float32")
+    for rank, (members, equal, seen, trained) in enumerate(four.run("nodes", shared_name, "adagrad", str(tmp_path))):
         assert members == [[0, 1] if rank < 2 else [2, 3], [rank % 2, rank % 2 + 2]]
         assert equal and seen and trained["equal"] and trained["changed"]
+    with EngramTable.from_safetensors(tmp_path, placement="cpu") as saved:
+        assert torch.equal(saved.weight, whole(config, 4)[0])
 
 
 def test_a_mesh_of_data_and_table(four):
@@ -128,6 +132,20 @@ def test_bytes_of_replicas_are_those_of_the_traffic_model(four):
         received = sum(answers[other][3][column] for other in pair)
         mine = gradient_exchange(2, entries[1 - column], ENTRY, ID)
         assert tuple(backward) == (*mine, *replica_exchange(2, 2, received, ENTRY, ID))
+
+
+@pytest.mark.parametrize(
+    "kind, messages",
+    [
+        ("parts", ["part must be the same on all 4 ranks, got 0 on rank 0 and 1 on rank 1"] * 4),
+        ("split", ["split must be the same on all 2 ranks, got 'columns' on rank 0 and 'rows' on rank 1"] * 4),
+        # With its own error on the rank, and told on through its group and its replicas.
+        ("memory", ["making its part failed on rank 1 of 2"] * 3 + ["placement 'device' needs a GPU"]),
+    ],
+)
+def test_replicas_that_do_not_match(four, kind, messages):
+    errors = four.errors("ill_matched", kind)
+    assert all(message in error for message, error in zip(messages, errors, strict=True)), errors
 
 
 def test_nodes_of_different_sizes_are_refused(four):
