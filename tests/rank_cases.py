@@ -184,7 +184,7 @@ def overflow():
             return message, str(error), fits, lost, again
 
 
-def train(optimizer, tokens, split="columns", format="float32", steps=3, clip=None, table=None, order=None):
+def train(optimizer, tokens, split="columns", format="float32", steps=3, clip=None, table=None):
     """Steps over all ranks' batches, against one process over the batches one after the other; what differs."""
     config, layer, size = config_of("wide", format), 4, dist.get_world_size()
     table = (sharded(config, layer, split=split) if table is None else table).requires_row_grad_()
@@ -195,14 +195,16 @@ def train(optimizer, tokens, split="columns", format="float32", steps=3, clip=No
     plan, norms = plan_of(config), []
     for step in range(steps):
         every = batches(size, tokens, seed=step)
-        together = [every[rank] for rank in order or range(size)]
-        ends = torch.tensor([0, *(len(part) for part in together)]).cumsum(0).to(torch.int32)
+        ends = torch.tensor([0, *(len(part) for part in every)]).cumsum(0).to(torch.int32)
         rows = table.hash_lookup(every[dist.get_rank()], plan)
-        expected = hash_lookup(torch.cat(together), plan.select(layers=[1]), [alone], cu_seqlens=ends)[0]
-        for values, one in ((rows, table), (expected, alone)):
+        expected = hash_lookup(torch.cat(every), plan.select(layers=[1]), [alone], cu_seqlens=ends)[0]
+        # Entries of one row have gradients of their own: what is added in another order has other bits.
+        factors = torch.randn(expected.shape, generator=torch.Generator().manual_seed(step))
+        own = factors[ends[dist.get_rank()] : ends[dist.get_rank() + 1]]
+        for values, factor, one in ((rows, own, table), (expected, factors, alone)):
             one.zero_row_grad()
-            # Different per entry and cheap; the second pass adds to what the first left.
-            (values.float() * values.float().sin()).sum().backward(retain_graph=True)
+            (values.float() * factor).sum().backward(retain_graph=True)
+            # which adds to what the first pass left
             values.float().square().sum().backward(retain_graph=clip is not None)
         norms.append((float(table.anchor.grad), float(alone.anchor.grad)))
         if clip:  # and one more pass, which adds to what clipping left
@@ -241,16 +243,16 @@ def module():
         return [same(a, b) for a, b in zip(*outputs, strict=True)], table.part.row_grad is not None
 
 
-def save(path, kind, format, split="columns", fault=None, **options):
-    """Saves; ``fault`` strikes on rank 1 while it writes its rows."""
-    if fault and dist.get_rank() == 1:
+def save(path, kind, format, split="columns", fault=None, struck=1, **options):
+    """Saves; ``fault`` strikes on rank ``struck`` while it writes its rows."""
+    if fault and dist.get_rank() == struck:
         strike = dict(error=_no_space, death=lambda *_: os._exit(9), hang=lambda *_: time.sleep(3600))[fault]
         original, table_saving.RowsFiles.write = table_saving.RowsFiles.write, strike
     try:
         with sharded(config_of(kind, format), 4, split=split) as table:
             return str(table.save_safetensors(path, **options))
     finally:
-        if fault and dist.get_rank() == 1:
+        if fault and dist.get_rank() == struck:
             table_saving.RowsFiles.write = original
 
 
@@ -303,21 +305,20 @@ def keep(kind="wide", format="float32"):
     HELD["table"] = sharded(config_of(kind, format))
 
 
-def use(what):
-    """A lookup in the kept table, or something else."""
-    start = time.monotonic()
-    try:
-        if what == "die":
-            os._exit(9)
-        if what == "sleep":
-            time.sleep(3600)
-        HELD["table"].lookup(torch.arange(10)[:, None])
-    finally:
-        HELD["seconds"] = time.monotonic() - start
-
-
-def seconds():
-    return HELD["seconds"]
+def use(step, what="work"):
+    """One step of a table's life, after all that come before it; a rank may end or hang instead."""
+    table, ids = HELD["table"].requires_row_grad_(), torch.arange(10)[:, None]
+    values = table.lookup(ids) if step == "backward" else None
+    if what == "die":
+        os._exit(9)
+    if what == "hang":
+        time.sleep(3600)
+    if step == "construct":
+        sharded(config_of())
+    elif step == "lookup":
+        table.lookup(ids)
+    else:
+        values.sum().backward()
 
 
 def nodes(name, optimizer, path):

@@ -54,19 +54,27 @@ def test_rows_that_cannot_be_written(world):
     assert all("making its part failed on rank 2 of 3: KeyError: 'no rows here'" in error for error in errors[:2])
 
 
-@pytest.mark.parametrize("what, seconds", [("die", 10.0), ("sleep", 20.0)])
-def test_a_rank_that_dies_or_hangs(tmp_path, what, seconds):
-    """Its peers' next lookup is an error: at once where the connection breaks, else within the time-out of 2 s."""
-    world = World(3, tmp_path, timeout=2.0)
+STEPS = {
+    "construct": "ShardedTable.from_tensors: report on checking its tensors",
+    "lookup": "ShardedTable.lookup: the number of rows asked for",
+    "backward": "ShardedTable.backward: the number of row gradients",
+}
+
+
+@pytest.mark.parametrize(
+    "step, what", [("construct", "die"), ("lookup", "die"), ("lookup", "hang"), ("backward", "die")]
+)
+def test_a_rank_that_dies_or_hangs(tmp_path, step, what):
+    """Its peers' next step is an error: at once where the connection breaks, else within the time-out of 4 s."""
+    world = World(3, tmp_path, timeout=4.0)
     try:
         world.run("keep")
         start = time.monotonic()
-        world.start("use", Each(["look", "look", what]))
-        for worked, text in world.answers(ranks=(0, 1), timeout=seconds):
-            assert not worked
-            assert "ShardedTable.lookup: the number of rows asked for failed on rank" in text
+        world.start("use", step, Each(["work", "work", what]))
+        for worked, text in world.answers(ranks=(0, 1), timeout=20):
+            assert not worked and f"{STEPS[step]} failed on rank" in text, text
             assert "a rank has died, has not come within the group's time-out, or made another call" in text
-        assert time.monotonic() - start < seconds
+        assert what == "die" or time.monotonic() - start >= 4
     finally:
         world.close()
 
