@@ -184,8 +184,8 @@ class ShardedTable:
         """(ranks of this node, ranks in the same place on all nodes) of ``group``, as new groups; collective.
 
         node: this rank's name for its node; None is the host's name and boot id. timeout: of the new groups.
-        Whole tables, a copy per node: ``ShardedTable(..., across)`` is not needed, ``EngramTable.attach`` is. A table
-        over nodes, a part per node: group=across, node=inside.
+        A table over nodes, a part per node: group=across, node=inside. A copy per node needs ``EngramTable.attach``
+        alone; to train it, a group of this rank only, node=inside and the world as replicas.
         """
         from .node_groups import make_node_groups
 

@@ -322,12 +322,16 @@ def use(step, what="work"):
         values.sum().backward()
 
 
-def nodes(name, optimizer, path):
-    """Two nodes of two ranks, each with one part in shared memory: what is shared, and steps of training."""
+def nodes(name, optimizer, path, copies=False):
+    """Two nodes of two ranks, each with one part, or one copy, in shared memory: what is shared, and training."""
     label = "ab"[dist.get_rank() // 2]
     inside, across = ShardedTable.node_groups(node=label)
     config = config_of("wide", "float32")
-    table = sharded(config, group=across, node=inside, placement="shared", name=f"{name}-{label}")
+    options = dict(group=across, node=inside, placement="shared", name=f"{name}-{label}")
+    if copies:
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        options |= dict(group=alone, replicas=dist.group.WORLD)
+    table = sharded(config, **options)
     members = [dist.get_process_group_ranks(group) for group in (inside, across)]
     expected = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
     ids = torch.arange(expected.rows)[:, None]
@@ -342,7 +346,7 @@ def nodes(name, optimizer, path):
         begin = table.sharding.ranges(table.ranks.rank)[0][0]
         table.part.weight[5] = expected.weight[begin + 5]
     dist.barrier()
-    if not table.part.attached:
+    if not table.part.attached and not (copies and label == "b"):
         table.save_safetensors(path)
     dist.barrier()
     return members, equal, seen, train(optimizer, "uneven", table=table)

@@ -110,10 +110,12 @@ def four(tmp_path_factory):
     made.close()
 
 
-def test_a_part_per_node(four, shared_name, tmp_path):
-    """Two nodes of two ranks: one copy each, lookups across nodes, and one writer whose steps both ranks see."""
+@pytest.mark.parametrize("copies", [False, True], ids=["parts", "copies"])
+def test_shared_memory_of_two_nodes(four, shared_name, tmp_path, copies):
+    """Two nodes of two ranks: one part or one table each, and one writer per node whose steps both ranks see."""
     config = config_of("wide", "float32")
-    for rank, (members, equal, seen, trained) in enumerate(four.run("nodes", shared_name, "adagrad", str(tmp_path))):
+    answers = four.run("nodes", shared_name, "adagrad", str(tmp_path), copies)
+    for rank, (members, equal, seen, trained) in enumerate(answers):
         assert members == [[0, 1] if rank < 2 else [2, 3], [rank % 2, rank % 2 + 2]]
         assert equal and seen and trained["equal"] and trained["changed"]
     with EngramTable.from_safetensors(tmp_path, placement="cpu") as saved:
