@@ -1,5 +1,8 @@
 """The traffic model of tables over ranks: hand-computed numbers, crossovers, and the command."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from engram_kernels import EngramConfig
@@ -20,6 +23,38 @@ def test_a_step_of_v41_by_hand():
     gradients = 8192 * 24 * 7 / 8 * 516 + 8 * 7
     assert f"{gradients / 1e6:.2f}" in sections[2][0][1]
     assert f"{(8192 * 24 * 516 + 8) * 7 / 1e6:.2f}" in sections[2][1][1]
+
+
+def test_the_document_shows_these_numbers():
+    """docs/scale.md: every number of its table, of its crossovers and of a part's size."""
+    text = (Path(__file__).parents[1] / "docs/scale.md").read_text()
+    _, lookups, gradients, crossovers = rank_sections("deepseek_v41_flash", 8, 8192)
+    cells = [re.findall(r"[\d.]+(?= MB| us)", line) for _, line in (*lookups[1:], *gradients)]
+    copy, cached, sharded, copies = cells[0][:2], cells[2][:2], cells[3], cells[4]
+    rows = {
+        "lookup, a copy per host": copy,
+        "the same behind a cache of 1,048,576": cached,
+        "lookup, sharded": cells[0][2:],
+        "bfloat16 gradients, sharded": sharded,
+        "bfloat16 gradients, every rank a copy": copies,
+    }
+    for label, (moved, *times) in rows.items():
+        (line,) = re.findall(rf"^\| {label} \|(.*)\|$", text, re.M)
+        shown = [f"{moved} MB", *(f"{float(time):,.0f} us" for time in times)]
+        assert [cell.strip() for cell in line.split("|") if cell.strip()] == shown, label
+    lines = dict(crossovers[1:])
+    assert all(line.startswith("faster for any number of ranks") for line in lines.values())
+    misses = [re.search(r"misses (\d+)%", line)[1] for line in lines.values()]
+    assert f"miss less than {misses[0]} %" in text
+    tokens = [re.search(r"(\d+) tokens earn", line)[1] for line in lines.values()]
+    assert f"takes {tokens[0]} tokens over NVLink to earn back, {tokens[1]} over PCIe, {tokens[2]} over Infini" in text
+    times = [float(time) for time in (copy[1], cells[0][3], cells[0][4])]
+    assert (
+        f"read {times[0] / times[1]:.1f} times as fast" in text and f"at best {times[0] / times[2]:.1f} times" in text
+    )
+    for ranks, size in ((8, "23.6 GiB"), (16, "11.8 GiB")):
+        part = rank_sections("deepseek_v41_flash", ranks)[0][1][1]
+        assert f"all layers {size} of 188.8 GiB" in part and f"{size} at {ranks}" in text
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 9, 12])
