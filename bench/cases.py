@@ -35,9 +35,22 @@ INFINITY = float("inf")
 _RANK = {8192: 0, 1: 1, 2048: 2, 128: 3, 8: 4}
 
 
+@dataclass(frozen=True)
+class InTurn:
+    """For calls of which each changes what the next one finds: every one of them runs once, in their order.
+
+    The first and the last are checked; those between are timed, as the same ones of a baseline are.
+    start: called ahead of the timed ones. finish: after them; what was counted, as entries of the record, or ValueError
+    where that cannot be right.
+    """
+
+    start: Callable[[], object]
+    finish: Callable[[], dict]
+
+
 @dataclass
 class Prepared:
-    """A case's inputs in place, ready to be called again and again.
+    """A case's inputs in place, ready to be called again and again, or once each with ``in_turn``.
 
     calls: one per set of inputs, each of which runs the op once and returns its result. check: compares such a result
     with the reference, given the set's number; None, or what is wrong in words. baselines: name -> what makes a call.
@@ -50,6 +63,7 @@ class Prepared:
     wire_bytes: float = 0.0  #: what these take on the link, with headers and in whole sectors: size.LayerTraffic
     facts: dict = field(default_factory=dict)
     baselines: dict[str, Callable[[], Callable[[int], object]]] = field(default_factory=dict)
+    in_turn: InTurn | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +232,10 @@ class Workbench:
         generator = torch.Generator().manual_seed(20260112 + index)
         vocab = getattr(EngramConfig, ALL_MODELS[model])().raw_vocab_size
         return torch.randint(0, vocab, (tokens,), generator=generator, dtype=torch.int32).to(self.device)
+
+    def stream(self, kind: str, model: str, most: int) -> torch.Tensor:
+        """int32 ``[T]`` on the device: ``most`` "uniform" ids, or of the "text", from its start, as many as it has."""
+        return self._text[:most].to(self.device) if kind == "text" else self.token_ids(kind, model, most, 0)
 
     def windows(self, count: int, length: int, index: int) -> torch.Tensor:
         """int32 ``[count, length]`` on the device: set number ``index`` of ``count`` places of the text, far apart."""

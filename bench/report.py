@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engram_kernels.size import link_seconds
 
+from .cache_report import CACHE_COLUMNS, cache_rows, missed_target
 from .step_report import PAIR_COLUMNS, STEP_COLUMNS, pair_rows, step_rows
 
 NOTES = Path(__file__).parent / "NOTES.md"
@@ -136,6 +137,9 @@ def flags(content: dict, notes: str | None = None) -> list[str]:
             found.append((record["name"], f"{record['name']} is at {share:.3f} of its roof, above {TOO_FAST}"))
         if record["status"] != "ok":
             found.append((record["name"], f"{record['name']} failed: {record.get('reason')}"))
+        missed = missed_target(record)
+        if missed is not None:
+            found.append((record["name"], f"{record['name']}: {missed}"))
         for name, entry in record.get("baselines", {}).items():
             if entry.get("failed") not in (None, NO_TIME):
                 found.append((name, f"baseline {name} of {record['name']} failed: {entry['failed']}"))
@@ -174,6 +178,7 @@ def tables(content: dict) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
     """(title, columns, rows) of all but the roofs; what was not measured has no table."""
     found = [
         ("Cases", COLUMNS, [cells(record, content["roofs"]) for record in content["cases"]]),
+        ("A hot n-gram cache: predicted and measured gain", CACHE_COLUMNS, cache_rows(content["cases"])),
         ("What two Engram layers cost a decoder's step", STEP_COLUMNS, step_rows(content.get("steps", []))),
         ("A matmul beside a lookup", PAIR_COLUMNS, pair_rows(content.get("interference", []))),
     ]

@@ -140,7 +140,7 @@ def run_case(case: Case, bench: Workbench, timer, budget: Budget, most_baselines
         record.update(facts=prepared.facts)
         record["kernels"], problem = _checked(prepared)
         if problem is None:
-            record.update(timer.measure(prepared.calls).as_dict())
+            record.update(measure_calls(prepared, timer))
             if isinstance(timer, GpuTimer):
                 record["host"] = timer.host(prepared.calls)
                 record["graph"] = _graph(timer, prepared, record) if case.tokens <= GRAPH_TOKENS else None
@@ -161,12 +161,25 @@ def run_case(case: Case, bench: Workbench, timer, budget: Budget, most_baselines
     return record
 
 
+def measure_calls(prepared: Prepared, timer) -> dict:
+    """Times, and what calls in turn counted. ValueError where the last of those, which comes after them, is wrong."""
+    if prepared.in_turn is None:
+        return timer.measure(prepared.calls).as_dict()
+    prepared.in_turn.start()
+    measured = timer.once(prepared.calls[1:-1]).as_dict() | prepared.in_turn.finish()
+    last = len(prepared.calls) - 1
+    problem = prepared.check(prepared.calls[last](), last)
+    if problem is not None:
+        raise ValueError(f"after the timed calls {problem}")
+    return measured
+
+
 def _checked(prepared: Prepared) -> tuple[list[dict], str | None]:
     """What was launched, and what is wrong with the results of the first and the last input set."""
     with watching_kernels() as launched:
         result = prepared.calls[0]()
     kernels, problem = list(launched), prepared.check(result, 0)
-    if problem is None:
+    if problem is None and prepared.in_turn is None:
         last = len(prepared.calls) - 1
         problem = prepared.check(prepared.calls[last](), last)
     return kernels, problem
@@ -196,7 +209,8 @@ def _baseline(name: str, prepared: Prepared, timer, budget: Budget) -> dict:
         if problem is not None:
             return {"failed": problem}
         calls = [lambda index=index: call(index) for index in range(len(prepared.calls))]
-        return timer.measure(calls).as_dict()
+        measured = timer.measure(calls) if prepared.in_turn is None else timer.once(calls[1:-1])
+        return measured.as_dict()
     except Exception as error:  # what it needs may be missing here; the case itself stands
         return {"failed": _one_line(error)}
 

@@ -16,6 +16,7 @@ import torch
 
 from .__main__ import GIB, table_limits
 from .cases import Workbench, load_cases
+from .suite import measure_calls
 from .timing import CpuTimer, GpuTimer
 
 pytest.importorskip("pytest_benchmark")
@@ -109,13 +110,13 @@ def test_case(case, machine, benchmark):
         return
     problem = prepared.check(prepared.calls[0](), 0)
     assert problem is None, problem
-    measured = machine.timer.measure(prepared.calls)
+    measured = measure_calls(prepared, machine.timer)
+    counts = {name: measured.pop(name, getattr(prepared, name)) for name in ("nbytes", "link_bytes")}
     benchmark.extra_info.update(
-        {f"{machine.timer.kind}_{field}": value for field, value in measured.as_dict().items()},
-        nbytes=prepared.nbytes,
-        link_bytes=prepared.link_bytes,
+        {f"{machine.timer.kind}_{field}": measured[field] for field in ("median", "low", "high", "samples")},
+        **counts,
         baseline=machine.baseline.get(case.name),
     )
     benchmark.pedantic(body, rounds=ROUNDS, warmup_rounds=1)
-    slower = regression(case.name, measured.median, machine.baseline)
+    slower = regression(case.name, measured["median"], machine.baseline)
     assert slower is None, slower

@@ -107,6 +107,10 @@ class GpuTimer:
         samples = max(5, min(self._samples, int(self._limit / max(once, 1e-6))))
         return Measurement.of(self._cold([calls[index % len(calls)] for index in range(samples)]))
 
+    def once(self, calls: Sequence[Call]) -> Measurement:
+        """Cold as in measure, each of ``calls`` once and in their order, none of them ahead of its time."""
+        return Measurement.of(self._cold(calls))
+
     def graph(self, calls: Sequence[Call]) -> float:
         """Seconds of one call within a graph of GRAPH_CALLS, over all input sets in turn."""
 
@@ -202,6 +206,9 @@ class CpuTimer:
             calls[len(seconds) % len(calls)]()
             seconds.append(time.perf_counter() - start)
         return Measurement.of(seconds)
+
+    def once(self, calls: Sequence[Call]) -> Measurement:
+        return Measurement.of([self.rounds([call], 1, lambda number: None)[0][0] for call in calls])
 
     def record(self, step: Call) -> Call:
         return step

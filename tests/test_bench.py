@@ -50,6 +50,12 @@ class FakeTimer:
             self._clock.now += self._seconds
         return timing.Measurement.of([1e-3] * 20)
 
+    def once(self, calls):
+        self.calls += 1
+        for call in calls:
+            call()
+        return timing.Measurement.of([1e-3] * len(calls))
+
 
 class Clock:
     def __init__(self):
