@@ -2,8 +2,8 @@
 
 RowAdagrad and RowAdam beside torch.optim.SparseAdam, whose state is as large as RowAdam's, and torch.optim.Adam over a
 dense gradient. Ids are uniform, all rows float32, gradients ready; a step's work is then the same in every table, and
-what grows is what finding rows costs: misses of caches and of address translation. On a GPU ours run on host tables and on
-device tables, torch's on device tables; without one all run on the CPU, ours as the reference.
+what grows is what finding rows costs: misses of caches and of address translation. On a GPU ours run on host tables and
+on device tables, torch's on device tables; without one all run on the CPU, ours as the reference.
 """
 
 import argparse
@@ -30,8 +30,6 @@ from .train import device_name
 RESULT = Path(__file__).parent / "results" / "updates.json"
 WIDTH, SETS = 64, 4  # rows of 256 B, and batches that take turns
 GB = 10**9
-#: The largest table's step may take this times the smallest's.
-GROWTH = 1.5
 #: Copies of the table's size that a run holds: rows and states, and for Adam its gradient and one intermediate.
 COPIES = {"RowAdagrad": 1 + 1 / WIDTH, "RowAdam": 3 + 1 / WIDTH, "SparseAdam": 3, "Adam": 5}
 
@@ -71,7 +69,7 @@ def batches(rows: int, count: int, device: torch.device):
 
 def steps(optimizer: str, table: EngramTable, rows_read: int, device: torch.device):
     """A call per batch, each a step of its own; what ends the optimizer; and the batches' gradients."""
-    grads = [row_gradient(*batch, table.rows) for batch in batches(table.rows, rows_read, device)]
+    grads = [row_gradient(ids, grad, table.rows) for ids, grad in batches(table.rows, rows_read, device)]
     if optimizer in ("RowAdagrad", "RowAdam"):
         table.requires_row_grad_()
         rows = (RowAdagrad if optimizer == "RowAdagrad" else RowAdam)(table, lr=1e-2)
