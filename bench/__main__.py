@@ -70,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .cache_prediction import main as predict
 
         return predict(arguments[1:])
+    if arguments[:1] == ["updates"]:
+        from .updates import main as updates
+
+        return updates(arguments[1:])
     chosen = parse(arguments)
     try:
         if chosen.report is not None:

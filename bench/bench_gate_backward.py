@@ -89,6 +89,8 @@ def prepare(model: str, variant: str, tokens: int, full: bool, bench: Workbench)
             part += [x.detach().float().requires_grad_() for x in inputs[index][2:]]
             parts.append(torch.autograd.grad(plain(*part), part, grads[index][chunk]))
         hidden, kv, *of_norms = zip(*parts, strict=True)
+        if len(result) == 5:  # a peer's, of key and value apart
+            result = [result[0], torch.cat([result[1].flatten(1), result[2]], dim=1), *result[3:]]
         return disagreement(result, [torch.cat(hidden), torch.cat(kv), *(sum(each) for each in of_norms)])
 
     scalars = torch.empty(tokens, 3, branches, device="meta")
@@ -99,6 +101,9 @@ def prepare(model: str, variant: str, tokens: int, full: bool, bench: Workbench)
     run = (gradients if variant == "both" else gradients_alone)(op, inputs, grads)
     calls = [partial(run, index) for index in range(len(sets))]
     prepared = Prepared(calls=calls, check=check, nbytes=nbytes, facts={"sets": len(sets)})
+    if bench.peers and model == "v41":
+        tensors, both = [each.tensors() for each in sets], variant == "both"
+        prepared.baselines |= bench.peers.gate_gradients(tensors, grads, weights, config.eps, both)
     if variant == "both":
         prepared.baselines["eager"] = lambda: gradients(lambda index: plain(*inputs[index]), inputs, grads)
         if full or (model == "v41" and tokens == max(TOKENS)):

@@ -4,6 +4,8 @@
                   _fused_engram_post_wkv_kernel, launched as its modules launch them
     DIR/sglang    kernels/ops/embeddings: engram_hash_ids, engram_gather, fused_engram_gate, called as they are
 
+TileKernels' gate is a third where its package is installed (tile_kernels_peer.py).
+
 CONTRIBUTING.md says how to fill the folder. Of a file only the functions named here run, and what they refer to: the
 packages themselves are not imported, since both want an engine around them. vLLM's outputs are allocated once, like
 ours; SGLang's hash and gate allocate theirs in every call, as they do there.
@@ -19,11 +21,12 @@ import triton
 
 from engram_kernels import EngramTable, HashPlan
 
+from . import tile_kernels_peer
 from .baselines import device_view
 from .peer_files import MissingPeer, load_functions
 
 #: In the order in which they are measured.
-NAMES = ("vllm", "sglang")
+NAMES = ("vllm", "sglang", "tilekernels")
 VLLM = "models/deepseek_v41/common/engram.py"
 SGLANG = "kernels/ops/embeddings/engram_{}.py"
 SCALE_GROUP = 32
@@ -50,6 +53,14 @@ class Peers:
         names = dict(hash=("engram_hash_ids",), gather=("engram_gather",), gate=("fused_engram_gate",))
         return self._load("sglang", [(SGLANG.format(file), found) for file, found in names.items()])
 
+    @cached_property
+    def tilekernels(self) -> SimpleNamespace | None:
+        try:
+            return tile_kernels_peer.load()
+        except Exception as error:  # not installed, or its compiler is missing
+            self._leave_out("tilekernels", error)
+            return None
+
     def hash(self, token_ids, plan: HashPlan) -> dict:
         """Baselines of ngram_hash over ``token_ids``, one sequence a set."""
         makers = dict(vllm=lambda: vllm_hash(self.vllm, token_ids, plan))
@@ -70,7 +81,13 @@ class Peers:
         """Baselines of gate_residual over sets of (hidden, key, value), key and value views of one kv."""
         makers = dict(vllm=lambda: vllm_gate(self.vllm, inputs, query_norm, key_norm, eps))
         makers["sglang"] = lambda: sglang_gate(self.sglang, inputs, query_norm, key_norm, eps)
+        makers["tilekernels"] = lambda: tile_kernels_peer.gate(self.tilekernels, inputs, query_norm, key_norm, eps)
         return self._present(makers)
+
+    def gate_gradients(self, inputs, grads, norms, eps: float, forward: bool) -> dict:
+        """Baselines of gate_residual's backward pass, or of both passes, for gradients of all its five inputs."""
+        arguments = (inputs, grads, *norms, eps, forward)
+        return self._present(dict(tilekernels=lambda: tile_kernels_peer.gate_gradients(self.tilekernels, *arguments)))
 
     def _present(self, makers: dict) -> dict:
         return {name: make for name, make in makers.items() if getattr(self, name) is not None}
@@ -81,12 +98,17 @@ class Peers:
             for file, functions in files:
                 found.__dict__.update(load_functions(self.folder / name / file, functions).__dict__)
         except Exception as error:  # a peer that changed must not cost the run
-            text = error if isinstance(error, MissingPeer) else f"{type(error).__name__}: {error}"
-            self._say(f"peer {name} is left out: {' '.join(str(text).split())}")
+            self._leave_out(name, error)
             return None
         return found
 
+    def _leave_out(self, name: str, error: Exception) -> None:
+        text = error if isinstance(error, MissingPeer) else f"{type(error).__name__}: {error}"
+        self._say(f"peer {name} is left out: {' '.join(str(text).split())}")
+
     def _version(self, name: str) -> str:
+        if name == "tilekernels":
+            return tile_kernels_peer.version()
         found = sorted(self.folder.glob(f"{name}-*.dist-info"))
         match = re.match(rf"{name}-(.+)\.dist-info", found[-1].name) if found else None
         return match[1] if match else "unknown"

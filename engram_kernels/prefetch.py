@@ -309,7 +309,8 @@ class Prefetcher:
         for plan, part in parts:
 
             def look_up(plan=plan, part=part) -> None:
-                hash_lookup(token_ids, plan, self._tables[part], out=view[part], **options)
+                with torch.no_grad():  # the rows are a buffer, of trainable tables too: docs/training.md
+                    hash_lookup(token_ids, plan, self._tables[part], out=view[part], **options)
 
             streams.run(side, look_up)
             for layer in range(num_layers)[part]:

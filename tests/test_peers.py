@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import peers, suite
-from bench.cases import Workbench, load_cases
+from bench import bench_gate_backward, peers, suite
+from bench.cases import Case, Workbench, load_cases
 from bench.peer_files import MissingPeer, load_functions
 from engram_kernels import reference
 
@@ -120,8 +121,8 @@ def test_a_missing_peer_is_one_line(tmp_path):
     said = []
     found = peers.Peers(tmp_path, said.append)
     assert found.describe() == {} and found.hash([], None) == {} and found.describe() == {}
-    assert [line.split(" is left out: ")[0] for line in said] == ["peer vllm", "peer sglang"]
-    assert all("\n" not in line and line.endswith("is not there") for line in said)
+    assert [line.split(" is left out: ")[0] for line in said] == ["peer vllm", "peer sglang", "peer tilekernels"]
+    assert all("\n" not in line and line.endswith(("is not there", "'tile_kernels'")) for line in said), said
 
 
 def test_versions_come_from_the_wheels(tmp_path):
@@ -131,7 +132,7 @@ def test_versions_come_from_the_wheels(tmp_path):
     with path.open("a") as file:
         file.write("def _fused_engram_post_wkv_kernel(): pass\n")
     said = []
-    assert peers.Peers(tmp_path, said.append).describe() == {"vllm": "unknown"} and len(said) == 1
+    assert peers.Peers(tmp_path, said.append).describe() == {"vllm": "unknown"} and len(said) == 2
     (tmp_path / "vllm-0.33.0.dist-info").mkdir()
     assert peers.Peers(tmp_path, said.append).describe() == {"vllm": "0.33.0"}
 
@@ -182,12 +183,34 @@ def stand_ins(bench):
     def fused_engram_gate(hidden, kv, query_norm, key_norm, eps, clamp):
         return reference.gate_residual(hidden, *split(kv, hidden), query_norm, key_norm, eps=eps, clamp=clamp)
 
+    def engram_gate_fwd(hidden, key, value, both, eps, clamp, *, save_for_backward):
+        """The norms' product alone is known: the gate is that of both norms in one."""
+        assert key.is_contiguous() and value.is_contiguous() and both.dtype == torch.float32
+        ones = torch.ones_like(both)
+        out = reference.gate_residual(hidden, key, value, both, ones, eps=eps, clamp=clamp)
+        return (out, *("dot", "gate", "rstd_x", "rstd_k")) if save_for_backward else (out, None, None, None, None)
+
+    def engram_gate_bwd(grad, hidden, key, value, both, *rest):
+        assert rest == ("dot", "gate", "rstd_x", "rstd_k", peers.CLAMP)
+        leaves = [x.detach().requires_grad_() for x in (hidden, key, value, both)]
+        eps = bench.config("v41").eps
+        out = reference.gate_residual(*leaves, torch.ones_like(both), eps=eps, clamp=rest[-1])
+        *of_inputs, product = torch.autograd.grad(out, leaves, grad)
+        return *of_inputs, product[None]
+
+    def grad_w_reduce(parts, query_norm, key_norm, grad_query_norm, grad_key_norm):
+        grad_query_norm += parts.sum(0) * key_norm
+        grad_key_norm += parts.sum(0) * query_norm
+
     found = peers.Peers(Path("nowhere"))
     kernels = dict(_hash_ids_kernel=hash_kernel, _engram_lookup_kernel=lookup_kernel)
     kernels["_fused_engram_post_wkv_kernel"] = gate_kernel
     found.vllm = SimpleNamespace(**{name: Kernel(run) for name, run in kernels.items()})
     found.sglang = SimpleNamespace(
         engram_hash_ids=engram_hash_ids, engram_gather=engram_gather, fused_engram_gate=fused_engram_gate
+    )
+    found.tilekernels = SimpleNamespace(
+        engram_gate_fwd=engram_gate_fwd, engram_gate_bwd=engram_gate_bwd, grad_w_reduce=grad_w_reduce
     )
     bench.peers = found
     yield found
@@ -205,10 +228,25 @@ WITH_PEERS = [
 def test_peers_are_baselines_of_v41(case, bench, stand_ins):
     record = suite.run_case(case, bench, FakeTimer(), ample(), most_baselines=1)
     assert record["status"] == "ok"
-    wanted = {"hash_lookup": ["vllm"]}.get(case.op, ["vllm", "sglang"]) if case.model == "v41" else []
+    of_ops = {"hash_lookup": ["vllm"], "gate_residual": ["vllm", "sglang", "tilekernels"]}
+    wanted = of_ops.get(case.op, ["vllm", "sglang"]) if case.model == "v41" else []
     assert [name for name in record["baselines"] if name in peers.NAMES] == wanted
     assert len(record["baselines"]) == len(wanted) + 1, "peers do not count among the others"
     assert not any("failed" in entry for entry in record["baselines"].values()), record["baselines"]
+
+
+@pytest.mark.parametrize("variant", bench_gate_backward.VARIANTS)
+def test_gradients_of_a_peer(variant, bench, stand_ins):
+    """They come for key and value apart, and are checked as ours are."""
+
+    def run():
+        case = Case("gate_residual_backward", "v41", variant, 3, 0, prepare)
+        return suite.run_case(case, bench, FakeTimer(), ample(), most_baselines=0)["baselines"]["tilekernels"]
+
+    prepare = partial(bench_gate_backward.prepare, "v41", variant, 3, False)
+    assert "failed" not in (entry := run()), entry
+    stand_ins.tilekernels.grad_w_reduce = lambda *arguments: None
+    assert "off the reference" in run()["failed"]
 
 
 def test_a_wrong_peer_has_no_time(bench, stand_ins):
@@ -231,4 +269,4 @@ def test_a_run_names_its_peers(tmp_path, monkeypatch, capsys):
     chosen = command.parse(["--peers", str(tmp_path / "none"), "--out", str(tmp_path), "--only", "toy"])
     assert command.measure(chosen, ample(), CPU, dict(MACHINE), FakeTimer()) == 0
     said = capsys.readouterr().err
-    assert said.count("is left out") == 2 and str(tmp_path / "none" / "vllm") in said
+    assert said.count("is left out") == 3 and str(tmp_path / "none" / "vllm") in said
