@@ -10,6 +10,7 @@ from engram_kernels.size import size_sections
 
 from .cases import MODELS, Workbench, load_cases
 from .environment import ROOT, cpu_name
+from .host_cost import print_host_costs
 from .report import print_table
 from .suite import run_case
 from .timing import Budget, CpuTimer
@@ -23,13 +24,15 @@ SECONDS = 10.0
 
 
 def print_without_gpu(seconds: float = SECONDS) -> None:
-    """Three parts, each of which says what kind of number it holds."""
+    """Four parts, each of which says what kind of number it holds."""
     print("No GPU: nothing below was measured on one.\n")
     print("1. Traffic model: counted, not measured.")
     for name in MODELS.values():
         print_sections(size_sections(name))
     print("\n2. What the kernels compile to, without running them.")
     print_compile_summary()
+    print("\n3. Host time of calls beside bare Triton launches of the same kernels, up to the driver's own.")
+    print_host_costs()
     print_cpu_times(seconds)
 
 
@@ -52,7 +55,7 @@ def print_compile_summary() -> None:
 def print_cpu_times(seconds: float) -> None:
     """Times of the references, which is what a CPU tensor runs, on small tables."""
     threads = torch.get_num_threads()
-    print(f"\n3. CPU times of the references: {cpu_name()}, {threads} threads, {platform.machine()}.")
+    print(f"\n4. CPU times of the references: {cpu_name()}, {threads} threads, {platform.machine()}.")
     print(f"They say nothing about the kernels. Tables of {TABLE_BYTES >> 20} MiB.")
     budget, timer, rows, left_out = Budget(seconds), CpuTimer(), [], 0
     with Workbench(torch.device("cpu"), TABLE_BYTES, TABLE_BYTES, say=lambda text: None) as bench:

@@ -16,6 +16,7 @@ from .sharded_table import ShardedTable
 from .state import EngramState
 from .table import EngramTable
 from .token_map import build_token_map
+from .variants import warmup
 from .version import __version__ as __version__
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "lookup",
     "ngram_hash",
     "replace_engram",
+    "warmup",
 ]

@@ -42,7 +42,7 @@ def check_tensor(where, name, value, *, dtypes, shape=None, device=None, contigu
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{where}: {name} must be a tensor of {names}, got {describe(value)}")
-    if shape is not None and tuple(value.shape) != tuple(shape):
+    if shape is not None and value.shape != tuple(shape):
         raise ValueError(f"{where}: {name} must have shape {list(shape)}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{where}: {name} must be on {device}, got {value.device}")

@@ -7,10 +7,13 @@ in float32. The scales of hidden and key are rsqrt(mean(x^2) + eps). T tokens, H
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+
+from .launch import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class GateConfig:
     num_warps: int
 
 
+@lru_cache
 def gate_config(branches: int, hidden_size: int) -> GateConfig:
     """Tiles of 2,048 elements, 16 a thread, with 256 of D, so that a warp sums a row of a tile alone.
 
@@ -31,7 +35,7 @@ def gate_config(branches: int, hidden_size: int) -> GateConfig:
     to the other through shared memory. A function of H and D only: it fixes the order of the sums over D, hence a
     token's bits.
     """
-    block_h, block_d = triton.next_power_of_2(branches), min(256, triton.next_power_of_2(hidden_size))
+    block_h, block_d = next_power_of_2(branches), min(256, next_power_of_2(hidden_size))
     block_t = max(1, min(8, 2048 // (block_h * block_d)))
     return GateConfig(block_t, block_h, block_d, max(1, min(4, block_t * block_h * block_d // 512)))
 
@@ -130,10 +134,12 @@ def store_scalars(
 
 def rows_aligned(*tensors: torch.Tensor) -> bool:
     """Whether every row of every tensor starts at a multiple of 16 bytes."""
-    return all(
-        tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
-    )
+    misaligned = 0  # a bit below 16 is set where it is set in any of these numbers
+    for tensor in tensors:
+        misaligned |= tensor.data_ptr()
+        for stride in tensor.stride()[:-1]:
+            misaligned |= stride * tensor.element_size()
+    return misaligned % 16 == 0
 
 
 def float32_eps(eps: float | None) -> float:
@@ -143,6 +149,8 @@ def float32_eps(eps: float | None) -> float:
 
 def flatten_tokens(where: str, name: str, tensor: torch.Tensor, kept: int) -> torch.Tensor:
     """``tensor`` with all but its last ``kept`` dimensions viewed as one; ValueError where that would take a copy."""
+    if tensor.dim() == kept + 1:
+        return tensor
     shape = tensor.shape[tensor.dim() - kept :]
     try:
         return tensor.view(-1 if tensor.numel() else 0, *shape)

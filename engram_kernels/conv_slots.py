@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .arguments import check_tensor
+from .launch import next_power_of_2, on_device_of
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -104,7 +105,7 @@ def launch_store_conv(ring: ConvSlots, value, scale, mask, cu_seqlens, span: int
     if batch * num_rows == 0:
         return
     branches, hidden_size = scale.shape[1], value.shape[1]
-    with torch.cuda.device_of(value):
+    with on_device_of(value):
         store_conv_kernel[(batch * num_rows,)](
             value,
             scale,
@@ -123,8 +124,8 @@ def launch_store_conv(ring: ConvSlots, value, scale, mask, cu_seqlens, span: int
             RESTART=restart,
             NUM_BRANCHES=branches,
             HIDDEN_SIZE=hidden_size,
-            BLOCK_H=triton.next_power_of_2(branches),
-            BLOCK_D=min(1024, triton.next_power_of_2(hidden_size)),
+            BLOCK_H=next_power_of_2(branches),
+            BLOCK_D=min(1024, next_power_of_2(hidden_size)),
             num_warps=4,
             enable_fp_fusion=True,
         )

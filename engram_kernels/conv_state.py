@@ -16,6 +16,7 @@ import triton.language as tl
 from .arguments import check_batch, check_tensor
 from .conv_slots import ConvSlots, check_conv_slots
 from .gate import FLOAT_DTYPES
+from .launch import next_power_of_2
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -95,8 +96,8 @@ def launch_advance_state(value, scale, mask, cu_seqlens, shape, span, conv_state
         SPAN=span,
         NUM_BRANCHES=branches,
         HIDDEN_SIZE=hidden_size,
-        BLOCK_H=triton.next_power_of_2(branches),
-        BLOCK_D=min(1024, triton.next_power_of_2(hidden_size)),
+        BLOCK_H=next_power_of_2(branches),
+        BLOCK_D=min(1024, next_power_of_2(hidden_size)),
         num_warps=4,
         enable_fp_fusion=True,
     )

@@ -16,6 +16,7 @@ from . import reference
 from .arguments import check_choice, check_out, check_tensor, is_kernel_device, records_gradient
 from .branch_gate import branch_gate, flatten_tokens, float32_eps, gate_config, rows_aligned, store_scalars, token_rows
 from .gate_backward import gate_formula, save_gate
+from .launch import cdiv, on_device_of
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_BRANCHES, MAX_HIDDEN_SIZE = 8, 16_384
@@ -124,8 +125,8 @@ def launch_gate_residual(
     if num_tokens == 0:
         return
     config = gate_config(branches, hidden_size)
-    with torch.cuda.device_of(hidden):
-        gate_residual_kernel[(triton.cdiv(num_tokens, config.block_t),)](
+    with on_device_of(hidden):
+        gate_residual_kernel[(cdiv(num_tokens, config.block_t),)](
             hidden,
             key,
             value,

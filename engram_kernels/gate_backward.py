@@ -27,6 +27,7 @@ import triton.language as tl
 from .arguments import processors
 from .branch_gate import flatten_tokens, gate_config, gate_of, rows_aligned, token_rows
 from .gate_gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative, split_gradient
+from .launch import cdiv, next_power_of_2, on_device_of
 from .weight_gradients import launch_norm_gradient
 
 
@@ -50,7 +51,7 @@ def gate_backward_config(branches: int, hidden_size: int, num_tokens: int, proce
     hence the bits of a token's gradients.
     """
     tile = gate_config(branches, hidden_size)
-    programs = max(1, min(2 * processors, triton.cdiv(num_tokens, tile.block_t)))
+    programs = max(1, min(2 * processors, cdiv(num_tokens, tile.block_t)))
     return GateBackwardConfig(tile.block_t, tile.block_h, tile.block_d, tile.num_warps, programs)
 
 
@@ -266,7 +267,7 @@ def launch_gate_backward(
         product = torch.empty(config.programs, size, dtype=torch.float32, device=hidden.device)
     given = [tensor for tensor in (grad_hidden, grad_key, grad_value) if tensor is not None]
     chunks = 1 if conv is None else len(conv.sums)
-    with torch.cuda.device_of(hidden):
+    with on_device_of(hidden):
         gate_backward_kernel[(config.programs,)](
             grad,
             hidden,
@@ -304,7 +305,7 @@ def launch_gate_backward(
             RESIDUAL=residual,
             ALIGNED=rows_aligned(grad, hidden, key, value, *given),
             NUM_CHUNKS=chunks,
-            BLOCK_C=triton.next_power_of_2(chunks),
+            BLOCK_C=next_power_of_2(chunks),
             BLOCK_T=config.block_t,
             BLOCK_H=config.block_h,
             BLOCK_D=config.block_d,

@@ -13,6 +13,7 @@ of a sequence is ``value`` and ``scale`` of its last (K-1) * dilation tokens.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -26,6 +27,7 @@ from .conv_state import check_conv, launch_advance_state
 from .gate import check_gate, check_gate_out, make_recorded
 from .gate_conv_backward import gate_conv_formula, save_gate_conv
 from .gate_scale import launch_gate_scale
+from .launch import cdiv, next_power_of_2, on_device_of
 from .sequences import find_sequence, sequence_arguments
 
 
@@ -38,13 +40,14 @@ class ConvConfig:
     num_warps: int
 
 
+@lru_cache
 def conv_config(num_tokens: int, hidden_size: int) -> ConvConfig:
     """32 tokens share what a tile reads before its first token (9 at K = 4, dilation 3); decode has few tokens.
 
     No sum runs over T or D here, so the tile may depend on T without changing a bit.
     """
-    block_t = min(32, max(4, triton.next_power_of_2(num_tokens)))
-    return ConvConfig(block_t, min(64, triton.next_power_of_2(hidden_size)), 8 if block_t > 8 else 4)
+    block_t = min(32, max(4, next_power_of_2(num_tokens)))
+    return ConvConfig(block_t, min(64, next_power_of_2(hidden_size)), 8 if block_t > 8 else 4)
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -194,11 +197,11 @@ def launch_gate_conv_residual(
     else:
         gate, scale, scalars = recorded
     config = conv_config(num_tokens, hidden_size)
-    with torch.cuda.device_of(hidden):
+    with on_device_of(hidden):
         if num_tokens:
             inputs = (hidden, key, value, query_norm, key_norm)
             launch_gate_scale(*inputs, eps, conv_eps, clamp, mask, zero_gate, cu_seqlens, gate, scale, scalars)
-            programs = triton.cdiv(num_tokens, config.block_t) * triton.cdiv(hidden_size, config.block_d)
+            programs = cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d)
             conv_residual_kernel[(programs,)](
                 hidden,
                 value,

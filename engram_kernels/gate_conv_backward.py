@@ -32,6 +32,7 @@ from .arguments import processors
 from .branch_gate import flatten_tokens, float32_eps
 from .gate_backward import ConvParts, launch_gate_backward
 from .gate_gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative
+from .launch import cdiv, next_power_of_2, on_device_of
 from .sequences import find_sequence, sequence_arguments
 from .weight_gradients import launch_conv_gradient
 
@@ -56,10 +57,10 @@ def conv_backward_config(
     the tokens, so that the last wave is short. That share alone depends on T: the tile fixes the order of the sums over
     D, hence the bits of a token's gradients.
     """
-    products = triton.next_power_of_2(num_taps) * triton.next_power_of_2(branches)
-    block_t, block_d = 32, max(1, min(32, triton.next_power_of_2(hidden_size), 4096 // products))
-    groups = max(1, 32 * processors // triton.cdiv(hidden_size, block_d))
-    return ConvBackwardConfig(block_t, block_d, 4, block_t * triton.cdiv(triton.cdiv(num_tokens, block_t), groups))
+    products = next_power_of_2(num_taps) * next_power_of_2(branches)
+    block_t, block_d = 32, max(1, min(32, next_power_of_2(hidden_size), 4096 // products))
+    groups = max(1, 32 * processors // cdiv(hidden_size, block_d))
+    return ConvBackwardConfig(block_t, block_d, 4, block_t * cdiv(cdiv(num_tokens, block_t), groups))
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -222,14 +223,14 @@ def launch_gate_conv_backward(
     num_tokens, branches, hidden_size = grad.shape
     num_taps = conv_weight.shape[2]
     config = conv_backward_config(branches, hidden_size, num_taps, num_tokens, processors(hidden.device))
-    chunks, groups = triton.cdiv(hidden_size, config.block_d), triton.cdiv(num_tokens, config.group_tokens)
+    chunks, groups = cdiv(hidden_size, config.block_d), cdiv(num_tokens, config.group_tokens)
     # [K, H, D], so that a tap's weights are dense, whatever the strides of conv_weight.
     weight = (conv_weight.to(torch.float32) * conv_norm.to(torch.float32)[..., None]).permute(2, 0, 1).contiguous()
     float32 = dict(dtype=torch.float32, device=hidden.device)
     sums = torch.empty(chunks, 2, num_tokens, branches, **float32) if any(needs[:5]) else None
     value_part = torch.empty(num_tokens, hidden_size, **float32) if needs[2] else None
     product = torch.empty(groups, num_taps, branches * hidden_size, **float32) if any(needs[5:]) else None
-    with torch.cuda.device_of(hidden):
+    with on_device_of(hidden):
         conv_backward_kernel[(chunks * groups,)](
             grad,
             flat_value,
@@ -253,8 +254,8 @@ def launch_gate_conv_backward(
             DILATION=dilation,
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,
-            BLOCK_H=triton.next_power_of_2(branches),
-            BLOCK_K=triton.next_power_of_2(num_taps),
+            BLOCK_H=next_power_of_2(branches),
+            BLOCK_K=next_power_of_2(num_taps),
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .branch_gate import branch_gate, float32_eps, gate_config, rows_aligned, store_scalars
+from .launch import cdiv
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -120,7 +121,7 @@ def launch_gate_scale(
     """
     num_tokens, branches, hidden_size = hidden.shape
     config = gate_config(branches, hidden_size)
-    gate_scale_kernel[(triton.cdiv(num_tokens, config.block_t),)](
+    gate_scale_kernel[(cdiv(num_tokens, config.block_t),)](
         hidden,
         key,
         value,

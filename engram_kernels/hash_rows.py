@@ -17,6 +17,7 @@ from . import reference
 from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device, processors
 from .cache_lookup import check_cache, launch_cached_lookup
 from .hashing import hash_arguments, launch_ngram_hash, ngram_hash, ngram_rows
+from .launch import cdiv, on_device_of
 from .plan import PLAN_SCHEMA, HashPlan
 from .read_order import check_order, choose_order, key_range
 from .row_format import FORMATS
@@ -170,10 +171,10 @@ def launch_hash_lookup(
         return
     itemsize = FORMATS[view.format].dtype.itemsize
     config = rows_config(view.width, itemsize, num_layers * num_rows, processors(token_ids.device), view.placement)
-    steps = triton.cdiv(num_rows, config.block_rows) * num_layers
+    steps = cdiv(num_rows, config.block_rows) * num_layers
     values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-    with torch.cuda.device_of(token_ids):
+    with on_device_of(token_ids):
         hash_lookup_kernel[(min(programs or config.programs, steps),)](
             **values,
             tables_ptr=view.descriptors,

@@ -7,6 +7,7 @@ T tokens, B sequences, L layers, C columns, N the longest n-gram. Source: arXiv 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -14,6 +15,7 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_out, check_token_values, check_tokens, is_kernel_device
+from .launch import cdiv, next_power_of_2, on_device_of
 from .plan import PLAN_SCHEMA, HashPlan
 from .sequences import find_sequence, sequence_arguments
 
@@ -27,9 +29,10 @@ class HashConfig:
     num_warps: int
 
 
+@lru_cache
 def hash_config(num_tokens: int, columns: int) -> HashConfig:
     """At most 512 ids a program, four a thread (V4.1: 16 tokens x 32 columns); for a few tokens one warp."""
-    block_c = triton.next_power_of_2(columns)
+    block_c = next_power_of_2(columns)
     if num_tokens > 4 and columns > 1:
         return HashConfig(max(1, min(16, 512 // block_c)), block_c, 4)
     return HashConfig(max(1, min(4, 512 // block_c)), block_c, 1)
@@ -257,29 +260,15 @@ def ngram_hash_kernel(
 
 def hash_arguments(token_ids, plan: HashPlan, cu_seqlens, history, dead) -> tuple[dict, dict]:
     """Keyword arguments that every hashing kernel takes: (run-time values, compile-time constants)."""
+    values, constants = plan.kernel_arguments
     values = dict(
+        values,
         token_ids_ptr=token_ids,
         cu_seqlens_ptr=cu_seqlens,
         history_ptr=history,
         dead_ptr=dead,
-        token_map_ptr=plan.token_map,
-        multipliers_ptr=plan.multipliers,
-        primes_ptr=plan.primes,
-        offsets_ptr=plan.offsets,
-        reciprocals_ptr=plan.reciprocals,
-        orders_ptr=plan.orders,
         num_tokens=token_ids.numel(),
-        vocab_size=2**63 - 1 if plan.vocab_size is None else plan.vocab_size,
-        pad=plan.pad,
-        eos=-1 if plan.eos is None else plan.eos,
         **sequence_arguments(token_ids.shape, cu_seqlens),
-    )
-    constants = dict(
-        NUM_LAYERS=plan.primes.shape[0],
-        NUM_COLUMNS=plan.primes.shape[1],
-        MAX_NGRAM=plan.max_ngram,
-        HAS_EOS=plan.eos is not None,
-        NON_NEGATIVE=plan.non_negative,
     )
     return values, constants
 
@@ -292,8 +281,8 @@ def launch_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, history, dead, out,
     num_layers, num_columns = plan.primes.shape
     config = hash_config(num_tokens, num_columns)
     values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
-    with torch.cuda.device_of(token_ids):
-        ngram_hash_kernel[(triton.cdiv(num_tokens, config.block_t), num_layers)](
+    with on_device_of(token_ids):
+        ngram_hash_kernel[(cdiv(num_tokens, config.block_t), num_layers)](
             **values,
             out_ptr=out,
             key_stride=key_stride,

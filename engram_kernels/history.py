@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .arguments import is_kernel_device
+from .launch import cdiv, next_power_of_2, on_device_of
 from .reference import history as reference
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -103,8 +104,8 @@ def commit_history_kernel(
 def launch_gather_history(history, slots, out) -> None:
     """One launch; writes ``out [B, N - 1]``."""
     if out.numel():
-        with torch.cuda.device_of(history):
-            gather_history_kernel[(triton.cdiv(out.numel(), _GATHER_ELEMENTS),)](
+        with on_device_of(history):
+            gather_history_kernel[(cdiv(out.numel(), _GATHER_ELEMENTS),)](
                 history,
                 slots,
                 out,
@@ -124,8 +125,8 @@ def launch_commit_history(
     batch = len(slots)
     if batch == 0:
         return
-    with torch.cuda.device_of(history):
-        commit_history_kernel[(triton.cdiv(batch, _COMMIT_SEQUENCES),)](
+    with on_device_of(history):
+        commit_history_kernel[(cdiv(batch, _COMMIT_SEQUENCES),)](
             history,
             cursor,
             slots,
@@ -142,7 +143,7 @@ def launch_commit_history(
             SPAN=span,
             RESTART=restart is not None,
             BLOCK_B=_COMMIT_SEQUENCES,
-            BLOCK_N=triton.next_power_of_2(history.shape[1]),
+            BLOCK_N=next_power_of_2(history.shape[1]),
             num_warps=1,
             enable_fp_fusion=True,
         )

@@ -17,7 +17,7 @@ from .arguments import check_programs, check_token_values, check_tokens
 from .cache_lookup import check_cache
 from .hash_rows import check_tables_of_plan, hash_lookup
 from .plan import HashPlan
-from .read_order import check_order
+from .read_order import check_order, choose_order
 from .row_output import check_row_out
 from .rows import processors
 from .table import EngramTable, view_tables
@@ -191,6 +191,14 @@ class Prefetcher:
         for event in self._ready:
             streams.record(event, streams.current())
 
+    def launches(self, num_tokens: int) -> tuple[bool, bool, str]:
+        """What a start of so many tokens launches: through the cache, or each layer by itself, and in which order."""
+        cached = self._cache is not None and num_tokens >= self._cache.min_tokens
+        apart = not cached and layers_apart(num_tokens * self._layer_bytes, self._tables[0].placement)
+        tables = self._tables[:1] if apart else self._tables
+        num_rows = len(tables) * num_tokens * self._plan.primes.shape[1]
+        return cached, apart, choose_order(self._options["order"], view_tables(tables, self._plan.device), num_rows)
+
     def start(
         self,
         token_ids: torch.Tensor,
@@ -300,10 +308,10 @@ class Prefetcher:
         view = self._rows[: torch.Size(shape).numel()].view(shape)
         self._view, self._start_captured = view, captured
         parts = [(self._plan, slice(0, num_layers))]
-        cached = self._cache is not None and token_ids.numel() >= self._cache.min_tokens
+        cached, apart, _ = self.launches(token_ids.numel())
         if cached:
             options |= dict(cache=self._cache)
-        elif layers_apart(token_ids.numel() * self._layer_bytes, self._tables[0].placement):
+        elif apart:
             parts = [(plan, slice(layer, layer + 1)) for layer, plan in enumerate(self._plans)]
         streams, side = self._streams, self._streams.side
         for plan, part in parts:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .arguments import check_choice
+from .launch import cdiv, next_power_of_2, on_device_of
 from .pages import HUGE_PAGE
 from .placement import REGISTERED
 from .table import TableView
@@ -80,7 +81,7 @@ def copy_config(width: int, itemsize: int) -> CopyConfig:
 
     Narrower ones too: first entries are found by comparing all pairs of a step, and 32 of them take 102 registers.
     """
-    chunk = min(256, triton.next_power_of_2(width))
+    chunk = min(256, next_power_of_2(width))
     return CopyConfig(max(4, min(16, 8192 // (chunk * itemsize))), chunk, 4)
 
 
@@ -158,8 +159,8 @@ def launch_copy_duplicates(keys, places, out: torch.Tensor, programs: int) -> No
     """One launch; ``out [..., WIDTH]`` contiguous, whose rows are counted by ``places``."""
     width = out.shape[-1]
     config = copy_config(width, out.element_size())
-    with torch.cuda.device_of(keys):
-        copy_duplicates_kernel[(min(programs, triton.cdiv(keys.numel(), config.block_rows)),)](
+    with on_device_of(keys):
+        copy_duplicates_kernel[(min(programs, cdiv(keys.numel(), config.block_rows)),)](
             keys,
             places,
             out,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .arguments import check_tensor, is_kernel_device, processors
+from .launch import next_power_of_2, on_device_of
 from .reference import row_gradient as reference
 
 GRAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -32,7 +33,7 @@ class SegmentConfig:
 
 def segment_config(width: int) -> SegmentConfig:
     """Tiles of 2,048 elements: most segments of text are one or two entries, a frequent bigram's are hundreds."""
-    block_r = triton.next_power_of_2(width)
+    block_r = next_power_of_2(width)
     return SegmentConfig(max(2, min(8, 2048 // block_r)), block_r, 4)
 
 
@@ -85,7 +86,7 @@ def launch_row_gradient(grad, sorted_ids, order, starts, counts, ids, values, sq
     """One launch over the segments that :func:`segments` found; ``grad [M, R]`` dense."""
     num_entries, width = grad.shape
     config = segment_config(width)
-    with torch.cuda.device_of(grad):
+    with on_device_of(grad):
         row_gradient_kernel[(min(8 * processors(grad.device), num_entries),)](
             grad,
             sorted_ids,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .arguments import processors
+from .launch import cdiv, next_power_of_2, on_device_of
 from .row_gradient import RowGradient
 
 
@@ -33,7 +34,7 @@ class UpdateConfig:
 
 def update_config(width: int, arrays: int) -> UpdateConfig:
     """Tiles of 2,048 elements, of 1,024 where moments come with them: both keep 8 to 12 KiB in flight a program."""
-    block_r, tile = triton.next_power_of_2(width), 2048 if arrays == 1 else 1024
+    block_r, tile = next_power_of_2(width), 2048 if arrays == 1 else 1024
     return UpdateConfig(max(1, min(16, tile // block_r)), block_r, 4)
 
 
@@ -238,7 +239,7 @@ def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **o
     """One launch; the state tells the rule: (sums,) Adagrad, (m, v, t) Adam. Adds the rows left out to ``skipped``."""
     rows, width = weight.shape
     config = update_config(width, len(state))
-    grid = (min(8 * processors(factor.device), triton.cdiv(len(gradient.ids), config.block_rows)),)
+    grid = (min(8 * processors(factor.device), cdiv(len(gradient.ids), config.block_rows)),)
     seed = options["seed"]
     common = dict(
         ids_ptr=gradient.ids,
@@ -262,7 +263,7 @@ def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **o
         num_warps=config.num_warps,
         enable_fp_fusion=True,
     )
-    with torch.cuda.device_of(factor):
+    with on_device_of(factor):
         if len(state) == 1:
             row_adagrad_kernel[grid](**common, sums_address=state[0].data_ptr())
             return

@@ -8,6 +8,7 @@ C columns, R elements a row. An id outside the table, -1 among them, reads as a 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_programs, check_tensor, is_kernel_device, processors
+from .launch import cdiv, next_power_of_2, on_device_of
 from .lookup_arguments import check_tables, two_dimensional
 from .read_order import check_order, choose_order, launch_copy_duplicates, scale_words
 from .row_format import FORMATS, SCALE_GROUP
@@ -45,6 +47,7 @@ class RowsConfig:
     programs: int
 
 
+@lru_cache
 def rows_config(width: int, itemsize: int, num_rows: int, processors: int, placement: str) -> RowsConfig:
     """A step moves about 4 KiB, four 16-byte loads a thread: rows of 256 B come 16 at a time.
 
@@ -52,10 +55,10 @@ def rows_config(width: int, itemsize: int, num_rows: int, processors: int, place
     One program per multiprocessor has 132 x 4 KiB in flight on an H200, more than the 72 KB that PCIe Gen5 needs;
     device memory needs eight times as many. Wider chunks would only add registers.
     """
-    chunk = min(256, triton.next_power_of_2(width))
+    chunk = min(256, next_power_of_2(width))
     block_rows = max(4, min(32, 4096 // (chunk * itemsize)))
     wanted = processors * (8 if placement == "device" else 1)
-    return RowsConfig(block_rows, chunk, 2, max(1, min(wanted, triton.cdiv(num_rows, block_rows))))
+    return RowsConfig(block_rows, chunk, 2, max(1, min(wanted, cdiv(num_rows, block_rows))))
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -291,8 +294,8 @@ def _launch(view: TableView, out, storage: bool, programs: int | None, *, num_ro
     itemsize = FORMATS[view.format].dtype.itemsize
     config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.placement)
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-    with torch.cuda.device_of(view.descriptors):
-        lookup_kernel[(min(programs or config.programs, triton.cdiv(num_rows, config.block_rows)),)](
+    with on_device_of(view.descriptors):
+        lookup_kernel[(min(programs or config.programs, cdiv(num_rows, config.block_rows)),)](
             **arguments,
             out_ptr=out_ptr,
             out_scale_ptr=out_scale_ptr,

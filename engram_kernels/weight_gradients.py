@@ -12,6 +12,8 @@ parts, K conv taps, H branches, D hidden size.
 import triton
 import triton.language as tl
 
+from .launch import cdiv
+
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
     "norm_gradient_kernel": dict(sm_80=(40, 2048), sm_90=(40, 2048), sm_100=(40, 2048), gfx942=(24, 2048)),
@@ -99,7 +101,7 @@ def conv_gradient_kernel(
 def launch_norm_gradient(product, query_norm, key_norm, grad_query_norm, grad_key_norm) -> None:
     """One launch; ``product [P, H * D]``. A gradient that is None is not written."""
     num_parts, size = product.shape
-    norm_gradient_kernel[(triton.cdiv(size, BLOCK),)](
+    norm_gradient_kernel[(cdiv(size, BLOCK),)](
         product,
         query_norm,
         key_norm,
@@ -117,7 +119,7 @@ def launch_norm_gradient(product, query_norm, key_norm, grad_query_norm, grad_ke
 def launch_conv_gradient(product, conv_norm, conv_weight, grad_conv_norm, grad_conv_weight) -> None:
     """One launch; ``product [P, K, H * D]``. A gradient that is None is not written."""
     num_parts, num_taps, size = product.shape
-    conv_gradient_kernel[(triton.cdiv(size, BLOCK),)](
+    conv_gradient_kernel[(cdiv(size, BLOCK),)](
         product,
         conv_norm,
         conv_weight,

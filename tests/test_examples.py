@@ -46,6 +46,13 @@ def test_replace_demo():
     assert float(re.match(r"largest difference: (\S+) at outputs up to \d", difference)[1]) < 1e-4
 
 
+def test_tensor_parallel():
+    """Ranks' rows are the whole's bit for bit, and fp8 rows go to the projection as they are."""
+    rows, projected = run("tensor_parallel.py").splitlines()
+    assert rows == "4 ranks of 4 columns: rows equal the whole's"
+    assert float(re.match(r"layer 1's key and value from fp8 rows: largest error (\S+) of", projected)[1]) < 1e-5
+
+
 def test_serve():
     """A small engine, with drafts right and wrong, gives the tokens of generation without any state."""
     first, drafts, share, same = run("serve.py").splitlines()

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from engram_kernels import warmup
+
+from .conftest import package_kernels
 from .serving_runs import FORMS, MAX_DRAFTS, Engine, serve
 from .test_gpu import graph_of
 from .test_state import int32
+from .test_variants import MAX_TOKENS, parts_of, steps
 
 pytestmark = pytest.mark.gpu
 SLOTS, TOKENS, SEQUENCES = 3, 80, 4
@@ -81,6 +85,25 @@ def test_no_call_waits_for_the_gpu(device):
         engine.state.conv_states(slots)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("form", ["v41", "paper"])
+def test_nothing_is_compiled_or_asked_for_after_warming_up(device, form):
+    """Steps of all lengths compile no kernel and leave the driver's memory as it was."""
+    module, prefetcher, state = parts_of(form, device)
+    warmup([module], MAX_TOKENS, prefetcher=prefetcher, state=state)
+    torch.cuda.synchronize()
+    kernels, reserved = compiled_kernels(), torch.cuda.memory_reserved()
+    assert kernels > 0
+    steps(module, prefetcher, state, device, range(1, MAX_TOKENS + 1))
+    torch.cuda.synchronize()
+    assert compiled_kernels() == kernels
+    assert torch.cuda.memory_reserved() == reserved
+
+
+def compiled_kernels():
+    """Variants of all kernels in this process."""
+    return sum(len(cache[0]) for kernel in package_kernels().values() for cache in kernel.device_caches.values())
 
 
 def cu_seqlens_of_five(device):

@@ -134,3 +134,20 @@ def test_kernel_real_geometry(device, v41_plan):
         launch_hash_lookup(ids.to(device), plan.to(device), view, None, None, None, out.tensor, False, None)
         assert tables.same_bits(out.check(), expected, truncated=False)
     assert row_ids.max() > 2**24
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("out_format", ["values", "storage"])
+def test_columns_of_a_rank_are_those_of_the_whole(device, out_format):
+    """Strided over three ranks, in both passes of the kernel's grid order, scales included."""
+    plan = small_plan().to(device)
+    placed = [tables.place(*part, device) for part in parts_of(plan, 32, "e4m3_ue8m0")]
+    ids, cu, history, dead = (x.to(device) for x in ragged())
+    options = dict(cu_seqlens=cu, history=history, dead=dead, out_format=out_format)
+    whole = hash_lookup(ids, plan, placed, **options)
+    for rank in range(3):
+        columns = range(rank, plan.primes.shape[1], 3)
+        for order in ("direct", "head", "address"):
+            part = hash_lookup(ids, plan.select(columns=columns), placed, order=order, **options)
+            for one, all_columns in zip(*([x] if out_format == "values" else x for x in (part, whole)), strict=True):
+                assert torch.equal(one.view(torch.uint8), all_columns[:, :, columns].contiguous().view(torch.uint8))
