@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from engram_kernels import Engram, EngramState, EngramTable, Prefetcher, prefetch, read_order, variants, warmup
+from engram_kernels import EngramState, EngramTable, Prefetcher, prefetch, read_order, warmup
 from engram_kernels.variants import variant_lengths
 
 from .conftest import package_kernels
@@ -128,10 +128,14 @@ def test_arguments(device):
     module(torch.randn(1, 2, 24, device=device), torch.zeros(1, dtype=torch.int64, device=device))
     with pytest.raises(TypeError, match=r"warmup: engrams must be Engram modules, got \['int'\]"):
         warmup([3], 8)
+    module.table = None
+    with pytest.raises(
+        TypeError, match="warmup: engrams must have an EngramTable where there is no prefetcher, got No"
+    ):
+        warmup([module], 8)
     with pytest.raises(ValueError, match="warmup: max_tokens must be a positive int, got 0"):
         warmup([module], 0)
     with pytest.raises(ValueError, match="warmup: max_tokens must be at most prefetcher's 36, got 37"):
         warmup([module], 37, prefetcher=prefetcher)
     with pytest.raises(TypeError, match="warmup: id_dtype must be int32 or int64, got torch.int16"):
         warmup([module], 3, id_dtype=torch.int16)
-    assert isinstance(module, Engram) and variants.warmup is warmup
