@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from engram_kernels import EngramState, EngramTable, Prefetcher, prefetch, read_order, warmup
+from engram_kernels import EngramState, EngramTable, NgramCache, Prefetcher, prefetch, read_order, warmup
 from engram_kernels.variants import variant_lengths
 
 from .conftest import package_kernels
@@ -18,13 +18,14 @@ pytestmark = pytest.mark.kernel
 MAX_TOKENS = 36
 
 
-def parts_of(form, device, placement=None):
+def parts_of(form, device, placement=None, cached=False):
     """The last layer's module of a form, and a prefetcher and a state for it."""
     module, plan, tables = built(form, device)
     if placement is not None:
         tables = [EngramTable.from_tensors(table.weight, placement=placement) for table in tables]
     module.requires_grad_(False)
-    prefetcher = Prefetcher(plan, tables, MAX_TOKENS, layers=module.config.layers)
+    cache = NgramCache(plan, tables, entries=16, min_tokens=4) if cached else None
+    prefetcher = Prefetcher(plan, tables, MAX_TOKENS, layers=module.config.layers, cache=cache)
     state = EngramState(module.config, 3, device, dtype=torch.float32, max_drafts=2)
     return module, prefetcher, state
 
@@ -95,7 +96,7 @@ def test_no_variant_is_left_to_compile(form, device, monkeypatch):
     names = {key[0] for key in warmed}
     assert {"gather_history_kernel", "commit_history_kernel", "hash_lookup_kernel"} <= names
     assert ("conv_residual_kernel" if form == "paper" else "gate_residual_kernel") in names
-    lengths = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 21, 25, 30, 31, 32, 33, MAX_TOKENS]
+    lengths = [1, 3, 4, 5, 8, 9, 16, 17, 21, 30, 32, 33, MAX_TOKENS]
     steps(*parts, device, lengths)
     assert not {key for key in seen if key not in warmed}
 
@@ -111,6 +112,17 @@ def test_without_a_prefetcher_or_a_state(device, monkeypatch):
     assert warmed == seen
     module(torch.randn(3, 2, 24, device=device), ids.long(), cu_seqlens=cu, dead=dead)
     assert warmed != seen
+
+
+def test_with_a_cache(device, monkeypatch):
+    """Steps below its least number of tokens go past it."""
+    parts = parts_of("v41", device, cached=True)
+    seen = record(monkeypatch)
+    warmup([parts[0]], 9, prefetcher=parts[1], state=parts[2])
+    warmed = set(seen)
+    assert {"probe_cache_kernel", "hash_lookup_kernel"} <= {key[0] for key in warmed}
+    steps(*parts, device, [1, 3, 4, 5, 8, 9])
+    assert not {key for key in seen if key not in warmed}
 
 
 @pytest.mark.parametrize("form", FORMS)
