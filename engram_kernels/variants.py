@@ -15,7 +15,7 @@ from .module import Engram
 from .prefetch import Prefetcher
 from .read_order import choose_order
 from .state import EngramState
-from .table import view_tables
+from .table import EngramTable, view_tables
 
 
 def variant_lengths(engrams: Sequence[Engram], max_tokens: int, prefetcher: Prefetcher | None) -> list[int]:
@@ -66,6 +66,9 @@ def warmup(
         raise ValueError(f"{where}: max_tokens must be at most prefetcher's {prefetcher.max_tokens}, got {max_tokens}")
     if id_dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{where}: id_dtype must be int32 or int64, got {id_dtype}")
+    if prefetcher is None and not isinstance(engrams[0].table, EngramTable):
+        kind = type(engrams[0].table).__name__
+        raise TypeError(f"{where}: engrams must have an EngramTable where there is no prefetcher, got {kind}")
     weight = engrams[0].wkv.weight
     if not is_kernel_device(weight) or weight.dtype == torch.float64:
         return

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from engram_kernels import Engram, EngramState, EngramTable, Prefetcher, prefetch, read_order, variants, warmup
+from engram_kernels import EngramState, EngramTable, NgramCache, Prefetcher, prefetch, read_order, warmup
 from engram_kernels.variants import variant_lengths
 
 from .conftest import package_kernels
@@ -18,13 +18,14 @@ pytestmark = pytest.mark.kernel
 MAX_TOKENS = 36
 
 
-def parts_of(form, device, placement=None):
+def parts_of(form, device, placement=None, cached=False):
     """The last layer's module of a form, and a prefetcher and a state for it."""
     module, plan, tables = built(form, device)
     if placement is not None:
         tables = [EngramTable.from_tensors(table.weight, placement=placement) for table in tables]
     module.requires_grad_(False)
-    prefetcher = Prefetcher(plan, tables, MAX_TOKENS, layers=module.config.layers)
+    cache = NgramCache(plan, tables, entries=16, min_tokens=4) if cached else None
+    prefetcher = Prefetcher(plan, tables, MAX_TOKENS, layers=module.config.layers, cache=cache)
     state = EngramState(module.config, 3, device, dtype=torch.float32, max_drafts=2)
     return module, prefetcher, state
 
@@ -95,7 +96,7 @@ def test_no_variant_is_left_to_compile(form, device, monkeypatch):
     names = {key[0] for key in warmed}
     assert {"gather_history_kernel", "commit_history_kernel", "hash_lookup_kernel"} <= names
     assert ("conv_residual_kernel" if form == "paper" else "gate_residual_kernel") in names
-    lengths = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 21, 25, 30, 31, 32, 33, MAX_TOKENS]
+    lengths = [1, 3, 5, 8, 9, 17, 21, 33]
     steps(*parts, device, lengths)
     assert not {key for key in seen if key not in warmed}
 
@@ -113,6 +114,17 @@ def test_without_a_prefetcher_or_a_state(device, monkeypatch):
     assert warmed != seen
 
 
+def test_with_a_cache(device, monkeypatch):
+    """Steps below its least number of tokens go past it."""
+    parts = parts_of("v41", device, cached=True)
+    seen = record(monkeypatch)
+    warmup([parts[0]], 9, prefetcher=parts[1], state=parts[2])
+    warmed = set(seen)
+    assert {"probe_cache_kernel", "hash_lookup_kernel"} <= {key[0] for key in warmed}
+    steps(*parts, device, [1, 3, 4, 5, 8, 9])
+    assert not {key for key in seen if key not in warmed}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_lengths_take_every_variant(form, device):
     """Each length that a variant begins at, by comparing neighbours rather than by collecting."""
@@ -128,10 +140,14 @@ def test_arguments(device):
     module(torch.randn(1, 2, 24, device=device), torch.zeros(1, dtype=torch.int64, device=device))
     with pytest.raises(TypeError, match=r"warmup: engrams must be Engram modules, got \['int'\]"):
         warmup([3], 8)
+    module.table = None
+    with pytest.raises(
+        TypeError, match="warmup: engrams must have an EngramTable where there is no prefetcher, got No"
+    ):
+        warmup([module], 8)
     with pytest.raises(ValueError, match="warmup: max_tokens must be a positive int, got 0"):
         warmup([module], 0)
     with pytest.raises(ValueError, match="warmup: max_tokens must be at most prefetcher's 36, got 37"):
         warmup([module], 37, prefetcher=prefetcher)
     with pytest.raises(TypeError, match="warmup: id_dtype must be int32 or int64, got torch.int16"):
         warmup([module], 3, id_dtype=torch.int16)
-    assert isinstance(module, Engram) and variants.warmup is warmup
