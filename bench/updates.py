@@ -192,13 +192,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench updates", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument(
-        "--gb", type=float, nargs="+", metavar="N", help="sizes of tables; default 1 to 64, on a CPU 0.125 to 4"
+        "--gb", type=float, nargs="+", metavar="N", help="sizes of tables; default 1 to 64, on a CPU 0.125 to 2"
     )
     parser.add_argument("--ids", type=int, default=65_536, metavar="N", help="rows looked up in a batch")
     parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE", help="the JSON; its plot goes beside it")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
-    sizes = chosen.gb or ((1, 2, 4, 8, 16, 32, 64) if device.type == "cuda" else (0.125, 0.25, 0.5, 1, 2, 4))
+    sizes = chosen.gb or ((1, 2, 4, 8, 16, 32, 64) if device.type == "cuda" else (0.125, 0.25, 0.5, 1, 2))
     if chosen.ids < 1 or min(sizes) * GB < 4 * WIDTH:
         parser.error(f"--ids must be at least 1 and --gb hold a row of {4 * WIDTH} bytes, got {chosen.ids}, {sizes}")
     result = run([int(size * GB) for size in sizes], chosen.ids, device)
