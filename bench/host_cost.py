@@ -127,7 +127,7 @@ class HostCost:
 def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
     """Calls of an inference engine in DeepSeek-V4.1's geometry, on small tensors."""
     config = EngramConfig.deepseek_v41_flash()
-    plan = HashPlan.build(config, torch.arange(config.raw_vocab_size) % config.vocab_size)
+    plan = HashPlan.build(config, torch.arange(config.raw_vocab_size) % (config.vocab_size or 1))
     kind = (config.row_width, config.format)  # address space alone, as no row is written
     tables = [EngramTable.empty(count, *kind, placement="host") for count in plan.rows_per_layer]
     ids, row_ids = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros(TOKENS, config.columns, dtype=torch.int32)
@@ -135,7 +135,7 @@ def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
     hidden, kv = torch.zeros(TOKENS, branches, hidden_size), torch.zeros(TOKENS, (branches + 1) * hidden_size)
     key, value = kv[:, : branches * hidden_size].unflatten(1, (branches, hidden_size)), kv[:, branches * hidden_size :]
     norms = [torch.ones(branches, hidden_size) for _ in range(3)]
-    tensors, weight = (hidden, key, value, *norms[:2]), torch.ones(branches, hidden_size, 4)
+    tensors, weight = (hidden, key, value, norms[0], norms[1]), torch.ones(branches, hidden_size, 4)
     options = dict(dilation=3, eps=1e-6, conv_eps=1e-6)
     operands = (*tensors, 1e-6, 1e-6, None, "copysign", True)
     return {
@@ -162,7 +162,7 @@ def host_costs(rounds: int = 150) -> list[HostCost]:
             best = [float("inf")] * 2
             for _ in range(rounds):
                 best = [min(old, seconds_of(one, 20)) for old, one in zip(best, (call, bare), strict=True)]
-            costs.append(HostCost(name, *best, len(launches)))
+            costs.append(HostCost(name, best[0], best[1], len(launches)))
     return costs
 
 
