@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from bench import cache_prediction
 from bench.__main__ import main
@@ -17,6 +18,7 @@ def test_the_committed_prediction_is_what_the_command_gives(monkeypatch, tmp_pat
     assert len(committed["points"]) == len(cache_prediction.TOKENS) * (1 + len(cache_prediction.ENTRIES))
     again = json.loads(json.dumps(cache_prediction.predict(load_token_ids(), (1 << 14,), (8192,))))
     assert all(point in committed["points"] for point in again) and len(again) == 2
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(cache_prediction, "load_token_ids", lambda: load_token_ids()[:5000])
     monkeypatch.setattr(cache_prediction, "predict", lambda ids: predict(ids, (64, 256), (512, 1024)))
     assert main(["cache", "--out", str(tmp_path / "found" / "cache.json")]) == 0

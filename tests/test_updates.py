@@ -55,6 +55,7 @@ def test_subjects_on_a_gpu():
 
 
 def test_the_command_writes_a_result_and_a_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "updates.json"
     assert updates.main(["--device", "cpu", "--gb", "0.0001", "0.0002", "--ids", "50", "--out", str(out)]) == 0
     assert json.loads(out.read_text())["ids"] == 50 and out.with_suffix(".png").stat().st_size > 1000
