@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from engram_kernels import EngramConfig, HashPlan
-from engram_kernels.cache_rates import WAYS, CacheRates, cache_bytes, link_bytes, measure_rates, text_keys
+from engram_kernels.cache_rates import CacheRates, cache_bytes, link_bytes, measure_rates, text_keys
 from engram_kernels.console import track
+from engram_kernels.reference.cache import WAYS
 
 from .report import print_table
 from .text import load_token_ids, load_token_map

@@ -16,12 +16,12 @@ Entries and tags are read in the first launch alone and written in the fourth al
 from typing import NamedTuple
 
 import torch
-import triton
 
 from .arguments import describe, processors
 from .cache_misses import COUNTED, place_config, place_missed_kernel, read_missed_kernel, repeat_rows_kernel
 from .cache_probe import probe_cache_kernel
 from .hashing import hash_arguments
+from .launch import cdiv, next_power_of_2, on_device_of
 from .plan import HashPlan
 from .read_order import copy_config, scale_words
 from .row_format import FORMATS
@@ -100,7 +100,7 @@ def launch_cached_lookup(
     tensors = dict(tables_ptr=view.descriptors, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, clock_ptr=state.clock)
     tensors |= dict(stamps_ptr=state.stamps, keys_ptr=state.keys)
     shared = dict(NUM_HEADS=num_heads)
-    with torch.cuda.device_of(token_ids), cache.in_order():
+    with on_device_of(token_ids), cache.in_order():
         config = rows_config(view.width, itemsize, num_groups * num_tokens, processors(device), "device")
         probe_cache_kernel[(programs or config.programs,)](
             **{name: values[name] for name in (*hashing, *numbers)},
@@ -119,7 +119,7 @@ def launch_cached_lookup(
         )
         missed, places = torch.sort(missed, stable=True)
         place = place_config(ways)
-        place_missed_kernel[(triton.cdiv(num_entries, place.block),)](
+        place_missed_kernel[(cdiv(num_entries, place.block),)](
             missed,
             places,
             state.stamps,
@@ -134,7 +134,7 @@ def launch_cached_lookup(
             NUM_GROUPS=num_groups,
             WAYS=ways,
             BLOCK=place.block,
-            COUNTED=min(COUNTED, triton.next_power_of_2(num_groups)),
+            COUNTED=min(COUNTED, next_power_of_2(num_groups)),
             num_warps=place.num_warps,
             enable_fp_fusion=True,
         )
@@ -164,7 +164,7 @@ def launch_cached_lookup(
         for part in parts:
             width = num_heads * part.shape[-1]
             copies = copy_config(width, part.element_size())
-            steps = triton.cdiv(num_entries, copies.block_rows)
+            steps = cdiv(num_entries, copies.block_rows)
             repeat_rows_kernel[(min(programs or 8 * processors(device), steps),)](
                 sources,
                 part,

@@ -16,12 +16,9 @@ import torch
 
 from .config import EngramConfig
 from .plan import HashPlan
-from .reference.cache import CacheSimulator, ngram_keys
+from .reference.cache import TAG_BYTES, WAYS, CacheSimulator, ngram_keys
 from .row_format import row_format
 
-WAYS = 8
-#: Bytes of an entry's key and stamp.
-TAG_BYTES = 16
 _CHUNK = 1 << 20  # tokens that are hashed at once
 
 

@@ -20,13 +20,12 @@ from .cache_lookup import COUNTS, CacheState, fewest_tokens
 from .hash_rows import check_tables_of_plan
 from .plan import HashPlan
 from .prefetch import CudaStreams, NoStreams
-from .reference.cache import LAG, CacheSimulator
+from .reference.cache import LAG, TAG_BYTES, WAYS, CacheSimulator
 from .table import EngramTable
 
 if TYPE_CHECKING:
     from .cache_contents import CacheStats
 
-TAG_BYTES = 16  # a key and a stamp
 _MOST_WAYS = 32
 
 
@@ -52,7 +51,7 @@ class NgramCache:
         *,
         bytes: int | None = None,
         entries: int | None = None,
-        ways: int = 8,
+        ways: int = WAYS,
         min_tokens: int | None = None,
         streams: CudaStreams | NoStreams | None = None,
     ):

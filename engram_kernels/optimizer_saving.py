@@ -29,7 +29,7 @@ from .file_writing import (
     write_all,
 )
 from .safetensors_file import SUFFIX, Checkpoint, CheckpointError
-from .table_loading import fill_tensors
+from .table_loading import fill_tensors, flat_bytes
 
 if TYPE_CHECKING:
     from .row_optimizers import RowOptimizer
@@ -60,7 +60,7 @@ def save_states(
     check_room(path.parent, places[-1], where)
     chunks = [
         (flat, begin, end, place + begin)
-        for flat, place in zip(map(_flat, tensors.values()), places, strict=False)
+        for flat, place in zip(map(flat_bytes, tensors.values()), places, strict=False)
         for begin, end in spans(len(flat), CHUNK)
     ]
     partial = path.parent / f".{path.name.removesuffix(SUFFIX)}-{secrets.token_hex(4)}.partial"
@@ -98,7 +98,7 @@ def load_states(
         expected = {f"{i}.{name}": x for i in range(len(optimizer.tables)) for name, x in optimizer.states(i).items()}
         check_tensors(where, {name: _form(checkpoint, name) for name in checkpoint.names}, expected)
         optimizer.wait_for_steps()
-        targets = [(_flat(target), [checkpoint.tensor(name)]) for name, target in expected.items()]
+        targets = [(flat_bytes(target), [checkpoint.tensor(name)]) for name, target in expected.items()]
         try:
             fill_tensors(targets, checkpoint, threads=threads, progress=progress)
         except BaseException:
@@ -214,7 +214,3 @@ def _check_replaceable(path: Path, where: str) -> None:
 def _partial_name(path: Path) -> re.Pattern:
     """Names under which states for ``path`` grow."""
     return re.compile(rf"\.{re.escape(path.name.removesuffix(SUFFIX))}-[0-9a-f]{{8}}\.partial")
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8).view(-1)

@@ -71,9 +71,9 @@ def fill_table(
 
     ranges: ``[begin, end)`` of the rows that the table is to hold, one after the other; None is all of them.
     """
-    targets = [(_flat(table.weight), stored.weights)]
+    targets = [(flat_bytes(table.weight), stored.weights)]
     if stored.scales:
-        targets.append((_flat(table.scale), stored.scales))
+        targets.append((flat_bytes(table.scale), stored.scales))
     fill_tensors(targets, checkpoint, threads=threads, progress=progress, ranges=ranges)
 
 
@@ -173,7 +173,7 @@ def check_room(name: str, nbytes: int, placement: str, where: str, way_out: str)
         raise MemoryError(f"{where}: {name} takes {nbytes:,} bytes and {available:,} are available; {way_out}")
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8).view(-1)
 
 

@@ -26,6 +26,8 @@ from .hashing import ngram_mixes
 #: Measured on texts (bench/NOTES.md): with none (least recently used) there are fewer hits in prose and code, with a
 #: longer one in text that changes or repeats what it said last.
 LAG = 8
+WAYS = 8  # entries of a set, by the same notes
+TAG_BYTES = 16  # an entry's key and stamp
 
 _SALT = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15: negative, so that no mix of a plan that has none maps to key 0
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)

@@ -114,8 +114,8 @@ class Elsewhere:
 
 
 def test_rows_go_through_a_buffer_where_the_cpu_does_not_see_the_memory(tmp_path, small_chunks, monkeypatch):
-    flat = table_loading._flat
-    monkeypatch.setattr(table_loading, "_flat", lambda tensor: Elsewhere(flat(tensor)))
+    flat = table_loading.flat_bytes
+    monkeypatch.setattr(table_loading, "flat_bytes", lambda tensor: Elsewhere(flat(tensor)))
     folder, tensors = checkpoints.v41_folder(tmp_path / "v41")
     table = load(folder, placement="cpu", config=V41, layer=4)
     assert torch.equal(raw(table.weight), raw(tensors["layers.4.engram.embed.weight"]))
