@@ -18,7 +18,17 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels import gate, gate_backward, gate_conv, gate_conv_backward, gate_scale, hash_rows, hashing, rows
+from engram_kernels import (
+    conv_residual,
+    gate,
+    gate_backward,
+    gate_conv,
+    gate_conv_backward,
+    gate_scale,
+    hash_rows,
+    hashing,
+    rows,
+)
 
 from .cases import Case, Workbench, load_cases
 from .environment import describe_gpu, describe_software, slug
@@ -75,7 +85,7 @@ SWEEPS = {
     ),
     "conv": Sweep(
         "conv_config",
-        (gate_conv,),
+        (conv_residual, gate_conv),
         ("gate_conv_residual/27b/T=1", "gate_conv_residual/27b/T=8192"),
         grid(block_t=(4, 8, 16, 32), block_d=(64, 128), num_warps=(2, 4, 8)),
     ),

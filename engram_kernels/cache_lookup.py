@@ -24,9 +24,9 @@ from .hashing import hash_arguments
 from .launch import cdiv, next_power_of_2, on_device_of
 from .plan import HashPlan
 from .read_order import copy_config, scale_words
+from .row_copy import row_constants, rows_config
 from .row_format import FORMATS
 from .row_output import kernel_out
-from .rows import row_constants, rows_config
 from .table import TableView
 
 #: What is counted for each group, in this order: n-grams asked for and hits of these, distinct missed ones read from

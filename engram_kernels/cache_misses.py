@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .cache_probe import set_of, unscramble
 from .hashing import mix_rows
-from .rows import copy_rows
+from .row_copy import copy_rows
 
 COUNTED = 16  # groups counted at once
 

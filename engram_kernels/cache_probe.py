@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .hashing import ngram_mix
-from .rows import copy_rows
+from .row_copy import copy_rows
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {

@@ -18,8 +18,10 @@ from .arguments import check_programs, check_token_values, check_tokens, is_kern
 from .cache_lookup import check_cache, launch_cached_lookup
 from .hashing import hash_arguments, launch_ngram_hash, ngram_hash, ngram_rows
 from .launch import cdiv, on_device_of
+from .lookup_arguments import check_tables
 from .plan import PLAN_SCHEMA, HashPlan
 from .read_order import check_order, choose_order, key_range
+from .row_copy import copy_rows, row_constants, rows_config
 from .row_format import FORMATS
 from .row_gradient import check_recordable, record_rows, records_rows
 from .row_output import (
@@ -32,14 +34,7 @@ from .row_output import (
     out_parts,
     split_view,
 )
-from .rows import (
-    check_tables,
-    copy_rows,
-    launch_lookup,
-    launch_sorted,
-    row_constants,
-    rows_config,
-)
+from .rows import launch_lookup, launch_sorted
 from .staging import check_stageable, stage
 from .table import EngramTable, TableView, view_tables
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from .arguments import is_kernel_device
-from .gate_conv import conv_config
+from .conv_residual import conv_config
 from .hashing import hash_config
 from .module import Engram
 from .prefetch import Prefetcher

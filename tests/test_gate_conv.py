@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engram_kernels import gate_conv_residual, reference
-from engram_kernels.gate_conv import conv_config
+from engram_kernels.conv_residual import conv_config
 
 from . import oracles, tolerances
 from .guards import Guarded

@@ -6,8 +6,9 @@ import torch
 import triton
 
 from engram_kernels import EngramTable, lookup, reference
+from engram_kernels.row_copy import rows_config
 from engram_kernels.row_format import FORMATS
-from engram_kernels.rows import launch_lookup, rows_config
+from engram_kernels.rows import launch_lookup
 from engram_kernels.table import view_tables
 
 from . import tables

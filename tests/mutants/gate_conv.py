@@ -36,42 +36,42 @@ eps outside the mean: value @ gate_scale
 """
 
 CONV_RESIDUAL = """\
-mask dropped: end of D @ gate_conv -k test_kernel and 12-3-80
+mask dropped: end of D @ conv_residual -k test_kernel and 12-3-80
 - mask = mask_t[:, None] & mask_d[None, :]
 + mask = mask_t[:, None] & (offs_d >= 0)[None, :]
-mask dropped: masked tokens @ gate_conv
+mask dropped: masked tokens @ conv_residual
 - inside = inside & (tl.load(mask_ptr + source, mask=inside, other=0) != 0)
 + inside = inside
-mask dropped: padding @ gate_conv
+mask dropped: padding @ conv_residual
 - result = tl.where(padding[:, None], hidden, result)
 + result = result
-stride swapped: hidden @ gate_conv -k test_kernel and 12-4-64
+stride swapped: hidden @ conv_residual -k test_kernel and 12-4-64
 - token64[:, None] * stride_hidden_t + branch64 * stride_hidden_h
 + token64[:, None] * stride_hidden_h + branch64 * stride_hidden_t
-stride swapped: weight @ gate_conv
+stride swapped: weight @ conv_residual
 - stride_weight_d,
 -     stride_weight_k,
 + stride_weight_k,
 +     stride_weight_d,
-32-bit product: branch @ gate_conv -k branches_beyond
+32-bit product: branch @ conv_residual -k branches_beyond
 - branch64 = tl.cast(branch, tl.int64)
 + branch64 = branch
-32-bit product @ gate_conv -k beyond
+32-bit product @ conv_residual -k beyond
 - source64 = source.to(tl.int64)
 + source64 = source
-window off by one @ gate_conv
+window off by one @ conv_residual
 - (source >= start) & (source >= 0)
 + (source > start) & (source >= 0)
-cu_seqlens ignored: start @ gate_conv
+cu_seqlens ignored: start @ conv_residual
 - (source >= start) & (source >= 0)
 + (source >= 0)
 cu_seqlens ignored: search @ sequences
 - start = tl.load(cu_seqlens_ptr + seq)
 + start = token * 0
-history reversed @ gate_conv
+history reversed @ conv_residual
 - slot = seq.to(tl.int64) * SPAN + SPAN + source - start
 + slot = seq.to(tl.int64) * SPAN - 1 - source + start
-last tile skipped @ gate_conv
+last tile skipped @ conv_residual
 - mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
 + mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE // BLOCK_D * BLOCK_D
 norms swapped: query norm for conv norm @ gate_conv
@@ -79,19 +79,19 @@ norms swapped: query norm for conv norm @ gate_conv
 -                 conv_norm,
 + scale,
 +                 query_norm,
-branch fixed to 0: conv norm @ gate_conv
+branch fixed to 0: conv norm @ conv_residual
 - conv_norm_ptr + branch * HIDDEN_SIZE
 + conv_norm_ptr
-branch fixed to 0: weight @ gate_conv
+branch fixed to 0: weight @ conv_residual
 - conv_weight_ptr + branch64 * stride_weight_h
 + conv_weight_ptr
-branch fixed to 0: gate @ gate_conv
+branch fixed to 0: gate @ conv_residual
 - gate_ptr + token64 * NUM_BRANCHES + branch
 + gate_ptr + token64 * NUM_BRANCHES
-taps reversed @ gate_conv
+taps reversed @ conv_residual
 - tap * stride_weight_k
 + (NUM_TAPS - 1 - tap) * stride_weight_k
-dilation minus one @ gate_conv
+dilation minus one @ conv_residual
 - (NUM_TAPS - 1 - tap) * DILATION
 + (NUM_TAPS - 1 - tap) * (DILATION - 1)
 """

@@ -5,34 +5,34 @@ from .hashing import HASH
 
 # copy_rows and what it decodes with, in both kernels that read rows.
 ROWS = """\
-mask dropped: end of a row @ rows -k test_kernel and bfloat16-80
+mask dropped: end of a row @ row_copy -k test_kernel and bfloat16-80
 - mask_out = mask_out & (offs_w < WIDTH)
 + mask_out = mask_out
-other dropped: missing rows @ rows -k test_kernel
+other dropped: missing rows @ row_copy -k test_kernel
 - row_ptr[:, None, None] + offs_w, mask=mask, other=0)
 + row_ptr[:, None, None] + offs_w, mask=mask, other=1)
-32-bit product @ rows -k beyond
+32-bit product @ row_copy -k beyond
 - 16) + row * WIDTH
 + 16) + row.to(tl.uint32) * WIDTH
-scale byte off by one: exponent @ rows
+scale byte off by one: exponent @ row_copy
 - exponent << 23)
 + (exponent + 1) << 23)
-scale byte off by one: eight to a word @ rows
+scale byte off by one: eight to a word @ row_copy
 - (8 * offs)[None, :].to(tl.uint64)
 + (8 * (offs ^ 1))[None, :].to(tl.uint64)
 """
 
 LOOKUP = """\
-mask dropped: negative ids @ rows -k missing_row
+mask dropped: negative ids @ row_copy -k missing_row
 - mask_row & (row >= 0) & (row < num_table_rows)
 + mask_row & (row < num_table_rows)
-mask dropped: missing rows under a scale @ rows -k missing_row
+mask dropped: missing rows under a scale @ row_copy -k missing_row
 - tl.where(present[:, None, None], decode_e4m3(value) * scale[:, None, None], 0.0)
 + decode_e4m3(value) * scale[:, None, None]
-NaN dropped: row @ rows
+NaN dropped: row @ row_copy
 - return tl.where(tl.abs(value) == 480.0, float("nan"), value)
 + return value
-NaN dropped: scale @ rows
+NaN dropped: scale @ row_copy
 - tl.where(exponent == 255, 0x7FC00000, bits)
 + bits
 stride swapped @ rows -k strided_ids
@@ -41,23 +41,23 @@ stride swapped @ rows -k strided_ids
 last tile skipped @ rows
 - num_steps = (num_rows - 1) // BLOCK_ROWS + 1
 + num_steps = num_rows // BLOCK_ROWS
-scale byte off by one: first chunk for all @ rows
+scale byte off by one: first chunk for all @ row_copy
 - scale_address, begin // GROUP, NUM_SCALES
 + scale_address, 0, NUM_SCALES
-scale byte off by one: four to a word @ rows
+scale byte off by one: four to a word @ row_copy
 - word = tl.load(word_ptr + row, mask=present, other=0)
 -         return (word[:, None] >> (8 * offs)
 + word = tl.load(word_ptr + row, mask=present, other=0)
 +         return (word[:, None] >> (8 * (offs ^ 1))
-scale byte off by one: two to a word @ rows
+scale byte off by one: two to a word @ row_copy
 - word_ptr + row, mask=present, other=0).to(tl.uint32)
 -         return (word[:, None] >> (8 * offs)
 + word_ptr + row, mask=present, other=0).to(tl.uint32)
 +         return (word[:, None] >> (8 * (offs ^ 1))
-scale byte off by one: zero @ rows
+scale byte off by one: zero @ row_copy
 - tl.where(exponent == 0, 0x00400000,
 + tl.where(exponent == 0, 0,
-scale byte off by one: storage @ rows -k test_kernel_storage
+scale byte off by one: storage @ row_copy -k test_kernel_storage
 - offs_s = begin // GROUP + offs_scale
 + offs_s = offs_scale
 """

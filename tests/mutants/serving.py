@@ -58,13 +58,13 @@ window off by one: the first slot @ conv_slots -k kernel_equals_dense
 """
 
 SLOTS_RESIDUAL = """\
-mask dropped: entries before the first @ gate_conv
+mask dropped: entries before the first @ conv_residual
 - before & known & (position >= 0)
 + before & known
-window off by one: cursor @ gate_conv
+window off by one: cursor @ conv_residual
 - position = cursor + source - start
 + position = cursor + source - start - 1
-branch fixed to 0: slot @ gate_conv
+branch fixed to 0: slot @ conv_residual
 - slot = seq_slot * RING + position % RING
 + slot = position % RING
 """
