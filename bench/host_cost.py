@@ -32,6 +32,7 @@ from engram_kernels import (
     ngram_hash,
     rows,
 )
+from engram_kernels.prepared import Prepared
 
 from .report import print_table
 
@@ -80,6 +81,8 @@ def launching_nothing() -> Iterator[None]:
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compile_nothing))
             for module in (gate, gate_conv, hash_rows, hashing, rows):
                 stack.enter_context(mock.patch.object(module, "is_kernel_device", lambda tensor: True))
+            for module in (gate, gate_conv):  # what is prepared there is not for CPU tensors
+                stack.enter_context(mock.patch.object(module, "_PREPARED", Prepared()))
             for module in (hash_rows, hashing):
                 stack.enter_context(mock.patch.object(module, "check_token_values", lambda *_: None))
             yield
@@ -90,12 +93,12 @@ def launching_nothing() -> Iterator[None]:
 
 
 def launches_of(call: Callable[[], object]) -> list[tuple]:
-    """(kernel, arguments, keyword arguments) of each launch that ``call`` makes."""
+    """(kernel, grid, arguments, keyword arguments) of each launch that ``call`` makes."""
     launches, run = [], JITFunction.run
 
-    def record(self, *args, **kwargs):
-        launches.append((self, args, kwargs))
-        return run(self, *args, **kwargs)
+    def record(self, *args, grid, warmup, **kwargs):
+        launches.append((self, grid, args, kwargs))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     with mock.patch.object(JITFunction, "run", record):
         call()
@@ -156,8 +159,8 @@ def host_costs(rounds: int = 150) -> list[HostCost]:
             launches = launches_of(call)
 
             def bare(launches=launches):
-                for kernel, args, kwargs in launches:
-                    kernel.run(*args, **kwargs)
+                for kernel, grid, args, kwargs in launches:
+                    kernel[grid](*args, **kwargs)
 
             best = [float("inf")] * 2
             for _ in range(rounds):

@@ -75,13 +75,19 @@ def check_batch(where, shape, cu_seqlens, device) -> int:
     check_tensor(where, "cu_seqlens", cu_seqlens, dtypes=(torch.int32,), device=device)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"{where}: cu_seqlens must have shape [B + 1] with B >= 1, got {list(cu_seqlens.shape)}")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or any(a > b for a, b in zip(ends, ends[1:], strict=False)) or ends[-1] > shape[0]:
-            raise ValueError(
-                f"{where}: cu_seqlens must rise from 0 to at most T = {shape[0]}, got {describe_values(ends)}"
-            )
+    check_ends(where, cu_seqlens, shape[0])
     return len(cu_seqlens) - 1
+
+
+def check_ends(where, cu_seqlens, num_tokens: int) -> None:
+    """On the CPU: cu_seqlens rise from 0 to at most T."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or any(a > b for a, b in zip(ends, ends[1:], strict=False)) or ends[-1] > num_tokens:
+        raise ValueError(
+            f"{where}: cu_seqlens must rise from 0 to at most T = {num_tokens}, got {describe_values(ends)}"
+        )
 
 
 def describe_values(values: list) -> str:
@@ -111,6 +117,8 @@ def check_token_values(where, token_ids, plan, cu_seqlens, history, dead) -> Non
     """On the CPU: every id that is neither dead nor padding, and all history but -1, is in the vocabulary."""
     if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    if cu_seqlens is not None:
+        check_ends(where, cu_seqlens, token_ids.shape[0])
     live = token_ids if cu_seqlens is None else token_ids[: int(cu_seqlens[-1])]
     if dead is not None:
         live = live[~dead[: len(live)]]

@@ -134,11 +134,19 @@ def store_scalars(
 
 def rows_aligned(*tensors: torch.Tensor) -> bool:
     """Whether every row of every tensor starts at a multiple of 16 bytes."""
-    misaligned = 0  # a bit below 16 is set where it is set in any of these numbers
+    return strides_aligned(*tensors) and addresses_aligned(*tensors)
+
+
+def strides_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether the rows of every tensor are multiples of 16 bytes apart."""
+    return all(stride * tensor.element_size() % 16 == 0 for tensor in tensors for stride in tensor.stride()[:-1])
+
+
+def addresses_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every tensor starts at a multiple of 16 bytes."""
+    misaligned = 0  # a bit below 16 is set where it is set in any address
     for tensor in tensors:
         misaligned |= tensor.data_ptr()
-        for stride in tensor.stride()[:-1]:
-            misaligned |= stride * tensor.element_size()
     return misaligned % 16 == 0
 
 

@@ -13,6 +13,7 @@ Entries and tags are read in the first launch alone and written in the fourth al
 (docs/cache.md). Sizes depend on shapes alone and the host waits for nothing, so that a CUDA graph can hold all of it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,8 +79,15 @@ class CacheState(NamedTuple):
     lag: int  #: how much older than now a new entry counts
 
 
+def prepare_cached_lookup(
+    cache, plan: HashPlan, view: TableView, storage: bool, programs: int | None, order: str
+) -> Callable[..., None]:
+    """The launches through ``cache``, of (token_ids, cu_seqlens, history, dead, out)."""
+    return lambda *tensors: launch_cached_lookup(cache, plan, view, *tensors, storage, programs, order)
+
+
 def launch_cached_lookup(
-    cache, token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs, order
+    cache, plan: HashPlan, view: TableView, token_ids, cu_seqlens, history, dead, out, storage, programs, order
 ) -> None:
     """One call through ``cache`` for all layers; ``order`` other than "direct" reads head by head."""
     state = cache.state
@@ -93,24 +101,25 @@ def launch_cached_lookup(
     slots, sources, targets = (torch.empty(num_entries, dtype=torch.int32, device=device) for _ in range(3))
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
     itemsize = FORMATS[view.format].dtype.itemsize
-    values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
-    hashing = ("token_ids_ptr", "cu_seqlens_ptr", "history_ptr", "dead_ptr", "token_map_ptr", "multipliers_ptr")
-    numbers = ("num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos")
-    columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr")
+    known = hash_arguments(token_ids, plan, cu_seqlens)
+    tokens = dict(token_ids_ptr=token_ids, cu_seqlens_ptr=cu_seqlens, history_ptr=history, dead_ptr=dead)
+    mixing = ("token_map_ptr", "multipliers_ptr", "num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size")
+    mixing += ("pad", "eos", "NUM_LAYERS", "MAX_NGRAM", "HAS_EOS")
+    columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr", "NON_NEGATIVE")
     tensors = dict(tables_ptr=view.descriptors, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, clock_ptr=state.clock)
     tensors |= dict(stamps_ptr=state.stamps, keys_ptr=state.keys)
     shared = dict(NUM_HEADS=num_heads)
     with on_device_of(token_ids), cache.in_order():
         config = rows_config(view.width, itemsize, num_groups * num_tokens, processors(device), "device")
         probe_cache_kernel[(programs or config.programs,)](
-            **{name: values[name] for name in (*hashing, *numbers)},
+            **tokens,
+            **{name: known[name] for name in mixing},
             **tensors,
             counts_ptr=state.counts,
             entries_ptr=state.descriptor,
             missed_ptr=missed,
             slots_ptr=slots,
             num_sets=num_sets,
-            **{name: constants[name] for name in ("NUM_LAYERS", "MAX_NGRAM", "HAS_EOS")},
             **shared,
             WAYS=ways,
             **row_constants(view, storage, config),
@@ -145,7 +154,7 @@ def launch_cached_lookup(
             slots_ptr=slots,
             sources_ptr=sources,
             targets_ptr=targets,
-            **{name: values[name] for name in columns},
+            **{name: known[name] for name in columns},
             **tensors,
             rows_ptr=state.rows,
             scales_ptr=state.scales,
@@ -154,7 +163,6 @@ def launch_cached_lookup(
             lag=state.lag,
             NUM_ORDERS=num_orders,
             **shared,
-            NON_NEGATIVE=constants["NON_NEGATIVE"],
             **row_constants(view, storage, config),
             HEAD_MAJOR=order != "direct",
             num_warps=config.num_warps,

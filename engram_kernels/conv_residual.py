@@ -6,14 +6,15 @@
 in float32, with gate and scale ``[T, H]`` of the first pass (gate_scale.py). T tokens, H branches, K taps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import triton
 import triton.language as tl
 
-from .conv_slots import slot_cursor
-from .launch import next_power_of_2
+from .conv_slots import ConvSlots, slot_cursor
+from .launch import cdiv, next_power_of_2
 from .sequences import find_sequence
 
 
@@ -135,3 +136,33 @@ def conv_residual_kernel(
             result = tl.where(padding[:, None], 0.0, result).to(out_ptr.dtype.element_ty)
         out_tile = out_ptr + token64[:, None] * stride_out_t + branch64 * stride_out_h + offs_d[None, :]
         tl.store(out_tile, result, mask=mask)
+
+
+def prepare_conv_residual(
+    hidden, value, conv_weight, out, dilation: int, residual: bool, sequences: dict, ring: ConvSlots | None
+) -> Callable[..., None]:
+    """The launch for tensors such as these; hidden and out ``[T, H, D]``, value ``[T, D]``, T at least 1.
+
+    It is one of (hidden, value, gate, scale, conv_norm, conv_weight, mask, cu_seqlens, state_value, state_scale, slots,
+    cursor, out). sequences: what :func:`sequence_arguments` says of the tokens. ring: the state, where it is in slots.
+    """
+    num_tokens, branches, hidden_size = hidden.shape
+    config = conv_config(num_tokens, hidden_size)
+    strides = (*hidden.stride()[:2], value.stride(0), *conv_weight.stride(), *out.stride()[:2])
+    options = dict(
+        sequences,
+        num_slots=0 if ring is None else len(ring.cursor),
+        NUM_BRANCHES=branches,
+        HIDDEN_SIZE=hidden_size,
+        NUM_TAPS=conv_weight.shape[2],
+        DILATION=dilation,
+        RESIDUAL=residual,
+        RING=0 if ring is None else ring.value.shape[1],
+        BLOCK_T=config.block_t,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        grid=(cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d),),
+        warmup=False,
+    )
+    return lambda *tensors: conv_residual_kernel.run(*tensors, *strides, num_tokens, **options)

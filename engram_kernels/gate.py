@@ -8,18 +8,30 @@ per token t and branch h, in float32, rounded once. T tokens, H branches, D hidd
 DeepSeek-V4.1) or 0 ("sign", the demo and Qwen). Source: arXiv 2601.07372, section 2.3.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from . import reference
 from .arguments import check_choice, check_out, check_tensor, is_kernel_device, records_gradient
-from .branch_gate import branch_gate, flatten_tokens, float32_eps, gate_config, rows_aligned, store_scalars, token_rows
+from .branch_gate import (
+    branch_gate,
+    flatten_tokens,
+    float32_eps,
+    gate_config,
+    store_scalars,
+    strides_aligned,
+    token_rows,
+)
 from .gate_backward import gate_formula, save_gate
 from .launch import cdiv, on_device_of
+from .prepared import Prepared, form_of
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_BRANCHES, MAX_HIDDEN_SIZE = 8, 16_384
+_PREPARED = Prepared()
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -109,11 +121,10 @@ def gate_residual_kernel(
         tl.store(out_row + offs_d, result.to(out_ptr.dtype.element_ty), mask=mask_row & mask_d)
 
 
-def launch_gate_residual(
-    hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual, out, scalars=None
-) -> None:
-    """One launch; hidden, key and out ``[..., H, D]``, value ``[..., D]``, whose leading dimensions view as one.
+def prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residual) -> Callable[..., None]:
+    """The launch for tensors such as these, of (hidden, key, value, query_norm, key_norm, mask, scalars, out).
 
+    hidden, key and out ``[..., H, D]``, value ``[..., D]``, whose leading dimensions view as one.
     scalars: float32 ``[..., 3, H]`` for the backward pass, or None.
     """
     hidden, key, out = (
@@ -123,39 +134,37 @@ def launch_gate_residual(
     value = flatten_tokens("gate_residual", "value", value, 1)
     num_tokens, branches, hidden_size = hidden.shape
     if num_tokens == 0:
-        return
+        return lambda *_: None
     config = gate_config(branches, hidden_size)
-    with on_device_of(hidden):
-        gate_residual_kernel[(cdiv(num_tokens, config.block_t),)](
-            hidden,
-            key,
-            value,
-            query_norm,
-            key_norm,
-            mask,
-            scalars,
-            out,
-            hidden.stride(0),
-            hidden.stride(1),
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            out.stride(0),
-            out.stride(1),
-            num_tokens,
-            float32_eps(eps),
-            float(clamp),
-            NUM_BRANCHES=branches,
-            HIDDEN_SIZE=hidden_size,
-            COPYSIGN=zero_gate == "copysign",
-            RESIDUAL=residual,
-            ALIGNED=rows_aligned(hidden, key, value, out),
-            BLOCK_T=config.block_t,
-            BLOCK_H=config.block_h,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+    strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0), *out.stride()[:2])
+    numbers = (*strides, num_tokens, float32_eps(eps), float(clamp))
+    aligned = strides_aligned(hidden, key, value, out)
+    numbers += (branches, hidden_size, zero_gate == "copysign", residual)
+    options = dict(
+        BLOCK_T=config.block_t,
+        BLOCK_H=config.block_h,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        grid=(cdiv(num_tokens, config.block_t),),
+        warmup=False,
+    )
+
+    def launch(hidden, key, value, query_norm, key_norm, mask, scalars, out):
+        misaligned = hidden.data_ptr() | key.data_ptr() | value.data_ptr() | out.data_ptr()
+        pointers = (hidden, key, value, query_norm, key_norm, mask, scalars, out)
+        with on_device_of(hidden):
+            gate_residual_kernel.run(*pointers, *numbers, ALIGNED=aligned and misaligned % 16 == 0, **options)
+
+    return launch
+
+
+def launch_gate_residual(
+    hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual, out, scalars=None
+) -> None:
+    """One launch, of :func:`prepare_gate_residual`."""
+    launch = prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residual)
+    launch(hidden, key, value, query_norm, key_norm, mask, scalars, out)
 
 
 _SCHEMA = (
@@ -278,20 +287,33 @@ def gate_residual(
     Gradients come from kernels too (gate_backward.py), of the first order. Recording changes no bit of the result,
     which is copied where ``out`` is given. Split kv by ``kv.split``: slices' own backward writes all of kv for each.
     """
-    where = "gate_residual"
-    check_gate(where, hidden, key, value, query_norm, key_norm, eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
-    check_gate_out(where, hidden, out)
-    if not is_kernel_device(hidden) or hidden.dtype == torch.float64:
-        options = dict(eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate, residual=residual, out=out)
-        return reference.gate_residual(hidden, key, value, query_norm, key_norm, **options)
-    arguments = (hidden, key, value, query_norm, key_norm, eps, float(clamp), mask, zero_gate, residual)
-    if records_gradient(hidden, key, value, query_norm, key_norm):
-        result, _ = gate_residual_scalars_op(*arguments)
-        return result if out is None else out.copy_(result)
-    compiling = torch.compiler.is_compiling()
-    if out is None:
-        if compiling:
+    where, compiling = "gate_residual", torch.compiler.is_compiling()
+    launch = None
+    if not compiling:
+        tensors = form_of(hidden, key, value, query_norm, key_norm, mask, out)
+        form = (tensors, out is hidden, eps, clamp, zero_gate, residual)
+        launch = _PREPARED.launch(form)
+    if launch is None:
+        check_gate(
+            where, hidden, key, value, query_norm, key_norm, eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate
+        )
+        check_gate_out(where, hidden, out)
+        if not is_kernel_device(hidden) or hidden.dtype == torch.float64:
+            options = dict(eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate, residual=residual, out=out)
+            return reference.gate_residual(hidden, key, value, query_norm, key_norm, **options)
+    if compiling or records_gradient(hidden, key, value, query_norm, key_norm):
+        arguments = (hidden, key, value, query_norm, key_norm, eps, float(clamp), mask, zero_gate, residual)
+        if records_gradient(hidden, key, value, query_norm, key_norm):
+            result, _ = gate_residual_scalars_op(*arguments)
+            return result if out is None else out.copy_(result)
+        if out is None:
             return gate_residual_op(*arguments)
-        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    (gate_residual_out_op if compiling else launch_gate_residual)(*arguments, out)
+        gate_residual_out_op(*arguments, out)
+        return out
+    if out is None:
+        # empty_like costs 1 us less, and keeps the strides of what is not contiguous.
+        out = torch.empty_like(hidden) if hidden.is_contiguous() else hidden.new_empty(hidden.shape)
+    if launch is None:
+        launch = _PREPARED.keep(form, prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residual))
+    launch(hidden, key, value, query_norm, key_norm, mask, None, out)
     return out

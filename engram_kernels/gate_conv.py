@@ -12,19 +12,72 @@ Nothing ``[T, H, D]`` but the output is written, 18 D elements a token move at H
 of a sequence is ``value`` and ``scale`` of its last (K-1) * dilation tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from . import reference
-from .arguments import is_kernel_device, records_gradient
+from .arguments import check_ends, is_kernel_device, records_gradient
 from .branch_gate import flatten_tokens
-from .conv_residual import conv_config, conv_residual_kernel
+from .conv_residual import prepare_conv_residual
 from .conv_slots import ConvSlots, launch_store_conv
 from .conv_state import check_conv, launch_advance_state
 from .gate import check_gate, check_gate_out, make_recorded
 from .gate_conv_backward import gate_conv_formula, save_gate_conv
-from .gate_scale import launch_gate_scale
-from .launch import cdiv, on_device_of
+from .gate_scale import prepare_gate_scale
+from .launch import on_device_of
+from .prepared import Prepared, form_of
 from .sequences import sequence_arguments
+
+_PREPARED = Prepared()
+
+
+def prepare_gate_conv_residual(
+    tensors, dilation, eps, conv_eps, clamp, zero_gate, residual, cu_seqlens, state, out
+) -> Callable[..., None]:
+    """The launches for tensors such as these, hidden to conv_weight: two, and a third where there is a state.
+
+    They are of (tensors, mask, cu_seqlens, state, out), new_state and recorded. Tokens ``[T]`` or ``[B, S]`` whose
+    dimensions view as one.
+    state: None, (value, scale), from which new_state comes, or slots, which the third launch writes to.
+    recorded: gate, scale ``[..., H]`` and scalars ``[..., 3, H]``, all float32, for the backward pass.
+    """
+    where, (hidden, key, value, _, _, _, conv_weight) = "gate_conv_residual", tensors
+    shape, span = hidden.shape[:-2], (conv_weight.shape[2] - 1) * dilation
+    hidden, key, out = (
+        flatten_tokens(where, name, tensor, 2) for name, tensor in (("hidden", hidden), ("key", key), ("out", out))
+    )
+    value = flatten_tokens(where, "value", value, 1)
+    num_tokens, branches, _ = hidden.shape
+    sequences, in_slots = sequence_arguments(shape, cu_seqlens), isinstance(state, ConvSlots)
+    if num_tokens:
+        options = (eps, conv_eps, clamp, zero_gate, sequences["num_seqs"])
+        launch_scale = prepare_gate_scale(hidden, key, value, *options)
+        options = (dilation, residual, sequences, state if in_slots else None)
+        launch_residual = prepare_conv_residual(hidden, value, conv_weight, out, *options)
+
+    def launch(tensors, mask, cu_seqlens, state, out, new_state=None, recorded=None):
+        hidden, key, value, query_norm, key_norm, conv_norm, conv_weight = tensors
+        if recorded is None:
+            # Two tensors: halves of one would be aligned for some T and not for others, each a variant of the kernels.
+            gate = torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
+            recorded = gate, torch.empty_like(gate), None
+        gate, scale, scalars = recorded
+        if in_slots:
+            parts = (state.value, state.scale, state.slots, state.cursor)
+        else:
+            parts = (*(state or (None, None)), None, None)
+        with on_device_of(hidden):
+            if num_tokens:
+                launch_scale(hidden, key, value, query_norm, key_norm, mask, cu_seqlens, scalars, gate, scale)
+                launch_residual(hidden, value, gate, scale, conv_norm, conv_weight, mask, cu_seqlens, *parts, out)
+            if in_slots:
+                launch_store_conv(state, flatten_tokens(where, "value", value, 1), scale, mask, cu_seqlens, span)
+            elif state is not None:
+                rows = flatten_tokens(where, "value", value, 1)
+                launch_advance_state(rows, scale, mask, cu_seqlens, shape, span, state, new_state)
+
+    return launch
 
 
 def launch_gate_conv_residual(
@@ -51,70 +104,12 @@ def launch_gate_conv_residual(
     recorded=None,
     ring: ConvSlots | None = None,
 ) -> None:
-    """Two launches, and a third where there is a state. Tokens ``[T]`` or ``[B, S]`` whose dimensions view as one.
-
-    ring: the state by slot, in place of the others; its entries are written by the third launch.
-
-    recorded: gate, scale ``[..., H]`` and scalars ``[..., 3, H]``, all float32, for the backward pass.
-    """
-    shape = hidden.shape[:-2]
-    hidden, key, out = (
-        flatten_tokens("gate_conv_residual", name, tensor, 2)
-        for name, tensor in (("hidden", hidden), ("key", key), ("out", out))
-    )
-    value = flatten_tokens("gate_conv_residual", "value", value, 1)
-    num_tokens, branches, hidden_size = hidden.shape
-    num_taps = conv_weight.shape[2]
-    sequences = sequence_arguments(shape, cu_seqlens)
-    if recorded is None:
-        # Two tensors: halves of one would be aligned for some T and not for others, each a variant of the kernels.
-        gate, scale = (torch.empty(num_tokens, branches, dtype=torch.float32, device=hidden.device) for _ in range(2))
-        scalars = None
-    else:
-        gate, scale, scalars = recorded
-    config = conv_config(num_tokens, hidden_size)
-    with on_device_of(hidden):
-        if num_tokens:
-            inputs = (hidden, key, value, query_norm, key_norm)
-            launch_gate_scale(*inputs, eps, conv_eps, clamp, mask, zero_gate, cu_seqlens, gate, scale, scalars)
-            programs = cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d)
-            conv_residual_kernel[(programs,)](
-                hidden,
-                value,
-                gate,
-                scale,
-                conv_norm,
-                conv_weight,
-                mask,
-                cu_seqlens,
-                *((state_value, state_scale, None, None) if ring is None else (*ring[:2], ring.slots, ring.cursor)),
-                out,
-                hidden.stride(0),
-                hidden.stride(1),
-                value.stride(0),
-                *conv_weight.stride(),
-                out.stride(0),
-                out.stride(1),
-                num_tokens,
-                **sequences,
-                num_slots=0 if ring is None else len(ring.cursor),
-                NUM_BRANCHES=branches,
-                HIDDEN_SIZE=hidden_size,
-                NUM_TAPS=num_taps,
-                DILATION=dilation,
-                RESIDUAL=residual,
-                RING=0 if ring is None else ring.value.shape[1],
-                BLOCK_T=config.block_t,
-                BLOCK_D=config.block_d,
-                num_warps=config.num_warps,
-                enable_fp_fusion=True,
-            )
-        span = (num_taps - 1) * dilation
-        if ring is not None:
-            launch_store_conv(ring, value, scale, mask, cu_seqlens, span)
-        if state_value is not None:
-            states = (state_value, state_scale), (new_value, new_scale)
-            launch_advance_state(value, scale, mask, cu_seqlens, shape, span, *states)
+    """What :func:`prepare_gate_conv_residual` launches. ring: the state by slot, in place of the others."""
+    tensors = (hidden, key, value, query_norm, key_norm, conv_norm, conv_weight)
+    state = ring if state_value is None else (state_value, state_scale)
+    options = (dilation, eps, conv_eps, clamp, zero_gate, residual, cu_seqlens, state, out)
+    launch = prepare_gate_conv_residual(tensors, *options)
+    launch(tensors, mask, cu_seqlens, state, out, (new_value, new_scale), recorded)
 
 
 _SCHEMA = (
@@ -203,7 +198,7 @@ def make_conv_recorded(hidden):
 def make_conv_out(hidden, state_value, state_scale, out=None):
     """The output (``out`` where it is given) and the new state (None, None where there is none)."""
     if out is None:
-        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if state_value is None:
         return out, None, None
     return out, *(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (state_value, state_scale))
@@ -243,31 +238,45 @@ def gate_conv_residual(
 
     Gradients come from kernels too (gate_conv_backward.py), but with conv_state from the reference, as does the output.
     """
-    where = "gate_conv_residual"
-    check_gate(where, hidden, key, value, query_norm, key_norm, eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
-    check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state)
-    check_gate_out(where, hidden, out)
+    where, compiling, launch = "gate_conv_residual", torch.compiler.is_compiling(), None
     tensors = (hidden, key, value, query_norm, key_norm, conv_norm, conv_weight)
+    ring = conv_state if isinstance(conv_state, ConvSlots) else None
+    if not compiling and conv_state is ring:
+        form = (form_of(*tensors, mask, cu_seqlens, out, *(ring or ())), out is hidden)
+        form += (dilation, eps, conv_eps, clamp, zero_gate, residual)
+        launch = _PREPARED.launch(form)
+    if launch is None:
+        options = dict(eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
+        check_gate(where, hidden, key, value, query_norm, key_norm, **options)
+        check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state)
+        check_gate_out(where, hidden, out)
+    elif cu_seqlens is not None:
+        check_ends(where, cu_seqlens, hidden.shape[0])
     recorded = records_gradient(*tensors)
-    if not is_kernel_device(hidden) or hidden.dtype == torch.float64 or (recorded and conv_state is not None):
+    on_reference = launch is None and (not is_kernel_device(hidden) or hidden.dtype == torch.float64)
+    if on_reference or (recorded and conv_state is not None):
         options = dict(dilation=dilation, eps=eps, conv_eps=conv_eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
         options |= dict(residual=residual, cu_seqlens=cu_seqlens, conv_state=conv_state, out=out)
         return reference.gate_conv_residual(*tensors, **options)
-    ring = conv_state if isinstance(conv_state, ConvSlots) else None
     state = (None, None) if conv_state is None or ring is not None else conv_state
-    options = (dilation, eps, conv_eps, float(clamp), mask, zero_gate, residual, cu_seqlens, *state)
-    if recorded:
-        result, *_ = gate_conv_residual_scalars_op(*tensors, *options[:-2])
-        return result if out is None else out.copy_(result)
-    if torch.compiler.is_compiling():
+    if recorded or compiling:
+        options = (dilation, eps, conv_eps, float(clamp), mask, zero_gate, residual, cu_seqlens)
+        if recorded:
+            result, *_ = gate_conv_residual_scalars_op(*tensors, *options)
+            return result if out is None else out.copy_(result)
         if out is not None:
             _, *new_state = results = make_conv_out(hidden, *state, out)
-            gate_conv_residual_out_op(*tensors, *options, *results, *(ring or (None,) * 4))
+            gate_conv_residual_out_op(*tensors, *options, *state, *results, *(ring or (None,) * 4))
         elif ring is not None:
-            out = gate_conv_residual_slots_op(*tensors, *options[:-2], *ring)
+            out = gate_conv_residual_slots_op(*tensors, *options, *ring)
         else:
-            out, *new_state = gate_conv_residual_op(*tensors, *options)
+            out, *new_state = gate_conv_residual_op(*tensors, *options, *state)
     else:
         out, *new_state = make_conv_out(hidden, *state, out)
-        launch_gate_conv_residual(*tensors, *options, out, *new_state, ring=ring)
+        if launch is None:
+            options = (dilation, eps, conv_eps, clamp, zero_gate, residual, cu_seqlens, conv_state, out)
+            launch = prepare_gate_conv_residual(tensors, *options)
+            if conv_state is ring:
+                _PREPARED.keep(form, launch)
+        launch(tensors, mask, cu_seqlens, conv_state, out, new_state)
     return out if conv_state is None else (out, tuple(new_state) if ring is None else ring)

@@ -6,10 +6,12 @@
 Both float32, zero for masked and padding tokens. T tokens, H branches.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
-from .branch_gate import branch_gate, float32_eps, gate_config, rows_aligned, store_scalars
+from .branch_gate import addresses_aligned, branch_gate, float32_eps, gate_config, store_scalars, strides_aligned
 from .launch import cdiv
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -99,56 +101,30 @@ def gate_scale_kernel(
     tl.store(scale_ptr + offs_out, scale, mask=mask_out)
 
 
-def launch_gate_scale(
-    hidden,
-    key,
-    value,
-    query_norm,
-    key_norm,
-    eps,
-    conv_eps,
-    clamp,
-    mask,
-    zero_gate,
-    cu_seqlens,
-    gate,
-    scale,
-    scalars=None,
-) -> None:
-    """One launch; hidden and key ``[T, H, D]``, value ``[T, D]``; writes ``gate`` and ``scale`` ``[T, H]``.
+def prepare_gate_scale(hidden, key, value, eps, conv_eps, clamp, zero_gate, num_seqs: int) -> Callable[..., None]:
+    """The launch for tensors such as these; hidden and key ``[T, H, D]``, value ``[T, D]``, T at least 1.
 
-    And ``scalars [T, 3, H]`` for the backward pass, where they are not None.
+    It is one of (hidden, key, value, query_norm, key_norm, mask, cu_seqlens, scalars, gate, scale), and writes gate and
+    scale ``[T, H]``, and ``scalars [T, 3, H]`` for the backward pass where they are not None.
     """
     num_tokens, branches, hidden_size = hidden.shape
     config = gate_config(branches, hidden_size)
-    gate_scale_kernel[(cdiv(num_tokens, config.block_t),)](
-        hidden,
-        key,
-        value,
-        query_norm,
-        key_norm,
-        mask,
-        cu_seqlens,
-        scalars,
-        gate,
-        scale,
-        hidden.stride(0),
-        hidden.stride(1),
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        num_tokens,
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        float32_eps(eps),
-        float32_eps(conv_eps),
-        float(clamp),
-        NUM_BRANCHES=branches,
-        HIDDEN_SIZE=hidden_size,
-        COPYSIGN=zero_gate == "copysign",
-        ALIGNED=rows_aligned(hidden, key),
+    strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0))
+    numbers = (*strides, num_tokens, num_seqs, float32_eps(eps), float32_eps(conv_eps), float(clamp))
+    numbers += (branches, hidden_size, zero_gate == "copysign")
+    aligned = strides_aligned(hidden, key)
+    options = dict(
         BLOCK_T=config.block_t,
         BLOCK_H=config.block_h,
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
+        grid=(cdiv(num_tokens, config.block_t),),
+        warmup=False,
     )
+
+    def launch(*tensors):
+        hidden, key, *_ = tensors
+        gate_scale_kernel.run(*tensors, *numbers, ALIGNED=aligned and addresses_aligned(hidden, key), **options)
+
+    return launch

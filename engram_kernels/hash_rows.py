@@ -4,7 +4,7 @@ Row ids are computed where they are used and never written (formulas in hashing.
 C columns, R elements a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
@@ -15,11 +15,12 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device, processors
-from .cache_lookup import check_cache, launch_cached_lookup
-from .hashing import hash_arguments, launch_ngram_hash, ngram_hash, ngram_rows
+from .cache_lookup import check_cache, prepare_cached_lookup
+from .hashing import hash_arguments, ngram_hash, ngram_rows, prepare_ngram_hash
 from .launch import cdiv, on_device_of
-from .lookup_arguments import check_tables
+from .lookup_arguments import check_tables_of_plan, forms_of
 from .plan import PLAN_SCHEMA, HashPlan
+from .prepared import form_of
 from .read_order import check_order, choose_order, key_range
 from .row_copy import copy_rows, row_constants, rows_config
 from .row_format import FORMATS
@@ -29,6 +30,7 @@ from .row_output import (
     check_row_out,
     kernel_out,
     make_row_out,
+    make_view_out,
     op_out,
     op_result,
     out_parts,
@@ -150,37 +152,61 @@ def hash_lookup_kernel(
         )
 
 
-def launch_hash_lookup(
-    token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs, order="direct"
-):
-    """One launch for all layers; in address order one that hashes and those of :func:`launch_sorted`."""
+def prepare_hash_lookup(
+    token_ids, plan: HashPlan, view: TableView, cu_seqlens, storage: bool, programs: int | None, order: str = "direct"
+) -> Callable[..., None]:
+    """The launch for tensors such as these, of (token_ids, cu_seqlens, history, dead, out): all layers at once.
+
+    In address order there is one that hashes, and those of :func:`launch_sorted`.
+    """
     num_layers, num_columns = plan.primes.shape
     num_rows = token_ids.numel() * num_columns
     if num_rows == 0:
-        return
+        return lambda *_: None
     if order == "address":
-        dtype, key_stride = key_range(num_layers, max(plan.rows_per_layer))
-        keys = torch.empty(num_layers, num_rows, dtype=dtype, device=token_ids.device)
-        launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, keys, key_stride)
-        launch_sorted(keys, key_stride, view, out, storage, programs)
-        return
+        return _prepare_sorted(token_ids, plan, view, cu_seqlens, storage, programs)
     itemsize = FORMATS[view.format].dtype.itemsize
     config = rows_config(view.width, itemsize, num_layers * num_rows, processors(token_ids.device), view.placement)
-    steps = cdiv(num_rows, config.block_rows) * num_layers
-    values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
-    out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-    with on_device_of(token_ids):
-        hash_lookup_kernel[(min(programs or config.programs, steps),)](
-            **values,
-            tables_ptr=view.descriptors,
-            out_ptr=out_ptr,
-            out_scale_ptr=out_scale_ptr,
-            **constants,
-            **row_constants(view, storage, config),
-            HEAD_MAJOR=order == "head",
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+    options = dict(
+        hash_arguments(token_ids, plan, cu_seqlens),
+        tables_ptr=view.descriptors,
+        **row_constants(view, storage, config),
+        HEAD_MAJOR=order == "head",
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        grid=(min(programs or config.programs, cdiv(num_rows, config.block_rows) * num_layers),),
+        warmup=False,
+    )
+
+    def launch(token_ids, cu_seqlens, history, dead, out):
+        out_ptr, out_scale_ptr = kernel_out(out, view, storage)
+        outputs = dict(out_ptr=out_ptr, out_scale_ptr=out_scale_ptr)
+        with on_device_of(token_ids):
+            hash_lookup_kernel.run(token_ids, cu_seqlens, history, dead, **outputs, **options)
+
+    return launch
+
+
+def _prepare_sorted(token_ids, plan: HashPlan, view: TableView, cu_seqlens, storage: bool, programs: int | None):
+    num_layers, num_columns = plan.primes.shape
+    num_rows = token_ids.numel() * num_columns
+    dtype, key_stride = key_range(num_layers, max(plan.rows_per_layer))
+    launch_hash = prepare_ngram_hash(token_ids, plan, cu_seqlens, key_stride)
+
+    def launch(token_ids, cu_seqlens, history, dead, out):
+        keys = torch.empty(num_layers, num_rows, dtype=dtype, device=token_ids.device)
+        launch_hash(token_ids, cu_seqlens, history, dead, keys)
+        launch_sorted(keys, key_stride, view, out, storage, programs)
+
+    return launch
+
+
+def launch_hash_lookup(
+    token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs, order="direct"
+):
+    """What :func:`prepare_hash_lookup` launches."""
+    launch = prepare_hash_lookup(token_ids, plan, view, cu_seqlens, storage, programs, order)
+    launch(token_ids, cu_seqlens, history, dead, out)
 
 
 def launch_layers(row_ids, tables: Sequence[EngramTable], out, storage: bool, programs: int | None) -> None:
@@ -205,7 +231,7 @@ def launch_layers(row_ids, tables: Sequence[EngramTable], out, storage: bool, pr
 def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
     """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
     view, (out_dtype, storage, programs, order), plan = _parts(rest)
-    out = make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
+    out = make_view_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
     order = choose_order(order, view, prod(ids_shape(token_ids, plan)))
     launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
     return op_result(out)
@@ -214,7 +240,7 @@ def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
 @hash_lookup_op.register_fake
 def _(token_ids, cu_seqlens, history, dead, *rest):
     view, (out_dtype, storage, *_), plan = _parts(rest)
-    return op_result(make_row_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
+    return op_result(make_view_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
 
 
 @torch.library.custom_op(
@@ -239,22 +265,6 @@ def _parts(rest, options: int = 4) -> tuple[TableView, tuple, HashPlan]:
     """The registered op's arguments after the tokens: view, ``options`` of them such as order, plan."""
     view, rest = split_view(rest)
     return view, rest[:options], HashPlan(*rest[options:])
-
-
-def check_tables_of_plan(where: str, plan: HashPlan, tables) -> tuple[EngramTable, ...]:
-    """``tables`` as a tuple; raises unless they are one per layer that a launch on the plan's device can read."""
-    if not isinstance(tables, Sequence):
-        raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
-    tables = tuple(tables)
-    if len(tables) != len(plan.rows_per_layer):
-        raise ValueError(
-            f"{where}: tables must be one per layer of the plan, {len(plan.rows_per_layer)}, got {len(tables)}"
-        )
-    check_tables(where, tables, plan.device)
-    for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
-        if table.rows < rows:
-            raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
-    return tables
 
 
 def ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
@@ -295,19 +305,21 @@ def hash_lookup(
     Where a table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows; the
     backward pass hashes once more rather than keep the ids.
     """
-    where = "hash_lookup"
-    check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
-    tables = check_tables_of_plan(where, plan, tables)
-    num_layers, num_columns = plan.primes.shape
-    if token_ids.numel() * num_columns >= 2**31:
-        raise ValueError(f"{where}: T * C must be below 2^31, got {token_ids.numel()} * {num_columns}")
-    check_programs(where, programs)
-    num_rows = num_layers * token_ids.numel() * num_columns
-    check_order(where, order, num_rows)
-    shape = ids_shape(token_ids, plan)
-    check_row_out(where, tables[0], (*shape, tables[0].width), token_ids.device, out, out_dtype, out_format)
+    where, form, launch = "hash_lookup", None, None
+    if cache is None and not torch.compiler.is_compiling() and isinstance(plan, HashPlan):
+        form = (where, form_of(token_ids, cu_seqlens, history, dead, *out_parts(out)), forms_of(tables))
+        form += (out_dtype, out_format, programs, order)
+        launch = plan.prepared.launch(form)
+    if launch is None:
+        check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
+        tables = check_tables_of_plan(where, plan, tables)
+    else:
+        for table in tables:
+            table.check_usable(where)
+    row_format, shape = tables[0].format, (*ids_shape(token_ids, plan), tables[0].width)
+    if launch is None:
+        _check_options(where, token_ids, plan, tables, shape, out, out_dtype, out_format, programs, order, cache)
     check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
-    check_cache(where, cache, plan, tables, num_rows)
     if cache is not None and not cache.takes(token_ids.numel()):
         cache = None
     if records_rows(tables, out_format):
@@ -317,44 +329,48 @@ def hash_lookup(
             options = dict(out_dtype=out_dtype, programs=programs, order=order, cache=cache)
             rows = hash_lookup(token_ids, plan, tables, **tokens, **options)
         return record_rows(rows, tables, partial(_layer_gradients, plan, list(tokens)), token_ids, *tokens.values())
-    if not is_kernel_device(token_ids) or tables[0].format.dtype == torch.float64:
-        return reference.hash_lookup(
-            token_ids,
-            plan,
-            tables,
-            cu_seqlens=cu_seqlens,
-            history=history,
-            dead=dead,
-            out=out,
-            out_dtype=out_dtype,
-            out_format=out_format,
-            cache=None if cache is None else cache.simulator,
-        )
-    storage = out_format == "storage"
-    if token_ids.is_cuda and any(table.placement == "staged" for table in tables):
-        check_stageable(where)
-        row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)
-        if out is None:
-            kind = TableView(row_ids, tables[0].format.name, tables[0].width, "staged")
-            out = make_row_out(kind, shape, token_ids.device, out_dtype, storage)
-        launch_layers(row_ids, tables, out, storage, programs)
-        return _with_table_scales(out, tables, storage)
-    view = view_tables(tables, token_ids.device)
-    if torch.compiler.is_compiling():
-        sources, options = (token_ids, cu_seqlens, history, dead), (storage, programs, order, *plan.parts())
-        if out is None:
-            out = op_out(hash_lookup_op(*sources, *view, out_dtype, *options), storage)
-        else:
-            hash_lookup_out_op(*sources, *view, *out_parts(out), *options)
-    else:
-        order = choose_order(order, view, num_rows)
-        if out is None:
-            out = make_row_out(view, shape, token_ids.device, out_dtype, storage)
-        launch = launch_hash_lookup
+    sources, storage = (token_ids, cu_seqlens, history, dead), out_format == "storage"
+    if launch is None:
+        if not is_kernel_device(token_ids) or row_format.dtype == torch.float64:
+            options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, out=out, out_dtype=out_dtype)
+            options |= dict(out_format=out_format, cache=None if cache is None else cache.simulator)
+            return reference.hash_lookup(token_ids, plan, tables, **options)
+        if token_ids.is_cuda and any(table.placement == "staged" for table in tables):
+            check_stageable(where)
+            row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)
+            if out is None:
+                out = make_row_out(row_format, shape, token_ids.device, out_dtype, storage)
+            launch_layers(row_ids, tables, out, storage, programs)
+            return _with_table_scales(out, tables, storage)
+        view = view_tables(tables, token_ids.device)
+        if torch.compiler.is_compiling():
+            options = (storage, programs, order, *plan.parts())
+            if out is None:
+                out = op_out(hash_lookup_op(*sources, *view, out_dtype, *options), storage)
+            else:
+                hash_lookup_out_op(*sources, *view, *out_parts(out), *options)
+            return _with_table_scales(out, tables, storage)
+        order = choose_order(order, view, prod(shape[:-1]))
         if cache is not None:
-            launch = partial(launch_cached_lookup, cache)
-        launch(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
+            launch = prepare_cached_lookup(cache, plan, view, storage, programs, order)
+        else:
+            launch = prepare_hash_lookup(token_ids, plan, view, cu_seqlens, storage, programs, order)
+            if form is not None:
+                plan.prepared.keep(form, launch)
+    if out is None:
+        out = make_row_out(row_format, shape, token_ids.device, out_dtype, storage)
+    launch(*sources, out)
     return _with_table_scales(out, tables, storage)
+
+
+def _check_options(where, token_ids, plan, tables, shape, out, out_dtype, out_format, programs, order, cache) -> None:
+    """What is asked for fits tokens, plan and tables, which do fit each other."""
+    if token_ids.numel() * plan.primes.shape[1] >= 2**31:
+        raise ValueError(f"{where}: T * C must be below 2^31, got {token_ids.numel()} * {plan.primes.shape[1]}")
+    check_programs(where, programs)
+    check_order(where, order, prod(shape[:-1]))
+    check_row_out(where, tables[0], shape, token_ids.device, out, out_dtype, out_format)
+    check_cache(where, cache, plan, tables, prod(shape[:-1]))
 
 
 def _with_table_scales(out, tables, storage: bool):

@@ -6,6 +6,7 @@
 T tokens, B sequences, L layers, C columns, N the longest n-gram. Source: arXiv 2601.07372, section 2.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from . import reference
 from .arguments import check_out, check_token_values, check_tokens, is_kernel_device
 from .launch import cdiv, next_power_of_2, on_device_of
 from .plan import PLAN_SCHEMA, HashPlan
+from .prepared import form_of
 from .sequences import find_sequence, sequence_arguments
 
 
@@ -258,40 +260,42 @@ def ngram_hash_kernel(
     tl.store(out_ptr + offs_out, row.to(out_ptr.dtype.element_ty), mask=mask_token & mask_column)
 
 
-def hash_arguments(token_ids, plan: HashPlan, cu_seqlens, history, dead) -> tuple[dict, dict]:
-    """Keyword arguments that every hashing kernel takes: (run-time values, compile-time constants)."""
-    values, constants = plan.kernel_arguments
-    values = dict(
-        values,
-        token_ids_ptr=token_ids,
-        cu_seqlens_ptr=cu_seqlens,
-        history_ptr=history,
-        dead_ptr=dead,
-        num_tokens=token_ids.numel(),
-        **sequence_arguments(token_ids.shape, cu_seqlens),
+def hash_arguments(token_ids, plan: HashPlan, cu_seqlens) -> dict:
+    """What every hashing kernel is told of plan and layout; its tokens, output and tiles are left."""
+    return dict(plan.kernel_arguments, num_tokens=token_ids.numel(), **sequence_arguments(token_ids.shape, cu_seqlens))
+
+
+def prepare_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, key_stride: int | None = None) -> Callable[..., None]:
+    """The launch for tensors such as these, of (token_ids, cu_seqlens, history, dead, out): all layers and orders.
+
+    It writes row ids, or with ``key_stride`` the keys of read_order.py, to ``out``.
+    """
+    num_tokens = token_ids.numel()
+    if num_tokens == 0:
+        return lambda *_: None
+    num_layers, num_columns = plan.primes.shape
+    config = hash_config(num_tokens, num_columns)
+    options = dict(
+        hash_arguments(token_ids, plan, cu_seqlens),
+        key_stride=key_stride,
+        BLOCK_T=config.block_t,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        grid=(cdiv(num_tokens, config.block_t), num_layers),
+        warmup=False,
     )
-    return values, constants
+
+    def launch(token_ids, cu_seqlens, history, dead, out):
+        with on_device_of(token_ids):
+            ngram_hash_kernel.run(token_ids, cu_seqlens, history, dead, out_ptr=out, **options)
+
+    return launch
 
 
 def launch_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, history, dead, out, key_stride: int | None = None) -> None:
-    """One launch for all layers and orders; writes row ids, or the keys of read_order.py, to ``out``."""
-    num_tokens = token_ids.numel()
-    if num_tokens == 0:
-        return
-    num_layers, num_columns = plan.primes.shape
-    config = hash_config(num_tokens, num_columns)
-    values, constants = hash_arguments(token_ids, plan, cu_seqlens, history, dead)
-    with on_device_of(token_ids):
-        ngram_hash_kernel[(cdiv(num_tokens, config.block_t), num_layers)](
-            **values,
-            out_ptr=out,
-            key_stride=key_stride,
-            **constants,
-            BLOCK_T=config.block_t,
-            BLOCK_C=config.block_c,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+    """One launch, of :func:`prepare_ngram_hash`."""
+    prepare_ngram_hash(token_ids, plan, cu_seqlens, key_stride)(token_ids, cu_seqlens, history, dead, out)
 
 
 @torch.library.custom_op(
@@ -355,18 +359,25 @@ def ngram_hash(
     A look-back that is blocked reads as the pad id (the EOS in the "eos" dialect). An invalid id raises ValueError on
     the CPU; in a kernel the columns that read it get -1, as do padding tokens.
     """
-    check_tokens("ngram_hash", token_ids, plan, cu_seqlens, history, dead)
-    shape = (*token_ids.shape, *plan.primes.shape)
-    check_out("ngram_hash", out, shape, plan.index_dtype, token_ids.device)
-    check_token_values("ngram_hash", token_ids, plan, cu_seqlens, history, dead)
-    if not is_kernel_device(token_ids):
-        return reference.ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead, out=out)
-    if torch.compiler.is_compiling():
-        if out is None:
-            return ngram_hash_op(token_ids, cu_seqlens, history, dead, *plan.parts())
-        ngram_hash_out_op(token_ids, cu_seqlens, history, dead, out, *plan.parts())
-        return out
+    where, launch = "ngram_hash", None
+    if not torch.compiler.is_compiling() and isinstance(plan, HashPlan):
+        form = (where, form_of(token_ids, cu_seqlens, history, dead, out))
+        launch = plan.prepared.launch(form)
+    if launch is None:
+        check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
+        shape = (*token_ids.shape, *plan.primes.shape)
+        check_out(where, out, shape, plan.index_dtype, token_ids.device)
+    check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
+    if launch is None:
+        if not is_kernel_device(token_ids):
+            return reference.ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead, out=out)
+        if torch.compiler.is_compiling():
+            if out is None:
+                return ngram_hash_op(token_ids, cu_seqlens, history, dead, *plan.parts())
+            ngram_hash_out_op(token_ids, cu_seqlens, history, dead, out, *plan.parts())
+            return out
+        launch = plan.prepared.keep(form, prepare_ngram_hash(token_ids, plan, cu_seqlens))
     if out is None:
         out = make_hash_out(token_ids, plan)
-    launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out)
+    launch(token_ids, cu_seqlens, history, dead, out)
     return out

@@ -1,7 +1,10 @@
 """Arguments of the ops that read rows: tables that they can read, and ids as they walk them."""
 
+from collections.abc import Sequence
+
 import torch
 
+from .plan import HashPlan
 from .row_format import ROW_ALIGNMENT
 from .table import EngramTable
 
@@ -26,6 +29,30 @@ def check_tables(where: str, tables, device: torch.device) -> None:
                 f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not "
                 "(placement 'staged' takes any address)"
             )
+
+
+def check_tables_of_plan(where: str, plan: HashPlan, tables) -> tuple[EngramTable, ...]:
+    """``tables`` as a tuple; raises unless they are one per layer that a launch on the plan's device can read."""
+    if not isinstance(tables, Sequence):
+        raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
+    tables = tuple(tables)
+    if len(tables) != len(plan.rows_per_layer):
+        raise ValueError(
+            f"{where}: tables must be one per layer of the plan, {len(plan.rows_per_layer)}, got {len(tables)}"
+        )
+    check_tables(where, tables, plan.device)
+    for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
+        if table.rows < rows:
+            raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
+    return tables
+
+
+def forms_of(tables: Sequence[EngramTable]) -> tuple | None:
+    """The part of a call's form (prepared.py) that tables are; None where checks will refuse them."""
+    try:
+        return tuple([table.form for table in tables])
+    except (AttributeError, TypeError):
+        return None
 
 
 def two_dimensional(row_ids: torch.Tensor, keep_columns: bool) -> torch.Tensor:

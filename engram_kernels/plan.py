@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .config import EngramConfig
+from .prepared import Prepared
 
 _INT64_MAX = 2**63 - 1
 _MASK64 = 2**64 - 1
@@ -145,9 +146,9 @@ class HashPlan:
         return (*tensors, self.pad, self.eos, self.vocab_size, list(self.rows_per_layer), self.non_negative)
 
     @cached_property
-    def kernel_arguments(self) -> tuple[dict, dict]:
-        """What every hashing kernel is told of the plan: (run-time values, compile-time constants)."""
-        values = dict(
+    def kernel_arguments(self) -> dict:
+        """What every hashing kernel is told of the plan."""
+        return dict(
             token_map_ptr=self.token_map,
             multipliers_ptr=self.multipliers,
             primes_ptr=self.primes,
@@ -157,15 +158,17 @@ class HashPlan:
             vocab_size=_INT64_MAX if self.vocab_size is None else self.vocab_size,
             pad=self.pad,
             eos=-1 if self.eos is None else self.eos,
-        )
-        constants = dict(
             NUM_LAYERS=self.primes.shape[0],
             NUM_COLUMNS=self.primes.shape[1],
             MAX_NGRAM=self.max_ngram,
             HAS_EOS=self.eos is not None,
             NON_NEGATIVE=self.non_negative,
         )
-        return values, constants
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Launches of ops that hash with this plan."""
+        return Prepared()
 
     @property
     def max_ngram(self) -> int:

@@ -3,7 +3,7 @@
 import torch
 
 from .arguments import check_choice, check_out, check_tensor
-from .row_format import FORMATS, SCALE_GROUP
+from .row_format import FORMATS, SCALE_GROUP, RowFormat
 from .table import EngramTable, TableView
 
 #: A TableView in the schema of a registered op.
@@ -34,16 +34,20 @@ def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype,
         raise ValueError(f"{where}: a table of format {table.format.name} has no scales per row, got out[1]")
 
 
-def make_row_out(view: TableView, ids_shape, device, out_dtype, storage: bool):
-    """A new output for ids of ``ids_shape``, as :func:`check_row_out` describes it."""
-    row_format = FORMATS[view.format]
+def make_row_out(row_format: RowFormat, shape, device, out_dtype, storage: bool):
+    """A new output of ``shape [..., R]``, as :func:`check_row_out` describes it."""
     if not storage:
         default = row_format.dtype if row_format.scaling == "none" else torch.bfloat16
-        return torch.empty((*ids_shape, view.width), dtype=out_dtype or default, device=device)
+        return torch.empty(shape, dtype=out_dtype or default, device=device)
     scales = None
     if row_format.scaling == "group":
-        scales = torch.empty((*ids_shape, view.width // SCALE_GROUP), dtype=torch.uint8, device=device)
-    return torch.empty((*ids_shape, view.width), dtype=row_format.dtype, device=device), scales
+        scales = torch.empty((*shape[:-1], shape[-1] // SCALE_GROUP), dtype=torch.uint8, device=device)
+    return torch.empty(shape, dtype=row_format.dtype, device=device), scales
+
+
+def make_view_out(view: TableView, ids_shape, device, out_dtype, storage: bool):
+    """A new output for ids of ``ids_shape``."""
+    return make_row_out(FORMATS[view.format], (*ids_shape, view.width), device, out_dtype, storage)
 
 
 def kernel_out(out, view: TableView, storage: bool):

@@ -7,6 +7,8 @@
 C columns, R elements a row. An id outside the table, -1 among them, reads as a row of zeros and touches no memory.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from . import reference
 from .arguments import check_programs, check_tensor, is_kernel_device, processors
 from .launch import cdiv, on_device_of
 from .lookup_arguments import check_tables, two_dimensional
+from .prepared import form_of
 from .read_order import check_order, choose_order, launch_copy_duplicates, scale_words
 from .row_copy import copy_rows, row_constants, rows_config
 from .row_format import FORMATS
@@ -24,6 +27,7 @@ from .row_output import (
     check_row_out,
     kernel_out,
     make_row_out,
+    make_view_out,
     op_out,
     op_result,
     out_parts,
@@ -113,49 +117,64 @@ def lookup_kernel(
         )
 
 
-def launch_lookup(row_ids, view: TableView, out, storage: bool, programs: int | None, order: str = "direct") -> None:
-    """One launch, or those of :func:`launch_sorted`; ``row_ids [..., C]`` whose leading dimensions view as one."""
-    if row_ids.numel() == 0:
-        return
-    row_ids = two_dimensional(row_ids, order == "head")
+def prepare_lookup(
+    row_ids, view: TableView, storage: bool, programs: int | None, order: str = "direct"
+) -> Callable[..., None]:
+    """The launch for ids such as these, of (row_ids, out); ``[..., C]`` whose leading dimensions view as one.
+
+    One launch, or those of :func:`launch_sorted`.
+    """
+    num_rows = row_ids.numel()
+    if num_rows == 0:
+        return lambda *_: None
     if order == "address":
-        launch_sorted(row_ids.reshape(1, -1), 0, view, out, storage, programs)
-        return
-    arguments = dict(row_ids_ptr=row_ids, places_ptr=None, table_ptr=view.descriptors, first_entry=0, first_key=0)
-    arguments |= dict(num_rows=row_ids.numel(), num_columns=row_ids.shape[1], HEAD_MAJOR=order == "head")
-    _launch(view, out, storage, programs, stride_ids_t=row_ids.stride(0), stride_ids_c=row_ids.stride(1), **arguments)
+        return lambda row_ids, out: launch_sorted(
+            two_dimensional(row_ids, False).reshape(1, -1), 0, view, out, storage, programs
+        )
+    ids = two_dimensional(row_ids, order == "head")
+    options = dict(num_rows=num_rows, num_columns=ids.shape[1], first_entry=0, first_key=0)
+    options |= dict(stride_ids_t=ids.stride(0), stride_ids_c=ids.stride(1), HEAD_MAJOR=order == "head")
+    options |= _row_options(view, storage, programs, num_rows)
+
+    def launch(row_ids, out):
+        with on_device_of(row_ids):
+            lookup_kernel.run(row_ids, None, view.descriptors, *kernel_out(out, view, storage), **options)
+
+    return launch
+
+
+def launch_lookup(row_ids, view: TableView, out, storage: bool, programs: int | None, order: str = "direct") -> None:
+    """What :func:`prepare_lookup` launches."""
+    prepare_lookup(row_ids, view, storage, programs, order)(row_ids, out)
 
 
 def launch_sorted(keys, key_stride: int, view: TableView, out, storage: bool, programs: int | None) -> None:
     """Rows by keys ``[L, rows]`` in the order of the output's: a sort, a launch a layer, and one for duplicates."""
     num_layers, num_rows = keys.shape
     keys, places = torch.sort(keys.view(-1))
-    arguments = dict(row_ids_ptr=keys, places_ptr=places, num_rows=num_rows, num_columns=1, HEAD_MAJOR=False)
-    for layer in range(num_layers):
-        arguments |= dict(first_entry=layer * num_rows, first_key=layer * key_stride)
-        table_ptr = view.descriptors[layer]
-        _launch(view, out, storage, programs, table_ptr=table_ptr, stride_ids_t=0, stride_ids_c=0, **arguments)
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
+    options = dict(num_rows=num_rows, num_columns=1, stride_ids_t=0, stride_ids_c=0, HEAD_MAJOR=False)
+    options |= _row_options(view, storage, programs, num_rows)
+    with on_device_of(keys):
+        for layer in range(num_layers):
+            options |= dict(first_entry=layer * num_rows, first_key=layer * key_stride)
+            lookup_kernel.run(keys, places, view.descriptors[layer], out_ptr, out_scale_ptr, **options)
     for part in (out_ptr, None if out_scale_ptr is None else scale_words(out_scale_ptr)):
         if part is not None:
             launch_copy_duplicates(keys, places, part, programs or 8 * processors(keys.device))
 
 
-def _launch(view: TableView, out, storage: bool, programs: int | None, *, num_rows: int, **arguments) -> None:
-    """lookup_kernel, of which the callers know the arguments that orders differ in."""
+def _row_options(view: TableView, storage: bool, programs: int | None, num_rows: int) -> dict:
+    """What lookup_kernel is told of tables and tiles."""
     itemsize = FORMATS[view.format].dtype.itemsize
     config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.placement)
-    out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-    with on_device_of(view.descriptors):
-        lookup_kernel[(min(programs or config.programs, cdiv(num_rows, config.block_rows)),)](
-            **arguments,
-            out_ptr=out_ptr,
-            out_scale_ptr=out_scale_ptr,
-            num_rows=num_rows,
-            **row_constants(view, storage, config),
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+    return dict(
+        row_constants(view, storage, config),
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        grid=(min(programs or config.programs, cdiv(num_rows, config.block_rows)),),
+        warmup=False,
+    )
 
 
 @torch.library.custom_op(
@@ -167,7 +186,7 @@ def _launch(view: TableView, out, storage: bool, programs: int | None, *, num_ro
 def lookup_op(row_ids, *rest):
     """:func:`lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
     view, (out_dtype, storage, programs, order) = split_view(rest)
-    out = make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
+    out = make_view_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
     launch_lookup(row_ids, view, out, storage, programs, choose_order(order, view, row_ids.numel()))
     return op_result(out)
 
@@ -175,7 +194,7 @@ def lookup_op(row_ids, *rest):
 @lookup_op.register_fake
 def _(row_ids, *rest):
     view, (out_dtype, storage, *_) = split_view(rest)
-    return op_result(make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage))
+    return op_result(make_view_out(view, row_ids.shape, row_ids.device, out_dtype, storage))
 
 
 @torch.library.custom_op(
@@ -220,33 +239,46 @@ def lookup(
     With a staged table the call waits for the GPU to bring row_ids to the CPU, and cannot be captured or compiled.
     Where the table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows.
     """
-    check_tensor("lookup", "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
-    check_tables("lookup", (table,), row_ids.device)
-    check_programs("lookup", programs)
-    check_order("lookup", order, row_ids.numel())
-    if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
-        raise ValueError(f"lookup: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
-    check_row_out("lookup", table, (*row_ids.shape, table.width), row_ids.device, out, out_dtype, out_format)
+    where, launch = "lookup", None
+    if not torch.compiler.is_compiling() and isinstance(table, EngramTable):
+        form = (form_of(row_ids, *out_parts(out)), out_dtype, out_format, programs, order)
+        launch = table.prepared.launch(form)
+    if launch is None:
+        check_tensor(where, "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
+        check_tables(where, (table,), row_ids.device)
+        check_programs(where, programs)
+        check_order(where, order, row_ids.numel())
+        if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
+            raise ValueError(f"{where}: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
+        check_row_out(where, table, (*row_ids.shape, table.width), row_ids.device, out, out_dtype, out_format)
+    else:
+        table.check_usable(where)
     if records_rows((table,), out_format):
-        check_recordable("lookup", out)
+        check_recordable(where, out)
         with torch.no_grad():
             rows = lookup(table, row_ids, out_dtype=out_dtype, programs=programs, order=order)
         return record_rows(rows, (table,), lambda grad, ids: ((ids, grad),), row_ids)
-    if not is_kernel_device(row_ids) or table.format.dtype == torch.float64:
-        return reference.lookup(table, row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
     storage = out_format == "storage"
-    if table.placement == "staged" and row_ids.is_cuda:
-        row_ids, view = stage(table, row_ids, "lookup")
-    else:
-        view = view_tables((table,), row_ids.device)
-    if torch.compiler.is_compiling():
-        if out is None:
-            out = op_out(lookup_op(row_ids, *view, out_dtype, storage, programs, order), storage)
-        else:
-            lookup_out_op(row_ids, *view, *out_parts(out), storage, programs, order)
-    else:
-        order = choose_order(order, view, row_ids.numel())
-        if out is None:
-            out = make_row_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
-        launch_lookup(row_ids, view, out, storage, programs, order)
+    if launch is None:
+        if not is_kernel_device(row_ids) or table.format.dtype == torch.float64:
+            return reference.lookup(table, row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
+        staged = table.placement == "staged" and row_ids.is_cuda
+        row_ids, view = stage(table, row_ids, where) if staged else (row_ids, view_tables((table,), row_ids.device))
+        if torch.compiler.is_compiling():
+            if out is None:
+                out = op_out(lookup_op(row_ids, *view, out_dtype, storage, programs, order), storage)
+            else:
+                lookup_out_op(row_ids, *view, *out_parts(out), storage, programs, order)
+            return _with_table_scale(out, table, storage)
+        launch = prepare_lookup(row_ids, view, storage, programs, choose_order(order, view, row_ids.numel()))
+        if not staged:
+            table.prepared.keep(form, launch)
+    if out is None:
+        out = make_row_out(table.format, (*row_ids.shape, table.width), row_ids.device, out_dtype, storage)
+    launch(row_ids, out)
+    return _with_table_scale(out, table, storage)
+
+
+def _with_table_scale(out, table: EngramTable, storage: bool):
+    """Storage output of format e4m3 comes with the table's scale, which no kernel writes."""
     return (out[0], table.scale) if storage and table.format.scaling == "table" else out

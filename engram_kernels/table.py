@@ -12,6 +12,7 @@ from .mapped_file import MappedFile
 from .memory_report import MemoryReport, size
 from .pages import Progress
 from .placement import REGISTERED, check_placement, check_scales
+from .prepared import Prepared
 from .row_format import ROW_ALIGNMENT, RowFormat, format_of, row_format
 from .trainable import TrainableRows
 
@@ -61,6 +62,8 @@ class EngramTable(TrainableRows):
         self.aligned = aligned or self.placement == "staged"
         #: Bytes of the pages that a GPU reads over the link; read back once, since read_order.py asks in every call.
         self.page_bytes = table_memory.page_bytes(self._mapping)
+        #: Launches of lookup; for those that read several tables what stands for all that this table is now.
+        self.prepared, self.form = Prepared(), object()
 
     @classmethod
     def empty(
@@ -190,7 +193,7 @@ class EngramTable(TrainableRows):
         Its pages are collapsed to huge ones first (progress: bytes done, all) and registered; kernels read it after
         that.
         """
-        self._check_usable("EngramTable.publish")
+        self.check_usable("EngramTable.publish")
         if self.placement != "shared":
             raise ValueError(f"EngramTable.publish: only placement 'shared' is published, got {self.placement!r}")
         self._mapping.publish(progress)
@@ -201,7 +204,7 @@ class EngramTable(TrainableRows):
 
     def memory_report(self) -> MemoryReport:
         """Where the bytes are, and what the machine granted: huge pages, registration, NUMA node; printable."""
-        self._check_usable("EngramTable.memory_report")
+        self.check_usable("EngramTable.memory_report")
         parts = [self._weight, self._scale] if self.format.scaling == "group" else [self._weight]
         return table_memory.report(self.placement, self.nbytes, parts, self._mapping)
 
@@ -258,12 +261,12 @@ class EngramTable(TrainableRows):
 
     @property
     def weight(self) -> torch.Tensor:
-        self._check_usable("EngramTable")
+        self.check_usable("EngramTable")
         return self._weight
 
     @property
     def scale(self) -> torch.Tensor | None:
-        self._check_usable("EngramTable")
+        self.check_usable("EngramTable")
         return self._scale
 
     @property
@@ -287,7 +290,7 @@ class EngramTable(TrainableRows):
 
     def discard(self) -> None:
         """Give the pages of an unregistered host table back: all rows read as zero afterwards."""
-        self._check_usable("EngramTable.discard")
+        self.check_usable("EngramTable.discard")
         if self.placement != "host":
             raise ValueError(f"EngramTable.discard: only placement 'host' can give pages back, got {self.placement!r}")
         self._mapping.discard()
@@ -300,6 +303,7 @@ class EngramTable(TrainableRows):
         """
         self._weight = self._scale = None
         self._kept_views.clear()
+        self.prepared.clear()
         for part in (*self.rings.values(), *self.files, *([self._mapping] if self._mapping else [])):
             part.close()
         self.rings.clear()
@@ -327,7 +331,7 @@ class EngramTable(TrainableRows):
 
     def check_readable_on(self, device: torch.device, where: str) -> None:
         """Raise ValueError unless an op on ``device`` can read this table."""
-        self._check_usable(where)
+        self.check_usable(where)
         scale_device = self._scale.device if self.format.scaling == "group" else device
         if device.type == "cpu":
             readable = self._weight.device.type == scale_device.type == "cpu"
@@ -344,7 +348,7 @@ class EngramTable(TrainableRows):
         if not readable:
             raise ValueError(f"{where}: tensors on {device} need {need}, got {self!r} on {self._weight.device}")
 
-    def _check_usable(self, where: str) -> None:
+    def check_usable(self, where: str) -> None:
         """Raise ValueError where the table is closed, or its memory is not in this process or no longer there."""
         if self.closed:
             raise ValueError(f"{where}: the table is closed")

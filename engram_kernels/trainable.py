@@ -49,7 +49,7 @@ class TrainableRows:
     def requires_row_grad_(self, requires: bool = True) -> "TrainableRows":
         """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged"."""
         where = "EngramTable.requires_row_grad_"
-        self._check_usable(where)
+        self.check_usable(where)
         if requires and self._anchor is not None:
             return self
         if requires and self.format.scaling != "none":

@@ -92,7 +92,7 @@ def cached_lookup_case(model, full=False, storage=False, order="head"):
     cache = NgramCache(chosen, layers * chosen.primes.shape[0], entries=64)
     ids, *rest = tokens(full)
     out = row_out(layers[0], (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
-    launch_cached_lookup(cache, ids, chosen, view_tables(cache.tables, CPU), *rest, out, storage, None, order)
+    launch_cached_lookup(cache, chosen, view_tables(cache.tables, CPU), ids, *rest, out, storage, None, order)
 
 
 def gate_inputs(branches, width, dtype):

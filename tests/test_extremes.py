@@ -8,7 +8,7 @@ import torch
 from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_residual, hash_lookup, lookup
 from engram_kernels.conv_slots import ConvSlots
 from engram_kernels.conv_state import launch_advance_state
-from engram_kernels.gate_scale import launch_gate_scale
+from engram_kernels.gate_scale import prepare_gate_scale
 from engram_kernels.host_memory import HostMapping
 
 from .guards import Guarded
@@ -159,8 +159,7 @@ def test_gates_and_scales_stay_in_bounds(device):
     """Three branches, in blocks of four: a fourth is the next token's first, and the last token's lies outside."""
     hidden, key, value, *norms = (x.to(device) for x in inputs(5, 3, 80))
     gate, scale = (Guarded((5, 3), torch.float32, device) for _ in range(2))
-    launch_gate_scale(
-        hidden, key, value, *norms, EPS, CONV_EPS, 1e-6, None, "copysign", None, gate.tensor, scale.tensor
-    )
+    launch = prepare_gate_scale(hidden, key, value, EPS, CONV_EPS, 1e-6, "copysign", 0)
+    launch(hidden, key, value, *norms, None, None, None, gate.tensor, scale.tensor)
     assert 0 < gate.check().min() and gate.check().max() < 1
     assert scale.check().isfinite().all()

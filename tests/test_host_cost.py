@@ -26,10 +26,11 @@ def test_launches_of_a_call():
 
 
 def test_calls_stay_cheap():
-    """Measured 1.8 to 2.7 of their bare launches, before which it was 2.7 to 8.3; a machine may be busy with others."""
+    """Measured 1.3 to 1.5 of their bare launches; a machine may be busy with others."""
     costs = {cost.name: cost for cost in host_costs(rounds=40)}
     assert set(costs) == set(LAUNCHES)
-    slow = {name: f"{cost.ratio:.1f}" for name, cost in costs.items() if cost.ratio > 4}
+    limits = dict.fromkeys(LAUNCHES, 2) | {"gate_residual as a registered op": 4}
+    slow = {name: f"{cost.ratio:.2f}" for name, cost in costs.items() if cost.ratio > limits[name]}
     assert not slow
     eager, op = costs["gate_residual"], costs["gate_residual as a registered op"]
     assert eager.call < op.call  # what the bypass is for

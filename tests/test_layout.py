@@ -50,16 +50,24 @@ def jit_functions():
 
 @functools.cache
 def launches():
-    """Every ``kernel[grid](...)`` outside kernels: (path, the function around it, the call, the kernel's name)."""
+    """Every launch outside kernels: (path, the outermost function around it, the call, the kernel's name)."""
     found = []
     for path in PACKAGE:
-        for function in ast.walk(tree(path)):
-            if not isinstance(function, ast.FunctionDef) or is_jit(function):
-                continue
-            for call in calls(function):
-                if isinstance(call.func, ast.Subscript) and name_of(call.func.value).split(".")[-1] in jit_functions():
-                    found.append((path, function, call, name_of(call.func.value).split(".")[-1]))
+        functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+        nested = {id(inner) for outer in functions for inner in ast.walk(outer) if inner is not outer}
+        for function in functions:
+            if id(function) not in nested and not is_jit(function):
+                found += [(path, function, call, launched(call)) for call in calls(function) if launched(call)]
     return found
+
+
+def launched(call):
+    """The kernel that ``kernel[grid](...)`` or ``kernel.run(...)`` launches, None for other calls."""
+    by_run = isinstance(call.func, ast.Attribute) and call.func.attr == "run"
+    if not by_run and not isinstance(call.func, ast.Subscript):
+        return None
+    name = name_of(call.func.value).split(".")[-1]
+    return name if name in jit_functions() else None
 
 
 def masked_loads_without_other(node):
@@ -74,8 +82,11 @@ def masked_loads_without_other(node):
     return found
 
 
-def gives(function, call, name):
-    """Whether ``call`` passes keyword ``name``: directly, or through ``**options`` that the function fills with it."""
+def gives(function, call, name, module=None):
+    """Whether ``call`` passes keyword ``name``: directly, or through ``**options`` that the function fills with it.
+
+    It may fill them by a function of ``module``, a tree.
+    """
     if any(keyword.arg == name for keyword in call.keywords):
         return True
     spread = [keyword.value for keyword in call.keywords if keyword.arg is None]
@@ -86,6 +97,9 @@ def gives(function, call, name):
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             if any(isinstance(target, ast.Name) and target.id in named for target in targets):
                 sources.append(node.value)
+    made = {name_of(inner.func) for source in sources for inner in calls(source)}
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef)] if module else []
+    sources += [node for node in functions if node.name in made]
     for source in sources:
         for inner in ast.walk(source):
             if isinstance(inner, ast.Dict) and any(isinstance(k, ast.Constant) and k.value == name for k in inner.keys):
@@ -174,8 +188,8 @@ def test_masked_loads_have_a_value_for_the_rest():
 def test_launches_choose_their_floating_point_contraction():
     assert len(launches()) >= 5
     for path, function, call, name in launches():
-        assert gives(function, call, "enable_fp_fusion"), f"{at(path, call)} launches {name} without enable_fp_fusion"
-        assert gives(function, call, "num_warps"), f"{at(path, call)} launches {name} without num_warps"
+        for option in ("enable_fp_fusion", "num_warps"):
+            assert gives(function, call, option, tree(path)), f"{at(path, call)} launches {name} without {option}"
 
 
 COUNTS = {"num_tokens", "num_rows", "num_seqs", "search_steps", "seq_len"}
@@ -234,9 +248,14 @@ def test_the_check_of_loads_sees_what_it_should(source, bare):
         ("common = {'num_warps': 4}\n    common |= {'enable_fp_fusion': True}\n    k[grid](x, **common)", True),
         ("common = dict(enable_fp_fusion=False)\n    k[grid](x, **other)", False),
         ("common = dict(num_warps=4)\n    k[grid](x, **common)", False),
+        ("k.run(x, enable_fp_fusion=True)", True),
+        ("common = made(x)\n    k.run(x, **common)", True),
+        ("common = other(x)\n    k.run(x, **common)", False),
     ],
 )
 def test_the_check_of_launches_sees_what_it_should(body, given):
-    function = ast.parse(f"def launch(x):\n    {body}\n").body[0]
-    (call,) = [call for call in calls(function) if isinstance(call.func, ast.Subscript)]
-    assert gives(function, call, "enable_fp_fusion") is given
+    text = "def made(x):\n    return dict(enable_fp_fusion=True)\n\ndef other(x):\n    return dict(num_warps=4)\n"
+    module = ast.parse(f"{text}\ndef launch(x):\n    {body}\n")
+    function = module.body[-1]
+    (call,) = [call for call in calls(function) if isinstance(call.func, (ast.Subscript, ast.Attribute))]
+    assert gives(function, call, "enable_fp_fusion", module) is given

@@ -11,7 +11,7 @@ import torch
 
 from engram_kernels import EngramTable, hash_lookup, lookup, ngram_hash, staging
 from engram_kernels.hash_rows import launch_layers
-from engram_kernels.rows import launch_lookup, make_row_out
+from engram_kernels.rows import launch_lookup, make_view_out
 from engram_kernels.staging import StagingRing, StreamRuntime, stage
 
 from . import tables
@@ -222,7 +222,7 @@ def looked_up(table, ids, out_dtype=None, storage=False):
     if ids.is_cuda:
         return lookup(table, ids, out_dtype=out_dtype, out_format="storage" if storage else "values")
     local, view = stage(table, ids, "lookup")
-    out = make_row_out(view, ids.shape, ids.device, out_dtype, storage)
+    out = make_view_out(view, ids.shape, ids.device, out_dtype, storage)
     launch_lookup(local, view, out, storage, None)
     return out
 

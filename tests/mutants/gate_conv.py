@@ -75,10 +75,8 @@ last tile skipped @ conv_residual
 - mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
 + mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE // BLOCK_D * BLOCK_D
 norms swapped: query norm for conv norm @ gate_conv
-- scale,
--                 conv_norm,
-+ scale,
-+                 query_norm,
+- gate, scale, conv_norm, conv_weight
++ gate, scale, query_norm, conv_weight
 branch fixed to 0: conv norm @ conv_residual
 - conv_norm_ptr + branch * HIDDEN_SIZE
 + conv_norm_ptr
