@@ -12,47 +12,62 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
+from .arguments import INTERPRETING
 from .launch import next_power_of_2
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Tokens, branches (a power of two) and elements of D that a program holds at once, and its warps."""
+    """Tokens and elements of D that a program holds at once in its branch, and its warps.
+
+    stages: of the pipelined loop that sums over D, 1 for none. block_out: elements of D that are written at once.
+    """
 
     block_t: int
-    block_h: int
     block_d: int
     num_warps: int
+    stages: int
+    block_out: int
+
+
+FEW_TOKENS = 32  # as many are at most one program a multiprocessor, and those wait for memory
+
+
+def few_tokens(num_tokens: int) -> bool:
+    """Whether :func:`gate_config` is asked for few: on NVIDIA alone, as AMD's compiler would sum in another order."""
+    return num_tokens <= FEW_TOKENS and (INTERPRETING or driver.active.get_current_target().backend == "cuda")
 
 
 @lru_cache
-def gate_config(branches: int, hidden_size: int) -> GateConfig:
-    """Tiles of 2,048 elements, 16 a thread, with 256 of D, so that a warp sums a row of a tile alone.
+def gate_config(hidden_size: int, few: bool = False) -> GateConfig:
+    """Tiles of 2 tokens x 1,024 of D, 16 elements a thread: two tokens share the norm weights they load.
 
-    Two tokens share the norm weights they load: in float32 those are 2 H D * 4 bytes, more than the hidden state and
-    key of one token. With four, the weights' tile has another layout than the hidden state's, and Triton converts one
-    to the other through shared memory. A function of H and D only: it fixes the order of the sums over D, hence a
-    token's bits.
+    All warps lie along D, so that the order of a row's sums does not depend on the number of tokens in a tile: it is a
+    function of D and the dtypes alone, and a token keeps its bits. Few tokens have a tile each, and wait for memory: at
+    D = 5120 all five tiles of a row are on their way at once then, through 32 KB (bfloat16) or 64 KB (float32) of
+    shared memory, and four are written at once. That is 3 round trips in place of 10.
     """
-    block_h, block_d = next_power_of_2(branches), min(256, next_power_of_2(hidden_size))
-    block_t = max(1, min(8, 2048 // (block_h * block_d)))
-    return GateConfig(block_t, block_h, block_d, max(1, min(4, block_t * block_h * block_d // 512)))
+    block_d = min(1024, next_power_of_2(hidden_size))
+    num_warps = max(1, min(4, block_d // 256))
+    block_t = max(1, num_warps * (256 if few else 512) // block_d)
+    stages, block_out = (5, min(4096, next_power_of_2(hidden_size))) if few else (1, block_d)
+    return GateConfig(block_t, block_d, num_warps, stages, block_out)
 
 
 @triton.jit
-def token_rows(base_ptr, token, offs_h, stride_t, stride_h, ALIGNED: tl.constexpr):
-    """Pointers ``[BLOCK_T, BLOCK_H, 1]`` to the rows of tokens and branches.
+def token_rows(base_ptr, token, branch, stride_t, stride_h, ALIGNED: tl.constexpr):
+    """Pointers to the rows of tokens and branches, int64 both, which broadcast against each other.
 
     ALIGNED: the launcher found every row at a multiple of 16 bytes. Triton itself takes that from a stride only where
     it is a multiple of 16 elements.
     """
-    rows = base_ptr + (token[:, None, None] * stride_t + offs_h.to(tl.int64) * stride_h)
+    stride_t, stride_h = tl.cast(stride_t, tl.int64), tl.cast(stride_h, tl.int64)
     if ALIGNED:
-        # Triton 3.9 folds a tile of one row to a scalar and fails on its three hints; the strides have to do there.
-        if rows.numel > 1:
-            rows = tl.multiple_of(rows, (16, 16, 16))
-    return rows
+        VECTOR: tl.constexpr = 128 // base_ptr.dtype.element_ty.primitive_bitwidth
+        stride_t, stride_h = tl.multiple_of(stride_t, VECTOR), tl.multiple_of(stride_h, VECTOR)
+    return base_ptr + (token * stride_t + branch * stride_h)
 
 
 @triton.jit
@@ -71,6 +86,7 @@ def gate_of(d, clamp, COPYSIGN: tl.constexpr):
 @triton.jit
 def branch_gate(
     token,
+    branch,
     live,
     hidden_ptr,
     key_ptr,
@@ -82,54 +98,47 @@ def branch_gate(
     stride_key_h,
     eps,
     clamp,
-    NUM_BRANCHES: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     COPYSIGN: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Gates ``[BLOCK_T, BLOCK_H]`` of tokens ``token [BLOCK_T]`` (int64), with d and the scales of hidden and key.
+    """Gates ``[BLOCK_T]`` of tokens ``token [BLOCK_T]`` in one branch, with d and the scales of hidden and key.
 
-    Tokens that are not ``live`` are not read.
+    ``token`` and ``branch`` are int64. Tokens that are not ``live`` are not read.
     """
-    offs_h = tl.arange(0, BLOCK_H)[None, :, None]
-    hidden_row = token_rows(hidden_ptr, token, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
-    key_row = token_rows(key_ptr, token, offs_h, stride_key_t, stride_key_h, ALIGNED)
-    mask_row = live[:, None, None] & (offs_h < NUM_BRANCHES)
-    hidden_square = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
-    key_square = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
-    product = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
-    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
-        offs_d = begin + tl.arange(0, BLOCK_D)[None, None, :]
+    hidden_row = token_rows(hidden_ptr, token[:, None], branch, stride_hidden_t, stride_hidden_h, ALIGNED)
+    key_row = token_rows(key_ptr, token[:, None], branch, stride_key_t, stride_key_h, ALIGNED)
+    hidden_square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    key_square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    product = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for begin in tl.range(0, HIDDEN_SIZE, BLOCK_D, num_stages=STAGES):
+        offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
         mask_d = offs_d < HIDDEN_SIZE
-        mask_w = (offs_h < NUM_BRANCHES) & mask_d
-        hidden = tl.load(hidden_row + offs_d, mask=mask_row & mask_d, other=0).to(tl.float32)
-        key = tl.load(key_row + offs_d, mask=mask_row & mask_d, other=0).to(tl.float32)
-        query_norm = tl.load(query_norm_ptr + offs_h * HIDDEN_SIZE + offs_d, mask=mask_w, other=0).to(tl.float32)
-        key_norm = tl.load(key_norm_ptr + offs_h * HIDDEN_SIZE + offs_d, mask=mask_w, other=0).to(tl.float32)
+        offs_w = branch * HIDDEN_SIZE + offs_d
+        hidden = tl.load(hidden_row + offs_d, mask=live[:, None] & mask_d, other=0).to(tl.float32)
+        key = tl.load(key_row + offs_d, mask=live[:, None] & mask_d, other=0).to(tl.float32)
+        query_norm = tl.load(query_norm_ptr + offs_w, mask=mask_d, other=0).to(tl.float32)
+        key_norm = tl.load(key_norm_ptr + offs_w, mask=mask_d, other=0).to(tl.float32)
         hidden_square += hidden * hidden
         key_square += key * key
         product += (hidden * query_norm) * (key * key_norm)
-    hidden_scale = tl.rsqrt(tl.sum(hidden_square, axis=2) / HIDDEN_SIZE + eps)
-    key_scale = tl.rsqrt(tl.sum(key_square, axis=2) / HIDDEN_SIZE + eps)
-    d = tl.sum(product, axis=2) * hidden_scale * key_scale * (HIDDEN_SIZE**-0.5)
+    hidden_scale = tl.rsqrt(tl.sum(hidden_square, axis=1) / HIDDEN_SIZE + eps)
+    key_scale = tl.rsqrt(tl.sum(key_square, axis=1) / HIDDEN_SIZE + eps)
+    d = tl.sum(product, axis=1) * hidden_scale * key_scale * (HIDDEN_SIZE**-0.5)
     gate, _ = gate_of(d, clamp, COPYSIGN)
     return gate, d, hidden_scale, key_scale
 
 
 @triton.jit
-def store_scalars(
-    scalars_ptr, token, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """What the backward pass needs of each token and branch, ``[T, 3, H]``: d and the scales of hidden and key."""
-    offs_h = tl.arange(0, BLOCK_H)[None, :]
-    offs = token[:, None] * (3 * NUM_BRANCHES) + offs_h
-    mask = mask_t[:, None] & (offs_h < NUM_BRANCHES)
-    tl.store(scalars_ptr + offs, d, mask=mask)
-    tl.store(scalars_ptr + offs + NUM_BRANCHES, hidden_scale, mask=mask)
-    tl.store(scalars_ptr + offs + 2 * NUM_BRANCHES, key_scale, mask=mask)
+def store_scalars(scalars_ptr, token, branch, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES: tl.constexpr):
+    """What the backward pass needs of tokens in a branch, into ``[T, 3, H]``: d and the scales of hidden and key."""
+    offs = token * (3 * NUM_BRANCHES) + branch
+    tl.store(scalars_ptr + offs, d, mask=mask_t)
+    tl.store(scalars_ptr + offs + NUM_BRANCHES, hidden_scale, mask=mask_t)
+    tl.store(scalars_ptr + offs + 2 * NUM_BRANCHES, key_scale, mask=mask_t)
 
 
 def rows_aligned(*tensors: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import triton
 import triton.language as tl
 
+from .branch_gate import FEW_TOKENS
 from .conv_slots import ConvSlots, slot_cursor
 from .launch import cdiv, next_power_of_2
 from .sequences import find_sequence
@@ -20,21 +21,24 @@ from .sequences import find_sequence
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Tokens and elements of D per program of the second pass, and its warps."""
+    """Tokens, elements of D and branches per program of the second pass, and its warps."""
 
     block_t: int
     block_d: int
+    branches: int
     num_warps: int
 
 
 @lru_cache
-def conv_config(num_tokens: int, hidden_size: int) -> ConvConfig:
+def conv_config(num_tokens: int, hidden_size: int, branches: int) -> ConvConfig:
     """32 tokens share what a tile reads before its first token (9 at K = 4, dilation 3); decode has few tokens.
 
-    No sum runs over T or D here, so the tile may depend on T without changing a bit.
+    These have a program for each branch too, 160 rather than 40 at H = 4 and D = 2560: branches one after the other
+    would wait for memory each in turn. Of many tokens a program takes all branches, which share the values it reads. No
+    sum runs over T, D or branches here, so all of it may depend on T without changing a bit.
     """
-    block_t = min(32, max(4, next_power_of_2(num_tokens)))
-    return ConvConfig(block_t, min(64, next_power_of_2(hidden_size)), 8 if block_t > 8 else 4)
+    block_t, block_d = min(32, max(4, next_power_of_2(num_tokens))), min(64, next_power_of_2(hidden_size))
+    return ConvConfig(block_t, block_d, 1 if num_tokens <= FEW_TOKENS else branches, 8 if block_t > 8 else 4)
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -79,24 +83,29 @@ def conv_residual_kernel(
     RING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BRANCHES: tl.constexpr,
 ):
-    """Second pass: BLOCK_T tokens x BLOCK_D elements of the output, branch by branch.
+    """Second pass: BLOCK_T tokens x BLOCK_D elements of the output, of BRANCHES branches (all or one) in turn.
 
-    Grid (cdiv(T, BLOCK_T) * cdiv(D, BLOCK_D),), D innermost. The K tiles of value come from memory for the first branch
-    and from the cache for the others. In place is safe: hidden is read where it is written and nowhere else.
+    Grid (cdiv(T, BLOCK_T) * cdiv(D, BLOCK_D) * (H / BRANCHES),), branches innermost, then D. The K tiles of value come
+    from memory for the first branch and from the cache for the others. In place is safe: hidden is read where it is
+    written and nowhere else.
     """
     SPAN: tl.constexpr = (NUM_TAPS - 1) * DILATION
     # One dimension of the grid: CUDA ends the others at 65,535, which 2 M tokens would exceed.
     BLOCKS_D: tl.constexpr = (HIDDEN_SIZE + BLOCK_D - 1) // BLOCK_D
-    token = tl.program_id(0) // BLOCKS_D * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = tl.program_id(0) % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)
+    block, first_branch = tl.program_id(0), 0
+    if BRANCHES < NUM_BRANCHES:
+        block, first_branch = block // NUM_BRANCHES, block % NUM_BRANCHES
+    token = block // BLOCKS_D * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = block % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
     mask = mask_t[:, None] & mask_d[None, :]
     seq, start, padding = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
     token64 = token.to(tl.int64)
     if slots_ptr is not None:
         seq_slot, cursor, known = slot_cursor(seq, mask_t & ~padding, slots_ptr, cursor_ptr, num_slots)
-    for branch in range(NUM_BRANCHES):
+    for branch in range(first_branch, first_branch + BRANCHES):
         branch64 = tl.cast(branch, tl.int64)
         conv_norm = tl.load(conv_norm_ptr + branch * HIDDEN_SIZE + offs_d, mask=mask_d, other=0).to(tl.float32)
         weight_ptr = conv_weight_ptr + branch64 * stride_weight_h + offs_d.to(tl.int64) * stride_weight_d
@@ -147,7 +156,7 @@ def prepare_conv_residual(
     cursor, out). sequences: what :func:`sequence_arguments` says of the tokens. ring: the state, where it is in slots.
     """
     num_tokens, branches, hidden_size = hidden.shape
-    config = conv_config(num_tokens, hidden_size)
+    config = conv_config(num_tokens, hidden_size, branches)
     strides = (*hidden.stride()[:2], value.stride(0), *conv_weight.stride(), *out.stride()[:2])
     options = dict(
         sequences,
@@ -160,9 +169,10 @@ def prepare_conv_residual(
         RING=0 if ring is None else ring.value.shape[1],
         BLOCK_T=config.block_t,
         BLOCK_D=config.block_d,
+        BRANCHES=config.branches,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
-        grid=(cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d),),
+        grid=(cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d) * (branches // config.branches),),
         warmup=False,
     )
     return lambda *tensors: conv_residual_kernel.run(*tensors, *strides, num_tokens, **options)

@@ -18,6 +18,7 @@ from . import reference
 from .arguments import check_choice, check_out, check_tensor, is_kernel_device, records_gradient
 from .branch_gate import (
     branch_gate,
+    few_tokens,
     flatten_tokens,
     float32_eps,
     gate_config,
@@ -37,6 +38,10 @@ _PREPARED = Prepared()
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
     "gate_residual_kernel": dict(sm_80=(168, 4096), sm_90=(168, 4096), sm_100=(168, 4096), gfx942=(80, 8192)),
+    # With loads on their way to shared memory.
+    "gate_residual_kernel, few tokens": dict(
+        sm_80=(128, 98_304), sm_90=(128, 98_304), sm_100=(128, 98_304), gfx942=(80, 8192)
+    ),
 }
 
 
@@ -66,22 +71,25 @@ def gate_residual_kernel(
     RESIDUAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
 ):
-    """BLOCK_T tokens: their gates, then ``hidden + gate * value`` in all branches, a chunk of value read once for all.
+    """BLOCK_T tokens in one branch: their gates, then ``hidden + gate * value``, BLOCK_OUT elements at once.
 
-    Grid (cdiv(T, BLOCK_T),). Relies on a dense last dimension. In place is safe: a token's sums over D are needed
-    before its first store, and a chunk is read and written by the same program.
+    Grid (cdiv(T, BLOCK_T) * H,), branches innermost, which find value in the cache. Relies on a dense last dimension.
+    In place is safe: a row is read by the program that writes it alone, and summed before the first store.
     """
     eps, clamp = tl.cast(eps, tl.float32), tl.cast(clamp, tl.float32)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    branch = (tl.program_id(0) % NUM_BRANCHES).to(tl.int64)
+    token = (tl.program_id(0) // NUM_BRANCHES).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = token < num_tokens
     live = mask_t
     if mask_ptr is not None:
         live = mask_t & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
     gate, d, hidden_scale, key_scale = branch_gate(
         token,
+        branch,
         live,
         hidden_ptr,
         key_ptr,
@@ -93,31 +101,29 @@ def gate_residual_kernel(
         stride_key_h,
         eps,
         clamp,
-        NUM_BRANCHES,
         HIDDEN_SIZE,
         COPYSIGN,
         ALIGNED,
         BLOCK_T,
-        BLOCK_H,
         BLOCK_D,
+        STAGES,
     )
     if scalars_ptr is not None:
-        store_scalars(scalars_ptr, token, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES, BLOCK_H)
-    offs_h = tl.arange(0, BLOCK_H)[None, :, None]
-    hidden_row = token_rows(hidden_ptr, token, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
-    out_row = token_rows(out_ptr, token, offs_h, stride_out_t, stride_out_h, ALIGNED)
-    value_row = token_rows(value_ptr, token, tl.arange(0, 1)[None, :, None], stride_value_t, 0, ALIGNED)
-    mask_row = mask_t[:, None, None] & (offs_h < NUM_BRANCHES)
-    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
-        offs_d = begin + tl.arange(0, BLOCK_D)[None, None, :]
+        store_scalars(scalars_ptr, token, branch, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES)
+    hidden_row = token_rows(hidden_ptr, token[:, None], branch, stride_hidden_t, stride_hidden_h, ALIGNED)
+    out_row = token_rows(out_ptr, token[:, None], branch, stride_out_t, stride_out_h, ALIGNED)
+    value_row = token_rows(value_ptr, token[:, None], 0, stride_value_t, 0, ALIGNED)
+    mask_row, live_row = mask_t[:, None], live[:, None]
+    for begin in range(0, HIDDEN_SIZE, BLOCK_OUT):
+        offs_d = begin + tl.arange(0, BLOCK_OUT)[None, :]
         mask_d = offs_d < HIDDEN_SIZE
-        value = tl.load(value_row + offs_d, mask=live[:, None, None] & mask_d, other=0).to(tl.float32)
-        result = gate[:, :, None] * value
+        value = tl.load(value_row + offs_d, mask=live_row & mask_d, other=0).to(tl.float32)
+        result = gate[:, None] * value
         if RESIDUAL:
             hidden = tl.load(hidden_row + offs_d, mask=mask_row & mask_d, other=0)
             result = (result + hidden.to(tl.float32)).to(out_ptr.dtype.element_ty)
             # A masked token keeps its bits: -0.0 + 0.0 would not.
-            result = tl.where(live[:, None, None], result, hidden)
+            result = tl.where(live_row, result, hidden)
         tl.store(out_row + offs_d, result.to(out_ptr.dtype.element_ty), mask=mask_row & mask_d)
 
 
@@ -135,18 +141,19 @@ def prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residu
     num_tokens, branches, hidden_size = hidden.shape
     if num_tokens == 0:
         return lambda *_: None
-    config = gate_config(branches, hidden_size)
+    config = gate_config(hidden_size, few_tokens(num_tokens))
     strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0), *out.stride()[:2])
     numbers = (*strides, num_tokens, float32_eps(eps), float(clamp))
     aligned = strides_aligned(hidden, key, value, out)
     numbers += (branches, hidden_size, zero_gate == "copysign", residual)
     options = dict(
         BLOCK_T=config.block_t,
-        BLOCK_H=config.block_h,
         BLOCK_D=config.block_d,
+        STAGES=config.stages,
+        BLOCK_OUT=config.block_out,
         num_warps=config.num_warps,
         enable_fp_fusion=True,
-        grid=(cdiv(num_tokens, config.block_t),),
+        grid=(cdiv(num_tokens, config.block_t) * branches,),
         warmup=False,
     )
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .arguments import processors
-from .branch_gate import flatten_tokens, gate_config, gate_of, rows_aligned, token_rows
+from .branch_gate import flatten_tokens, gate_of, rows_aligned, token_rows
 from .gate_gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative, split_gradient
 from .launch import cdiv, next_power_of_2, on_device_of
 from .weight_gradients import launch_norm_gradient
@@ -43,16 +43,20 @@ class GateBackwardConfig:
 
 
 def gate_backward_config(branches: int, hidden_size: int, num_tokens: int, processors: int) -> GateBackwardConfig:
-    """The forward kernel's tiles; two programs a multiprocessor.
+    """Tiles of 2,048 elements, 16 a thread, with 256 of D, so that a warp sums a row of a tile alone.
 
-    Between its loops a block's grad should stay in the cache, and every program's product always: at H = 4 and D = 5120
-    80 KB each, 42 MB for the 264 programs of an H100, whose cache holds 50 MB. One program a multiprocessor would need
-    half and wait for memory more often. The tile is a function of H and D only: it fixes the order of the sums over D,
-    hence the bits of a token's gradients.
+    All branches lie in a tile, as the gradient of value is a sum over them. Two tokens share the norm weights they
+    load; with four the weights' tile would have another layout, and Triton convert it in shared memory.
+    Two programs a multiprocessor. Between its loops a block's grad should stay in the cache, and every program's
+    product always: at H = 4 and D = 5120 80 KB each, 42 MB for the 264 programs of an H100, whose cache holds 50 MB.
+    One program a multiprocessor would need half and wait for memory more often. The tile is a function of H and D only:
+    it fixes the order of the sums over D, hence the bits of a token's gradients.
     """
-    tile = gate_config(branches, hidden_size)
-    programs = max(1, min(2 * processors, cdiv(num_tokens, tile.block_t)))
-    return GateBackwardConfig(tile.block_t, tile.block_h, tile.block_d, tile.num_warps, programs)
+    block_h, block_d = next_power_of_2(branches), min(256, next_power_of_2(hidden_size))
+    block_t = max(1, min(8, 2048 // (block_h * block_d)))
+    num_warps = max(1, min(4, block_t * block_h * block_d // 512))
+    programs = max(1, min(2 * processors, cdiv(num_tokens, block_t)))
+    return GateBackwardConfig(block_t, block_h, block_d, num_warps, programs)
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -117,7 +121,7 @@ def gate_backward_kernel(
     it is the second pass over gate_conv_residual: see gate_conv_backward.py for ``sums`` and ``value_part``.
     """
     clamp, conv_eps = tl.cast(clamp, tl.float32), tl.cast(conv_eps, tl.float32)
-    offs_h = tl.arange(0, BLOCK_H)[None, :, None]
+    offs_h = tl.arange(0, BLOCK_H)[None, :, None].to(tl.int64)
     LAST: tl.constexpr = (HIDDEN_SIZE - 1) // BLOCK_D * BLOCK_D
     for block in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
         token = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -136,13 +140,13 @@ def gate_backward_kernel(
         key_scale = tl.load(scalars + 2 * NUM_BRANCHES, mask=live_b, other=0)[:, :, None]
         gate, root = gate_of(d, clamp, COPYSIGN)
 
-        grad_row = token_rows(grad_ptr, token, offs_h, stride_grad_t, stride_grad_h, ALIGNED)
-        one = tl.arange(0, 1)[None, :, None]
-        value_row = token_rows(value_ptr, token, one, stride_value_t, 0, ALIGNED)
+        rows, one = token[:, None, None], tl.arange(0, 1)[None, :, None]
+        grad_row = token_rows(grad_ptr, rows, offs_h, stride_grad_t, stride_grad_h, ALIGNED)
+        value_row = token_rows(value_ptr, rows, one, stride_value_t, 0, ALIGNED)
         mask_value, live_value = mask_t[:, None, None], live[:, None, None]
         mask_row, live_row = mask_value & (offs_h < NUM_BRANCHES), live_value & (offs_h < NUM_BRANCHES)
         if grad_value_ptr is not None:
-            grad_value_row = token_rows(grad_value_ptr, token, one, stride_grad_value_t, 0, ALIGNED)
+            grad_value_row = token_rows(grad_value_ptr, rows, one, stride_grad_value_t, 0, ALIGNED)
         if scale_ptr is None:
             total = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
             for begin in range(0, HIDDEN_SIZE, BLOCK_D):
@@ -173,8 +177,8 @@ def gate_backward_kernel(
         d_grad = gate_grad * gate_slope(d, root, clamp)
         along_w = (d_grad * (HIDDEN_SIZE**-0.5))[:, :, None]
         along_state = (d_grad * d / HIDDEN_SIZE)[:, :, None]
-        hidden_row = token_rows(hidden_ptr, token, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
-        key_row = token_rows(key_ptr, token, offs_h, stride_key_t, stride_key_h, ALIGNED)
+        hidden_row = token_rows(hidden_ptr, rows, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
+        key_row = token_rows(key_ptr, rows, offs_h, stride_key_t, stride_key_h, ALIGNED)
         # From the end of D, where the first loop has just been.
         for back in range(0, HIDDEN_SIZE, BLOCK_D):
             offs_d = LAST - back + tl.arange(0, BLOCK_D)[None, None, :]
@@ -193,12 +197,12 @@ def gate_backward_kernel(
                 if RESIDUAL:
                     grad = tl.load(grad_row + offs_d, mask=mask, other=0, eviction_policy="evict_first")
                     grad_hidden += grad.to(tl.float32)
-                row = token_rows(grad_hidden_ptr, token, offs_h, stride_grad_hidden_t, HIDDEN_SIZE, ALIGNED)
+                row = token_rows(grad_hidden_ptr, rows, offs_h, stride_grad_hidden_t, HIDDEN_SIZE, ALIGNED)
                 grad_hidden = grad_hidden.to(grad_hidden_ptr.dtype.element_ty)
                 tl.store(row + offs_d, grad_hidden, mask=mask, eviction_policy="evict_first")
             if grad_key_ptr is not None:
                 grad_key = key_scale * (w * q - along_state * k)
-                row = token_rows(grad_key_ptr, token, offs_h, stride_grad_key_t, HIDDEN_SIZE, ALIGNED)
+                row = token_rows(grad_key_ptr, rows, offs_h, stride_grad_key_t, HIDDEN_SIZE, ALIGNED)
                 grad_key = grad_key.to(grad_key_ptr.dtype.element_ty)
                 tl.store(row + offs_d, grad_key, mask=mask, eviction_policy="evict_first")
             if product_ptr is not None:

@@ -5,6 +5,7 @@ the CPU: only their dtypes, alignment and strides matter.
 """
 
 from functools import cache, partial
+from unittest import mock
 
 import torch
 
@@ -130,6 +131,16 @@ def conv_slots_case(branches, width, dtype):
     launch_gate_conv_residual(*inputs, inputs[3], weight, *options, torch.empty_like(inputs[0]), None, None, ring=ring)
 
 
+def few(case):
+    """The case with 8 tokens."""
+
+    def with_few():
+        with mock.patch(f"{__name__}.TOKENS", 8):
+            case()
+
+    return with_few
+
+
 def history_case(ring):
     """History of three ids for 8 sequences in 64 slots, with the cursor of a convolution or without."""
     history, slots = torch.empty(64, 3, dtype=torch.int64), torch.empty(8, dtype=torch.int32)
@@ -200,6 +211,8 @@ CASES = {
     "gate/v41": lambda: gate_case(4, 5120, torch.bfloat16),
     "gate/v41-masked": lambda: gate_case(4, 5120, torch.bfloat16, mask=True),
     "gate/27b": lambda: gate_case(4, 2560, torch.bfloat16),
+    "gate/v41-few": few(lambda: gate_case(4, 5120, torch.bfloat16)),
+    "gate/float32-8x16384-few": few(lambda: gate_case(8, 16_384, torch.float32)),
     "gate/float32-1x1000": lambda: gate_case(1, 1000, torch.float32),
     "gate/8x2560": lambda: gate_case(8, 2560, torch.bfloat16),
     "gate_backward/v41-masked": lambda: gate_backward_case(4, 5120, torch.bfloat16, mask=True),
@@ -211,8 +224,10 @@ CASES = {
     "row_adam/27b": lambda: update_case(80, torch.bfloat16, adam=True),
     "row_adam/float32-256": lambda: update_case(256, torch.float32, adam=True),
     "gate_conv/27b": lambda: conv_case(4, 2560, torch.bfloat16),
+    "gate_conv/27b-few": few(lambda: conv_case(4, 2560, torch.bfloat16)),
     "gate_conv/27b-packed-state": lambda: conv_case(4, 2560, torch.bfloat16, full=True),
     "gate_conv/27b-packed-slots": lambda: conv_slots_case(4, 2560, torch.bfloat16),
+    "gate_conv/27b-packed-slots-few": few(lambda: conv_slots_case(4, 2560, torch.bfloat16)),
     "history/v41-packed": lambda: history_case(ring=False),
     "history/27b-packed": lambda: history_case(ring=True),
 }

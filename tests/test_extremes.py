@@ -156,7 +156,7 @@ def test_new_state_stays_in_bounds(device):
 
 
 def test_gates_and_scales_stay_in_bounds(device):
-    """Three branches, in blocks of four: a fourth is the next token's first, and the last token's lies outside."""
+    """Five tokens, in tiles of two: a sixth would lie outside."""
     hidden, key, value, *norms = (x.to(device) for x in inputs(5, 3, 80))
     gate, scale = (Guarded((5, 3), torch.float32, device) for _ in range(2))
     launch = prepare_gate_scale(hidden, key, value, EPS, CONV_EPS, 1e-6, "copysign", 0)

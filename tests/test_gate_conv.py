@@ -1,5 +1,6 @@
 """gate_conv_residual: the reference against token-by-token numpy and golden data, the kernel against float64."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -364,5 +365,7 @@ def test_kernel_allocates_no_gated_tensor(device):
 
 
 def test_conv_config():
-    assert conv_config(1, 5120).block_t == 4
-    assert conv_config(8192, 5120) == conv_config(32, 5120)
+    assert conv_config(1, 5120, 4).block_t == 4
+    assert conv_config(8192, 5120, 4) == conv_config(33, 5120, 4)
+    assert conv_config(32, 5120, 4) == dataclasses.replace(conv_config(33, 5120, 4), branches=1)
+    assert all(conv_config(tokens, 7, 3).num_warps >= 1 for tokens in range(1, 70))

@@ -13,11 +13,11 @@ mask dropped: masked tokens @ gate_backward -k test_kernel and 13-4-80
 - live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
 + live = live
 stride swapped: grad @ gate_backward -k strides
-- token_rows(grad_ptr, token, offs_h, stride_grad_t, stride_grad_h, ALIGNED)
-+ token_rows(grad_ptr, token, offs_h, stride_grad_h, stride_grad_t, ALIGNED)
-32-bit product @ gate_backward -k gate_gradients_of_tokens_beyond
-- token = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-+ token = block * BLOCK_T + tl.arange(0, BLOCK_T)
+- token_rows(grad_ptr, rows, offs_h, stride_grad_t, stride_grad_h, ALIGNED)
++ token_rows(grad_ptr, rows, offs_h, stride_grad_h, stride_grad_t, ALIGNED)
+32-bit product @ branch_gate -k gate_gradients_of_tokens_beyond
+- (token * stride_t +
++ (token.to(tl.int32) * stride_t.to(tl.int32) +
 clamp dropped @ gate_backward -k flat
 - (tl.abs(d) < clamp) | (d == 0)
 + d == 0

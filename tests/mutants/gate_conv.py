@@ -5,23 +5,20 @@ from .gate import GATE
 
 GATE_SCALE = """\
 mask dropped: gate of masked tokens @ gate_scale
-- gate = tl.where(live[:, None], gate, 0.0)
+- gate = tl.where(live, gate, 0.0)
 + gate = gate
 mask dropped: masked tokens @ gate_scale
 - live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
 + live = live
 mask dropped: end of value @ gate_scale
-- mask = live[:, None] & (offs_d < HIDDEN_SIZE)
-+ mask = live[:, None] & (offs_d >= 0)
-mask dropped: branches @ gate_scale -k scales_stay_in_bounds
-- mask_out = mask_t[:, None] & (offs_h < NUM_BRANCHES)
-+ mask_out = mask_t[:, None] & (offs_h >= 0)
+- mask=live[:, None] & (offs_d < HIDDEN_SIZE)
++ mask=live[:, None] & (offs_d >= 0)
+mask dropped: end of the tokens @ gate_scale -k scales_stay_in_bounds
+- tl.store(scale_ptr + offs_out, scale, mask=mask_t)
++ tl.store(scale_ptr + offs_out, scale)
 stride swapped @ gate_scale
-- offs_out = token[:, None] * NUM_BRANCHES + offs_h
-+ offs_out = token[:, None] + offs_h * num_tokens
-32-bit product @ gate_scale -k beyond
-- token = tl.program_id(0).to(tl.int64) * BLOCK_T
-+ token = tl.program_id(0) * BLOCK_T
+- offs_out = token * NUM_BRANCHES + branch
++ offs_out = token + branch * num_tokens
 window off by one: end of the last sequence @ gate_scale
 - (token < tl.load(cu_seqlens_ptr + num_seqs))
 + (token < tl.load(cu_seqlens_ptr + num_seqs) - 1)
@@ -77,6 +74,9 @@ last tile skipped @ conv_residual
 norms swapped: query norm for conv norm @ gate_conv
 - gate, scale, conv_norm, conv_weight
 + gate, scale, query_norm, conv_weight
+branch fixed to 0: few tokens @ conv_residual
+- block // NUM_BRANCHES, block % NUM_BRANCHES
++ block // NUM_BRANCHES, block * 0
 branch fixed to 0: conv norm @ conv_residual
 - conv_norm_ptr + branch * HIDDEN_SIZE
 + conv_norm_ptr
