@@ -61,6 +61,14 @@ def check_choice(where, name, value, choices) -> None:
         raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_bound(where, name, number) -> None:
+    """Raise unless ``number`` is a finite one of at least 0, and no tensor, whose value may change unseen."""
+    if isinstance(number, torch.Tensor):
+        raise TypeError(f"{where}: {name} must be a number, got {describe(number)}")
+    if number is None or not 0 <= number < float("inf"):
+        raise ValueError(f"{where}: {name} must be a finite number of at least 0, got {number}")
+
+
 def check_programs(where, programs) -> None:
     if programs is not None and (isinstance(programs, bool) or not isinstance(programs, int) or programs < 1):
         raise ValueError(f"{where}: programs must be a positive int or None, got {programs!r}")

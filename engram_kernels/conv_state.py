@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import check_batch, check_tensor
+from .arguments import check_batch, check_bound, check_tensor
 from .conv_slots import ConvSlots, check_conv_slots
 from .gate import FLOAT_DTYPES
 from .launch import next_power_of_2
@@ -130,8 +130,8 @@ def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seq
         )
     if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
         raise ValueError(f"{where}: dilation must be a positive int, got {dilation!r}")
-    if conv_eps is not None and not 0 <= conv_eps < float("inf"):
-        raise ValueError(f"{where}: conv_eps must be a finite number of at least 0, got {conv_eps}")
+    if conv_eps is not None:
+        check_bound(where, "conv_eps", conv_eps)
     if conv_state is not None:
         check_state = check_conv_slots if isinstance(conv_state, ConvSlots) else check_conv_state
         check_state(where, conv_state, batch, (conv_weight.shape[2] - 1) * dilation, hidden)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_choice, check_out, check_tensor, is_kernel_device, records_gradient
+from .arguments import check_bound, check_choice, check_out, check_tensor, is_kernel_device, records_gradient
 from .branch_gate import (
     branch_gate,
     few_tokens,
@@ -250,9 +250,9 @@ def check_gate(where, hidden, key, value, query_norm, key_norm, *, eps, clamp, m
         check_tensor(where, name, tensor, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=hidden.device)
     if mask is not None:
         check_tensor(where, "mask", mask, dtypes=(torch.bool,), shape=tokens, device=hidden.device)
-    for name, number, optional in (("eps", eps, True), ("clamp", clamp, False)):
-        if not (optional if number is None else 0 <= number < float("inf")):
-            raise ValueError(f"{where}: {name} must be a finite number of at least 0, got {number}")
+    if eps is not None:
+        check_bound(where, "eps", eps)
+    check_bound(where, "clamp", clamp)
     check_choice(where, "zero_gate", zero_gate, ("copysign", "sign"))
     if hidden.is_cuda and hidden.dtype == torch.float64:
         raise TypeError(

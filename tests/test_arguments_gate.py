@@ -93,6 +93,10 @@ GATE_CASES = [
         for bad in (-1e-6, math.nan, math.inf, -math.inf)
     ),
     (ValueError, f"clamp {NUMBER} None", {"clamp": None}),
+    *(
+        (TypeError, rf"{name} must be a number, got float32 \[\] on cpu", {name: torch.tensor(0.5)})
+        for name in ("eps", "clamp")
+    ),
     (ValueError, "zero_gate must be one of 'copysign', 'sign', got 'sgn'", {"zero_gate": "sgn"}),
     (ValueError, "zero_gate must be one of 'copysign', 'sign', got None", {"zero_gate": None}),
     (TypeError, "out must be a tensor of float32, got bfloat16", {"out": randn(T, H, D).bfloat16()}),

@@ -173,7 +173,7 @@ def test_tables_that_change(device):
     "op, kernel, names",
     [
         ("gate_residual", "gate_residual_kernel", ("hidden", "key", "value", "out")),
-        ("gate_conv_residual", "gate_scale_kernel", ("hidden", "key")),
+        ("gate_conv_residual", "gate_scale_kernel", ("hidden", "key", "value")),
     ],
 )
 def test_addresses_are_looked_at_in_every_call(op, kernel, names, device):
