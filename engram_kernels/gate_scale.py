@@ -99,7 +99,6 @@ def gate_scale_kernel(
     )
     if scalars_ptr is not None:
         store_scalars(scalars_ptr, token, branch, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES)
-    gate = tl.where(live, gate, 0.0)
     value_row = token_rows(value_ptr, token[:, None], 0, stride_value_t, 0, ALIGNED)
     square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for begin in range(0, HIDDEN_SIZE, BLOCK_D):
@@ -108,6 +107,8 @@ def gate_scale_kernel(
         square += value * value
     mean = tl.sum(square, axis=1) / HIDDEN_SIZE
     scale = gate * tl.rsqrt(gate * gate * mean + conv_eps)
+    # Both at the end: with conv_eps = 0 the scale of a gate that is 0 already would be NaN.
+    gate, scale = tl.where(live, gate, 0.0), tl.where(live, scale, 0.0)
     offs_out = token * NUM_BRANCHES + branch
     tl.store(gate_ptr + offs_out, gate, mask=mask_t)
     tl.store(scale_ptr + offs_out, scale, mask=mask_t)

@@ -160,6 +160,8 @@ def test_gates_and_scales_stay_in_bounds(device):
     hidden, key, value, *norms = (x.to(device) for x in inputs(5, 3, 80))
     gate, scale = (Guarded((5, 3), torch.float32, device) for _ in range(2))
     launch = prepare_gate_scale(hidden, key, value, EPS, CONV_EPS, 1e-6, "copysign", 0)
-    launch(hidden, key, value, *norms, None, None, None, gate.tensor, scale.tensor)
-    assert 0 < gate.check().min() and gate.check().max() < 1
-    assert scale.check().isfinite().all()
+    live = torch.arange(5) != 2
+    launch(hidden, key, value, *norms, live.to(device), None, None, gate.tensor, scale.tensor)
+    assert 0 < gate.check()[live].min() and gate.check().max() < 1
+    assert scale.check()[live].ne(0).all() and scale.check().isfinite().all()
+    assert gate.check()[2].eq(0).all() and scale.check()[2].eq(0).all()

@@ -318,6 +318,30 @@ def test_kernel_batch_with_state(device):
     assert not any(torch.equal(part[0], part[1]) for part in batch[1:])
 
 
+def masked_without_eps(device):
+    """Output and new state of tokens of which some are masked and some padding, with conv_eps = 0."""
+    tensors = [x.to(device) for x in conv_inputs(7, 2, 16, 3)]
+    mask = torch.tensor([True, False, True, True, False, True, True], device=device)
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    options = dict(dilation=1, eps=EPS, conv_eps=0.0, mask=mask, cu_seqlens=cu)
+    out, new_state = gate_conv_residual(*tensors, **options, conv_state=tuple(x.to(device) for x in state(2, 2, 16, 2)))
+    return [x.cpu() for x in (out, *new_state)]
+
+
+def test_reference_without_eps_keeps_masked_tokens_finite():
+    out, value, scale = masked_without_eps("cpu")
+    assert out.isfinite().all() and value.isfinite().all() and scale.isfinite().all()
+    assert scale[0, 1].eq(0).all() and scale[1, 1].eq(0).all()  # tokens 1 and 4
+    assert scale[0, 0].ne(0).all() and scale[1, 0].ne(0).all()
+
+
+@pytest.mark.kernel
+def test_kernel_without_eps_keeps_masked_tokens_finite(device):
+    out, value, scale = masked_without_eps(device)
+    assert out.isfinite().all() and scale.isfinite().all()
+    assert scale[0, 1].eq(0).all() and scale[1, 1].eq(0).all() and value[:, 1].eq(0).all()
+
+
 @pytest.mark.kernel
 def test_kernel_nan_stays_where_the_window_reaches(device):
     """NaN in one key makes that token's gate NaN, and the convolution carries it to the tokens whose taps read it."""

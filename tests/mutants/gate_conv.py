@@ -5,8 +5,8 @@ from .gate import GATE
 
 GATE_SCALE = """\
 mask dropped: gate of masked tokens @ gate_scale
-- gate = tl.where(live, gate, 0.0)
-+ gate = gate
+- gate, scale = tl.where(live, gate, 0.0), tl.where(live, scale, 0.0)
++ gate, scale = gate, tl.where(live, scale, 0.0)
 mask dropped: masked tokens @ gate_scale
 - live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
 + live = live
@@ -30,6 +30,9 @@ last tile skipped: mean of value @ gate_scale
 eps outside the mean: value @ gate_scale
 - tl.rsqrt(gate * gate * mean + conv_eps)
 + tl.rsqrt(gate * gate * (mean + conv_eps))
+mask dropped: scale of masked tokens @ gate_scale
+- gate, scale = tl.where(live, gate, 0.0), tl.where(live, scale, 0.0)
++ gate, scale = tl.where(live, gate, 0.0), scale
 """
 
 CONV_RESIDUAL = """\
