@@ -13,7 +13,6 @@ Entries and tags are read in the first launch alone and written in the fourth al
 (docs/cache.md). Sizes depend on shapes alone and the host waits for nothing, so that a CUDA graph can hold all of it.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -79,15 +78,8 @@ class CacheState(NamedTuple):
     lag: int  #: how much older than now a new entry counts
 
 
-def prepare_cached_lookup(
-    cache, plan: HashPlan, view: TableView, storage: bool, programs: int | None, order: str
-) -> Callable[..., None]:
-    """The launches through ``cache``, of (token_ids, cu_seqlens, history, dead, out)."""
-    return lambda *tensors: launch_cached_lookup(cache, plan, view, *tensors, storage, programs, order)
-
-
 def launch_cached_lookup(
-    cache, plan: HashPlan, view: TableView, token_ids, cu_seqlens, history, dead, out, storage, programs, order
+    cache, plan: HashPlan, view: TableView, storage, programs, order, token_ids, cu_seqlens, history, dead, out
 ) -> None:
     """One call through ``cache`` for all layers; ``order`` other than "direct" reads head by head."""
     state = cache.state

@@ -17,6 +17,7 @@ import triton.language as tl
 from . import reference
 from .arguments import check_bound, check_choice, check_out, check_tensor, is_kernel_device, records_gradient
 from .branch_gate import (
+    addresses_aligned,
     branch_gate,
     few_tokens,
     flatten_tokens,
@@ -144,8 +145,8 @@ def prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residu
     config = gate_config(hidden_size, few_tokens(num_tokens))
     strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0), *out.stride()[:2])
     numbers = (*strides, num_tokens, float32_eps(eps), float(clamp))
-    aligned = strides_aligned(hidden, key, value, out)
     numbers += (branches, hidden_size, zero_gate == "copysign", residual)
+    aligned = strides_aligned(hidden, key, value, out)
     options = dict(
         BLOCK_T=config.block_t,
         BLOCK_D=config.block_d,
@@ -158,10 +159,10 @@ def prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residu
     )
 
     def launch(hidden, key, value, query_norm, key_norm, mask, scalars, out):
-        misaligned = hidden.data_ptr() | key.data_ptr() | value.data_ptr() | out.data_ptr()
         pointers = (hidden, key, value, query_norm, key_norm, mask, scalars, out)
+        aligned_now = aligned and addresses_aligned(hidden, key, value, out)
         with on_device_of(hidden):
-            gate_residual_kernel.run(*pointers, *numbers, ALIGNED=aligned and misaligned % 16 == 0, **options)
+            gate_residual_kernel.run(*pointers, *numbers, ALIGNED=aligned_now, **options)
 
     return launch
 
@@ -308,9 +309,10 @@ def gate_residual(
         if not is_kernel_device(hidden) or hidden.dtype == torch.float64:
             options = dict(eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate, residual=residual, out=out)
             return reference.gate_residual(hidden, key, value, query_norm, key_norm, **options)
-    if compiling or records_gradient(hidden, key, value, query_norm, key_norm):
+    recorded = records_gradient(hidden, key, value, query_norm, key_norm)
+    if recorded or compiling:
         arguments = (hidden, key, value, query_norm, key_norm, eps, float(clamp), mask, zero_gate, residual)
-        if records_gradient(hidden, key, value, query_norm, key_norm):
+        if recorded:
             result, _ = gate_residual_scalars_op(*arguments)
             return result if out is None else out.copy_(result)
         if out is None:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device, processors
-from .cache_lookup import check_cache, prepare_cached_lookup
+from .cache_lookup import check_cache, launch_cached_lookup
 from .hashing import hash_arguments, ngram_hash, ngram_rows, prepare_ngram_hash
 from .launch import cdiv, on_device_of
 from .lookup_arguments import check_tables_of_plan, forms_of
@@ -352,7 +352,7 @@ def hash_lookup(
             return _with_table_scales(out, tables, storage)
         order = choose_order(order, view, prod(shape[:-1]))
         if cache is not None:
-            launch = prepare_cached_lookup(cache, plan, view, storage, programs, order)
+            launch = partial(launch_cached_lookup, cache, plan, view, storage, programs, order)
         else:
             launch = prepare_hash_lookup(token_ids, plan, view, cu_seqlens, storage, programs, order)
             if form is not None:

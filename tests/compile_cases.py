@@ -93,7 +93,7 @@ def cached_lookup_case(model, full=False, storage=False, order="head"):
     cache = NgramCache(chosen, layers * chosen.primes.shape[0], entries=64)
     ids, *rest = tokens(full)
     out = row_out(layers[0], (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
-    launch_cached_lookup(cache, chosen, view_tables(cache.tables, CPU), ids, *rest, out, storage, None, order)
+    launch_cached_lookup(cache, chosen, view_tables(cache.tables, CPU), storage, None, order, ids, *rest, out)
 
 
 def gate_inputs(branches, width, dtype):
