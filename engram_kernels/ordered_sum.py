@@ -38,4 +38,6 @@ def ordered_sum(x, axis: tl.constexpr):
     for _ in tl.static_range(_halvings(x.shape[axis])):
         pairs = tl.reshape(total, [BEFORE, total.numel // (2 * BEFORE * AFTER), 2, AFTER])
         total = tl.sum(pairs, axis=2)
+    if len(x.shape) == 1:
+        return tl.sum(tl.reshape(total, [1]), axis=0)  # a scalar, where reshape gives none
     return tl.reshape(total, _without(x.shape, axis))

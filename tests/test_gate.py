@@ -240,12 +240,14 @@ def test_rows_aligned(shape, strides, offset, aligned):
     assert rows_aligned(torch.zeros(3, 2, 8), tensor) is aligned
 
 
-def test_gate_config_is_a_function_of_d():
-    config = gate_config(5120)
-    assert (config.block_t, config.block_d, config.num_warps, config.stages, config.block_out) == (2, 1024, 4, 1, 1024)
-    for width in (1, 7, 64, 80, 2560, 5120, 16_384):
-        config, few = gate_config(width), gate_config(width, True)
-        assert config.block_t * config.block_d <= 512 * config.num_warps
-        assert (few.block_d, few.num_warps) == (config.block_d, config.num_warps)  # what lies along D
-        assert few.block_t * few.block_d >= 256 * few.num_warps  # a thread has 16 bytes of each row of bfloat16
-        assert (few.stages - 1) * 4 * few.block_t * 4 * few.block_d <= 99 * 1024 and few.block_out >= few.block_d
+def test_gate_config_adds_up_in_an_order_of_d_alone():
+    """What lies along D fixes the order of sums; the rest fills the GPU and no more."""
+    for width in (1, 7, 64, 80, 320, 1000, 1536, 2560, 5120, 16_384):
+        alone = gate_config(width, 1, 1, 132)
+        for tokens, branches, processors in ((7, 4, 132), (100_000, 4, 132), (100_000, 8, 1)):
+            config = gate_config(width, tokens, branches, processors)
+            assert (config.block_d, config.num_warps) == (alone.block_d, alone.num_warps)
+            assert 1 <= config.programs <= tokens
+        assert alone.programs == 1 and alone.block_d <= 256 * max(4, alone.num_warps)
+    assert gate_config(5120, 4096, 4, 132).programs == 99  # three programs a multiprocessor
+    assert [gate_config(width, 1, 1, 1).block_d for width in (5, 1000, 1536, 2560, 5120)] == [8, 1024, 512, 512, 1024]
