@@ -35,13 +35,14 @@ def gate_config(hidden_size: int, num_tokens: int, branches: int, processors: in
     """A program takes one branch, and one token after the other: 8 elements a thread at once, all warps along D.
 
     block_d is that of the sums over D, whose order it fixes, so it depends on D alone: the greatest divisor of D that
-    is a power of two of 256 to 1,024, else as much as D needs. Up to 64 elements a thread (D = 8,192) stay in
+    is a power of two of 256 to 1,024, else as much as D needs, and at least a warp of 64: an element that two threads
+    hold could be read by one after the other has written it in place. Up to 64 elements a thread (D = 8,192) stay in
     registers: the product of both norms, which tokens share, and hidden, which is read once. At D = 5,120 that leaves
     three programs of four warps on a multiprocessor of an H100, with 90 KB on their way at once where 72 KB saturate
     the link and 32 its memory. As many programs take all tokens in turn; more would load norms more often.
     """
     divisor = hidden_size & -hidden_size
-    block_d = min(1024, divisor if divisor >= 256 else next_power_of_2(hidden_size))
+    block_d = max(64, min(1024, divisor if divisor >= 256 else next_power_of_2(hidden_size)))
     num_warps = max(1, block_d // 256)
     programs = max(1, min(num_tokens, cdiv(3 * processors * max(1, 4 // num_warps), branches)))
     return GateConfig(block_d, num_warps, programs, hidden_size <= 64 * 32 * num_warps)
@@ -122,9 +123,7 @@ def row_parts(row_ptr, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEEP: t
 
 
 @triton.jit
-def norm_parts(
-    query_norm_row, key_norm_row, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEEP: tl.constexpr
-):
+def norm_parts(query_norm_row, key_norm_row, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEEP: tl.constexpr):
     """All parts of the product of both norms with KEEP, else none."""
     parts = ()
     if KEEP:
@@ -146,11 +145,11 @@ def overflown_dot(
 ):
     """The dot product of the normed rows where the squares of one exceed float32, whose scale is 0 then.
 
-    Scaled first, as the formula has it, a finite row is a row of zeros, not infinity times zero. An element a thread,
+    Scaled first, as the formula has it, a finite row is a row of zeros, not infinity times zero. Few elements a thread,
     and an end that the compiler does not know (the grid has one dimension), since it unrolls what it knows: what hardly
     ever runs must take no registers from what does.
     """
-    TILE: tl.constexpr = max(1, BLOCK_D // 8)
+    TILE: tl.constexpr = max(64, BLOCK_D // 4)
     dot = tl.zeros([TILE], tl.float32)
     for begin in range(0, HIDDEN_SIZE * tl.num_programs(1), TILE):
         hidden = widen(row_part(hidden_row, begin, HIDDEN_SIZE, TILE)) * hidden_scale

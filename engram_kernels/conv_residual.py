@@ -17,7 +17,6 @@ from .conv_slots import ConvSlots, slot_cursor
 from .launch import cdiv, next_power_of_2
 from .sequences import find_sequence
 
-
 FEW_TOKENS = 32  # of as many, one program for all branches leaves multiprocessors idle
 
 

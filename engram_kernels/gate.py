@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_bound, check_choice, check_out, check_tensor, is_kernel_device, processors, records_gradient
+from .arguments import (
+    check_bound,
+    check_choice,
+    check_out,
+    check_tensor,
+    is_kernel_device,
+    processors,
+    records_gradient,
+)
 from .branch_gate import (
     addresses_aligned,
     branch_gate,
@@ -43,11 +51,7 @@ _PREPARED = Prepared()
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "gate_residual_kernel": dict(sm_80=(168, 4096), sm_90=(168, 4096), sm_100=(168, 4096), gfx942=(80, 8192)),
-    # With loads on their way to shared memory.
-    "gate_residual_kernel, few tokens": dict(
-        sm_80=(128, 98_304), sm_90=(128, 98_304), sm_100=(128, 98_304), gfx942=(80, 8192)
-    ),
+    "gate_residual_kernel": dict(sm_80=(168, 64), sm_90=(168, 64), sm_100=(168, 64), gfx942=(112, 512)),
 }
 
 

@@ -22,11 +22,9 @@ pytestmark = pytest.mark.compile
 CASE_TARGETS = [(case, target) for target in TARGETS for case in compile_cases.CASES]
 
 
-def ceilings(kernel, case):
+def ceilings(kernel):
     """(registers, bytes of shared memory) by target, from the module that defines the kernel."""
-    known = importlib.import_module(package_kernels()[kernel].fn.__module__).CEILINGS
-    few = f"{kernel}, few tokens"
-    return known[few] if case.endswith("few") and few in known else known[kernel]
+    return importlib.import_module(package_kernels()[kernel].fn.__module__).CEILINGS[kernel]
 
 
 @pytest.mark.parametrize(("case", "target"), CASE_TARGETS)
@@ -37,7 +35,7 @@ def test_machine_code(case, target):
         assert unordered(kernel.asm["ttgir"]) == [], f"{kernel.metadata.name} lacks a barrier"
     kernels = [machine_code(entry) for entry in compiled]
     for code in kernels:
-        registers, shared = ceilings(code.kernel, case)[target]
+        registers, shared = ceilings(code.kernel)[target]
         assert code.spills == 0, f"{code.kernel} spills"
         assert code.float64 == 0, f"{code.kernel} computes in float64"
         assert code.registers <= registers, f"{code.kernel}: {code.registers} registers, ceiling {registers}"
@@ -91,7 +89,8 @@ def test_every_kernel_is_compiled():
 
 
 LENGTHS = (1, 2, 3, 7, 8, 15, 16, 17, 32, 100, 128, 1000, 2048, 4095, 8192, 16_384)
-# What is launched, and the variants of each kernel from 1 to 16,384 tokens: one, another of the hash for few tokens, and of the second pass of the convolution one for each height of a tile, two for the highest.
+# What is launched, and the variants of each kernel from 1 to 16,384 tokens: one, another of the hash for few tokens,
+# and of the second pass of the convolution one for each height of a tile, two for the highest.
 SWEEPS = {
     "models": (
         tuple(compile_cases.CASES[case] for case in ("hash/v41", "lookup/v41", "hash_lookup/v41", "gate/v41")),

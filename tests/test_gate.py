@@ -250,4 +250,4 @@ def test_gate_config_adds_up_in_an_order_of_d_alone():
             assert 1 <= config.programs <= tokens
         assert alone.programs == 1 and alone.block_d <= 256 * max(4, alone.num_warps)
     assert gate_config(5120, 4096, 4, 132).programs == 99  # three programs a multiprocessor
-    assert [gate_config(width, 1, 1, 1).block_d for width in (5, 1000, 1536, 2560, 5120)] == [8, 1024, 512, 512, 1024]
+    assert [gate_config(width, 1, 1, 1).block_d for width in (5, 1000, 1536, 2560, 5120)] == [64, 1024, 512, 512, 1024]
