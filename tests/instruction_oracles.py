@@ -1,4 +1,4 @@
-"""What PTX instructions give, by the manual's words, in Python's exact numbers: the other side of test_machine_forms.py.
+"""What PTX instructions give, by the manual's words, in Python's exact numbers, for test_machine_forms.py.
 
 :func:`oracle` takes an opcode and returns a function from the operands' bits to the result's bits, or to a
 :class:`Near`, or None where the manual leaves it open. Nothing is shared with tests/machine.

@@ -50,7 +50,7 @@ def kinds(text, arrays, *more, **options):
 
 
 def address_of(place, size, register):
-    """PTX that puts the address of a thread's item of parameter ``place`` into %rd<register>, from its number in %r99."""
+    """PTX that puts the address of item %r99 of parameter ``place`` into a register %rd."""
     return f"\tld.param.b64 %rd{register}, [p{place}];\n\tmad.wide.u32 %rd{register}, %r99, {size}, %rd{register};\n"
 
 
@@ -61,7 +61,7 @@ NUMBER = (
 
 
 def instruction_kernel(opcode, result, sources, immediates=(), threads=32):
-    """A kernel that loads a thread's operands from p1, p2, ..., executes one instruction and stores the result to p0."""
+    """A kernel that loads operands from p1, p2, ..., executes one instruction and stores the result to p0."""
     body, operands = NUMBER, []
     for place, kind in enumerate(sources, 1):
         bits = bits_of(kind)
