@@ -31,7 +31,7 @@ class GateConfig:
 
 
 @lru_cache
-def gate_config(hidden_size: int, num_tokens: int, branches: int, processors: int) -> GateConfig:
+def gate_config(hidden_size: int, num_tokens: int, branches: int, processors: int, warp: int = 32) -> GateConfig:
     """A program takes one branch, and one token after the other: 8 elements a thread at once, all warps along D.
 
     block_d is that of the sums over D, whose order it fixes, so it depends on D alone: the greatest divisor of D that
@@ -43,9 +43,9 @@ def gate_config(hidden_size: int, num_tokens: int, branches: int, processors: in
     """
     divisor = hidden_size & -hidden_size
     block_d = max(64, min(1024, divisor if divisor >= 256 else next_power_of_2(hidden_size)))
-    num_warps = max(1, block_d // 256)
-    programs = max(1, min(num_tokens, cdiv(3 * processors * max(1, 4 // num_warps), branches)))
-    return GateConfig(block_d, num_warps, programs, hidden_size <= 64 * 32 * num_warps)
+    num_warps = max(1, block_d // (8 * warp))
+    programs = max(1, min(num_tokens, cdiv(3 * processors * max(1, 128 // (num_warps * warp)), branches)))
+    return GateConfig(block_d, num_warps, programs, hidden_size <= 64 * warp * num_warps)
 
 
 @triton.jit

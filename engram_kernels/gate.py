@@ -41,7 +41,7 @@ from .branch_gate import (
     widen,
 )
 from .gate_backward import gate_formula, save_gate
-from .launch import on_device_of
+from .launch import on_device_of, warp_size
 from .prepared import Prepared, form_of
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -51,7 +51,7 @@ _PREPARED = Prepared()
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "gate_residual_kernel": dict(sm_80=(168, 64), sm_90=(168, 64), sm_100=(168, 64), gfx942=(112, 512)),
+    "gate_residual_kernel": dict(sm_80=(168, 64), sm_90=(168, 64), sm_100=(168, 64), gfx942=(168, 64)),
 }
 
 
@@ -176,7 +176,7 @@ def prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residu
     num_tokens, branches, hidden_size = hidden.shape
     if num_tokens == 0:
         return lambda *_: None
-    config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device))
+    config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
     strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0), *out.stride()[:2])
     numbers = (*strides, num_tokens, float32_eps(eps), float(clamp))
     numbers += (branches, hidden_size, zero_gate == "copysign", residual)

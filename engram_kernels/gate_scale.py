@@ -26,11 +26,12 @@ from .branch_gate import (
     token_rows,
     widen,
 )
+from .launch import warp_size
 from .ordered_sum import ordered_sum
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "gate_scale_kernel": dict(sm_80=(168, 64), sm_90=(168, 64), sm_100=(168, 64), gfx942=(112, 512)),
+    "gate_scale_kernel": dict(sm_80=(168, 64), sm_90=(168, 64), sm_100=(168, 64), gfx942=(168, 64)),
 }
 
 
@@ -124,7 +125,7 @@ def prepare_gate_scale(hidden, key, value, eps, conv_eps, clamp, zero_gate, num_
     scale ``[T, H]``, and ``scalars [T, 3, H]`` for the backward pass where they are not None.
     """
     num_tokens, branches, hidden_size = hidden.shape
-    config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device))
+    config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
     strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0))
     numbers = (*strides, num_tokens, num_seqs, float32_eps(eps), float32_eps(conv_eps), float(clamp))
     numbers += (branches, hidden_size, zero_gate == "copysign")
