@@ -211,6 +211,16 @@ def test_kernel_clamp(device):
 
 
 @pytest.mark.kernel
+def test_kernel_on_rows_too_wide_for_registers(device):
+    """They are read part by part, and hidden once more for the output."""
+    tensors = inputs(3, 1, 16_384, torch.bfloat16)
+    mask = torch.tensor([True, False, True])
+    result = gate_residual(*(x.to(device) for x in tensors), eps=EPS, mask=mask.to(device)).cpu()
+    check(result[mask], [x[mask] for x in tensors[:3]] + list(tensors[3:]), torch.bfloat16)
+    assert torch.equal(result[1], tensors[0][1])
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_batch_invariance_and_repeat(device, dtype):
     """A token's bits are its own: alone, anywhere in a batch of few or many, and twice in a row."""
