@@ -136,6 +136,13 @@ def test_lop3(table):
     assert result.tolist() == [wanted(*each, table) for each in operands]
 
 
+@pytest.mark.parametrize("selector", PERMUTATIONS)
+def test_permutations_by_a_constant(selector):
+    operands = list(itertools.product(examples("b32", 0), examples("b32", 1)[::3]))
+    result = outcome("prmt.b32", "b32", ("b32",) * 2, columns(operands), [f"{selector:#x}U"])
+    check("prmt.b32", result, [(*each, selector) for each in operands])
+
+
 APPROXIMATE = [each for each in FORMS if ".approx" in each or each == "div.full.f32"]
 
 

@@ -15,6 +15,7 @@ READ, WRITE, ATOMIC = range(3)
 KINDS = {"read": READ, "write": WRITE, "atomic": ATOMIC}
 NAMES = ("read", "store", "atomic")
 LOOKED_AT = 2000  # bytes of a memory that are looked at one by one, once it is clear that something may be wrong
+LARGE = 1 << 22  # granules of a memory, above which those touched are numbered anew
 TOLD = 4  # reports of one memory
 
 
@@ -61,6 +62,9 @@ class _Table:
         parts = [self._rows(number, each) for number, each in enumerate(accesses)]
         columns = [np.concatenate(each) for each in zip(*parts, strict=True)]
         self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.value, self.number = columns
+        self.names = None  # of the granules, where their numbers are too large for tables
+        if self.granule.max() >= LARGE:
+            self.names, self.granule = np.unique(self.granule, return_inverse=True)
         written = np.zeros(int(self.granule.max()) + 1, bool)
         written[self.granule[self.kind == WRITE]] = True
         count = np.bincount(self.granule)
@@ -112,7 +116,8 @@ class _Table:
     def _text(self, one, two, what):
         kinds = [NAMES[self.kind[each]] for each in (one, two)]
         who = [f"thread {self.thread[each]} of CTA {self.cta[each]}" for each in (one, two)]
-        text = f"{kinds[0]} by {who[0]} and {kinds[1]} by {who[1]} of byte {self.granule[one] * self.size}, {what}"
+        granule = self.granule[one] if self.names is None else self.names[self.granule[one]]
+        text = f"{kinds[0]} by {who[0]} and {kinds[1]} by {who[1]} of byte {granule * self.size}, {what}"
         places = [self.accesses[self.number[each]].where.location for each in (one, two)]
         return text, " and ".join(dict.fromkeys(places))
 
