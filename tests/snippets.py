@@ -51,13 +51,10 @@ def kinds(text, arrays, *more, **options):
 
 def address_of(place, size, register):
     """PTX that puts the address of item %r99 of parameter ``place`` into a register %rd."""
-    return f"\tld.param.b64 %rd{register}, [p{place}];\n\tmad.wide.u32 %rd{register}, %r99, {size}, %rd{register};\n"
+    return f"ld.param.b64 %rd{register}, [p{place}]; mad.wide.u32 %rd{register}, %r99, {size}, %rd{register}; "
 
 
-NUMBER = (
-    "\tmov.u32 %r97, %ctaid.x;\n\tmov.u32 %r98, %ntid.x;\n\tmov.u32 %r99, %tid.x;\n"
-    "\tmad.lo.s32 %r99, %r97, %r98, %r99;\n"
-)
+NUMBER = "mov.u32 %r97, %ctaid.x; mov.u32 %r98, %ntid.x; mov.u32 %r99, %tid.x; mad.lo.s32 %r99, %r97, %r98, %r99; "
 
 
 def instruction_kernel(opcode, result, sources, immediates=(), threads=32):
@@ -68,18 +65,18 @@ def instruction_kernel(opcode, result, sources, immediates=(), threads=32):
         size = max(bits, 8)
         register = f"{LETTER[size]}{place}"
         body += address_of(place, size // 8, 50 + place)
-        body += f"\tld.global.b{size} {register}, [%rd{50 + place}];\n"
+        body += f"ld.global.b{size} {register}, [%rd{50 + place}]; "
         if bits == 1:
-            body += f"\tsetp.ne.b16 %p{place}, {register}, 0;\n"
+            body += f"setp.ne.b16 %p{place}, {register}, 0; "
             register = f"%p{place}"
         operands.append(register)
     bits = bits_of(result)
     held = max(bits, 16)
     target = "%p10" if bits == 1 else f"{LETTER[bits]}10"
-    body += f"\t{opcode} {', '.join([target, *operands, *immediates])};\n"
+    body += f"{opcode} {', '.join([target, *operands, *immediates])}; "
     if bits == 1:
-        body += "\tselp.b16 %rs10, 1, 0, %p10;\n"
-    body += address_of(0, held // 8, 50) + f"\tst.global.b{held} [%rd50], {LETTER[held]}10;\n"
+        body += "selp.b16 %rs10, 1, 0, %p10; "
+    body += address_of(0, held // 8, 50) + f"st.global.b{held} [%rd50], {LETTER[held]}10; "
     return entry(body, ("u64",) * (1 + len(sources)), threads)
 
 

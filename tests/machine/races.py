@@ -15,7 +15,7 @@ READ, WRITE, ATOMIC = range(3)
 KINDS = {"read": READ, "write": WRITE, "atomic": ATOMIC}
 NAMES = ("read", "store", "atomic")
 LOOKED_AT = 2000  # bytes of a memory that are looked at one by one, once it is clear that something may be wrong
-DENSE = 1 << 24  # granules of a memory that are counted in place
+LARGE = 1 << 22  # granules of a memory, above which those touched are numbered anew
 TOLD = 4  # reports of one memory
 
 
@@ -62,13 +62,13 @@ class _Table:
         parts = [self._rows(number, each) for number, each in enumerate(accesses)]
         columns = [np.concatenate(each) for each in zip(*parts, strict=True)]
         self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.value, self.number = columns
-        numbers = self.granule
-        if numbers.max() > DENSE:  # of gigabytes a launch touches a few bytes
-            numbers = np.unique(numbers, return_inverse=True)[1]
-        written = np.zeros(int(numbers.max()) + 1, bool)
-        written[numbers[self.kind == WRITE]] = True
-        count = np.bincount(numbers)
-        self._keep(written[numbers] & (count[numbers] > 1))
+        self.names = None  # of the granules, where their numbers are too large for tables
+        if self.granule.max() >= LARGE:
+            self.names, self.granule = np.unique(self.granule, return_inverse=True)
+        written = np.zeros(int(self.granule.max()) + 1, bool)
+        written[self.granule[self.kind == WRITE]] = True
+        count = np.bincount(self.granule)
+        self._keep(written[self.granule] & (count[self.granule] > 1))
 
     def _rows(self, number, access):
         times = access.size // self.size
@@ -116,7 +116,8 @@ class _Table:
     def _text(self, one, two, what):
         kinds = [NAMES[self.kind[each]] for each in (one, two)]
         who = [f"thread {self.thread[each]} of CTA {self.cta[each]}" for each in (one, two)]
-        text = f"{kinds[0]} by {who[0]} and {kinds[1]} by {who[1]} of byte {self.granule[one] * self.size}, {what}"
+        granule = self.granule[one] if self.names is None else self.names[self.granule[one]]
+        text = f"{kinds[0]} by {who[0]} and {kinds[1]} by {who[1]} of byte {granule * self.size}, {what}"
         places = [self.accesses[self.number[each]].where.location for each in (one, two)]
         return text, " and ".join(dict.fromkeys(places))
 
