@@ -138,6 +138,19 @@ def test_undefined_values_that_decide_nothing():
         assert kinds(entry(start + use, ("u64", "u64")), arrays) == ["undefined"]
 
 
+def test_undefined_values_on_one_side_of_a_branch_and_of_a_whole_warp():
+    """A register that a part of the lanes gets undefined; a vote or a reduction that one lane spoils for all."""
+    arrays = [np.zeros(32, np.uint32)]
+    for value, found in (("5", []), ("%r7", ["undefined"])):
+        body = NUMBER + f"mov.b32 %r1, 1; setp.lt.u32 %p1, %r99, 9; @%p1 bra L; add.s32 %r1, %r99, {value}; L: "
+        assert kinds(entry(body + STORE.format("", "")), arrays) == found
+        assert kinds(entry(body + STORE.format("@%p1 ", "")), arrays) == []
+        start = NUMBER + f"mov.b32 %r1, 1; setp.lt.u32 %p1, %r99, 9; @!%p1 mov.b32 %r1, {value}; mov.b32 %r2, -1; "
+        reduced = start + "redux.sync.add.s32 %r1, %r1, %r2; " + STORE.format("@%p1 ", "")
+        voted = start + "setp.eq.s32 %p2, %r1, 1; vote.sync.ballot.b32 %r1, %p2, -1; " + STORE.format("@%p1 ", "")
+        assert kinds(entry(reduced), arrays) == kinds(entry(voted), arrays) == found
+
+
 def test_only_the_undefined_items_of_a_vector_are():
     """One word of four that a vector load or a copy brings; the upper half of a word that a matrix does."""
     undefined = np.zeros(512, np.uint8)
