@@ -190,6 +190,7 @@ def read_missed_kernel(
         if HEAD_MAJOR:
             head = step // entry_steps
             entry = (step - head * entry_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            head += entry * 0  # of a scalar condition among others the interpreter makes integers
         else:
             index = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             entry, head = index // NUM_HEADS, index % NUM_HEADS
@@ -197,9 +198,12 @@ def read_missed_kernel(
         key = tl.load(missed_ptr + entry, mask=mask, other=0)
         place = tl.load(places_ptr + entry, mask=mask, other=0).to(tl.int32)
         # A mix that maps to key 0 is missed like others, but has no run: it reads for itself.
-        reads = mask & (tl.load(slots_ptr + place, mask=mask, other=-2) == -1)
-        reads = reads & (tl.load(sources_ptr + place, mask=reads, other=-1) == place)
-        target = tl.load(targets_ptr + place, mask=reads, other=-1).to(tl.int64)
+        # Nothing of it waits for the others: the loads come together, and Triton 3.6 does not compile 32 rows a step
+        # where a load's mask comes from another load.
+        slot = tl.load(slots_ptr + place, mask=mask, other=-2)
+        source = tl.load(sources_ptr + place, mask=mask, other=-1)
+        target = tl.load(targets_ptr + place, mask=mask, other=-1).to(tl.int64)
+        reads = (slot == -1) & (source == place)
         group = place // num_tokens
         token = place - group * num_tokens
         layer = group // NUM_ORDERS

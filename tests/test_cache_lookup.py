@@ -94,6 +94,18 @@ def test_kernel_equals_the_simulator(device, name, width, dialect, wrapping, set
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("order", "name", "width"), [("direct", "e4m3_ue8m0", 32), ("head", "bfloat16", 64), ("address", "e4m3", 128)]
+)
+def test_kernel_short_calls(device, order, name, width):
+    """Calls of one to three tokens beside a longer one; rows of up to 128 bytes, which come 32 a step."""
+    pair = Pair(device, small_plan(heads=1), width, name, sets=2, ways=2)
+    for storage, ids in enumerate(stream((3, 1, 2, 9, 1))):
+        pair.look_up(ids, order=order, storage=bool(storage % 2), programs=2 if len(ids) == 2 else None)
+    assert pair.simulator.hits.min() > 2 and pair.simulator.evicted.min() > 0
+
+
+@pytest.mark.kernel
 def test_kernel_windows_and_batches(device, monkeypatch):
     """Sequences, history, dead and invalid ids; int32 ids; [B, S]; storage; head order and direct order."""
     monkeypatch.setattr(hash_rows, "check_token_values", lambda *_: None)  # on a GPU nobody asks
