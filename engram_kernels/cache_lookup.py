@@ -14,6 +14,7 @@ half of an entry (docs/cache.md). Sizes depend on shapes alone and the host wait
 hold all of it; where nothing was missed, programs of the later launches end at their first load.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from .hashing import hash_arguments
 from .launch import cdiv, on_device_of
 from .plan import HashPlan
 from .read_order import copy_config, scale_words
-from .row_copy import row_constants, rows_config
+from .row_copy import RowsConfig, row_constants, rows_config
 from .row_format import FORMATS
 from .row_output import kernel_out
 from .table import TableView
@@ -47,6 +48,11 @@ def fewest_tokens(token_bytes: int) -> int:
     prose (docs/cache_size.md), a call of 6 MB is spared as many. For V4.1 on two layers that is 497 tokens.
     """
     return max(1, -(-_PAYS_FROM // token_bytes))
+
+
+def tagged_config(config: RowsConfig, ways: int, most_rows: int = 32) -> RowsConfig:
+    """With at most 512 tags to compare a step: with 32 sets of 32 ways the probe takes 138 registers."""
+    return replace(config, block_rows=min(config.block_rows, 512 // ways, most_rows))
 
 
 def check_cache(where: str, cache, plan: HashPlan, tables, num_rows: int) -> None:
@@ -104,6 +110,8 @@ def launch_cached_lookup(
     reading |= dict(num_sets=num_sets, NUM_HEADS=num_heads, WAYS=ways, **columns)
     with on_device_of(token_ids), cache.in_order():
         config = rows_config(view.width, itemsize, num_entries, processors(device), "device")
+        # Where mixes wrap some come from the tables: with 32 rows the probe takes 162 registers.
+        config = tagged_config(config, ways, 32 if plan.non_negative else 16)
         probe_cache_kernel[(programs or config.programs,)](
             token_ids_ptr=token_ids,
             cu_seqlens_ptr=cu_seqlens,
@@ -127,6 +135,7 @@ def launch_cached_lookup(
         words = None if out_scale_ptr is None else scale_words(out_scale_ptr)
         scale_width = 0 if words is None else num_heads * words.shape[-1]
         config = rows_config(view.width, itemsize, num_entries, processors(device), view.placement)
+        config = tagged_config(config, ways)
         try:
             read_missed_kernel[(programs or config.programs,)](
                 rows_ptr=state.rows,

@@ -15,7 +15,7 @@ from .row_copy import copy_rows
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 # Rows of several layers are read in one step, each from an address of its own.
 CEILINGS = {
-    "read_missed_kernel": dict(sm_80=(144, 2048), sm_90=(144, 2048), sm_100=(144, 2048), gfx942=(112, 4096)),
+    "read_missed_kernel": dict(sm_80=(160, 2048), sm_90=(160, 2048), sm_100=(160, 2048), gfx942=(112, 4096)),
     "keep_missed_kernel": dict(sm_80=(64, 0), sm_90=(64, 0), sm_100=(64, 0), gfx942=(48, 0)),
 }
 
@@ -135,7 +135,6 @@ def read_missed_kernel(
     NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
     TURNS: tl.constexpr = NUM_HEADS if HEAD_MAJOR else 1
     num_steps = (num_entries - 1) // BLOCK_ROWS + 1
-    now = tl.load(now_ptr)
     for turn in range(TURNS):
         step = tl.program_id(0)
         while has_missed(missed_ptr, step, num_steps, BLOCK_ROWS):
@@ -154,12 +153,12 @@ def read_missed_kernel(
             )
             first_slot = (group.to(tl.int64) * num_sets + own_set) * WAYS
             way, stamp = way_of_rank(stamps_ptr, first_slot, first, rank, WAYS)
-            kept = first & (stamp < now)
-            target = tl.where(kept, first_slot + way, -1)
+            kept = first & (stamp < tl.load(now_ptr))
+            target = tl.where(kept, first_slot + way, -1).to(tl.int32)
             if turn == 0:
                 source = tl.load(places_ptr + begin, mask=mask, other=0).to(tl.int32)
                 tl.store(sources_ptr + entry, source, mask=missed)
-                tl.store(targets_ptr + entry, target.to(tl.int32), mask=missed)
+                tl.store(targets_ptr + entry, target, mask=missed)
                 one = (entry * 0 + 1).to(tl.int64)
                 count_ptr = counts_ptr + 2 * NUM_GROUPS + group
                 tl.atomic_add(count_ptr, one, mask=first, sem="relaxed")
@@ -193,7 +192,7 @@ def read_missed_kernel(
                     CHUNK,
                     rows_ptr,
                     scales_ptr,
-                    tl.where(kept, target * NUM_HEADS + head, -1),
+                    tl.where(kept, target.to(tl.int64) * NUM_HEADS + head, -1),
                 )
             step += tl.num_programs(0)
 

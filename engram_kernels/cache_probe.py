@@ -15,8 +15,9 @@ from .row_copy import copy_rows
 NOT_MISSED = tl.constexpr(2**63 - 1)  # in the place of a sort value
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+# Eight programs of two warps a multiprocessor fit with 128.
 CEILINGS = {
-    "probe_cache_kernel": dict(sm_80=(128, 2048), sm_90=(104, 2048), sm_100=(104, 2048), gfx942=(96, 4096)),
+    "probe_cache_kernel": dict(sm_80=(128, 2048), sm_90=(128, 2048), sm_100=(128, 2048), gfx942=(96, 4096)),
 }
 
 
@@ -154,17 +155,31 @@ def probe_cache_kernel(
         tl.atomic_add(counts_ptr + group, tl.sum(asked.to(tl.int64), axis=0), sem="relaxed")
         tl.atomic_add(counts_ptr + NUM_GROUPS + group, tl.sum(hit.to(tl.int64), axis=0), sem="relaxed")
         out_row = ((layer.to(tl.int64) * num_tokens + token) * NUM_ORDERS + order) * NUM_HEADS
-        table_ptr = tables_ptr + layer * 4
         written = mask_t & (hit | absent)
+        table_ptr = tables_ptr + layer * 4
+        if not NON_NEGATIVE:
+            # Key 0 stands for no n-gram: what has it is never kept, and read from its table every time.
+            keyless = mask_t & ~absent & (key == 0)
+            written = written | keyless
         if tl.max(written.to(tl.int32), axis=0) > 0:
             for head in range(NUM_HEADS):
+                row = tl.where(hit, slot * NUM_HEADS + head, -1)
+                weight_address, scale_address = tl.load(entries_ptr), tl.load(entries_ptr + 1)
+                num_source_rows = tl.load(entries_ptr + 2)
+                if not NON_NEGATIVE:
+                    weight_address = tl.where(keyless, tl.load(table_ptr), weight_address)
+                    scale_address = tl.where(keyless, tl.load(table_ptr + 1), scale_address)
+                    num_source_rows = tl.where(keyless, tl.load(table_ptr + 2), num_source_rows)
+                    offs_param = group * NUM_HEADS + head + token * 0
+                    own = mix_rows(mix, offs_param, keyless, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE)
+                    row = tl.where(keyless, own, row)
                 copy_rows(
-                    tl.where(hit, slot * NUM_HEADS + head, -1),
+                    row,
                     out_row + head,
                     written,
-                    tl.load(entries_ptr),
-                    tl.load(entries_ptr + 1),
-                    tl.load(entries_ptr + 2),
+                    weight_address,
+                    scale_address,
+                    num_source_rows,
                     tl.load(table_ptr + 3),
                     out_ptr,
                     out_scale_ptr,
@@ -175,26 +190,3 @@ def probe_cache_kernel(
                     GROUP,
                     CHUNK,
                 )
-        if not NON_NEGATIVE:
-            # Key 0 stands for no n-gram: the one that has it is never kept.
-            keyless = mask_t & ~absent & (key == 0)
-            if tl.max(keyless.to(tl.int32), axis=0) > 0:
-                for head in range(NUM_HEADS):
-                    offs_param = (layer * NUM_ORDERS + order) * NUM_HEADS + head + token * 0
-                    copy_rows(
-                        mix_rows(mix, offs_param, keyless, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE),
-                        out_row + head,
-                        keyless,
-                        tl.load(table_ptr),
-                        tl.load(table_ptr + 1),
-                        tl.load(table_ptr + 2),
-                        tl.load(table_ptr + 3),
-                        out_ptr,
-                        out_scale_ptr,
-                        WIDTH,
-                        ELEMENT,
-                        SCALING,
-                        STORAGE,
-                        GROUP,
-                        CHUNK,
-                    )

@@ -19,7 +19,7 @@ mask dropped: rows of what has no n-gram @ cache_probe -k windows
 
 READ = """\
 mask dropped: ways in use @ cache_misses -k equals_the_simulator and float16
-- kept = first & (stamp < now)
+- kept = first & (stamp < tl.load(now_ptr))
 + kept = first
 branch fixed to 0: groups apart @ cache_misses -k equals_the_simulator and e4m3_ue8m0
 - rank += (looking & (other_group == group)).to(tl.int32)
@@ -37,11 +37,11 @@ window off by one: the way of a rank @ cache_misses -k equals_the_simulator and 
 - while tl.max(tl.where(first, rank, 0), axis=0) > found:
 + while tl.max(tl.where(first, rank - 1, 0), axis=0) > found:
 stride swapped: rows of an entry @ cache_misses -k equals_the_simulator and float16
-- tl.where(kept, target * NUM_HEADS + head, -1)
-+ tl.where(kept, target * NUM_HEADS + (head ^ 1), -1)
-last tile skipped: heads in head order @ cache_misses -k short_calls and head
-- TURNS: tl.constexpr = NUM_HEADS if HEAD_MAJOR else 1
-+ TURNS: tl.constexpr = NUM_HEADS // 2 if HEAD_MAJOR else 1
+- target.to(tl.int64) * NUM_HEADS + head, -1)
++ target.to(tl.int64) * NUM_HEADS + (head ^ 1), -1)
+branch fixed to 0: heads in head order @ cache_misses -k short_calls
+- head = turn + other_head
++ head = turn * 0 + other_head
 """
 
 KEEP = """\
