@@ -28,6 +28,7 @@ from .arguments import processors
 from .branch_gate import flatten_tokens, gate_of, rows_aligned, token_rows
 from .gate_gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative, split_gradient
 from .launch import cdiv, next_power_of_2, on_device_of
+from .ordered_sum import ordered_sum
 from .weight_gradients import launch_norm_gradient
 
 
@@ -155,12 +156,12 @@ def gate_backward_kernel(
                 value = tl.load(value_row + offs_d, mask=live_value & mask_d, other=0).to(tl.float32)
                 grad = tl.load(grad_row + offs_d, mask=live_row & mask_d, other=0, eviction_policy="evict_last")
                 grad = grad.to(tl.float32)
-                total += grad * value
+                total = tl.fma(grad, value, total)
                 if grad_value_ptr is not None:
-                    grad_value = tl.sum(gate[:, :, None] * grad, axis=1)[:, None, :]
+                    grad_value = ordered_sum(gate[:, :, None] * grad, axis=1)[:, None, :]
                     grad_value = grad_value.to(grad_value_ptr.dtype.element_ty)
                     tl.store(grad_value_row + offs_d, grad_value, mask=mask_value & mask_d)
-            gate_grad = tl.sum(total, axis=2)
+            gate_grad = ordered_sum(total, axis=2)
         else:
             offs_c = tl.arange(0, BLOCK_C)[None, None, :].to(tl.int64)
             plane = tl.cast(num_tokens, tl.int64) * NUM_BRANCHES
@@ -168,11 +169,11 @@ def gate_backward_kernel(
             sums = sums_ptr + 2 * plane * offs_c + offs_scale[:, :, None]
             mask_c = live_row & (offs_c < NUM_CHUNKS)
             scale = tl.load(scale_ptr + offs_scale, mask=live_b, other=0)
-            gate_grad = tl.sum(tl.load(sums, mask=mask_c, other=0), axis=2)
-            scale_grad = tl.sum(tl.load(sums + plane, mask=mask_c, other=0), axis=2)
+            gate_grad = ordered_sum(tl.load(sums, mask=mask_c, other=0), axis=2)
+            scale_grad = ordered_sum(tl.load(sums + plane, mask=mask_c, other=0), axis=2)
             norm = tl.where(gate == 0, 0.0, scale / gate)
             gate_grad += scale_grad * norm * (conv_eps * norm * norm)
-            value_factor = (tl.sum(scale_grad * scale * scale * scale, axis=1) / HIDDEN_SIZE)[:, None, None]
+            value_factor = (ordered_sum(scale_grad * scale * scale * scale, axis=1) / HIDDEN_SIZE)[:, None, None]
 
         d_grad = gate_grad * gate_slope(d, root, clamp)
         along_w = (d_grad * (HIDDEN_SIZE**-0.5))[:, :, None]
@@ -206,7 +207,7 @@ def gate_backward_kernel(
                 grad_key = grad_key.to(grad_key_ptr.dtype.element_ty)
                 tl.store(row + offs_d, grad_key, mask=mask, eviction_policy="evict_first")
             if product_ptr is not None:
-                product = tl.sum(along_w * q * k, axis=0)[None, :, :]
+                product = ordered_sum(along_w * q * k, axis=0)[None, :, :]
                 own = product_ptr + tl.program_id(0).to(tl.int64) * (NUM_BRANCHES * HIDDEN_SIZE) + offs_w
                 # A tile of one: Triton 3.9's interpreter widens a scalar condition that it broadcasts.
                 later = block + tl.arange(0, 1)[None, :, None] >= tl.num_programs(0)
@@ -314,7 +315,7 @@ def launch_gate_backward(
             BLOCK_H=config.block_h,
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
         if product is not None:
             launch_norm_gradient(product, query_norm, key_norm, grad_query_norm, grad_key_norm)

@@ -33,6 +33,7 @@ from .branch_gate import flatten_tokens, float32_eps
 from .gate_backward import ConvParts, launch_gate_backward
 from .gate_gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative
 from .launch import cdiv, next_power_of_2, on_device_of
+from .ordered_sum import ordered_sum
 from .sequences import find_sequence, sequence_arguments
 from .weight_gradients import launch_conv_gradient
 
@@ -137,8 +138,8 @@ def conv_backward_kernel(
             grad_branch = grad_ptr + branch64 * stride_grad_h + offs_d[None, :]
             own = tl.load(grad_branch + token[:, None] * stride_grad_t, mask=live[:, None] & mask_d, other=0)
             own = own.to(tl.float32)
-            value_part += gate[:, None] * own
-            direct = tl.where(offs_h == branch, tl.sum(own * value, axis=1)[:, None], direct)
+            value_part = tl.fma(own, gate[:, None], value_part)
+            direct = tl.where(offs_h == branch, ordered_sum(own * value, axis=1)[:, None], direct)
             through = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             for ahead in range(NUM_TAPS):
                 target = token + tl.cast(ahead, tl.int64) * DILATION
@@ -154,18 +155,18 @@ def conv_backward_kernel(
                     past = tl.load(past_tile, mask=inside[:, None] & mask_d, other=0).to(tl.float32)
                     offs_w = (tap * NUM_BRANCHES + branch) * HIDDEN_SIZE + offs_d[None, :]
                     weight = tl.load(weight_ptr + offs_w, mask=mask_d, other=0)
-                    conv += (past * past_scale[:, None]) * weight
+                    conv = tl.fma(past * past_scale[:, None], weight, conv)
                 sigmoid = 1.0 / (1.0 + tl.exp(-conv))
                 grad = tl.load(grad_branch + target[:, None] * stride_grad_t, mask=reached[:, None] & mask_d, other=0)
                 conv_grad = grad.to(tl.float32) * (sigmoid * (1.0 + conv * (1.0 - sigmoid)))
                 # The token is the target's tap K-1 - ahead.
                 offs_w = ((NUM_TAPS - 1 - ahead) * NUM_BRANCHES + branch) * HIDDEN_SIZE + offs_d[None, :]
-                through += conv_grad * tl.load(weight_ptr + offs_w, mask=mask_d, other=0)
+                through = tl.fma(conv_grad, tl.load(weight_ptr + offs_w, mask=mask_d, other=0), through)
                 if product_ptr is not None:
                     place = (place_k == NUM_TAPS - 1 - ahead) & (place_h == branch)
-                    product += tl.where(place, tl.sum(conv_grad * normed_here, axis=0)[None, None, :], 0.0)
-            value_part += scale[:, None] * through
-            scale_grad = tl.where(offs_h == branch, tl.sum(through * value, axis=1)[:, None], scale_grad)
+                    product += tl.where(place, ordered_sum(conv_grad * normed_here, axis=0)[None, None, :], 0.0)
+            value_part = tl.fma(through, scale[:, None], value_part)
+            scale_grad = tl.where(offs_h == branch, ordered_sum(through * value, axis=1)[:, None], scale_grad)
         if value_part_ptr is not None:
             offs_part = token[:, None] * HIDDEN_SIZE + offs_d[None, :]
             tl.store(value_part_ptr + offs_part, value_part, mask=mask_t[:, None] & mask_d)
@@ -257,7 +258,7 @@ def launch_gate_conv_backward(
             BLOCK_H=next_power_of_2(branches),
             BLOCK_K=next_power_of_2(num_taps),
             num_warps=config.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
         if product is not None:
             launch_conv_gradient(product, conv_norm, conv_weight, grad_conv_norm, grad_conv_weight)
