@@ -25,12 +25,11 @@ import triton
 import triton.language as tl
 
 from .arguments import processors
-from .branch_gate import flatten_tokens, gate_of, rows_aligned, token_rows
+from .branch_gate import flatten_tokens, gate_of, rows_aligned, token_rows, widen
 from .gate_gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative, split_gradient
 from .launch import cdiv, next_power_of_2, on_device_of
 from .ordered_sum import ordered_sum
 from .weight_gradients import launch_norm_gradient
-from .widening import widen
 
 
 @dataclass(frozen=True)
