@@ -267,6 +267,33 @@ def test_races_in_global_memory(body, found):
     assert kinds(text, [np.zeros(4, np.uint64)], grid=(2,), races=False) == []
 
 
+@pytest.mark.parametrize(
+    ("threads", "before", "between", "behind", "found"),
+    [
+        (32, "ld.global.b32 %r5, [%rd1];", "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;", "st.global.b32 [%rd1], 5;", []),
+        (32, "ld.global.b32 %r5, [%rd1];", "", "st.global.b32 [%rd1], 5;", ["race"]),
+        (
+            32,
+            "st.global.b32 [%rd1], 5;",
+            "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;",
+            "ld.global.b32 %r5, [%rd1];",
+            ["race"],
+        ),
+        (
+            64,
+            "ld.global.b32 %r5, [%rd1];",
+            "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;",
+            "st.global.b32 [%rd1], 5;",
+            ["race"],
+        ),
+    ],
+)
+def test_a_shuffle_orders_a_warp_s_read_before_its_store(threads, before, between, behind, found):
+    """A store that every thread of a warp waited for before a load is not: a shuffle promises nothing of memory."""
+    text = entry(MIXED + before + between + behind, threads=threads)
+    assert kinds(text, [np.zeros(4, np.uint64)]) == found
+
+
 def test_races_of_wide_stores_and_across_batches(monkeypatch):
     """16 bytes a lane that differ in the last; CTAs that are not executed together."""
     from .machine import executor
@@ -286,7 +313,7 @@ def test_races_in_large_memories(place):
     lanes = SimpleNamespace(
         first_cta=0, cta=np.array([0, 1]), thread=np.array([3, 40]), pick=lambda array, index: array
     )
-    lanes.epoch = lanes.warp_epoch = np.zeros(2, np.int32)
+    lanes.epoch = lanes.warp_epoch = lanes.meetings = np.zeros(2, np.int32)
     where = SimpleNamespace(location="here")
     for offsets, found in (([place, place], 1), ([place, place + 4], 0)):
         log = Log()
