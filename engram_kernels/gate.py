@@ -326,7 +326,8 @@ def gate_residual(
 
     A token's bits depend on its own data, H, D and the dtypes alone: not on the tokens beside it, nor on mask, recording,
     strides, alignment or ``out``, on one kind of device under one version of Triton.
-    Gradients come from kernels too (gate_backward.py), of the first order. Where recorded, the result is copied to ``out``. Split kv by ``kv.split``: slices' own backward writes all of kv for each.
+    Gradients come from kernels too (gate_backward.py), of the first order; a recorded result is copied to ``out``.
+    Split kv by ``kv.split``: slices' own backward writes all of kv for each.
     """
     where, compiling = "gate_residual", torch.compiler.is_compiling()
     launch = None
