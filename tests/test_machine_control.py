@@ -63,6 +63,13 @@ def test_registers_and_labels_in_scopes():
             run(entry(wrong), [np.zeros(4, np.uint8)])
 
 
+def test_inline_assembly_may_close_a_scope_at_the_start_of_a_line():
+    body = NUMBER + IN + "bra L1;\n{ .reg .b32 t; mov.b32 t, 1;\n}\nL1: add.s32 %r10, %r1, 1; " + STORE
+    arrays = numbers(*range(32))
+    run(entry(body, ("u64", "u64")), arrays)
+    assert arrays[0].tolist() == list(range(1, 33))
+
+
 def test_blocks_are_ranked_so_that_lanes_meet():
     """Both sides of a branch before what follows them, a loop before what follows it, however they are laid out."""
     body = "@%p1 bra B; bra C; D: add.s32 %r1, %r1, 1; ret; C: @%p2 bra C; B: mov.b32 %r1, 1; bra D; "
@@ -73,6 +80,14 @@ def test_blocks_are_ranked_so_that_lanes_meet():
     program = ptx.Program(entry(loop))
     rank = flow.ranks(program)
     assert rank[program.labels["OUT"]] == max(rank[block.index] for block in program.blocks[:-1])
+
+
+def test_lanes_meet_where_the_text_has_the_meeting_point_first():
+    body = NUMBER + IN + "setp.lt.u32 %p1, %r1, 7; @%p1 bra B; bra C; D: shfl.sync.bfly.b32 %r10, %r2, 1, 31, -1; "
+    body += STORE + "ret; C: mov.b32 %r2, 3; bra D; B: mov.b32 %r2, 4; bra D; "
+    arrays = numbers(*range(32))
+    assert not run(entry(body, ("u64", "u64")), arrays).reports
+    assert arrays[0].tolist() == [4 if n ^ 1 < 7 else 3 for n in range(32)]
 
 
 # ---- barriers
@@ -124,6 +139,8 @@ BRANCH = NUMBER + IN + "setp.lt.u32 %p1, %r1, {least}; @%p1 bra SKIP; {first}\nS
     ("least", "first", "second", "found"),
     [
         (32, "bar.sync 0;", "bar.sync 0;", ["barrier"]),  # some wait once, others twice, and the latter are left
+        (32, "bar.sync 0; bra END;", "bar.sync 0; END:", ["barrier"]),  # as many, at two places
+        (0, "bar.sync 0; bra END;", "bar.sync 0; END:", []),
         (0, "bar.sync 0;", "bar.sync 0;", []),
         (64, "bar.sync 0;", "bar.sync 0;", []),
         (32, "ret;", "bar.sync 0;", ["barrier"]),

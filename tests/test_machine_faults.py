@@ -138,6 +138,19 @@ def test_undefined_values_that_decide_nothing():
         assert kinds(entry(start + use, ("u64", "u64")), arrays) == ["undefined"]
 
 
+def test_undefined_values_on_one_side_of_a_branch_and_of_a_whole_warp():
+    """A register that a part of the lanes gets undefined; a vote or a reduction that one lane spoils for all."""
+    arrays = [np.zeros(32, np.uint32)]
+    for value, found in (("5", []), ("%r7", ["undefined"])):
+        body = NUMBER + f"mov.b32 %r1, 1; setp.lt.u32 %p1, %r99, 9; @%p1 bra L; add.s32 %r1, %r99, {value}; L: "
+        assert kinds(entry(body + STORE.format("", "")), arrays) == found
+        assert kinds(entry(body + STORE.format("@%p1 ", "")), arrays) == []
+        start = NUMBER + f"mov.b32 %r1, 1; setp.lt.u32 %p1, %r99, 9; @!%p1 mov.b32 %r1, {value}; mov.b32 %r2, -1; "
+        reduced = start + "redux.sync.add.s32 %r1, %r1, %r2; " + STORE.format("@%p1 ", "")
+        voted = start + "setp.eq.s32 %p2, %r1, 1; vote.sync.ballot.b32 %r1, %p2, -1; " + STORE.format("@%p1 ", "")
+        assert kinds(entry(reduced), arrays) == kinds(entry(voted), arrays) == found
+
+
 def test_only_the_undefined_items_of_a_vector_are():
     """One word of four that a vector load or a copy brings; the upper half of a word that a matrix does."""
     undefined = np.zeros(512, np.uint8)
@@ -254,6 +267,33 @@ def test_races_in_global_memory(body, found):
     assert kinds(text, [np.zeros(4, np.uint64)], grid=(2,), races=False) == []
 
 
+@pytest.mark.parametrize(
+    ("threads", "before", "between", "behind", "found"),
+    [
+        (32, "ld.global.b32 %r5, [%rd1];", "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;", "st.global.b32 [%rd1], 5;", []),
+        (32, "ld.global.b32 %r5, [%rd1];", "", "st.global.b32 [%rd1], 5;", ["race"]),
+        (
+            32,
+            "st.global.b32 [%rd1], 5;",
+            "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;",
+            "ld.global.b32 %r5, [%rd1];",
+            ["race"],
+        ),
+        (
+            64,
+            "ld.global.b32 %r5, [%rd1];",
+            "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;",
+            "st.global.b32 [%rd1], 5;",
+            ["race"],
+        ),
+    ],
+)
+def test_a_shuffle_orders_a_warp_s_read_before_its_store(threads, before, between, behind, found):
+    """A store that every thread of a warp waited for before a load is not: a shuffle promises nothing of memory."""
+    text = entry(MIXED + before + between + behind, threads=threads)
+    assert kinds(text, [np.zeros(4, np.uint64)]) == found
+
+
 def test_races_of_wide_stores_and_across_batches(monkeypatch):
     """16 bytes a lane that differ in the last; CTAs that are not executed together."""
     from .machine import executor
@@ -273,7 +313,7 @@ def test_races_in_large_memories(place):
     lanes = SimpleNamespace(
         first_cta=0, cta=np.array([0, 1]), thread=np.array([3, 40]), pick=lambda array, index: array
     )
-    lanes.epoch = lanes.warp_epoch = np.zeros(2, np.int32)
+    lanes.epoch = lanes.warp_epoch = lanes.meetings = np.zeros(2, np.int32)
     where = SimpleNamespace(location="here")
     for offsets, found in (([place, place], 1), ([place, place + 4], 0)):
         log = Log()

@@ -1,7 +1,9 @@
 """Races: accesses of two threads to a byte, at least one of them a store, with nothing that orders them.
 
-Barriers of a CTA order its threads, barriers of a warp the warp's; nothing orders two CTAs of a launch. Stores of the
-same value race with each other without harm and are let through, atomics race with stores alone.
+Barriers of a CTA order its threads, barriers of a warp the warp's; nothing orders two CTAs of a launch. A shuffle, vote
+or reduction waits for the threads of a warp, but promises nothing of memory: of two threads of the warp only a read
+before it and a store behind it are in order, since a warp's loads and stores leave it in turn. Stores of the same value
+race with each other without harm and are let through, atomics race with stores alone.
 """
 
 from typing import NamedTuple
@@ -15,7 +17,7 @@ READ, WRITE, ATOMIC = range(3)
 KINDS = {"read": READ, "write": WRITE, "atomic": ATOMIC}
 NAMES = ("read", "store", "atomic")
 LOOKED_AT = 2000  # bytes of a memory that are looked at one by one, once it is clear that something may be wrong
-LARGE = 1 << 22  # granules of a memory, above which those touched are numbered anew
+DENSE = 1 << 24  # granules of a memory that are counted in place
 TOLD = 4  # reports of one memory
 
 
@@ -27,6 +29,7 @@ class Access(NamedTuple):
     index: np.ndarray | None  # None: all lanes
     epoch: np.ndarray
     warp_epoch: np.ndarray
+    meetings: np.ndarray
     data: np.ndarray | None  # bytes that were stored, [lanes, size]
     where: object
 
@@ -38,7 +41,8 @@ class Log:
         self.accesses = {}
 
     def add(self, memory, kind, offsets, size, lanes, index, data, where):
-        access = Access(KINDS[kind], offsets, size, lanes, index, lanes.epoch, lanes.warp_epoch, data, where)
+        passed = lanes.epoch, lanes.warp_epoch, lanes.meetings
+        access = Access(KINDS[kind], offsets, size, lanes, index, *passed, data, where)
         self.accesses.setdefault(memory, []).append(access)
 
     def reports(self, memory, name):
@@ -54,40 +58,47 @@ class Log:
 
 
 class _Table:
-    """Columns, a row for each access of a lane to a granule: the smallest item that any access moves."""
+    """Columns, a row for each access of a lane to a granule: the smallest item that any access moves.
+
+    Rows of granules that are stored once and touched by nothing else are left out: most of them.
+    """
 
     def __init__(self, accesses):
         self.accesses = accesses
         self.size = min(each.size for each in accesses)
-        parts = [self._rows(number, each) for number, each in enumerate(accesses)]
+        granules = [self._granules(each) for each in accesses]
+        numbers = np.concatenate(granules)
+        if numbers.max() > DENSE:  # of gigabytes a launch touches a few bytes
+            numbers = np.unique(numbers, return_inverse=True)[1]
+        stored = np.repeat([each.kind == WRITE for each in accesses], [len(each) for each in granules])
+        written = np.zeros(int(numbers.max()) + 1, bool)
+        written[numbers[stored]] = True
+        keep = written[numbers] & (np.bincount(numbers)[numbers] > 1)
+        starts = np.cumsum([0] + [len(each) for each in granules])
+        parts = [
+            self._rows(number, each, granules[number], keep[starts[number] : starts[number + 1]])
+            for number, each in enumerate(accesses)
+        ]
         columns = [np.concatenate(each) for each in zip(*parts, strict=True)]
-        self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.value, self.number = columns
-        self.names = None  # of the granules, where their numbers are too large for tables
-        if self.granule.max() >= LARGE:
-            self.names, self.granule = np.unique(self.granule, return_inverse=True)
-        written = np.zeros(int(self.granule.max()) + 1, bool)
-        written[self.granule[self.kind == WRITE]] = True
-        count = np.bincount(self.granule)
-        self._keep(written[self.granule] & (count[self.granule] > 1))
+        self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.meetings = columns[:7]
+        self.value, self.number = columns[7:]
 
-    def _rows(self, number, access):
-        times = access.size // self.size
-        granules = (access.offsets // self.size)[:, None] + np.arange(times)
+    def _granules(self, access):
+        return ((access.offsets // self.size)[:, None] + np.arange(access.size // self.size)).reshape(-1).astype(s64)
 
-        def column(values):
-            return np.broadcast_to(np.asarray(values, s64).reshape(-1, 1), granules.shape).reshape(-1)
-
-        pick = access.lanes.pick
-        columns = [granules.reshape(-1).astype(s64), column([access.kind])]
-        columns.append(column(access.lanes.first_cta + pick(access.lanes.cta, access.index)))
-        for each in (access.lanes.thread, access.epoch, access.warp_epoch):
-            columns.append(column(pick(each, access.index)))
-        value = np.zeros(granules.size, u64) if access.data is None else _digest(access.data, self.size)
-        return [*columns, value, column([number])]
-
-    def _keep(self, rows):
-        for name in ("granule", "kind", "cta", "thread", "epoch", "warp_epoch", "value", "number"):
-            setattr(self, name, getattr(self, name)[rows])
+    def _rows(self, number, access, granules, keep):
+        rows = np.flatnonzero(keep)
+        lane = rows // (access.size // self.size)
+        if access.index is not None:
+            lane = access.index[lane]
+        columns = [granules[rows], np.full(len(rows), access.kind)]
+        passed = access.epoch, access.warp_epoch, access.meetings
+        for each in (access.lanes.first_cta + access.lanes.cta, access.lanes.thread, *passed):
+            columns.append(each[lane].astype(s64))
+        value = np.zeros(len(rows), u64)
+        if access.data is not None and len(rows):
+            value = _digest(access.data, self.size)[rows]
+        return [*columns, value, np.full(len(rows), number)]
 
     def _groups(self, *keys):
         """(order, starts, ends) of the rows that have the same keys."""
@@ -116,8 +127,7 @@ class _Table:
     def _text(self, one, two, what):
         kinds = [NAMES[self.kind[each]] for each in (one, two)]
         who = [f"thread {self.thread[each]} of CTA {self.cta[each]}" for each in (one, two)]
-        granule = self.granule[one] if self.names is None else self.names[self.granule[one]]
-        text = f"{kinds[0]} by {who[0]} and {kinds[1]} by {who[1]} of byte {granule * self.size}, {what}"
+        text = f"{kinds[0]} by {who[0]} and {kinds[1]} by {who[1]} of byte {self.granule[one] * self.size}, {what}"
         places = [self.accesses[self.number[each]].where.location for each in (one, two)]
         return text, " and ".join(dict.fromkeys(places))
 
@@ -128,7 +138,8 @@ class _Table:
             for write in rows[self.kind[rows] == WRITE][:4]:
                 other = rows[self.thread[rows] != self.thread[write]]
                 near = self.thread[other] // 32 == self.thread[write] // 32
-                other = other[~(near & (self.warp_epoch[other] != self.warp_epoch[write]))]
+                in_turn = (self.kind[other] == READ) & (self.meetings[other] < self.meetings[write])
+                other = other[~(near & (in_turn | (self.warp_epoch[other] != self.warp_epoch[write])))]
                 other = other[~((self.kind[other] == WRITE) & (self.value[other] == self.value[write]))]
                 if not len(other):
                     continue
