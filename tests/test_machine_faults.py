@@ -240,6 +240,11 @@ def test_a_race_names_threads_places_and_memory():
 MIXED = NUMBER + "ld.param.b64 %rd1, [p0]; mov.u32 %r3, %ctaid.x; mov.u32 %r4, %tid.x; shr.u32 %r4, %r4, 5; "
 
 
+# A place of each CTA's own; thread 40 and thread 3 of it.
+EACH = "mul.wide.u32 %rd2, %r3, 8; add.s64 %rd2, %rd1, %rd2; mov.u32 %r5, %tid.x; "
+EACH += "setp.eq.s32 %p1, %r5, 40; setp.eq.s32 %p2, %r5, 3; "
+
+
 @pytest.mark.parametrize(
     ("body", "found"),
     [
@@ -251,6 +256,8 @@ MIXED = NUMBER + "ld.param.b64 %rd1, [p0]; mov.u32 %r3, %ctaid.x; mov.u32 %r4, %
         ("ld.global.b32 %r5, [%rd1]; bar.sync 0; st.global.b32 [%rd1], 0;", ["race"]),  # the other CTA's
         ("setp.eq.s32 %p1, %r3, 0; @%p1 ld.global.b32 %r5, [%rd1]; bar.sync 0; @%p1 st.global.b32 [%rd1], 0;", []),
         ("setp.eq.s32 %p1, %r3, 0; @%p1 ld.global.b32 %r5, [%rd1]; @%p1 st.global.b32 [%rd1], 0;", ["race"]),
+        (EACH + "@%p1 st.global.b32 [%rd2], 5; @%p2 ld.global.b32 %r6, [%rd2]; ", ["race"]),
+        (EACH + "@%p1 st.global.b32 [%rd2], 5; @%p1 ld.global.b32 %r6, [%rd2]; ", []),
         ("st.global.b8 [%rd1], %rs1;", ["race"]),
         ("red.global.add.u32 [%rd1], %r3;", []),
         ("red.global.add.u32 [%rd1], %r3; st.global.b32 [%rd1+4], 5;", []),
