@@ -9,15 +9,22 @@ import triton
 
 from .plan import HashPlan
 
-# Read once, as Triton itself does when it decorates a kernel.
+# Whether kernels are Triton's interpreter's; read once, as Triton itself does when it decorates a kernel.
 INTERPRETING = triton.knobs.runtime.interpret
+# Whether CPU tensors take the kernels' path. Only the functions below ask, so that a stand-in for a GPU sets it here.
+CPU_TAKES_KERNELS = INTERPRETING
 _ID_DTYPES = (torch.int32, torch.int64)
 _MAX_TOKENS = 2**31 - 1
 
 
 def is_kernel_device(tensor: torch.Tensor) -> bool:
     """A CUDA or ROCm tensor runs the kernel; a CPU tensor runs it where Triton's own interpreter is switched on."""
-    return tensor.is_cuda or INTERPRETING
+    return tensor.is_cuda or CPU_TAKES_KERNELS
+
+
+def takes_kernels(device: torch.device) -> bool:
+    """:func:`is_kernel_device` of tensors on ``device``."""
+    return device.type != "cpu" or CPU_TAKES_KERNELS
 
 
 def processors(device: torch.device) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import triton
 
-from .arguments import is_kernel_device
+from .arguments import INTERPRETING
 from .config import EngramConfig
 from .console import gib, print_sections, track
 from .demo_checks import distinct_ngrams
@@ -105,7 +105,7 @@ def _print_report(run: Run, text: str, fault: str | None, results, child_memory:
 
 def run_interpreted(ids: list[int]) -> int:
     """What :func:`_check_interpreted` starts: the kernels in Triton's interpreter; prints results as JSON."""
-    if not is_kernel_device(torch.empty(0)):
+    if not INTERPRETING:
         raise DemoError("run_interpreted: TRITON_INTERPRET=1 must be set before Triton is imported")
     # The hash means to wrap; numpy, on which the interpreter computes, warns of it.
     warnings.simplefilter("ignore", RuntimeWarning)

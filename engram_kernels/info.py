@@ -12,7 +12,7 @@ import triton
 import engram_kernels
 
 from . import reference
-from .arguments import is_kernel_device
+from .arguments import INTERPRETING
 from .config import EngramConfig
 from .console import gib, print_sections
 from .demo_tables import layer_bytes
@@ -78,10 +78,9 @@ def _huge_pages() -> str:
 
 
 def _operations():
-    interpreted = is_kernel_device(torch.empty(0))
-    switch = "on: CPU tensors run the kernels in it" if interpreted else "off: CPU tensors run the reference"
+    switch = "on: CPU tensors run the kernels in it" if INTERPRETING else "off: CPU tensors run the reference"
     yield "Triton's interpreter", f"{switch} (TRITON_INTERPRET, read when Triton is imported)"
-    on_cpu = "the kernel, interpreted" if interpreted else "the reference, as Triton compiles for GPUs only"
+    on_cpu = "the kernel, interpreted" if INTERPRETING else "the reference, as Triton compiles for GPUs only"
     on_gpu = "the Triton kernel" if _gpus() else "the Triton kernel, were there a GPU"
     for name in engram_kernels.__all__:
         if hasattr(reference, name):

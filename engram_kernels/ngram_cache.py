@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .arguments import INTERPRETING
+from .arguments import takes_kernels
 from .cache_lookup import COUNTS, CacheState, fewest_tokens
 from .hash_rows import check_tables_of_plan
 from .plan import HashPlan
@@ -209,7 +209,7 @@ class NgramCache:
     def _allocate(self, device: torch.device) -> CacheState:
         row_format, width = self.tables[0].format, self.tables[0].width
         num_rows = self._groups * self.entries * self.heads
-        if device.type == "cpu" and not INTERPRETING:
+        if not takes_kernels(device):
             num_rows = 0  # the reference reads rows from the tables, which are in the same memory
         dtype = row_format.dtype if row_format.scaling == "none" else torch.uint8
         rows = torch.empty(num_rows, width, dtype=dtype, device=device)

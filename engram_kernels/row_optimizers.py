@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import optimizer_saving
-from .arguments import INTERPRETING
+from .arguments import takes_kernels
 from .chunk_runner import THREADS, Progress
 from .reference import row_update as reference
 from .row_state import RowState
@@ -214,7 +214,7 @@ class RowOptimizer(torch.optim.Optimizer):
         options |= dict(lr=float(group["lr"]), seed=self._seed, step=self.steps)
         table.rows_changed()
         arguments = table.weight, tuple(state.tensors.values()), gradient
-        if (device.type == "cpu" and not INTERPRETING) or table.weight.dtype == torch.float64:
+        if not takes_kernels(device) or table.weight.dtype == torch.float64:
             self._skipped[device] += type(self)._rule(*arguments, factor=factor, **options)
         else:
             launch_row_update(*arguments, factor[None], self._skipped[device], **options)
