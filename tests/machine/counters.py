@@ -75,7 +75,7 @@ class Counters:
             if instruction.guard is not None:
                 register = kernel.register(instruction.guard, instruction.scope)
                 on = enabled(lanes, instruction, register, mask)
-                self.off[kernel, instruction.line] += warps - _warps(on, lanes)
+                self.guarded(lanes, instruction, mask, on)
             self._line = instruction.line
             depths.before(instruction)
             step(lanes, mask)
@@ -83,6 +83,10 @@ class Counters:
                 depths.after(instruction, on)
                 if instruction.opcode.startswith(("st.global", "red.global", "atom.global")):
                     self.deepest = max(self.deepest, depths.store(instruction, on))
+
+    def guarded(self, lanes, instruction, mask, on):
+        """An instruction with a predicate: ``on`` are the lanes of ``mask`` that have it enabled."""
+        self.off[lanes.kernel, instruction.line] += _warps(mask, lanes) - _warps(on, lanes)
 
     def branch(self, lanes, register, mask):
         self._depths[lanes].branch(register, mask)

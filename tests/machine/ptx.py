@@ -5,7 +5,7 @@ from collections import Counter
 
 from .faults import Fault
 
-ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{(.*?)^\}", re.S | re.M)
+ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", re.S)
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 PARAMETER = re.compile(r"\.param\s+\.(\w+)\b[^,]*?(\w+)\s*(?:,|$)")
 LABEL = re.compile(r"([$\w]+):\s*")
@@ -42,6 +42,16 @@ class Block:
         self.index, self.instructions, self.end = index, [], None
 
 
+def _closing(text, start):
+    """Place of the brace that closes a scope which is open at ``start``. Inline assembly has scopes of its own."""
+    depth = 1
+    for brace in re.finditer("[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return start + brace.start()
+    raise Fault("unknown", "an entry without an end")
+
+
 class Program:
     """An entry: ``name``, ``threads``, ``parameters`` [(type, name)], ``blocks``, ``labels``, and what it declares."""
 
@@ -61,7 +71,7 @@ class Program:
         self.blocks, self.labels = [Block(0)], {}
         self.scopes = {0: ({}, None)}  # scope -> declared prefix or name -> bits; the scope around it
         self._scope = 0
-        self._parse(entry[4], text.count("\n", 0, entry.start(4)) + 1)
+        self._parse(text[entry.end() : _closing(text, entry.end())], text.count("\n", 0, entry.end()) + 1)
         self.opcodes = Counter(each.opcode for each in self.instructions)
 
     @property
