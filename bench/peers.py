@@ -69,7 +69,9 @@ class Peers:
 
     def hash_lookup(self, token_ids, plan: HashPlan, tables, programs: int | None = None) -> dict:
         """Baselines of hash_lookup: a launch for the hash of all layers, then one a layer."""
-        return self._present(dict(vllm=lambda: vllm_peer.hash_lookup(self.vllm, token_ids, plan, tables, programs)))
+        makers = dict(vllm=lambda: vllm_peer.hash_lookup(self.vllm, token_ids, plan, tables, programs))
+        makers["sglang"] = lambda: sglang_peer.hash_lookup(self.sglang, token_ids, plan, tables)
+        return self._present(makers)
 
     def gate(self, inputs, query_norm: torch.Tensor, key_norm: torch.Tensor, eps: float) -> dict:
         """Baselines of gate_residual over sets of (hidden, key, value), key and value views of one kv."""

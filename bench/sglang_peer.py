@@ -83,16 +83,34 @@ def _serving_hash(functions, ids, options, requests: Requests):
     return lambda index: functions.engram_hash_extend_and_commit(ids[index], positions, **options)
 
 
-def lookup(functions, table: EngramTable, row_ids):
+def lookup(functions, table: EngramTable, row_ids, out: torch.Tensor | None = None):
     """engram_gather; in address order from the host, as it does over PCIe."""
     check_format(table)
-    out = rows_like(table, row_ids[0])
+    out = rows_like(table, row_ids[0]) if out is None else out
     options = dict(row_hi=table.rows, sort_ids=table.placement == "host")
 
     def call(index):
         addresses = table.weight.data_ptr(), table.scale.data_ptr()
         flat = row_ids[index].view(-1), out.view(-1, table.width)
         functions.engram_gather(*addresses, *flat, table.width, SCALE_GROUP, **options)
+        return out
+
+    return call
+
+
+def hash_lookup(functions, token_ids, plan: HashPlan, tables):
+    """Hash of all layers, then engram_gather for each of them."""
+    device, columns = token_ids[0].device, plan.primes.shape[1]
+    row_ids = torch.empty(len(tables), len(token_ids[0]), columns, dtype=torch.int64, device=device)
+    hash_ids = hash(functions, token_ids, plan)
+    out = torch.stack([rows_like(table, ids) for table, ids in zip(tables, row_ids, strict=True)])
+    parts = zip(tables, row_ids, out, strict=True)
+    gathers = [lookup(functions, table, [ids], rows) for table, ids, rows in parts]
+
+    def call(index):
+        row_ids.copy_(hash_ids(index).transpose(0, 1))  # it reads contiguous ids
+        for gather in gathers:
+            gather(0)
         return out
 
     return call

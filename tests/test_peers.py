@@ -252,7 +252,7 @@ WITH_PEERS = [
 def test_peers_are_baselines_of_v41(case, bench, stand_ins):
     record = suite.run_case(case, bench, FakeTimer(), ample(), most_baselines=1)
     assert record["status"] == "ok"
-    of_ops = {"hash_lookup": ["vllm"], "gate_residual": ["vllm", "sglang", "tilekernels"]}
+    of_ops = {"gate_residual": ["vllm", "sglang", "tilekernels"]}
     wanted = of_ops.get(case.op, ["vllm", "sglang"]) if case.model == "v41" else []
     assert [name for name in record["baselines"] if name in peers.NAMES] == wanted
     assert len(record["baselines"]) == len(wanted) + 1, "peers do not count among the others"

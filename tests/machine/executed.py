@@ -43,6 +43,8 @@ _ANCHORS = (
     ("div.u64", ("CALL",)),
 )
 _MUCH = 1 << 20
+_ALL = tuple(start for start, _ in _ANCHORS)
+_EFFECTS = tuple(start for start in _ALL if not start.startswith("ld"))
 
 
 @dataclass(frozen=True)
@@ -228,9 +230,10 @@ class _Solver:
     def solve(self, times, executed, enabled, partial):
         """The flow of a warp that enters ``times`` times; and what is doubtful about it."""
         for bounded, hard, doubt in (
-            (True, True, ""),
-            (False, True, "a block ran more often than its lines"),
-            (False, False, "loads and stores of the PTX and the machine code do not agree"),
+            (True, _ALL, ""),
+            (True, _EFFECTS, ""),  # a load that only one side of a branch needs is moved there
+            (False, _EFFECTS, "a block ran more often than its lines"),
+            (False, (), "stores of the PTX and the machine code do not agree"),
         ):
             try:
                 return self._attempt(times, executed, enabled, partial, bounded, hard, doubt)
@@ -281,7 +284,7 @@ class _Solver:
             factors = Counter()
             for index, count in copies.items():
                 factors[block_of[index]] += count
-            if hard:
+            if self.ptx[line].name.startswith(hard):
                 program.constrain(factors, least, most_often)
             else:
                 program.prefer(factors, least, 100)

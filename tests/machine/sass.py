@@ -23,7 +23,21 @@ _BARRIER = ("BAR", "DEPBAR", "LDGDEPBAR", "MEMBAR", "WARPSYNC", "ERRBAR", "CCTL"
 _CONTROL = ("BRA", "EXIT", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "BRX", "JMP", "YIELD", "ACQBULK", "BMOV")
 _CONVERT = ("F2F", "F2FP", "F2I", "I2F", "I2FP", "FRND", "F2IP")
 _FLOAT = ("FADD", "FMUL", "FFMA", "FSETP", "FSET", "FSEL", "FMNMX", "FMNMX3", "MUFU", "FCHK", "FSWZADD", "FADD2")
-_FLOAT += ("FFMA2", "FMUL2", "HADD2", "HMUL2", "HFMA2", "HSETP2", "HSET2", "HMNMX2", "DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
+_FLOAT += (
+    "FFMA2",
+    "FMUL2",
+    "HADD2",
+    "HMUL2",
+    "HFMA2",
+    "HSETP2",
+    "HSET2",
+    "HMNMX2",
+    "DADD",
+    "DMUL",
+    "DFMA",
+    "DSETP",
+    "DMNMX",
+)
 #: Kind of instruction -> its opcodes. All others, moves and uniform ones among them, are ``integer``.
 OPCODES = dict(float=_FLOAT, convert=_CONVERT, shared=_SHARED, shuffle=_SHUFFLE, barrier=_BARRIER, control=_CONTROL)
 OPCODES["global"] = _GLOBAL
