@@ -32,11 +32,16 @@ bytes.
 """
 
 
-def measure(case, target):
-    """Machine code of every kernel that a case launches, in order."""
+def compiled_for(case, target):
+    """Every kernel that a case launches, in order, as :func:`compiling_for` yields them."""
     with compiling_for(target) as compiled:
         CASES[case]()
-    return [machine_code(entry) for entry in compiled]
+    return compiled
+
+
+def measure(case, target):
+    """The machine code of these."""
+    return [machine_code(entry) for entry in compiled_for(case, target)]
 
 
 def load():

@@ -1,14 +1,18 @@
 """Lanes, and the count of kernel launches.
 
 ``--lane cpu`` (default) runs what needs no kernel, ``interpret`` every test marked ``kernel`` in Triton's interpreter
-on CPU tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Each lane
+on CPU tensors, ``machine`` the same tests on the machine code that Triton emits for ``--target``, executed on CPU
+tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Each lane
 checks that it runs in the mode it was asked for. A kernel test that launches no kernel fails, and so does a whole lane
-in which some kernel of the package never ran, or that takes longer than its budget.
+in which some kernel of the package never ran. Time fails nothing: what takes longer than its budget is a warning, and
+build/lane_times.json keeps the times.
 """
 
+import contextlib
 import functools
 import gc
 import importlib
+import json
 import os
 import pkgutil
 import time
@@ -27,13 +31,21 @@ from . import gpu_results, sharing
 from .peers import Peer
 
 DATA = Path(__file__).parent / "data"
-LANES = {"cpu": (), "interpret": ("kernel",), "compile": ("compile",), "gpu": ("kernel", "gpu")}
-BUDGETS = {"cpu": 420, "interpret": 420, "compile": 240}  # seconds, on two cores
+TIMES = Path(__file__).parents[1] / "build" / "lane_times.json"
+LANES = {
+    "cpu": (),
+    "interpret": ("kernel",),
+    "machine": ("kernel",),
+    "compile": ("compile",),
+    "gpu": ("kernel", "gpu"),
+}
+LAUNCHING = ("interpret", "machine", "gpu")  # lanes in which every kernel has to run
+BUDGETS = {"cpu": 420, "interpret": 420, "machine": 300, "compile": 240}  # seconds, on two cores with no other work
 PARTS = {  # of the cpu lane's: the wheel and the demo, one after the other; real processes under Gloo
     ("test_packaging.py", "test_demo.py"): 120,
     ("test_sharded_table.py", "test_sharded_checkpoint.py", "test_sharded_faults.py"): 120,
 }
-STARTED = pytest.StashKey()
+STARTED, MACHINE = pytest.StashKey(), pytest.StashKey()
 launches = Counter()  # kernel name -> launches in this process
 durations = Counter()  # file -> seconds of its tests
 recent = {}  # kernel name -> the grid and the keyword arguments of its last launch, tensors left out
@@ -41,6 +53,7 @@ recent = {}  # kernel name -> the grid and the keyword arguments of its last lau
 
 def pytest_addoption(parser):
     parser.addoption("--lane", choices=tuple(LANES), default="cpu", help="which lane of tests to run")
+    parser.addoption("--target", choices=("sm_80", "sm_90"), default="sm_90", help="what lane machine compiles for")
 
 
 def pytest_configure(config):
@@ -50,7 +63,13 @@ def pytest_configure(config):
         raise pytest.UsageError(f"lane {lane!r} runs {wanted}, set before Triton is imported")
     if lane == "gpu" and not torch.cuda.is_available() and not config.option.collectonly:
         raise pytest.UsageError("lane 'gpu' needs a GPU, and torch finds none")
-    if lane in ("interpret", "gpu"):
+    if lane == "machine" and not config.option.collectonly:
+        from .machine.gpu import standing_in
+
+        stack = contextlib.ExitStack()
+        config.stash[MACHINE] = stack.enter_context(standing_in(config.getoption("--target")))
+        config.add_cleanup(stack.close)
+    if lane in LAUNCHING:
         _count_launches()
     if lane == "gpu" and torch.cuda.is_available():
         config.pluginmanager.register(gpu_results.Recorder())
@@ -121,24 +140,46 @@ def pytest_sessionfinish(session, exitstatus):
         config.workeroutput["launches"] = dict(launches)
         return
     whole_lane = not config.option.keyword and all("::" not in arg and ".py" not in arg for arg in config.args)
-    if not whole_lane or config.option.collectonly or exitstatus != 0:
+    if not whole_lane or config.option.collectonly:
         return
-    for fault in lane_faults(config.getoption("--lane"), time.monotonic() - config.stash[STARTED]):
-        config.pluginmanager.getplugin("terminalreporter").write_line(f"FAILED: {fault}", red=True)
+    lane, took = config.getoption("--lane"), time.monotonic() - config.stash[STARTED]
+    write = config.pluginmanager.getplugin("terminalreporter").write_line
+    if all(Path(arg).resolve() == Path(__file__).parent for arg in config.args):
+        target = config.getoption("--target") if lane == "machine" else ""
+        write_times(TIMES, " ".join(filter(None, (lane, target, f"Triton {triton.__version__}"))), lane, took)
+    for slow in lane_delays(lane, took):
+        write(f"WARNING: {slow}", yellow=True)
+    for fault in lane_faults(lane) if exitstatus == 0 else ():
+        write(f"FAILED: {fault}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def lane_faults(lane, took):
-    """What is wrong with a lane of which every test passed in ``took`` seconds."""
+def lane_faults(lane):
+    """What is wrong with a lane of which every test passed."""
     idle = sorted(set(package_kernels()) - set(launches))
-    if lane in ("interpret", "gpu") and idle:
+    if lane in LAUNCHING and idle:
         yield f"kernels that no test of this lane launched: {', '.join(idle)}"
+
+
+def lane_delays(lane, took):
+    """Where a lane took longer than its budget; a machine may be busy with others."""
     if took > BUDGETS.get(lane, took):
         yield f"lane {lane!r} took {took:.0f} s, its budget is {BUDGETS[lane]} s"
     for files, budget in PARTS.items():
         spent = sum(durations[file] for file in files)
         if spent > budget:
             yield f"{' and '.join(files)} took {spent:.0f} s, their budget is {budget} s"
+
+
+def write_times(path, name, lane, took):
+    """Keep the seconds of a lane and of its files, beside those of other lanes."""
+    times = json.loads(path.read_text()) if path.exists() else {}
+    files = {file: round(seconds, 1) for file, seconds in durations.most_common()}
+    times[name] = dict(seconds=round(took, 1), budget=BUDGETS.get(lane), files=files)
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(times, indent=1) + "\n")
+    part.replace(path)
 
 
 def pytest_runtest_logreport(report):

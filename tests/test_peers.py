@@ -15,6 +15,7 @@ from bench.cases import Case, Workbench, load_cases
 from bench.peer_files import MissingPeer, load_functions
 from engram_kernels import reference
 
+from .patience import HANG
 from .test_bench import CPU, LIMIT, MACHINE, ROOFS, FakeTimer, ample, toy
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,12 @@ def bench():
 def test_a_kernel_runs_without_its_package(source):
     environment = dict(TRITON_INTERPRET="1", PATH="/usr/bin:/bin", PYTHONPATH=str(ROOT))
     ran = subprocess.run(
-        [sys.executable, "-c", RUN, str(source)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", RUN, str(source)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
     )
     assert ran.stdout == "ran\n", ran.stderr
 

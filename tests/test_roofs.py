@@ -16,6 +16,7 @@ from bench import environment, footprints, roofs, timing
 from bench.cases import load_cases
 
 from .offline import TARGETS, compiling_for, machine_code
+from .patience import HANG
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def test_roofs_in_the_interpreter():
     """In a process of its own: the interpreter has to be on before Triton is imported."""
     variables = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", ROOFS_SCRIPT], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", ROOFS_SCRIPT], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
 

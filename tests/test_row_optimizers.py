@@ -280,7 +280,7 @@ def test_shared_tables(kind):
         optimizer = kind(table.requires_row_grad_())
         lookup(table, torch.tensor([3, 5])).sum().backward()
         optimizer.step()
-        with EngramTable.attach(name, ROWS, WIDTH, "float32", timeout=5) as other:
+        with EngramTable.attach(name, ROWS, WIDTH, "float32", timeout=1800) as other:
             assert (other.weight != before).any(1).nonzero().flatten().tolist() == [3, 5]
             with pytest.raises(ValueError, match="was attached, and only the process that published it may move rows"):
                 kind(other.requires_row_grad_())

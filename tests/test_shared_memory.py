@@ -32,7 +32,7 @@ def bare_machine(monkeypatch):
 def test_one_writer_and_readers_that_wait(peers, shared_name, kind):
     """The reader attaches first and gets what was written meanwhile, in the same memory; the last one removes it."""
     weight, scale = tables.random_parts(3000, 64, kind)
-    peers[0].start(f"t = EngramTable.attach({shared_name!r}, 3000, 64, {kind!r}, timeout=20); result = t.rows")
+    peers[0].start(f"t = EngramTable.attach({shared_name!r}, 3000, 64, {kind!r}, timeout=1800); result = t.rows")
     table = made(shared_name, (3000, 64, kind), scale=scale if kind == "e4m3" else 1.0)
     table.weight.view(torch.uint8).copy_(weight.view(torch.uint8))
     if kind == "e4m3_ue8m0":

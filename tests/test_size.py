@@ -12,6 +12,8 @@ from engram_kernels import EngramConfig, EngramTable
 from engram_kernels.__main__ import main
 from engram_kernels.size import LINK, PRESETS, TOKENS, floor_seconds, layer_traffic, size_sections, spans
 
+from .patience import HANG
+
 ROOT = Path(__file__).parents[1]
 T = 3
 
@@ -104,6 +106,6 @@ def test_command(capsys):
 )
 def test_mistakes_take_one_line(words, message):
     line = [sys.executable, "-m", "engram_kernels", "size", *words]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.count("\n") == 1
