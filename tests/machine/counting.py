@@ -66,7 +66,7 @@ class CountingMachine(Machine):
                 self._programs[text] = sass.disassemble(file.read())
         return launch
 
-    def run(self, kernel, ordered, values, grid, shared_bytes, allocations, given):
+    def execute(self, kernel, values, grid, shared_bytes, given, allocations):
         """Execute a launch once, with all warps in step, and count it."""
         counters = WarpCounters()
         execute(kernel, values, grid, shared_bytes, allocations, races=False, counters=counters)

@@ -118,6 +118,10 @@ class Machine:
         if not programs:
             return
         allocations = self.memory.of_launch(given)
+        self.execute(kernel, values, grid, shared_bytes, given, allocations)
+
+    def execute(self, kernel, values, grid, shared_bytes, given, allocations):
+        """Execute a launch, in the orders of warps that could matter, and raise what is reported."""
         ordered = kernel in self.ordered and sum(each.size for each in allocations) <= COMPARED_BYTES
         self.ordered.discard(kernel)
         before = [each.bytes.copy() for each in allocations] if ordered else []
@@ -153,9 +157,9 @@ def is_benign(kernel, report):
 
 
 @contextlib.contextmanager
-def standing_in(target):
+def standing_in(target, kind=Machine):
     """Within the context kernels take CPU tensors, and run as machine code for ``target``; yields the machine."""
-    machine, before = Machine(target), driver._active
+    machine, before = kind(target), driver._active
     taking = engram_kernels.arguments.CPU_TAKES_KERNELS
     driver.set_active(machine)
     engram_kernels.arguments.CPU_TAKES_KERNELS = True
