@@ -2,9 +2,11 @@
 
 ``python -m tests.executed_report`` counts under the Triton at hand and writes its part of
 ``tests/data/executed_report.json``; ``make compile-report`` runs it under the oldest and the newest Triton, and puts it
-into ``docs/compile_report.md``.
+into ``docs/compile_report.md``. With families of jobs (``hash gate``) or another ``--target`` it prints a table and
+writes nothing.
 """
 
+import argparse
 import contextlib
 import json
 import sys
@@ -14,9 +16,9 @@ from unittest import mock
 
 import triton
 
-from .executed_jobs import PROCESSORS, Job, jobs
+from .executed_jobs import FAMILIES, PROCESSORS, Job, jobs
 from .machine.counting import CountingMachine, LaunchCounts, total
-from .machine.gpu import standing_in
+from .machine.gpu import TARGETS, standing_in
 from .machine.sass import KINDS
 
 TARGET = "sm_90"
@@ -46,9 +48,9 @@ bfloat16); 27b and gate_conv have Engram-27B's, qwen has Qwen's. Grids are those
 
 
 @contextlib.contextmanager
-def counting_machine() -> Iterator[CountingMachine]:
+def counting_machine(target: str = TARGET) -> Iterator[CountingMachine]:
     """Launches run and are counted within the context, on as many multiprocessors as an H100 has."""
-    with standing_in(TARGET, CountingMachine) as machine, contextlib.ExitStack() as stack:
+    with standing_in(target, CountingMachine) as machine, contextlib.ExitStack() as stack:
         for module in list(sys.modules.values()):
             if module.__name__.startswith("engram_kernels") and hasattr(module, "processors"):
                 stack.enter_context(mock.patch.object(module, "processors", lambda device: PROCESSORS))
@@ -142,17 +144,24 @@ def newest_first(report: dict) -> list[str]:
     return sorted(report, key=lambda version: [int(part) for part in version.split("+")[0].split(".")], reverse=True)
 
 
-def measure(families: Iterable[str] | None = None, say: Callable[[str], object] = print) -> dict:
+def measure(families: Iterable[str] | None = None, target: str = TARGET, say: Callable[[str], object] = print) -> dict:
     """Job -> what it executes under the Triton at hand."""
     found = {}
-    with counting_machine() as machine:
+    with counting_machine(target) as machine:
         for job in jobs(families=families):
             found[job.name] = count(machine, job, job.ours)
             say(f"{job.name}: {number(found[job.name]['instructions'])} a {job.unit}")
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("families", nargs="*", choices=[*FAMILIES, []], help="of jobs; none: all of them")
+    parser.add_argument("--target", default=TARGET, choices=TARGETS)
+    chosen = parser.parse_args(arguments)
+    if chosen.families or chosen.target != TARGET:
+        print("\n".join(rows(measure(chosen.families or None, chosen.target))))
+        return
     report = load()
     report[triton.__version__] = measure()
     save(JSON, report)

@@ -110,7 +110,7 @@ class TestVerdict:
         assert job.verdict(torch.tensor([1, 2])) == "equal"
 
 
-#: A peer's lookup, of the parameters that vLLM's has; WRONG is the error that it makes.
+#: A peer's lookup, of the parameters that vLLM's has; FACTOR is 1 where it is right.
 LOOKUP = """
 from somewhere.else_ import tl, triton
 
@@ -137,7 +137,7 @@ def _engram_lookup_kernel(
         at = tl.load(ids + row // LOCAL_HEADS * stride_t + row % LOCAL_HEADS * stride_h).to(tl.int64)
         exponent = tl.load(scale + at * (DIM // QUANT_BLOCK) + offs // QUANT_BLOCK).to(tl.int32)
         value = tl.load(weight + at * DIM + offs).to(tl.float32) * (exponent << 23).to(tl.float32, bitcast=True)
-        tl.store(out + row * DIM + offs, (value + WRONG).to(tl.bfloat16))
+        tl.store(out + row * DIM + offs, (value * FACTOR).to(tl.bfloat16))
 """
 
 
@@ -145,10 +145,10 @@ def _engram_lookup_kernel(
 def peer(tmp_path):
     """A folder with a stand-in for vLLM's file."""
 
-    def write(wrong):
+    def write(factor):
         path = tmp_path / "vllm" / next(iter(vllm_peer.FILES))
         path.parent.mkdir(parents=True)
-        path.write_text(LOOKUP.replace("WRONG", str(wrong)))
+        path.write_text(LOOKUP.replace("FACTOR", str(factor)))
         (tmp_path / "vllm-1.2.3.dist-info").mkdir()
         return tmp_path
 
@@ -158,7 +158,7 @@ def peer(tmp_path):
 @pytest.mark.compile
 def test_peers_are_counted_on_the_same_jobs(peer):
     said = []
-    found = peers_report.measure(peer(0.0), families=["lookup"], say=said.append)
+    found = peers_report.measure(peer(1.0), families=["lookup"], say=said.append)
     assert [list(entries) for entries in found.values()] == [["vLLM 1.2.3"]] * 2
     first, second = (entries["vLLM 1.2.3"] for entries in found.values())
     assert first["result"] == second["result"] == "equal"
@@ -173,7 +173,7 @@ def test_peers_are_counted_on_the_same_jobs(peer):
 @pytest.mark.compile
 def test_a_peer_with_wrong_results_is_not_counted(peer):
     with pytest.raises(ValueError, match="elements differ from the reference"):
-        peers_report.measure(peer(1.0), families=["lookup"], say=lambda line: None)
+        peers_report.measure(peer(2.0), families=["lookup"], say=lambda line: None)
 
 
 def test_a_folder_without_peers_is_said(tmp_path):
