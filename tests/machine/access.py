@@ -188,7 +188,7 @@ def load_matrix(kernel, instruction):
         raise Fault("unknown", "form")
 
     def step(lanes, mask):
-        lanes.whole_warps(mask, instruction)
+        lanes.whole_warps(mask, instruction, needed=True)
         index, filled = lanes.numbers(mask), []
         for matrix in range(count):
             chosen, at = _rows(lanes, address, source, matrix, mask, index, instruction)
@@ -213,7 +213,7 @@ def store_matrix(kernel, instruction):
         raise Fault("unknown", "form")
 
     def step(lanes, mask):
-        lanes.whole_warps(mask, instruction)
+        lanes.whole_warps(mask, instruction, needed=True)
         index = lanes.numbers(mask)
         for matrix, value in enumerate(sources):
             chosen, at = _rows(lanes, address, target, matrix, mask, index, instruction)

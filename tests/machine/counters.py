@@ -48,12 +48,12 @@ class Counters:
         return len(found[0]) if found else 0
 
     def instructions(self, kernel):
-        """PTX line -> warps that issued the instruction, with lanes enabled or not."""
+        """PTX line -> warps that issued its instructions, with lanes enabled or not."""
         found = Counter()
         for block in kernel.program.blocks:
             for each in [*block.instructions, block.end]:
                 if each is not None:
-                    found[each.line] += self.warps[kernel, block.index]
+                    found[each.line] = max(found[each.line], self.warps[kernel, block.index])
         return found
 
     # ---- called by the executor

@@ -5,7 +5,7 @@ Instructions of memory, warps and control are elsewhere (translation.TABLE); any
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from operator import add, and_, invert, mul, or_, sub, xor
 
 import numpy as np
@@ -26,9 +26,11 @@ class Form:
     result: str
     sources: tuple[str, ...]
     undefined: Callable | None = None  # of (operands, undefined bits of them); None: where any operand is
+    unspecified: Callable | None = None  # of the operands: where the manual leaves the result open
     wide: bool = False
 
 
+@cache
 def dtype_of(kind):
     """numpy's type of a PTX type."""
     if kind == "pred":
@@ -54,6 +56,10 @@ def _undefined_select(operands, undefined):
     return undefined[2] | np.where(operands[2], undefined[0], undefined[1])
 
 
+def _by_zero(a, b):
+    return b == 0
+
+
 FORMS = {}
 
 
@@ -66,8 +72,8 @@ def _integers():
             FORMS[f"sub.{kind}"] = same(sub, sources=(kind,) * 2)
             FORMS[f"mul.lo.{kind}"] = same(mul, sources=(kind,) * 2)
             FORMS[f"mad.lo.{kind}"] = same(lambda a, b, c: a * b + c, sources=(kind,) * 3)
-            FORMS[f"div.{kind}"] = same(values.quotient, sources=(kind,) * 2)
-            FORMS[f"rem.{kind}"] = same(values.remainder, sources=(kind,) * 2)
+            FORMS[f"div.{kind}"] = same(values.quotient, sources=(kind,) * 2, unspecified=_by_zero)
+            FORMS[f"rem.{kind}"] = same(values.remainder, sources=(kind,) * 2, unspecified=_by_zero)
             FORMS[f"min.{kind}"] = same(np.minimum, sources=(kind,) * 2)
             FORMS[f"max.{kind}"] = same(np.maximum, sources=(kind,) * 2)
             FORMS[f"shr.{kind}"] = same(values.shr, sources=(kind, "u32"))

@@ -20,21 +20,27 @@ class Kernel:
         # Of each register number what it holds at first: bits of what nobody has written, a special's name, a constant.
         self.initial = []
         self.bits = []
-        self._registers, self._constants = {}, {}
+        self._registers, self._constants, self._seen = {}, {}, {}
         self._steps = [None] * len(self.program.blocks)
 
     def steps(self, block):
         """Functions of (lanes, mask), one for each instruction of the block but its end."""
         if self._steps[block] is None:
-            self._steps[block] = [translation.translate(self, each) for each in self.program.blocks[block].instructions]
+            held = self.program.blocks[block]
+            self._steps[block] = [translation.translate(self, each) for each in held.instructions]
+            if held.end is not None and held.end.guard is not None:
+                self.register(held.end.guard, held.end.scope)
         return self._steps[block]
 
     def register(self, name, scope=0):
         """Number of a register."""
-        key = self.program.declared(name, scope)
-        if key not in self._registers:
-            self._registers[key] = self._add(key[2], key[2])
-        return self._registers[key]
+        number = self._seen.get((name, scope))
+        if number is None:
+            key = self.program.declared(name, scope)
+            if key not in self._registers:
+                self._registers[key] = self._add(key[2], key[2])
+            number = self._seen[name, scope] = self._registers[key]
+        return number
 
     def constant(self, number, bits):
         """Number of a register that holds a constant for good, cut to its bits."""

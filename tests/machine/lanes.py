@@ -113,12 +113,15 @@ class Lanes:
             cta, thread = self.first_cta + self.cta[lane], self.thread[lane]
             self.report("undefined", f"{what}, {bad.sum()} lanes, first thread {thread} of CTA {cta}", where)
 
-    def whole_warps(self, mask, where):
-        """Instructions of a warp need all of its threads."""
+    def whole_warps(self, mask, where, needed=False):
+        """Instructions of a warp are for all of its threads; ``needed``: nothing can be said of a part."""
         if mask is not None:
             warps = mask.reshape(-1, 32)
             if (warps.any(1) != warps.all(1)).any():
-                self.report("divergent", f"{where.opcode} with a part of a warp", where)
+                text = f"{where.opcode} with a part of a warp"
+                if needed:
+                    raise Fault("divergent", text, where.location)
+                self.report("divergent", text, where)
 
     # ---- control
     def run(self):

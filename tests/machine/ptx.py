@@ -10,6 +10,7 @@ OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 PARAMETER = re.compile(r"\.param\s+\.(\w+)\b[^,]*?(\w+)\s*(?:,|$)")
 LABEL = re.compile(r"([$\w]+):\s*")
 DECLARED = re.compile(r"(%?[\w$]+?)(?:<\d+>)?$")
+LINE = (".loc ", ".loc\t")  # where in the source what follows comes from
 BITS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "b128": 128}
 # A block ends behind these.
 ENDS = {"bra", "bra.uni", "ret", "ret.uni", "exit", "trap", "bar.sync", "barrier.sync", "barrier.sync.aligned"}
@@ -105,7 +106,7 @@ class Program:
         for at, line in enumerate(body.split("\n"), number):
             line = line.strip()
             if "//" in line:
-                if line.startswith(".loc"):
+                if line.startswith(LINE):
                     loc = line
                     continue
                 line = line[: line.index("//")].rstrip()
@@ -121,8 +122,8 @@ class Program:
                 self._statement(piece.strip(), at, loc)
             rest = self._braces(rest.strip())
             if rest and not self._labels(rest):
-                if rest.startswith((".loc", ".pragma", ".file", ".section")):
-                    loc = rest if rest.startswith(".loc") else loc
+                if rest.startswith((*LINE, ".pragma", ".file", ".section")):
+                    loc = rest if rest.startswith(LINE) else loc
                 else:
                     pending = rest + " "
         if pending:
@@ -167,7 +168,7 @@ class Program:
         if piece[0] == ".":
             if piece.startswith(".reg"):
                 self._declare(piece)
-            elif not piece.startswith((".loc", ".pragma")):
+            elif not piece.startswith((*LINE, ".pragma")):
                 raise Fault("unknown", f"directive {piece} of {self.name}")
             return
         guard, negated = None, False

@@ -71,7 +71,8 @@ def _compute(kernel, instruction, form):
     note(instruction, [target], sources)
     gets, registers = [each.get for each in sources], instruction.sources
     finish = widened(form.result, bits, kernel.bits[target])
-    function, rule, of = form.function, form.undefined, [each.register for each in sources]
+    function, rule, unspecified = form.function, form.undefined, form.unspecified
+    of = [each.register for each in sources]
 
     def compute(lanes, mask):
         values, undefined = lanes.values, lanes.undefined
@@ -79,6 +80,8 @@ def _compute(kernel, instruction, form):
         lost = lost_of(undefined, registers)
         if lost is not None and rule is not None:
             lost = rule(operands, [KEPT if undefined[each] is None else undefined[each] for each in of])
+        if unspecified is not None and (open_ := unspecified(*operands)).any():
+            lost = open_ if lost is None else lost | open_
         lanes.put(target, finish(function(*operands)), lost, mask)
 
     return compute

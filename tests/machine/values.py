@@ -31,14 +31,15 @@ def approximation(error):
 
 
 def _off(exact, allowed, *inputs):
-    """The float64 result as an approximation of it gives it, off by up to ``allowed``."""
+    """The float64 result as an approximation of it gives it: off by up to ``allowed``, once it has been rounded."""
     if not _Approximation.error:
         return exact
+    allowed = np.fmax(allowed - np.spacing(np.abs(exact).astype(f32)).astype(f64) / 2, 0)
     bits = u64(0)
     for each in inputs:
         bits = (bits * u64(31) + np.ascontiguousarray(each).view(u32)) * u64(0x9E3779B97F4A7C15)
     share = (bits >> u64(40)).astype(f64) / 2.0**23 - 1.0
-    return np.where(np.isfinite(exact), exact + _Approximation.error * share * allowed, exact)
+    return np.where(np.isfinite(exact) & (allowed != 0), exact + _Approximation.error * share * allowed, exact)
 
 
 def canonical(x):
@@ -179,7 +180,7 @@ def mul_hi_s64(a, b):
 
 
 def quotient(a, b):
-    """Truncated. The manual leaves division by zero open; all bits are set here, as on hardware."""
+    """Truncated. The manual leaves division by zero open, of which forms.py takes care."""
     safe = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         return np.where(b == 0, ~b.dtype.type(0), a // safe)
@@ -187,7 +188,7 @@ def quotient(a, b):
 
 
 def remainder(a, b):
-    """Of the truncated quotient; of a division by zero the dividend."""
+    """Of the truncated quotient."""
     return np.where(b == 0, a, np.fmod(a, np.where(b == 0, b.dtype.type(1), b)))
 
 
