@@ -31,7 +31,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-compile mutation test-oldest compile-report peers-report gpu bench lint check-python
+.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest compile-report peers-report gpu bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -40,7 +40,7 @@ help: ## this list
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
 	$(PY) -m engram_kernels demo $(ARGS)
 
-test: test-cpu test-interpret test-compile mutation $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
+test: test-cpu test-interpret test-compile test-machine mutation $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
 
 test-cpu: $(call ready,test) ## the references, the CPU path, packaging
 	$(PY) -m pytest -n $(JOBS) --lane cpu tests $(ARGS)
@@ -51,12 +51,18 @@ test-interpret: $(call ready,test) ## the kernels in Triton's interpreter
 test-compile: $(call ready,test) ## the kernels compiled for four GPU generations, and what came out
 	$(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
 
+# After the compile lane, whose compiled code is found on disk. On sm_80 one case of each test stands for all.
+test-machine: $(call ready,test) ## the kernels' machine code (PTX), executed on a CPU: bounds, races, orders of warps
+	$(PY) -m pytest -n $(JOBS) --lane machine tests $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --one-case tests $(ARGS)
+
 mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice?
 	$(PY) -m tests.mutation --jobs $(JOBS)
 
-test-oldest: $(call ready,test) $(OLDEST) ## the two lanes above under Triton 3.6.0
+test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3.6.0, of lane machine a case of each test
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret tests $(ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --one-case tests $(ARGS)
 
 compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile to and execute, under both Tritons
 	$(PY) -m tests.executed_report

@@ -7,8 +7,10 @@ Per distinct row, with g its gradient times ``factor``, in float32:
     Adam      t += 1,  m += (1 - b1) (g - m),  v += (1 - b2) (g^2 - v)
               row = (1 - lr * decay) * row - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-t counts the row's own steps. Tables and states are read and written where they are, over UVA where that is the host;
-one program owns a row, so nothing is lost. Rounding and sources: reference/row_update.py. R elements a row.
+t counts the row's own steps. Tables and states are read and written where they are, over UVA where that is the host.
+One program owns a row, and has read all of a step's rows and states before it writes any: what is smaller than a step's
+tile is loaded by every warp and stored by one, whose result the others must not find. Rounding and sources:
+reference/row_update.py. R elements a row.
 """
 
 import math
@@ -99,27 +101,15 @@ def gradient_rows(
 
 
 @triton.jit
-def move_rows(
-    weight_ptr,
-    row,
-    addend,
-    keep,
-    mask,
-    seed,
-    step,
-    num_table_rows,
-    STOCHASTIC: tl.constexpr,
-    WIDTH: tl.constexpr,
-    offs_r,
+def store_rows(
+    weight_row, moved, row, mask, seed, step, num_table_rows, STOCHASTIC: tl.constexpr, WIDTH: tl.constexpr, offs_r
 ):
-    """``row * keep + addend`` of the table's rows, rounded once to their type."""
-    weight_row = weight_ptr + row * WIDTH + offs_r
-    moved = tl.load(weight_row, mask=mask, other=0).to(tl.float32) * keep + addend
+    """``moved``, float32, rounded once to the type of the table at ``weight_row``, the pointers to ``row``."""
     if STOCHASTIC:
         counter = (step * num_table_rows + row) * WIDTH + offs_r
         tl.store(weight_row, round_stochastic(moved, random_bits(seed, counter)), mask=mask)
     else:
-        tl.store(weight_row, moved.to(weight_ptr.dtype.element_ty), mask=mask)
+        tl.store(weight_row, moved.to(weight_row.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "num_table_rows", "sums_address", "weight_address"])
@@ -159,11 +149,14 @@ def row_adagrad_kernel(
         row, moves, gradient, square = gradient_rows(
             block, ids_ptr, values_ptr, squares_ptr, count, factor, skipped_ptr, WIDTH, BLOCK_ROWS, BLOCK_R
         )
-        total = tl.load(sums_ptr + row, mask=moves, other=0) + square / WIDTH
-        tl.store(sums_ptr + row, total, mask=moves)
-        addend = -lr * gradient / (tl.sqrt(total) + eps)
         mask = moves & (offs_r < WIDTH)
-        move_rows(weight_ptr, row, addend, keep, mask, seed, step64, num_table_rows, STOCHASTIC, WIDTH, offs_r)
+        weight_row = weight_ptr + row * WIDTH + offs_r
+        weight = tl.load(weight_row, mask=mask, other=0).to(tl.float32)
+        total = tl.load(sums_ptr + row, mask=moves, other=0) + square / WIDTH
+        tl.debug_barrier()  # every warp has loaded the sums, of which one stores the new ones
+        tl.store(sums_ptr + row, total, mask=moves)
+        moved = weight * keep - lr * gradient / (tl.sqrt(total) + eps)
+        store_rows(weight_row, moved, row, mask, seed, step64, num_table_rows, STOCHASTIC, WIDTH, offs_r)
 
 
 @triton.jit(
@@ -219,20 +212,22 @@ def row_adam_kernel(
             block, ids_ptr, values_ptr, squares_ptr, count, factor, skipped_ptr, WIDTH, BLOCK_ROWS, BLOCK_R
         )
         mask = moves & (offs_r < WIDTH)
-        steps = tl.load(steps_ptr + row, mask=moves, other=0) + 1
-        tl.store(steps_ptr + row, steps, mask=moves)
+        weight_row = weight_ptr + row * WIDTH + offs_r
         first_row, second_row = first_ptr + row * WIDTH + offs_r, second_ptr + row * WIDTH + offs_r
+        weight = tl.load(weight_row, mask=mask, other=0).to(tl.float32)
         first = tl.load(first_row, mask=mask, other=0)
-        first += rate_1 * (gradient - first)
-        tl.store(first_row, first, mask=mask)
         second = tl.load(second_row, mask=mask, other=0)
+        steps = tl.load(steps_ptr + row, mask=moves, other=0) + 1
+        first += rate_1 * (gradient - first)
         second += rate_2 * (gradient * gradient - second)
+        tl.debug_barrier()  # every warp has loaded the steps, and of narrow rows the moments; one stores the new ones
+        tl.store(steps_ptr + row, steps, mask=moves)
+        tl.store(first_row, first, mask=mask)
         tl.store(second_row, second, mask=mask)
         mean = first / one_minus_power(steps, log_beta_1)
         scale = tl.sqrt(second / one_minus_power(steps, log_beta_2)) + eps
-        move_rows(
-            weight_ptr, row, -lr * mean / scale, keep, mask, seed, step64, num_table_rows, STOCHASTIC, WIDTH, offs_r
-        )
+        moved = weight * keep - lr * mean / scale
+        store_rows(weight_row, moved, row, mask, seed, step64, num_table_rows, STOCHASTIC, WIDTH, offs_r)
 
 
 def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **options) -> None:
@@ -261,7 +256,7 @@ def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **o
         BLOCK_ROWS=config.block_rows,
         BLOCK_R=config.block_r,
         num_warps=config.num_warps,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
     )
     with on_device_of(factor):
         if len(state) == 1:

@@ -54,6 +54,7 @@ recent = {}  # kernel name -> the grid and the keyword arguments of its last lau
 def pytest_addoption(parser):
     parser.addoption("--lane", choices=tuple(LANES), default="cpu", help="which lane of tests to run")
     parser.addoption("--target", choices=("sm_80", "sm_90"), default="sm_90", help="what lane machine compiles for")
+    parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
 
 
 def pytest_configure(config):
@@ -87,7 +88,10 @@ def pytest_collection_modifyitems(config, items):
     wanted = set(LANES[config.getoption("--lane")])
     special = {mark for marks in LANES.values() for mark in marks}
     kept = [item for item in items if _belongs(special & {mark.name for mark in item.iter_markers()}, wanted)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    if config.getoption("--one-case"):
+        kept = list({item.nodeid.split("[")[0]: item for item in reversed(kept)}.values())[::-1]
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
 
 

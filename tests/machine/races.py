@@ -15,6 +15,7 @@ READ, WRITE, ATOMIC = range(3)
 KINDS = {"read": READ, "write": WRITE, "atomic": ATOMIC}
 NAMES = ("read", "store", "atomic")
 LOOKED_AT = 2000  # bytes of a memory that are looked at one by one, once it is clear that something may be wrong
+DENSE = 1 << 24  # granules of a memory that are counted in place
 TOLD = 4  # reports of one memory
 
 
@@ -61,10 +62,13 @@ class _Table:
         parts = [self._rows(number, each) for number, each in enumerate(accesses)]
         columns = [np.concatenate(each) for each in zip(*parts, strict=True)]
         self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.value, self.number = columns
-        written = np.zeros(int(self.granule.max()) + 1, bool)
-        written[self.granule[self.kind == WRITE]] = True
-        count = np.bincount(self.granule)
-        self._keep(written[self.granule] & (count[self.granule] > 1))
+        numbers = self.granule
+        if numbers.max() > DENSE:  # of gigabytes a launch touches a few bytes
+            numbers = np.unique(numbers, return_inverse=True)[1]
+        written = np.zeros(int(numbers.max()) + 1, bool)
+        written[numbers[self.kind == WRITE]] = True
+        count = np.bincount(numbers)
+        self._keep(written[numbers] & (count[numbers] > 1))
 
     def _rows(self, number, access):
         times = access.size // self.size
