@@ -232,6 +232,39 @@ def test_what_a_predicate_switches_off_is_issued():
     assert ran.total <= WARPS * kernel.size
 
 
+def test_a_branch_that_ptxas_folds_into_a_predicate():
+    """The guarded store is issued by warps that never came to it in the PTX."""
+    body = """
+    setp.ne.u32 %p1, %r3, 1;
+    setp.eq.u32 %p2, %r2, 40;
+    @%p1 bra $done;
+    @%p2 st.global.b32 [%rd5+512], %r2;
+$done:
+    st.global.b32 [%rd5], %r2;
+    ret;
+"""
+    ran = Ran(body)
+    (block,) = ran.program.kernel.blocks
+    assert ran.total == WARPS * len(block.code) and ran.issued("STG") == 2 * WARPS
+    assert ran.counters.total(ran.counters.requests, "store") == WARPS + 1
+
+
+def test_a_load_that_ptxas_moves_behind_a_branch():
+    """Only the warp that goes on needs it."""
+    body = """
+    ld.global.b32 %r4, [%rd4];
+    setp.ne.u32 %p1, %r3, %r1;
+    @%p1 bra $done;
+{long_way}
+    st.global.b32 [%rd5+512], %r4;
+$done:
+    ret;
+"""
+    ran = Ran(body.format(long_way=_LONG_WAY), count=2)
+    assert ran.issued("LDG") == 1 and ran.issued("STG") == 1
+    assert ran.total < 2 * ran.program.kernel.size
+
+
 @pytest.mark.parametrize("shift", [1, 33])
 def test_a_division_routine_counts_where_it_is_called(shift):
     """As compilers write it: a short division where both numbers have 32 bits, else a call."""

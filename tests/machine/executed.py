@@ -178,7 +178,7 @@ class _Solver:
         self.preferences = list(self._preferences())
 
     def _anchors(self):
-        """(line, copies by block, which of them keep a predicate that the PTX has: none, some, all or only they)."""
+        """(line, copies by block, whether the line has a predicate, and whether copies have a guard: some may)."""
         for line, statement in self.ptx.items():
             code = [
                 (block.index, each)
@@ -200,9 +200,10 @@ class _Solver:
     def _wanted(line, predicated, guarded, executed, enabled):
         """The least and the most that copies of a line run, in all."""
         all_, some = executed.get(line, 0), enabled.get(line, 0) if predicated else 0
-        if predicated:  # a copy without a guard is behind a branch, and runs where a lane is enabled
-            return (all_ if guarded == {True} else some), (some if guarded == {False} else all_)
-        return all_, (all_ if guarded == {False} else math.inf)  # a guard comes from a branch that was folded
+        if guarded == {False}:  # of a line with a predicate: behind a branch, where it runs if a lane has it enabled
+            return (some, some) if predicated else (all_, all_)
+        # A guard may be a branch that was folded, whose other side issues it too.
+        return some if predicated and guarded == {False, True} else all_, math.inf
 
     def _preferences(self):
         """(line, factors by block): how the lines of a block of PTX mostly lie in the machine code."""
