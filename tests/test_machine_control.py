@@ -63,6 +63,13 @@ def test_registers_and_labels_in_scopes():
             run(entry(wrong), [np.zeros(4, np.uint8)])
 
 
+def test_inline_assembly_may_close_a_scope_at_the_start_of_a_line():
+    body = NUMBER + IN + "bra L1;\n{ .reg .b32 t; mov.b32 t, 1;\n}\nL1: add.s32 %r10, %r1, 1; " + STORE
+    arrays = numbers(*range(32))
+    run(entry(body, ("u64", "u64")), arrays)
+    assert arrays[0].tolist() == list(range(1, 33))
+
+
 def test_blocks_are_ranked_so_that_lanes_meet():
     """Both sides of a branch before what follows them, a loop before what follows it, however they are laid out."""
     body = "@%p1 bra B; bra C; D: add.s32 %r1, %r1, 1; ret; C: @%p2 bra C; B: mov.b32 %r1, 1; bra D; "

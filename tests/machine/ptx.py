@@ -45,12 +45,16 @@ class Block:
 
 def _closing(text, start):
     """Place of the brace that closes a scope which is open at ``start``. Inline assembly has scopes of its own."""
-    depth = 1
+    depth, end = 1, None
     for brace in re.finditer("[{}]", text[start:]):
         depth += 1 if brace[0] == "{" else -1
-        if not depth:
-            return start + brace.start()
-    raise Fault("unknown", "an entry without an end")
+        if not depth and end is None:
+            end = start + brace.start()
+        if depth < 0:
+            raise Fault("unknown", "a brace too many")
+    if end is None:
+        raise Fault("unknown", "an entry without an end")
+    return end
 
 
 class Program:
