@@ -80,9 +80,9 @@ SWEEPS = {
         (gate, gate_scale),
         ("gate_residual/v41/T=1", "gate_residual/v41/T=8192"),
         (
-            *grid(block_t=(1, 2, 4), block_d=(1024,), num_warps=(2, 4, 8)),
-            *grid(block_t=(1, 2), block_d=(512, 2048), num_warps=(4, 8)),
-            *grid(block_t=(1,), stages=(1, 3, 5, 6), block_out=(1024, 4096)),
+            *grid(block_d=(512, 1024, 2048), num_warps=(2, 4, 8)),
+            *grid(programs=(33, 66, 99, 132, 198, 264, 528)),
+            *grid(keep=(False,), programs=(99, 264)),
         ),
     ),
     "conv": Sweep(

@@ -12,48 +12,40 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
-from .arguments import INTERPRETING
-from .launch import next_power_of_2
+from .launch import cdiv, next_power_of_2
+from .ordered_sum import ordered_sum
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Tokens and elements of D that a program holds at once in its branch, and its warps.
+    """Elements of D that a program adds up at once in its branch, its warps, and programs of each branch.
 
-    stages: of the pipelined loop that sums over D, 1 for none. block_out: elements of D that are written at once.
+    keep: whether a thread holds its part of a whole row of norms and of hidden states in registers.
     """
 
-    block_t: int
     block_d: int
     num_warps: int
-    stages: int
-    block_out: int
-
-
-FEW_TOKENS = 32  # as many are at most one program a multiprocessor, and those wait for memory
-
-
-def few_tokens(num_tokens: int) -> bool:
-    """Whether :func:`gate_config` is asked for few: on NVIDIA alone, as AMD's compiler would sum in another order."""
-    return num_tokens <= FEW_TOKENS and (INTERPRETING or driver.active.get_current_target().backend == "cuda")
+    programs: int
+    keep: bool
 
 
 @lru_cache
-def gate_config(hidden_size: int, few: bool = False) -> GateConfig:
-    """Tiles of 2 tokens x 1,024 of D, 16 elements a thread: two tokens share the norm weights they load.
+def gate_config(hidden_size: int, num_tokens: int, branches: int, processors: int, warp: int = 32) -> GateConfig:
+    """A program takes one branch, and one token after the other: 8 elements a thread at once, all warps along D.
 
-    All warps lie along D, so that the order of a row's sums does not depend on the number of tokens in a tile: it is a
-    function of D and the dtypes alone, and a token keeps its bits. Few tokens have a tile each, and wait for memory: at
-    D = 5120 all five tiles of a row are on their way at once then, through 32 KB (bfloat16) or 64 KB (float32) of
-    shared memory, and four are written at once. That is 3 round trips in place of 10.
+    block_d is that of the sums over D, whose order it fixes, so it depends on D alone: the greatest divisor of D that
+    is a power of two of 256 to 1,024, else as much as D needs, and at least a warp of 64: an element that two threads
+    hold could be read by one after the other has written it in place. Up to 64 elements a thread (D = 8,192) stay in
+    registers: the product of both norms, which tokens share, and hidden, which is read once. At D = 5,120 that leaves
+    three programs of four warps on a multiprocessor of an H100, with 90 KB on their way at once where 72 KB saturate
+    the link and 32 its memory. As many programs take all tokens in turn; more would load norms more often.
     """
-    block_d = min(1024, next_power_of_2(hidden_size))
-    num_warps = max(1, min(4, block_d // 256))
-    block_t = max(1, num_warps * (256 if few else 512) // block_d)
-    stages, block_out = (5, min(4096, next_power_of_2(hidden_size))) if few else (1, block_d)
-    return GateConfig(block_t, block_d, num_warps, stages, block_out)
+    divisor = hidden_size & -hidden_size
+    block_d = max(64, min(1024, divisor if divisor >= 256 else next_power_of_2(hidden_size)))
+    num_warps = max(1, block_d // (8 * warp))
+    programs = max(1, min(num_tokens, cdiv(3 * processors * max(1, 128 // (num_warps * warp)), branches)))
+    return GateConfig(block_d, num_warps, programs, hidden_size <= 64 * warp * num_warps)
 
 
 @triton.jit
@@ -84,61 +76,168 @@ def gate_of(d, clamp, COPYSIGN: tl.constexpr):
 
 
 @triton.jit
+def widen(x):
+    """``x`` as float32. Of bfloat16 by its bits: a cast costs ptxas two instructions for every other element."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def row_part(row_ptr, begin, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_D elements of a row from ``begin``, zeros behind its end."""
+    offs_d = begin + tl.arange(0, BLOCK_D)
+    if HIDDEN_SIZE % BLOCK_D == 0:
+        return tl.load(row_ptr + offs_d)
+    else:
+        return tl.load(row_ptr + offs_d, mask=offs_d < HIDDEN_SIZE, other=0)
+
+
+@triton.jit
+def store_part(row_ptr, begin, part, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_D elements of a row from ``begin``, rounded to its type."""
+    offs_d = begin + tl.arange(0, BLOCK_D)
+    part = part.to(row_ptr.dtype.element_ty)
+    if HIDDEN_SIZE % BLOCK_D == 0:
+        tl.store(row_ptr + offs_d, part)
+    else:
+        tl.store(row_ptr + offs_d, part, mask=offs_d < HIDDEN_SIZE)
+
+
+@triton.jit
+def norm_part(query_norm_row, key_norm_row, begin, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The product of both norms, float32, BLOCK_D elements from ``begin``."""
+    query_norm = row_part(query_norm_row, begin, HIDDEN_SIZE, BLOCK_D)
+    return widen(query_norm) * widen(row_part(key_norm_row, begin, HIDDEN_SIZE, BLOCK_D))
+
+
+@triton.jit
+def row_parts(row_ptr, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEEP: tl.constexpr):
+    """All parts of a row with KEEP, which are on their way at once then; else none."""
+    parts = ()
+    if KEEP:
+        for begin in tl.static_range(0, HIDDEN_SIZE, BLOCK_D):
+            parts = parts + (row_part(row_ptr, begin, HIDDEN_SIZE, BLOCK_D),)
+    return parts
+
+
+@triton.jit
+def norm_parts(query_norm_row, key_norm_row, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEEP: tl.constexpr):
+    """All parts of the product of both norms with KEEP, else none."""
+    parts = ()
+    if KEEP:
+        for begin in tl.static_range(0, HIDDEN_SIZE, BLOCK_D):
+            parts = parts + (norm_part(query_norm_row, key_norm_row, begin, HIDDEN_SIZE, BLOCK_D),)
+    return parts
+
+
+@triton.jit
+def overflown_dot(
+    hidden_row,
+    key_row,
+    query_norm_row,
+    key_norm_row,
+    hidden_scale,
+    key_scale,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The dot product of the normed rows where the squares of one exceed float32, whose scale is 0 then.
+
+    Scaled first, as the formula has it, a finite row is a row of zeros, not infinity times zero. Few elements a thread,
+    and an end that the compiler does not know (the grid has one dimension), since it unrolls what it knows: what hardly
+    ever runs must take no registers from what does.
+    """
+    TILE: tl.constexpr = max(64, BLOCK_D // 4)
+    dot = tl.zeros([TILE], tl.float32)
+    for begin in range(0, HIDDEN_SIZE * tl.num_programs(1), TILE):
+        hidden = widen(row_part(hidden_row, begin, HIDDEN_SIZE, TILE)) * hidden_scale
+        key = widen(row_part(key_row, begin, HIDDEN_SIZE, TILE)) * key_scale
+        dot = tl.fma(hidden * key, norm_part(query_norm_row, key_norm_row, begin, HIDDEN_SIZE, TILE), dot)
+    return ordered_sum(dot, 0)
+
+
+@triton.jit
+def add_part(hidden_square, key_square, product, hidden, key, norm):
+    """What a part of a row adds to the sums of :func:`branch_sums`."""
+    hidden, key = widen(hidden), widen(key)
+    return (
+        tl.fma(hidden, hidden, hidden_square),
+        tl.fma(key, key, key_square),
+        tl.fma(hidden * key, norm, product),
+    )
+
+
+@triton.jit
+def branch_sums(
+    hidden_row,
+    key_row,
+    query_norm_row,
+    key_norm_row,
+    hidden_parts,
+    norms,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Squares of hidden and of key and their normed product, of one token in one branch, to be summed ``[BLOCK_D]``."""
+    hidden_square = tl.zeros([BLOCK_D], tl.float32)
+    key_square, product = hidden_square, hidden_square
+    if KEEP:
+        key_parts = row_parts(key_row, HIDDEN_SIZE, BLOCK_D, KEEP)
+        for part in tl.static_range((HIDDEN_SIZE + BLOCK_D - 1) // BLOCK_D):
+            hidden_square, key_square, product = add_part(
+                hidden_square, key_square, product, hidden_parts[part], key_parts[part], norms[part]
+            )
+    else:
+        for begin in range(0, HIDDEN_SIZE, BLOCK_D):
+            hidden_square, key_square, product = add_part(
+                hidden_square,
+                key_square,
+                product,
+                row_part(hidden_row, begin, HIDDEN_SIZE, BLOCK_D),
+                row_part(key_row, begin, HIDDEN_SIZE, BLOCK_D),
+                norm_part(query_norm_row, key_norm_row, begin, HIDDEN_SIZE, BLOCK_D),
+            )
+    return hidden_square, key_square, product
+
+
+@triton.jit
 def branch_gate(
-    token,
-    branch,
-    live,
-    hidden_ptr,
-    key_ptr,
-    query_norm_ptr,
-    key_norm_ptr,
-    stride_hidden_t,
-    stride_hidden_h,
-    stride_key_t,
-    stride_key_h,
+    sums,
+    hidden_row,
+    key_row,
+    query_norm_row,
+    key_norm_row,
     eps,
     clamp,
     HIDDEN_SIZE: tl.constexpr,
     COPYSIGN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Gates ``[BLOCK_T]`` of tokens ``token [BLOCK_T]`` in one branch, with d and the scales of hidden and key.
-
-    ``token`` and ``branch`` are int64. Tokens that are not ``live`` are not read.
-    """
-    hidden_row = token_rows(hidden_ptr, token[:, None], branch, stride_hidden_t, stride_hidden_h, ALIGNED)
-    key_row = token_rows(key_ptr, token[:, None], branch, stride_key_t, stride_key_h, ALIGNED)
-    hidden_square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    key_square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    product = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for begin in tl.range(0, HIDDEN_SIZE, BLOCK_D, num_stages=STAGES):
-        offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
-        mask_d = offs_d < HIDDEN_SIZE
-        offs_w = branch * HIDDEN_SIZE + offs_d
-        hidden = tl.load(hidden_row + offs_d, mask=live[:, None] & mask_d, other=0).to(tl.float32)
-        key = tl.load(key_row + offs_d, mask=live[:, None] & mask_d, other=0).to(tl.float32)
-        query_norm = tl.load(query_norm_ptr + offs_w, mask=mask_d, other=0).to(tl.float32)
-        key_norm = tl.load(key_norm_ptr + offs_w, mask=mask_d, other=0).to(tl.float32)
-        hidden_square += hidden * hidden
-        key_square += key * key
-        product += (hidden * query_norm) * (key * key_norm)
-    hidden_scale = tl.rsqrt(tl.sum(hidden_square, axis=1) / HIDDEN_SIZE + eps)
-    key_scale = tl.rsqrt(tl.sum(key_square, axis=1) / HIDDEN_SIZE + eps)
-    d = tl.sum(product, axis=1) * hidden_scale * key_scale * (HIDDEN_SIZE**-0.5)
+    """The gate of :func:`branch_sums`, with d and the scales of hidden and key, float32 scalars."""
+    MEAN: tl.constexpr = 1.0 / HIDDEN_SIZE
+    hidden_scale = tl.rsqrt(tl.fma(ordered_sum(sums[0], 0), MEAN, eps))
+    key_scale = tl.rsqrt(tl.fma(ordered_sum(sums[1], 0), MEAN, eps))
+    if (hidden_scale == 0) | (key_scale == 0):
+        dot = overflown_dot(
+            hidden_row, key_row, query_norm_row, key_norm_row, hidden_scale, key_scale, HIDDEN_SIZE, BLOCK_D
+        )
+    else:
+        dot = ordered_sum(sums[2], 0) * (hidden_scale * key_scale)
+    d = dot * (HIDDEN_SIZE**-0.5)
     gate, _ = gate_of(d, clamp, COPYSIGN)
     return gate, d, hidden_scale, key_scale
 
 
 @triton.jit
-def store_scalars(scalars_ptr, token, branch, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES: tl.constexpr):
-    """What the backward pass needs of tokens in a branch, into ``[T, 3, H]``: d and the scales of hidden and key."""
-    offs = token * (3 * NUM_BRANCHES) + branch
-    tl.store(scalars_ptr + offs, d, mask=mask_t)
-    tl.store(scalars_ptr + offs + NUM_BRANCHES, hidden_scale, mask=mask_t)
-    tl.store(scalars_ptr + offs + 2 * NUM_BRANCHES, key_scale, mask=mask_t)
+def store_scalars(scalars_ptr, token, branch, d, hidden_scale, key_scale, NUM_BRANCHES: tl.constexpr):
+    """What the backward pass needs of a token in a branch, into ``[T, 3, H]``: d and the scales of hidden and key."""
+    scalars = scalars_ptr + token * (3 * NUM_BRANCHES) + branch
+    tl.store(scalars, d)
+    tl.store(scalars + NUM_BRANCHES, hidden_scale)
+    tl.store(scalars + 2 * NUM_BRANCHES, key_scale)
 
 
 def rows_aligned(*tensors: torch.Tensor) -> bool:

@@ -4,27 +4,29 @@ G groups, one for each layer and order; S sets of W ways; T tokens, E columns of
 is specified by reference/cache.py. It takes these launches, in the order of one stream:
 
     probe     keys of all n-grams, compared with the tags; rows of hits from the entries, zeros where there is no n-gram
-    sort      of the missed keys, in which equal ones are a run and those of a set lie together
-    place     for each run the n-gram that reads for all, and the entry that it takes, if any
-    read      rows of those n-grams from the tables, to the output and to their entries, with tag and stamp
-    repeat    rows of the others from where the first ones went; the clock goes on
+    sort      of the missed keys, in which equal ones are a run and those of a set lie together, the rest behind them
+    read      for each run the n-gram that reads for all, and the way that it takes, if any; rows of those n-grams from
+              the tables, to the output and to the cache
+    keep      tags and stamps of these ways; rows of the others from where the first ones went; the clock goes on
 
-Entries and tags are read in the first launch alone and written in the fourth alone, so that nobody sees half of one
-(docs/cache.md). Sizes depend on shapes alone and the host waits for nothing, so that a CUDA graph can hold all of it.
+Rows and tags of the cache are read in the first launch alone and written in later ones, tags last, so that nobody sees
+half of an entry (docs/cache.md). Sizes depend on shapes alone and the host waits for nothing, so that a CUDA graph can
+hold all of it; where nothing was missed, programs of the later launches end at their first load.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from .arguments import describe, processors
-from .cache_misses import COUNTED, place_config, place_missed_kernel, read_missed_kernel, repeat_rows_kernel
+from .cache_misses import keep_missed_kernel, read_missed_kernel
 from .cache_probe import probe_cache_kernel
 from .hashing import hash_arguments
-from .launch import cdiv, next_power_of_2, on_device_of
+from .launch import cdiv, on_device_of
 from .plan import HashPlan
 from .read_order import copy_config, scale_words
-from .row_copy import row_constants, rows_config
+from .row_copy import RowsConfig, row_constants, rows_config
 from .row_format import FORMATS
 from .row_output import kernel_out
 from .table import TableView
@@ -46,6 +48,11 @@ def fewest_tokens(token_bytes: int) -> int:
     prose (docs/cache_size.md), a call of 6 MB is spared as many. For V4.1 on two layers that is 497 tokens.
     """
     return max(1, -(-_PAYS_FROM // token_bytes))
+
+
+def tagged_config(config: RowsConfig, ways: int, most_rows: int = 32) -> RowsConfig:
+    """With at most 512 tags to compare a step: with 32 sets of 32 ways the probe takes 138 registers."""
+    return replace(config, block_rows=min(config.block_rows, 512 // ways, most_rows))
 
 
 def check_cache(where: str, cache, plan: HashPlan, tables, num_rows: int) -> None:
@@ -89,92 +96,73 @@ def launch_cached_lookup(
     num_heads = num_columns // num_orders
     num_tokens, device = token_ids.numel(), token_ids.device
     num_entries = num_groups * num_tokens
-    missed = torch.empty(num_entries, dtype=torch.int64, device=device)
-    slots, sources, targets = (torch.empty(num_entries, dtype=torch.int32, device=device) for _ in range(3))
+    missed, now = (torch.empty(size, dtype=torch.int64, device=device) for size in (num_entries, 1))
+    sources, targets = (torch.empty(num_entries, dtype=torch.int32, device=device) for _ in range(2))
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
     itemsize = FORMATS[view.format].dtype.itemsize
     known = hash_arguments(token_ids, plan, cu_seqlens)
-    tokens = dict(token_ids_ptr=token_ids, cu_seqlens_ptr=cu_seqlens, history_ptr=history, dead_ptr=dead)
-    mixing = ("token_map_ptr", "multipliers_ptr", "num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size")
-    mixing += ("pad", "eos", "NUM_LAYERS", "MAX_NGRAM", "HAS_EOS")
-    columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr", "NON_NEGATIVE")
-    tensors = dict(tables_ptr=view.descriptors, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, clock_ptr=state.clock)
-    tensors |= dict(stamps_ptr=state.stamps, keys_ptr=state.keys)
-    shared = dict(NUM_HEADS=num_heads)
+    columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr", "NON_NEGATIVE", "NUM_LAYERS")
+    columns = {name: known[name] for name in columns}
+    mixing = ("token_map_ptr", "multipliers_ptr", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos")
+    mixing = {name: known[name] for name in (*mixing, "MAX_NGRAM", "HAS_EOS")}
+    shared = dict(num_tokens=num_tokens, now_ptr=now, stamps_ptr=state.stamps)
+    reading = dict(tables_ptr=view.descriptors, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, counts_ptr=state.counts)
+    reading |= dict(num_sets=num_sets, NUM_HEADS=num_heads, WAYS=ways, **columns)
     with on_device_of(token_ids), cache.in_order():
-        config = rows_config(view.width, itemsize, num_groups * num_tokens, processors(device), "device")
+        config = rows_config(view.width, itemsize, num_entries, processors(device), "device")
+        # Where mixes wrap some come from the tables: with 32 rows the probe takes 162 registers.
+        config = tagged_config(config, ways, 32 if plan.non_negative else 16)
         probe_cache_kernel[(programs or config.programs,)](
-            **tokens,
-            **{name: known[name] for name in mixing},
-            **tensors,
-            counts_ptr=state.counts,
-            entries_ptr=state.descriptor,
+            token_ids_ptr=token_ids,
+            cu_seqlens_ptr=cu_seqlens,
+            history_ptr=history,
+            dead_ptr=dead,
             missed_ptr=missed,
-            slots_ptr=slots,
-            num_sets=num_sets,
-            **shared,
-            WAYS=ways,
+            keys_ptr=state.keys,
+            clock_ptr=state.clock,
+            entries_ptr=state.descriptor,
+            **mixing,
+            **reading,
             **row_constants(view, storage, config),
+            **shared,
             num_warps=config.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
         missed, places = torch.sort(missed, stable=True)
-        place = place_config(ways)
-        place_missed_kernel[(cdiv(num_entries, place.block),)](
-            missed,
-            places,
-            state.stamps,
-            state.clock,
-            state.counts,
-            sources,
-            targets,
-            num_tokens,
-            num_entries,
-            num_entries.bit_length(),
-            num_sets,
-            NUM_GROUPS=num_groups,
-            WAYS=ways,
-            BLOCK=place.block,
-            COUNTED=min(COUNTED, next_power_of_2(num_groups)),
-            num_warps=place.num_warps,
-            enable_fp_fusion=True,
-        )
-        config = rows_config(view.width, itemsize, num_entries * num_heads, processors(device), view.placement)
-        read_missed_kernel[(programs or config.programs,)](
-            missed_ptr=missed,
-            places_ptr=places,
-            slots_ptr=slots,
-            sources_ptr=sources,
-            targets_ptr=targets,
-            **{name: known[name] for name in columns},
-            **tensors,
-            rows_ptr=state.rows,
-            scales_ptr=state.scales,
-            num_tokens=num_tokens,
-            num_entries=num_entries,
-            lag=state.lag,
-            NUM_ORDERS=num_orders,
-            **shared,
-            **row_constants(view, storage, config),
-            HEAD_MAJOR=order != "direct",
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
-        parts = [out_ptr] if out_scale_ptr is None else [scale_words(out_scale_ptr), out_ptr]
-        for part in parts:
-            width = num_heads * part.shape[-1]
-            copies = copy_config(width, part.element_size())
-            steps = cdiv(num_entries, copies.block_rows)
-            repeat_rows_kernel[(min(programs or 8 * processors(device), steps),)](
-                sources,
-                part,
-                state.clock if part is parts[-1] else None,
-                num_tokens,
-                num_entries,
-                NUM_ORDERS=num_orders,
-                WIDTH=width,
-                BLOCK_ROWS=copies.block_rows,
-                CHUNK=copies.chunk,
-                num_warps=copies.num_warps,
-                enable_fp_fusion=True,
+        entries = dict(missed_ptr=missed, places_ptr=places, sources_ptr=sources, targets_ptr=targets)
+        entries |= dict(num_entries=num_entries, NUM_ORDERS=num_orders, **shared)
+        copies = copy_config(num_heads * view.width, out_ptr.element_size())
+        words = None if out_scale_ptr is None else scale_words(out_scale_ptr)
+        scale_width = 0 if words is None else num_heads * words.shape[-1]
+        config = rows_config(view.width, itemsize, num_entries, processors(device), view.placement)
+        config = tagged_config(config, ways)
+        try:
+            read_missed_kernel[(programs or config.programs,)](
+                rows_ptr=state.rows,
+                scales_ptr=state.scales,
+                search_steps=num_entries.bit_length(),
+                **entries,
+                **reading,
+                **row_constants(view, storage, config),
+                HEAD_MAJOR=order != "direct",
+                num_warps=config.num_warps,
+                enable_fp_fusion=False,
             )
+            keep_missed_kernel[(min(programs or 8 * processors(device), cdiv(num_entries, copies.block_rows)),)](
+                keys_ptr=state.keys,
+                clock_ptr=state.clock,
+                out_ptr=out_ptr,
+                out_scale_ptr=words,
+                lag=state.lag,
+                **entries,
+                WIDTH=num_heads * view.width,
+                CHUNK=copies.chunk,
+                SCALE_WIDTH=scale_width,
+                SCALE_CHUNK=copy_config(scale_width, 8).chunk,
+                BLOCK_ROWS=copies.block_rows,
+                num_warps=copies.num_warps,
+                enable_fp_fusion=False,
+            )
+        except BaseException:
+            state.stamps.zero_()  # ways with new rows have their old keys still
+            raise

@@ -1,174 +1,121 @@
 """What a cached lookup does with the n-grams that its cache does not have: each is read once, given to all, and kept.
 
-Missed keys come sorted: equal ones of one group are a run, and the keys of a set lie together. An entry is a place in
-that order; a place is group * T + token. G groups, one for each layer and order; S sets of W ways; T tokens, E columns
-of an order. cache_lookup.py has the launches before and between.
+Missed keys come sorted, and behind them what was not missed: equal keys of one group are a run, and the keys of a set
+lie together. An entry is a place in that order; a place is group * T + token. G groups, one for each layer and order;
+S sets of W ways; T tokens, E columns of an order. cache_lookup.py has the launches before.
 """
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
-from .cache_probe import set_of, unscramble
+from .cache_probe import NOT_MISSED, key_of, set_of, unscramble
 from .hashing import mix_rows
 from .row_copy import copy_rows
-
-COUNTED = 16  # groups counted at once
-
-
-@dataclass(frozen=True)
-class PlaceConfig:
-    """Sorted n-grams per program, and its warps."""
-
-    block: int
-    num_warps: int
-
-
-def place_config(ways: int) -> PlaceConfig:
-    """All pairs of a set's ways are compared: at most 4,096 at once, 16 a thread (64 n-grams with 8 ways).
-
-    With half as many of either, ptxas of Triton 3.6 spills two registers to reach the next number of programs.
-    """
-    return PlaceConfig(max(1, min(64, 4096 // (ways * ways))), 8)
-
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 # Rows of several layers are read in one step, each from an address of its own.
 CEILINGS = {
-    "place_missed_kernel": dict(sm_80=(88, 4096), sm_90=(88, 4096), sm_100=(88, 4096), gfx942=(64, 4096)),
-    "read_missed_kernel": dict(sm_80=(144, 2048), sm_90=(144, 2048), sm_100=(144, 2048), gfx942=(112, 4096)),
-    "repeat_rows_kernel": dict(sm_80=(64, 0), sm_90=(64, 0), sm_100=(64, 0), gfx942=(48, 0)),
+    "read_missed_kernel": dict(sm_80=(160, 2048), sm_90=(160, 2048), sm_100=(160, 2048), gfx942=(112, 4096)),
+    "keep_missed_kernel": dict(sm_80=(64, 0), sm_90=(64, 0), sm_100=(64, 0), gfx942=(48, 0)),
 }
 
 
 @triton.jit
-def run_begin(entry, key, group, mask, missed_ptr, places_ptr, num_tokens, search_steps):
-    """The first entry of the run of ``key`` in ``group`` that ``entry`` is in, by binary search where it is not that.
+def has_missed(missed_ptr, step, num_steps, BLOCK_ROWS: tl.constexpr):
+    """Whether anything of a step was missed: by its first entry, since what was not missed comes last."""
+    return tl.load(missed_ptr + step * BLOCK_ROWS, mask=step < num_steps, other=NOT_MISSED) != NOT_MISSED
 
-    Entries are sorted by key, and equal keys by group, of which ``places`` tell. ``search_steps`` is the bit length of
-    the number of entries.
+
+@triton.jit
+def run_begin(entry, value, group, mask, missed_ptr, places_ptr, num_tokens, search_steps):
+    """The first entry of the run of ``value`` in ``group`` that ``entry`` is in, by binary search where it is not that.
+
+    Entries are sorted by value, and equal values by group, of which ``places`` tell. ``search_steps`` is the bit length
+    of the number of entries.
     """
     first_place = group * num_tokens
     begin = entry
     behind = mask & (entry > 0)
     other = tl.load(missed_ptr + entry - 1, mask=behind, other=0)
-    behind = behind & (other == key) & (tl.load(places_ptr + entry - 1, mask=behind, other=0) >= first_place)
+    other_place = tl.load(places_ptr + entry - 1, mask=behind, other=0)
+    behind = behind & (other == value) & (other_place >= first_place)
     if tl.max(behind.to(tl.int32), axis=0) > 0:
-        # The number of entries below (key, group).
+        # The number of entries below (value, group).
         below = entry * 0
         for i in range(search_steps):
             probe = below + (1 << (search_steps - 1 - i))
             inside = behind & (probe <= entry)
             other = tl.load(missed_ptr + probe - 1, mask=inside, other=0)
             place = tl.load(places_ptr + probe - 1, mask=inside, other=0)
-            lower = (other < key) | ((other == key) & (place < first_place))
+            lower = (other < value) | ((other == value) & (place < first_place))
             below = tl.where(inside & lower, probe, below)
         begin = tl.where(behind, below, begin)
     return begin
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_entries", "search_steps", "num_sets"])
-def place_missed_kernel(
-    missed_ptr,
-    places_ptr,
-    stamps_ptr,
-    clock_ptr,
-    counts_ptr,
-    sources_ptr,
-    targets_ptr,
-    num_tokens,
-    num_entries,
-    search_steps,
-    num_sets,
-    NUM_GROUPS: tl.constexpr,
-    WAYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COUNTED: tl.constexpr,
+@triton.jit
+def rank_in_set(
+    entry, own_set, group, first, missed_ptr, places_ptr, num_tokens, search_steps, num_sets, WAYS: tl.constexpr
 ):
-    """For BLOCK sorted entries: the place of the n-gram that reads for each, and the slot that it takes, -1 for none.
-
-    The r-th distinct missed n-gram of a set takes its r-th least recently used way, of equals the lower one, but none
-    that was used in this step. Grid (cdiv(entries, BLOCK),). Relies on stamps that nothing writes.
-    """
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = entry < num_entries
-    key = tl.load(missed_ptr + entry, mask=mask, other=0)
-    place = tl.load(places_ptr + entry, mask=mask, other=0).to(tl.int32)
-    group = place // num_tokens
-    missed = mask & (key != 0)
-    begin = run_begin(entry, key, group, missed, missed_ptr, places_ptr, num_tokens, search_steps)
-    first = missed & (begin == entry)
-    source = tl.load(places_ptr + begin, mask=missed, other=0).to(tl.int32)
-    tl.store(sources_ptr + place, tl.where(missed, source, place), mask=mask)
-
-    # Its place among those of its set: runs before it, until there is one of another set or a way for none.
-    own_set = set_of(key, num_sets)
+    """How many runs of its set come before each ``first`` entry of a run; WAYS for that many or more."""
     rank = entry * 0
     before = entry - 1
     looking = first & (before >= 0)
     while tl.max(looking.to(tl.int32), axis=0) > 0:
         other = tl.load(missed_ptr + before, mask=looking, other=0)
         other_group = tl.load(places_ptr + before, mask=looking, other=0).to(tl.int32) // num_tokens
-        looking = looking & (set_of(other, num_sets) == own_set)
+        looking = looking & (set_of(key_of(other), num_sets) == own_set)
         begin = run_begin(before, other, other_group, looking, missed_ptr, places_ptr, num_tokens, search_steps)
-        rank += (looking & (other != 0) & (other_group == group)).to(tl.int32)
+        rank += (looking & (other_group == group)).to(tl.int32)
         before = begin - 1
         looking = looking & (before >= 0) & (rank < WAYS)
-
-    way = tl.arange(0, WAYS)
-    first_slot = (group.to(tl.int64) * num_sets + own_set) * WAYS
-    stamp = tl.load(stamps_ptr + first_slot[:, None] + way[None, :], mask=first[:, None], other=0)
-    one, two = stamp[:, :, None], stamp[:, None, :]
-    older = (two < one) | ((two == one) & (way[None, None, :] < way[None, :, None]))
-    turn = tl.sum(older.to(tl.int32), axis=2)
-    unused = stamp < tl.load(clock_ptr) + num_tokens  # in this call
-    taken = first[:, None] & unused & (turn == rank[:, None])
-    slot = tl.max(tl.where(taken, first_slot[:, None] + way[None, :], -1), axis=1)
-    tl.store(targets_ptr + place, slot.to(tl.int32), mask=mask)
-
-    inserted = slot >= 0
-    evicted = tl.max((taken & (stamp > 0)).to(tl.int32), axis=1)
-    for begin_group in tl.static_range(0, NUM_GROUPS, COUNTED):
-        counted = begin_group + tl.arange(0, COUNTED)
-        of_group = group[:, None] == counted[None, :]
-        count_ptr = counts_ptr + 2 * NUM_GROUPS + counted
-        mask_g = counted < NUM_GROUPS
-        for part in tl.static_range(3):
-            if part == 0:
-                what = first
-            elif part == 1:
-                what = inserted
-            else:
-                what = evicted > 0
-            number = tl.sum((of_group & what[:, None]).to(tl.int64), axis=0)
-            tl.atomic_add(count_ptr + part * NUM_GROUPS, number, mask=mask_g & (number > 0), sem="relaxed")
+    return rank
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_entries", "lag"])
+@triton.jit
+def way_of_rank(stamps_ptr, first_slot, first, rank, WAYS: tl.constexpr):
+    """Of each set at ``first_slot`` the way with the ``rank``-th lowest stamp, of equals the lower one, and that stamp.
+
+    Where rank is WAYS, so that no way is left, the stamp is above all others.
+    """
+    way = tl.arange(0, WAYS)[None, :]
+    stamp = tl.load(stamps_ptr + first_slot[:, None] + way, mask=first[:, None], other=0)
+    left = stamp * WAYS + way  # all different; time stays far below 2^58
+    lowest = tl.min(left, axis=1)
+    found = 0
+    while tl.max(tl.where(first, rank, 0), axis=0) > found:
+        left = tl.where((left == lowest[:, None]) & (found < rank)[:, None], 2**63 - 1, left)
+        lowest = tl.min(left, axis=1)
+        found += 1
+    return lowest % WAYS, lowest // WAYS
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_entries", "search_steps", "num_sets"])
 def read_missed_kernel(
     missed_ptr,
     places_ptr,
-    slots_ptr,
     sources_ptr,
     targets_ptr,
     primes_ptr,
     offsets_ptr,
     reciprocals_ptr,
     tables_ptr,
-    keys_ptr,
     stamps_ptr,
-    clock_ptr,
+    now_ptr,
+    counts_ptr,
     rows_ptr,
     scales_ptr,
     out_ptr,
     out_scale_ptr,
     num_tokens,
     num_entries,
-    lag,
+    search_steps,
+    num_sets,
+    NUM_LAYERS: tl.constexpr,
     NUM_ORDERS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NON_NEGATIVE: tl.constexpr,
+    WAYS: tl.constexpr,
     WIDTH: tl.constexpr,
     ELEMENT: tl.constexpr,
     SCALING: tl.constexpr,
@@ -178,95 +125,144 @@ def read_missed_kernel(
     CHUNK: tl.constexpr,
     HEAD_MAJOR: tl.constexpr,
 ):
-    """Read BLOCK_ROWS rows of missed n-grams, first entries of runs, from their tables to the output and their slots.
+    """For BLOCK_ROWS entries: the place that reads for each and the slot it takes, -1 for none; rows of those places.
 
-    Persistent grid; head by head with HEAD_MAJOR. Relies on targets that are all different, on entries that nothing
-    reads, and on G * T * E < 2^31.
+    The r-th distinct missed n-gram of a set takes its r-th least recently used way, of equals the lower one, but none
+    that was used in this step; its rows go from their tables to the output and to that slot. Persistent grid, which
+    goes over all entries head by head with HEAD_MAJOR. Relies on stamps that nothing writes, on rows of the cache that
+    nothing reads, and on G * T * E < 2^31.
     """
-    entry_steps = (num_entries - 1) // BLOCK_ROWS + 1
-    num_steps = NUM_HEADS * entry_steps if HEAD_MAJOR else (num_entries * NUM_HEADS - 1) // BLOCK_ROWS + 1
-    stamp = tl.load(clock_ptr) + num_tokens - lag
-    for step in range(tl.program_id(0), num_steps, tl.num_programs(0)):
-        if HEAD_MAJOR:
-            head = step // entry_steps
-            entry = (step - head * entry_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        else:
-            index = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-            entry, head = index // NUM_HEADS, index % NUM_HEADS
-        mask = entry < num_entries
-        key = tl.load(missed_ptr + entry, mask=mask, other=0)
-        place = tl.load(places_ptr + entry, mask=mask, other=0).to(tl.int32)
-        # A mix that maps to key 0 is missed like others, but has no run: it reads for itself.
-        reads = mask & (tl.load(slots_ptr + place, mask=mask, other=-2) == -1)
-        reads = reads & (tl.load(sources_ptr + place, mask=reads, other=-1) == place)
-        target = tl.load(targets_ptr + place, mask=reads, other=-1).to(tl.int64)
-        group = place // num_tokens
-        token = place - group * num_tokens
-        layer = group // NUM_ORDERS
-        column = (group - layer * NUM_ORDERS) * NUM_HEADS + head
-        kept = reads & (target >= 0) & (head == 0)
-        tl.store(keys_ptr + target, key, mask=kept)
-        tl.store(stamps_ptr + target, stamp + target * 0, mask=kept)
-        offs_param = layer * (NUM_ORDERS * NUM_HEADS) + column
-        row = mix_rows(unscramble(key), offs_param, reads, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE)
-        table_ptr = tables_ptr + layer * 4
-        copy_rows(
-            row,
-            (layer.to(tl.int64) * num_tokens + token) * (NUM_ORDERS * NUM_HEADS) + column,
-            reads,
-            tl.load(table_ptr, mask=reads, other=0),
-            tl.load(table_ptr + 1, mask=reads, other=0),
-            tl.load(table_ptr + 2, mask=reads, other=0),
-            tl.load(table_ptr + 3, mask=reads, other=0),
-            out_ptr,
-            out_scale_ptr,
-            WIDTH,
-            ELEMENT,
-            SCALING,
-            STORAGE,
-            GROUP,
-            CHUNK,
-            rows_ptr,
-            scales_ptr,
-            tl.where(target >= 0, target * NUM_HEADS + head, -1),
-        )
+    NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
+    TURNS: tl.constexpr = NUM_HEADS if HEAD_MAJOR else 1
+    num_steps = (num_entries - 1) // BLOCK_ROWS + 1
+    for turn in range(TURNS):
+        step = tl.program_id(0)
+        while has_missed(missed_ptr, step, num_steps, BLOCK_ROWS):
+            entry = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            mask = entry < num_entries
+            value = tl.load(missed_ptr + entry, mask=mask, other=NOT_MISSED)
+            place = tl.load(places_ptr + entry, mask=mask, other=0).to(tl.int32)
+            group = place // num_tokens
+            missed = value != NOT_MISSED
+            begin = run_begin(entry, value, group, missed, missed_ptr, places_ptr, num_tokens, search_steps)
+            first = missed & (begin == entry)
+            key = key_of(value)
+            own_set = set_of(key, num_sets)
+            rank = rank_in_set(
+                entry, own_set, group, first, missed_ptr, places_ptr, num_tokens, search_steps, num_sets, WAYS
+            )
+            first_slot = (group.to(tl.int64) * num_sets + own_set) * WAYS
+            way, stamp = way_of_rank(stamps_ptr, first_slot, first, rank, WAYS)
+            kept = first & (stamp < tl.load(now_ptr))
+            target = tl.where(kept, first_slot + way, -1).to(tl.int32)
+            if turn == 0:
+                source = tl.load(places_ptr + begin, mask=mask, other=0).to(tl.int32)
+                tl.store(sources_ptr + entry, source, mask=missed)
+                tl.store(targets_ptr + entry, target, mask=missed)
+                one = (entry * 0 + 1).to(tl.int64)
+                count_ptr = counts_ptr + 2 * NUM_GROUPS + group
+                tl.atomic_add(count_ptr, one, mask=first, sem="relaxed")
+                tl.atomic_add(count_ptr + NUM_GROUPS, one, mask=kept, sem="relaxed")
+                tl.atomic_add(count_ptr + 2 * NUM_GROUPS, one, mask=kept & (stamp > 0), sem="relaxed")
+            layer = group // NUM_ORDERS
+            token = place - group * num_tokens
+            mix = unscramble(key)
+            table_ptr = tables_ptr + layer * 4
+            for other_head in range(NUM_HEADS // TURNS):
+                head = turn + other_head
+                # Orders come one after the other in a layer's columns, as groups do.
+                offs_param = group * NUM_HEADS + head
+                copy_rows(
+                    mix_rows(mix, offs_param, first, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE),
+                    (layer.to(tl.int64) * num_tokens + token) * (NUM_ORDERS * NUM_HEADS)
+                    + (group - layer * NUM_ORDERS) * NUM_HEADS
+                    + head,
+                    first,
+                    tl.load(table_ptr, mask=first, other=0),
+                    tl.load(table_ptr + 1, mask=first, other=0),
+                    tl.load(table_ptr + 2, mask=first, other=0),
+                    tl.load(table_ptr + 3, mask=first, other=0),
+                    out_ptr,
+                    out_scale_ptr,
+                    WIDTH,
+                    ELEMENT,
+                    SCALING,
+                    STORAGE,
+                    GROUP,
+                    CHUNK,
+                    rows_ptr,
+                    scales_ptr,
+                    tl.where(kept, target.to(tl.int64) * NUM_HEADS + head, -1),
+                )
+            step += tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_entries"])
-def repeat_rows_kernel(
+@triton.jit
+def repeat_rows(out_ptr, source_row, target_row, copied, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Within ``out [., WIDTH]`` copy rows ``source_row`` to rows ``target_row``, int64, where ``copied``."""
+    for offset in tl.static_range(0, WIDTH, CHUNK):
+        offs_w = offset + tl.arange(0, CHUNK)
+        mask = copied[:, None]
+        if offset + CHUNK > WIDTH:
+            mask = mask & (offs_w < WIDTH)[None, :]
+        value = tl.load(out_ptr + source_row[:, None] * WIDTH + offs_w[None, :], mask=mask, other=0)
+        tl.store(out_ptr + target_row[:, None] * WIDTH + offs_w[None, :], value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_entries", "lag"])
+def keep_missed_kernel(
+    missed_ptr,
+    places_ptr,
     sources_ptr,
-    out_ptr,
+    targets_ptr,
+    keys_ptr,
+    stamps_ptr,
+    now_ptr,
     clock_ptr,
+    out_ptr,
+    out_scale_ptr,
     num_tokens,
     num_entries,
+    lag,
     NUM_ORDERS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SCALE_WIDTH: tl.constexpr,
+    SCALE_CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
-    """Within ``out [L, T, orders, WIDTH]`` copy what BLOCK_ROWS n-grams get from others; the clock goes on.
+    """For BLOCK_ROWS entries: key and stamp of slots that were taken; in ``out [L, T, orders, WIDTH]``, and in scales
+    alike, the rows of n-grams that others read for. The clock goes on.
 
-    Persistent grid. Relies on sources that copy from themselves, and on doing nothing else with the clock.
+    Persistent grid. Relies on targets that are all different, on sources that copy from themselves, and on doing
+    nothing else with the clock.
     """
-    if clock_ptr is not None:
-        if tl.program_id(0) == 0:
-            tl.store(clock_ptr, tl.load(clock_ptr) + num_tokens)
+    now = tl.load(now_ptr)
+    step = tl.program_id(0)
+    if step == 0:
+        tl.store(clock_ptr, now)
     num_steps = (num_entries - 1) // BLOCK_ROWS + 1
-    for step in range(tl.program_id(0), num_steps, tl.num_programs(0)):
-        place = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        source = tl.load(sources_ptr + place, mask=place < num_entries, other=-1)
-        copied = (source >= 0) & (source != place)
-        # Of one group both.
-        group = place // num_tokens
-        layer = group // NUM_ORDERS
-        first = layer.to(tl.int64) * num_tokens - group.to(tl.int64) * num_tokens
-        order = group - layer * NUM_ORDERS
-        target_row = (first + place) * NUM_ORDERS + order
-        source_row = (first + source) * NUM_ORDERS + order
-        for offset in tl.static_range(0, WIDTH, CHUNK):
-            offs_w = offset + tl.arange(0, CHUNK)
-            mask = copied[:, None]
-            if offset + CHUNK > WIDTH:
-                mask = mask & (offs_w < WIDTH)[None, :]
-            value = tl.load(out_ptr + source_row[:, None] * WIDTH + offs_w[None, :], mask=mask, other=0)
-            tl.store(out_ptr + target_row[:, None] * WIDTH + offs_w[None, :], value, mask=mask)
+    while has_missed(missed_ptr, step, num_steps, BLOCK_ROWS):
+        entry = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = entry < num_entries
+        value = tl.load(missed_ptr + entry, mask=mask, other=NOT_MISSED)
+        place = tl.load(places_ptr + entry, mask=mask, other=0).to(tl.int32)
+        source = tl.load(sources_ptr + entry, mask=mask, other=-1)
+        target = tl.load(targets_ptr + entry, mask=mask, other=-1)
+        missed = value != NOT_MISSED
+        kept = missed & (target >= 0)
+        tl.store(keys_ptr + target, key_of(value), mask=kept)
+        tl.store(stamps_ptr + target, (now - lag) + value * 0, mask=kept)
+        copied = missed & (source != place)
+        if tl.max(copied.to(tl.int32), axis=0) > 0:
+            # Of one group both.
+            group = place // num_tokens
+            layer = group // NUM_ORDERS
+            first = layer.to(tl.int64) * num_tokens - group.to(tl.int64) * num_tokens
+            order = group - layer * NUM_ORDERS
+            target_row = (first + place) * NUM_ORDERS + order
+            source_row = (first + source) * NUM_ORDERS + order
+            repeat_rows(out_ptr, source_row, target_row, copied, WIDTH, CHUNK)
+            if out_scale_ptr is not None:
+                repeat_rows(out_scale_ptr, source_row, target_row, copied, SCALE_WIDTH, SCALE_CHUNK)
+        step += tl.num_programs(0)

@@ -9,12 +9,15 @@ G groups, one for each layer and order; S sets of W ways; T tokens. cache_lookup
 import triton
 import triton.language as tl
 
-from .hashing import ngram_mix
+from .hashing import mix_rows, ngram_mix
 from .row_copy import copy_rows
 
+NOT_MISSED = tl.constexpr(2**63 - 1)  # in the place of a sort value
+
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+# Eight programs of two warps a multiprocessor fit with 128.
 CEILINGS = {
-    "probe_cache_kernel": dict(sm_80=(128, 2048), sm_90=(104, 2048), sm_100=(104, 2048), gfx942=(96, 4096)),
+    "probe_cache_kernel": dict(sm_80=(128, 2048), sm_90=(128, 2048), sm_100=(128, 2048), gfx942=(96, 4096)),
 }
 
 
@@ -42,6 +45,18 @@ def set_of(key, num_sets):
     return (((key >> 32) + 2147483648) * num_sets) >> 32
 
 
+@triton.jit
+def sort_value(key):
+    """What a missed key, which is not 0, is sorted by: in the same order, and below NOT_MISSED."""
+    return key - (key > 0).to(tl.int64)
+
+
+@triton.jit
+def key_of(value):
+    """The key of a sort value."""
+    return value + (value >= 0).to(tl.int64)
+
+
 @triton.jit(
     do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos", "num_sets"]
 )
@@ -52,6 +67,9 @@ def probe_cache_kernel(
     dead_ptr,
     token_map_ptr,
     multipliers_ptr,
+    primes_ptr,
+    offsets_ptr,
+    reciprocals_ptr,
     tables_ptr,
     keys_ptr,
     stamps_ptr,
@@ -59,7 +77,7 @@ def probe_cache_kernel(
     counts_ptr,
     entries_ptr,
     missed_ptr,
-    slots_ptr,
+    now_ptr,
     out_ptr,
     out_scale_ptr,
     num_tokens,
@@ -74,6 +92,7 @@ def probe_cache_kernel(
     NUM_HEADS: tl.constexpr,
     MAX_NGRAM: tl.constexpr,
     HAS_EOS: tl.constexpr,
+    NON_NEGATIVE: tl.constexpr,
     WAYS: tl.constexpr,
     WIDTH: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -85,13 +104,15 @@ def probe_cache_kernel(
 ):
     """Compare the n-grams of one group at BLOCK_ROWS tokens with the cache; copy rows of hits, note what is missed.
 
-    Writes, for each group and token, a missed n-gram's key (else 0) and its slot: -1 missed, -2 no n-gram. Persistent
-    grid. Relies on G * T < 2^31, and on writing tags and entries nowhere: a stamp gets the same value from all writers.
+    Writes a sort value for each group and token, and the time of this call. Persistent grid. Relies on G * T < 2^31,
+    and on writing tags and entries nowhere: a stamp gets the same value from all writers.
     """
     NUM_ORDERS: tl.constexpr = MAX_NGRAM - 1
     NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
     token_steps = (num_tokens - 1) // BLOCK_ROWS + 1
     now = tl.load(clock_ptr) + num_tokens
+    if tl.program_id(0) == 0:
+        tl.store(now_ptr, now)
     for block in range(tl.program_id(0), NUM_GROUPS * token_steps, tl.num_programs(0)):
         group = block // token_steps
         layer = group // NUM_ORDERS
@@ -129,27 +150,43 @@ def probe_cache_kernel(
         tl.store(stamps_ptr + slots, now + slots * 0, mask=same)
         slot = tl.max(tl.where(same, slots, -1), axis=1)
         hit = slot >= 0
-        entry = group * num_tokens + token
-        tl.store(missed_ptr + entry, tl.where(asked & ~hit, key, 0), mask=mask_t)
-        tl.store(slots_ptr + entry, tl.where(absent, -2, slot).to(tl.int32), mask=mask_t)
+        value = tl.where(asked & ~hit, sort_value(key), NOT_MISSED)
+        tl.store(missed_ptr + group * num_tokens + token, value, mask=mask_t)
         tl.atomic_add(counts_ptr + group, tl.sum(asked.to(tl.int64), axis=0), sem="relaxed")
         tl.atomic_add(counts_ptr + NUM_GROUPS + group, tl.sum(hit.to(tl.int64), axis=0), sem="relaxed")
         out_row = ((layer.to(tl.int64) * num_tokens + token) * NUM_ORDERS + order) * NUM_HEADS
-        for head in range(NUM_HEADS):
-            copy_rows(
-                tl.where(hit, slot * NUM_HEADS + head, -1),
-                out_row + head,
-                mask_t & (hit | absent),
-                tl.load(entries_ptr),
-                tl.load(entries_ptr + 1),
-                tl.load(entries_ptr + 2),
-                tl.load(tables_ptr + layer * 4 + 3),
-                out_ptr,
-                out_scale_ptr,
-                WIDTH,
-                ELEMENT,
-                SCALING,
-                STORAGE,
-                GROUP,
-                CHUNK,
-            )
+        written = mask_t & (hit | absent)
+        table_ptr = tables_ptr + layer * 4
+        if not NON_NEGATIVE:
+            # Key 0 stands for no n-gram: what has it is never kept, and read from its table every time.
+            keyless = mask_t & ~absent & (key == 0)
+            written = written | keyless
+        if tl.max(written.to(tl.int32), axis=0) > 0:
+            for head in range(NUM_HEADS):
+                row = tl.where(hit, slot * NUM_HEADS + head, -1)
+                weight_address, scale_address = tl.load(entries_ptr), tl.load(entries_ptr + 1)
+                num_source_rows = tl.load(entries_ptr + 2)
+                if not NON_NEGATIVE:
+                    weight_address = tl.where(keyless, tl.load(table_ptr), weight_address)
+                    scale_address = tl.where(keyless, tl.load(table_ptr + 1), scale_address)
+                    num_source_rows = tl.where(keyless, tl.load(table_ptr + 2), num_source_rows)
+                    offs_param = group * NUM_HEADS + head + token * 0
+                    own = mix_rows(mix, offs_param, keyless, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE)
+                    row = tl.where(keyless, own, row)
+                copy_rows(
+                    row,
+                    out_row + head,
+                    written,
+                    weight_address,
+                    scale_address,
+                    num_source_rows,
+                    tl.load(table_ptr + 3),
+                    out_ptr,
+                    out_scale_ptr,
+                    WIDTH,
+                    ELEMENT,
+                    SCALING,
+                    STORAGE,
+                    GROUP,
+                    CHUNK,
+                )

@@ -15,20 +15,33 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .arguments import check_bound, check_choice, check_out, check_tensor, is_kernel_device, records_gradient
+from .arguments import (
+    check_bound,
+    check_choice,
+    check_out,
+    check_tensor,
+    is_kernel_device,
+    processors,
+    records_gradient,
+)
 from .branch_gate import (
     addresses_aligned,
     branch_gate,
-    few_tokens,
+    branch_sums,
     flatten_tokens,
     float32_eps,
     gate_config,
+    norm_parts,
+    row_part,
+    row_parts,
+    store_part,
     store_scalars,
     strides_aligned,
     token_rows,
+    widen,
 )
 from .gate_backward import gate_formula, save_gate
-from .launch import cdiv, on_device_of
+from .launch import on_device_of, warp_size
 from .prepared import Prepared, form_of
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -38,12 +51,28 @@ _PREPARED = Prepared()
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "gate_residual_kernel": dict(sm_80=(168, 4096), sm_90=(168, 4096), sm_100=(168, 4096), gfx942=(80, 8192)),
-    # With loads on their way to shared memory.
-    "gate_residual_kernel, few tokens": dict(
-        sm_80=(128, 98_304), sm_90=(128, 98_304), sm_100=(128, 98_304), gfx942=(80, 8192)
-    ),
+    "gate_residual_kernel": dict(sm_80=(168, 64), sm_90=(168, 64), sm_100=(168, 64), gfx942=(168, 64)),
 }
+
+
+@triton.jit
+def store_gated(
+    out_row,
+    value_row,
+    hidden,
+    gate,
+    begin,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """A part of the output from ``begin``, of which ``hidden`` is the part of hidden."""
+    value = widen(row_part(value_row, begin, HIDDEN_SIZE, BLOCK_D))
+    if RESIDUAL:
+        result = tl.fma(gate, value, widen(hidden))
+    else:
+        result = gate * value
+    store_part(out_row, begin, result, HIDDEN_SIZE, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -71,61 +100,66 @@ def gate_residual_kernel(
     COPYSIGN: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """BLOCK_T tokens in one branch: their gates, then ``hidden + gate * value``, BLOCK_OUT elements at once.
+    """Tokens p, p + P, and so on, in one branch, of P programs a branch: the gate, then ``hidden + gate * value``.
 
-    Grid (cdiv(T, BLOCK_T) * H,), branches innermost, which find value in the cache. Relies on a dense last dimension.
+    Grid (P * H,), branches innermost, which find value in the cache. Relies on a dense last dimension.
     In place is safe: a row is read by the program that writes it alone, and summed before the first store.
     """
     eps, clamp = tl.cast(eps, tl.float32), tl.cast(clamp, tl.float32)
     branch = (tl.program_id(0) % NUM_BRANCHES).to(tl.int64)
-    token = (tl.program_id(0) // NUM_BRANCHES).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = token < num_tokens
-    live = mask_t
-    if mask_ptr is not None:
-        live = mask_t & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
-    gate, d, hidden_scale, key_scale = branch_gate(
-        token,
-        branch,
-        live,
-        hidden_ptr,
-        key_ptr,
-        query_norm_ptr,
-        key_norm_ptr,
-        stride_hidden_t,
-        stride_hidden_h,
-        stride_key_t,
-        stride_key_h,
-        eps,
-        clamp,
-        HIDDEN_SIZE,
-        COPYSIGN,
-        ALIGNED,
-        BLOCK_T,
-        BLOCK_D,
-        STAGES,
-    )
-    if scalars_ptr is not None:
-        store_scalars(scalars_ptr, token, branch, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES)
-    hidden_row = token_rows(hidden_ptr, token[:, None], branch, stride_hidden_t, stride_hidden_h, ALIGNED)
-    out_row = token_rows(out_ptr, token[:, None], branch, stride_out_t, stride_out_h, ALIGNED)
-    value_row = token_rows(value_ptr, token[:, None], 0, stride_value_t, 0, ALIGNED)
-    mask_row, live_row = mask_t[:, None], live[:, None]
-    for begin in range(0, HIDDEN_SIZE, BLOCK_OUT):
-        offs_d = begin + tl.arange(0, BLOCK_OUT)[None, :]
-        mask_d = offs_d < HIDDEN_SIZE
-        value = tl.load(value_row + offs_d, mask=live_row & mask_d, other=0).to(tl.float32)
-        result = gate[:, None] * value
-        if RESIDUAL:
-            hidden = tl.load(hidden_row + offs_d, mask=mask_row & mask_d, other=0)
-            result = (result + hidden.to(tl.float32)).to(out_ptr.dtype.element_ty)
-            # A masked token keeps its bits: -0.0 + 0.0 would not.
-            result = tl.where(live_row, result, hidden)
-        tl.store(out_row + offs_d, result.to(out_ptr.dtype.element_ty), mask=mask_row & mask_d)
+    query_norm_row = query_norm_ptr + branch * HIDDEN_SIZE
+    key_norm_row = key_norm_ptr + branch * HIDDEN_SIZE
+    norms = norm_parts(query_norm_row, key_norm_row, HIDDEN_SIZE, BLOCK_D, KEEP)
+    for index in range(tl.program_id(0) // NUM_BRANCHES, num_tokens, tl.num_programs(0) // NUM_BRANCHES):
+        token = tl.cast(index, tl.int64)
+        hidden_row = token_rows(hidden_ptr, token, branch, stride_hidden_t, stride_hidden_h, ALIGNED)
+        out_row = token_rows(out_ptr, token, branch, stride_out_t, stride_out_h, ALIGNED)
+        if mask_ptr is None:
+            live: tl.constexpr = True
+        else:
+            live = tl.load(mask_ptr + token) != 0
+        if live:
+            hidden_parts = row_parts(hidden_row, HIDDEN_SIZE, BLOCK_D, KEEP)
+            key_row = token_rows(key_ptr, token, branch, stride_key_t, stride_key_h, ALIGNED)
+            value_row = token_rows(value_ptr, token, 0, stride_value_t, 0, ALIGNED)
+            sums = branch_sums(
+                hidden_row,
+                key_row,
+                query_norm_row,
+                key_norm_row,
+                hidden_parts,
+                norms,
+                HIDDEN_SIZE,
+                BLOCK_D,
+                KEEP,
+            )
+            gate, d, hidden_scale, key_scale = branch_gate(
+                sums, hidden_row, key_row, query_norm_row, key_norm_row, eps, clamp, HIDDEN_SIZE, COPYSIGN, BLOCK_D
+            )
+            if scalars_ptr is not None:
+                store_scalars(scalars_ptr, token, branch, d, hidden_scale, key_scale, NUM_BRANCHES)
+            if KEEP:
+                for part in tl.static_range((HIDDEN_SIZE + BLOCK_D - 1) // BLOCK_D):
+                    store_gated(
+                        out_row, value_row, hidden_parts[part], gate, part * BLOCK_D, HIDDEN_SIZE, BLOCK_D, RESIDUAL
+                    )
+            else:
+                for begin in range(0, HIDDEN_SIZE, BLOCK_D):
+                    hidden = row_part(hidden_row, begin, HIDDEN_SIZE, BLOCK_D)
+                    store_gated(out_row, value_row, hidden, gate, begin, HIDDEN_SIZE, BLOCK_D, RESIDUAL)
+        else:
+            if scalars_ptr is not None:
+                store_scalars(scalars_ptr, token, branch, 0.0, 0.0, 0.0, NUM_BRANCHES)
+            for begin in range(0, HIDDEN_SIZE, BLOCK_D):
+                # A masked token keeps its bits: -0.0 + 0.0 would not.
+                if RESIDUAL:
+                    unchanged = row_part(hidden_row, begin, HIDDEN_SIZE, BLOCK_D)
+                else:
+                    unchanged = tl.zeros([BLOCK_D], tl.float32)
+                store_part(out_row, begin, unchanged, HIDDEN_SIZE, BLOCK_D)
 
 
 def prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residual) -> Callable[..., None]:
@@ -142,19 +176,17 @@ def prepare_gate_residual(hidden, key, value, out, eps, clamp, zero_gate, residu
     num_tokens, branches, hidden_size = hidden.shape
     if num_tokens == 0:
         return lambda *_: None
-    config = gate_config(hidden_size, few_tokens(num_tokens))
+    config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
     strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0), *out.stride()[:2])
     numbers = (*strides, num_tokens, float32_eps(eps), float(clamp))
     numbers += (branches, hidden_size, zero_gate == "copysign", residual)
     aligned = strides_aligned(hidden, key, value, out)
     options = dict(
-        BLOCK_T=config.block_t,
         BLOCK_D=config.block_d,
-        STAGES=config.stages,
-        BLOCK_OUT=config.block_out,
+        KEEP=config.keep,
         num_warps=config.num_warps,
-        enable_fp_fusion=True,
-        grid=(cdiv(num_tokens, config.block_t) * branches,),
+        enable_fp_fusion=False,
+        grid=(config.programs * branches,),
         warmup=False,
     )
 

@@ -25,9 +25,10 @@ import triton
 import triton.language as tl
 
 from .arguments import processors
-from .branch_gate import flatten_tokens, gate_of, rows_aligned, token_rows
+from .branch_gate import flatten_tokens, gate_of, rows_aligned, token_rows, widen
 from .gate_gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative, split_gradient
 from .launch import cdiv, next_power_of_2, on_device_of
+from .ordered_sum import ordered_sum
 from .weight_gradients import launch_norm_gradient
 
 
@@ -43,18 +44,21 @@ class GateBackwardConfig:
 
 
 def gate_backward_config(branches: int, hidden_size: int, num_tokens: int, processors: int) -> GateBackwardConfig:
-    """Tiles of 2,048 elements, 16 a thread, with 256 of D, so that a warp sums a row of a tile alone.
+    """Tiles of 1,024 of D whose warps lie along D, 8 elements a thread, so that a thread holds all branches of its own.
 
-    All branches lie in a tile, as the gradient of value is a sum over them. Two tokens share the norm weights they
-    load; with four the weights' tile would have another layout, and Triton convert it in shared memory.
+    The gradient of value, a sum over branches, then meets no other thread: 274 barriers and accesses of shared memory a
+    token at H = 4 and D = 5120 (sm_90), where warps across branches had 2,082.
+    Branches come one after the other in the second loop, where a thread would hold too much of all: 8 to 16 elements of
+    each of six tensors. Two tokens share the norm weights they load, and one read and write of the product.
+
     Two programs a multiprocessor. Between its loops a block's grad should stay in the cache, and every program's
-    product always: at H = 4 and D = 5120 80 KB each, 42 MB for the 264 programs of an H100, whose cache holds 50 MB.
-    One program a multiprocessor would need half and wait for memory more often. The tile is a function of H and D only:
-    it fixes the order of the sums over D, hence the bits of a token's gradients.
+    product always: at H = 4 and D = 5120 80 KB each, 21 MB for the 264 programs of an H100, whose cache holds 50 MB.
+    One program a multiprocessor would need half and wait for memory more often. BLOCK_D, which is part of the order of
+    the sums over D, hence of the bits of a token's gradients, is a function of D alone.
     """
-    block_h, block_d = next_power_of_2(branches), min(256, next_power_of_2(hidden_size))
-    block_t = max(1, min(8, 2048 // (block_h * block_d)))
-    num_warps = max(1, min(4, block_t * block_h * block_d // 512))
+    block_h, block_d = next_power_of_2(branches), min(1024, next_power_of_2(hidden_size))
+    num_warps = max(1, min(4, block_d // 256))
+    block_t = max(1, min(2, 2048 * num_warps // (block_h * block_d)))
     programs = max(1, min(2 * processors, cdiv(num_tokens, block_t)))
     return GateBackwardConfig(block_t, block_h, block_d, num_warps, programs)
 
@@ -70,6 +74,12 @@ def gate_slope(d, root, clamp):
     """Derivative of the gate by d. ``gate * (1 - gate)`` as written would lose its digits near a gate of 1."""
     e = tl.exp(-root)
     return tl.where((tl.abs(d) < clamp) | (d == 0), 0.0, e / ((1.0 + e) * (1.0 + e) * (2.0 * root)))
+
+
+@triton.jit
+def within(offs_d, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of a tile exist: all, known when compiling, where tiles end with D."""
+    return offs_d >= 0 if HIDDEN_SIZE % BLOCK_D == 0 else offs_d < HIDDEN_SIZE
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
@@ -121,8 +131,8 @@ def gate_backward_kernel(
     it is the second pass over gate_conv_residual: see gate_conv_backward.py for ``sums`` and ``value_part``.
     """
     clamp, conv_eps = tl.cast(clamp, tl.float32), tl.cast(conv_eps, tl.float32)
-    offs_h = tl.arange(0, BLOCK_H)[None, :, None].to(tl.int64)
-    LAST: tl.constexpr = (HIDDEN_SIZE - 1) // BLOCK_D * BLOCK_D
+    offs_b = tl.arange(0, BLOCK_H)[None, :]
+    offs_h = offs_b[:, :, None].to(tl.int64)
     for block in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
         token = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask_t = token < num_tokens
@@ -132,92 +142,104 @@ def gate_backward_kernel(
         if cu_seqlens_ptr is not None:
             live = live & (token < tl.load(cu_seqlens_ptr + num_seqs))
         # Everything of a token that is not live reads as zero, so that nothing of it can spread, NaN included.
-        offs_b = tl.arange(0, BLOCK_H)[None, :]
         live_b = live[:, None] & (offs_b < NUM_BRANCHES)
         scalars = scalars_ptr + token[:, None] * (3 * NUM_BRANCHES) + offs_b
         d = tl.load(scalars, mask=live_b, other=0)
-        hidden_scale = tl.load(scalars + NUM_BRANCHES, mask=live_b, other=0)[:, :, None]
-        key_scale = tl.load(scalars + 2 * NUM_BRANCHES, mask=live_b, other=0)[:, :, None]
         gate, root = gate_of(d, clamp, COPYSIGN)
 
-        rows, one = token[:, None, None], tl.arange(0, 1)[None, :, None]
-        grad_row = token_rows(grad_ptr, rows, offs_h, stride_grad_t, stride_grad_h, ALIGNED)
-        value_row = token_rows(value_ptr, rows, one, stride_value_t, 0, ALIGNED)
-        mask_value, live_value = mask_t[:, None, None], live[:, None, None]
-        mask_row, live_row = mask_value & (offs_h < NUM_BRANCHES), live_value & (offs_h < NUM_BRANCHES)
+        rows, mask_row, live_row = token[:, None], mask_t[:, None], live[:, None]
+        value_row = token_rows(value_ptr, rows, 0, stride_value_t, 0, ALIGNED)
         if grad_value_ptr is not None:
-            grad_value_row = token_rows(grad_value_ptr, rows, one, stride_grad_value_t, 0, ALIGNED)
+            grad_value_row = token_rows(grad_value_ptr, rows, 0, stride_grad_value_t, 0, ALIGNED)
         if scale_ptr is None:
+            grad_rows = token_rows(grad_ptr, token[:, None, None], offs_h, stride_grad_t, stride_grad_h, ALIGNED)
+            live_rows = live_b[:, :, None]
             total = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
             for begin in range(0, HIDDEN_SIZE, BLOCK_D):
-                offs_d = begin + tl.arange(0, BLOCK_D)[None, None, :]
-                mask_d = offs_d < HIDDEN_SIZE
-                value = tl.load(value_row + offs_d, mask=live_value & mask_d, other=0).to(tl.float32)
-                grad = tl.load(grad_row + offs_d, mask=live_row & mask_d, other=0, eviction_policy="evict_last")
-                grad = grad.to(tl.float32)
-                total += grad * value
+                offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
+                mask_d = within(offs_d, HIDDEN_SIZE, BLOCK_D)
+                value = widen(tl.load(value_row + offs_d, mask=live_row & mask_d, other=0))
+                grad_tile = grad_rows + offs_d[:, None, :]
+                mask_tile = live_rows & mask_d[:, None, :]
+                grad = tl.load(grad_tile, mask=mask_tile, other=0, eviction_policy="evict_last")
+                grad = widen(grad)
+                total = tl.fma(grad, value[:, None, :], total)
                 if grad_value_ptr is not None:
-                    grad_value = tl.sum(gate[:, :, None] * grad, axis=1)[:, None, :]
-                    grad_value = grad_value.to(grad_value_ptr.dtype.element_ty)
-                    tl.store(grad_value_row + offs_d, grad_value, mask=mask_value & mask_d)
-            gate_grad = tl.sum(total, axis=2)
+                    grad_value = ordered_sum(gate[:, :, None] * grad, axis=1).to(grad_value_ptr.dtype.element_ty)
+                    tl.store(grad_value_row + offs_d, grad_value, mask=mask_row & mask_d)
+            gate_grad = ordered_sum(total, axis=2)
         else:
             offs_c = tl.arange(0, BLOCK_C)[None, None, :].to(tl.int64)
             plane = tl.cast(num_tokens, tl.int64) * NUM_BRANCHES
             offs_scale = token[:, None] * NUM_BRANCHES + offs_b
             sums = sums_ptr + 2 * plane * offs_c + offs_scale[:, :, None]
-            mask_c = live_row & (offs_c < NUM_CHUNKS)
+            mask_c = live_b[:, :, None] & (offs_c < NUM_CHUNKS)
             scale = tl.load(scale_ptr + offs_scale, mask=live_b, other=0)
-            gate_grad = tl.sum(tl.load(sums, mask=mask_c, other=0), axis=2)
-            scale_grad = tl.sum(tl.load(sums + plane, mask=mask_c, other=0), axis=2)
+            gate_grad = ordered_sum(tl.load(sums, mask=mask_c, other=0), axis=2)
+            scale_grad = ordered_sum(tl.load(sums + plane, mask=mask_c, other=0), axis=2)
             norm = tl.where(gate == 0, 0.0, scale / gate)
-            gate_grad += scale_grad * norm * (conv_eps * norm * norm)
-            value_factor = (tl.sum(scale_grad * scale * scale * scale, axis=1) / HIDDEN_SIZE)[:, None, None]
+            gate_grad = tl.fma(scale_grad * norm, conv_eps * norm * norm, gate_grad)
+            if grad_value_ptr is not None:
+                value_factor = ordered_sum(scale_grad * scale * scale * scale, axis=1) / HIDDEN_SIZE
+                for begin in range(0, HIDDEN_SIZE, BLOCK_D):
+                    offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
+                    mask_d = within(offs_d, HIDDEN_SIZE, BLOCK_D)
+                    value = widen(tl.load(value_row + offs_d, mask=live_row & mask_d, other=0))
+                    value_part = value_part_ptr + rows * HIDDEN_SIZE + offs_d
+                    value_part = tl.load(value_part, mask=live_row & mask_d, other=0)
+                    grad_value = tl.fma(value, -value_factor[:, None], value_part)
+                    grad_value = grad_value.to(grad_value_ptr.dtype.element_ty)
+                    tl.store(grad_value_row + offs_d, grad_value, mask=mask_row & mask_d)
 
-        d_grad = gate_grad * gate_slope(d, root, clamp)
-        along_w = (d_grad * (HIDDEN_SIZE**-0.5))[:, :, None]
-        along_state = (d_grad * d / HIDDEN_SIZE)[:, :, None]
-        hidden_row = token_rows(hidden_ptr, rows, offs_h, stride_hidden_t, stride_hidden_h, ALIGNED)
-        key_row = token_rows(key_ptr, rows, offs_h, stride_key_t, stride_key_h, ALIGNED)
-        # From the end of D, where the first loop has just been.
-        for back in range(0, HIDDEN_SIZE, BLOCK_D):
-            offs_d = LAST - back + tl.arange(0, BLOCK_D)[None, None, :]
-            mask_d = offs_d < HIDDEN_SIZE
-            mask_w = (offs_h < NUM_BRANCHES) & mask_d
-            offs_w = offs_h * HIDDEN_SIZE + offs_d
-            mask, mask_live = mask_row & mask_d, live_row & mask_d
-            query_norm = tl.load(query_norm_ptr + offs_w, mask=mask_w, other=0).to(tl.float32)
-            key_norm = tl.load(key_norm_ptr + offs_w, mask=mask_w, other=0).to(tl.float32)
-            hidden = tl.load(hidden_row + offs_d, mask=mask_live, other=0, eviction_policy="evict_first")
-            key = tl.load(key_row + offs_d, mask=mask_live, other=0, eviction_policy="evict_first")
-            q, k = hidden.to(tl.float32) * hidden_scale, key.to(tl.float32) * key_scale
-            w = along_w * (query_norm * key_norm)
-            if grad_hidden_ptr is not None:
-                grad_hidden = hidden_scale * (w * k - along_state * q)
-                if RESIDUAL:
-                    grad = tl.load(grad_row + offs_d, mask=mask, other=0, eviction_policy="evict_first")
-                    grad_hidden += grad.to(tl.float32)
-                row = token_rows(grad_hidden_ptr, rows, offs_h, stride_grad_hidden_t, HIDDEN_SIZE, ALIGNED)
-                grad_hidden = grad_hidden.to(grad_hidden_ptr.dtype.element_ty)
-                tl.store(row + offs_d, grad_hidden, mask=mask, eviction_policy="evict_first")
-            if grad_key_ptr is not None:
-                grad_key = key_scale * (w * q - along_state * k)
-                row = token_rows(grad_key_ptr, rows, offs_h, stride_grad_key_t, HIDDEN_SIZE, ALIGNED)
-                grad_key = grad_key.to(grad_key_ptr.dtype.element_ty)
-                tl.store(row + offs_d, grad_key, mask=mask, eviction_policy="evict_first")
-            if product_ptr is not None:
-                product = tl.sum(along_w * q * k, axis=0)[None, :, :]
-                own = product_ptr + tl.program_id(0).to(tl.int64) * (NUM_BRANCHES * HIDDEN_SIZE) + offs_w
-                # A tile of one: Triton 3.9's interpreter widens a scalar condition that it broadcasts.
-                later = block + tl.arange(0, 1)[None, :, None] >= tl.num_programs(0)
-                product += tl.load(own, mask=mask_w & later, other=0, eviction_policy="evict_last")
-                tl.store(own, product, mask=mask_w, eviction_policy="evict_last")
-            if scale_ptr is not None and grad_value_ptr is not None:
-                value = tl.load(value_row + offs_d, mask=live_value & mask_d, other=0).to(tl.float32)
-                offs_part = token[:, None, None] * HIDDEN_SIZE + offs_d
-                grad_value = tl.load(value_part_ptr + offs_part, mask=live_value & mask_d, other=0)
-                grad_value = (grad_value - value_factor * value).to(grad_value_ptr.dtype.element_ty)
-                tl.store(grad_value_row + offs_d, grad_value, mask=mask_value & mask_d)
+        slope = gate_slope(d, root, clamp)
+        d_grad = tl.where(slope == 0, 0.0, gate_grad * slope)  # gate_grad may be infinite where the gate is flat
+        for branch in range(NUM_BRANCHES):
+            branch64 = tl.cast(branch, tl.int64)
+            # One branch's numbers: all other terms are zero.
+            own_grad = tl.sum(tl.where(offs_b == branch, d_grad, 0.0), axis=1)[:, None]
+            scalar = scalars_ptr + rows * (3 * NUM_BRANCHES) + branch
+            own_d = tl.load(scalar, mask=live_row, other=0)
+            hidden_factor = tl.load(scalar + NUM_BRANCHES, mask=live_row, other=0)
+            key_factor = tl.load(scalar + 2 * NUM_BRANCHES, mask=live_row, other=0)
+            w_factor, state_factor = own_grad * (HIDDEN_SIZE**-0.5), own_grad * own_d * (-1.0 / HIDDEN_SIZE)
+            hidden_w, hidden_state = hidden_factor * w_factor, hidden_factor * state_factor
+            key_w, key_state = key_factor * w_factor, key_factor * state_factor
+            grad_row = token_rows(grad_ptr, rows, branch64, stride_grad_t, stride_grad_h, ALIGNED)
+            hidden_row = token_rows(hidden_ptr, rows, branch64, stride_hidden_t, stride_hidden_h, ALIGNED)
+            key_row = token_rows(key_ptr, rows, branch64, stride_key_t, stride_key_h, ALIGNED)
+            # From the end of D, where the first loop has just been.
+            for back in range(0, HIDDEN_SIZE, BLOCK_D):
+                offs_d = (HIDDEN_SIZE - 1) // BLOCK_D * BLOCK_D - back + tl.arange(0, BLOCK_D)[None, :]
+                mask_d = within(offs_d, HIDDEN_SIZE, BLOCK_D)
+                mask, mask_live = mask_row & mask_d, live_row & mask_d
+                offs_w = branch * HIDDEN_SIZE + offs_d
+                query_norm = widen(tl.load(query_norm_ptr + offs_w, mask=mask_d, other=0))
+                key_norm = widen(tl.load(key_norm_ptr + offs_w, mask=mask_d, other=0))
+                hidden = tl.load(hidden_row + offs_d, mask=mask_live, other=0, eviction_policy="evict_first")
+                key = tl.load(key_row + offs_d, mask=mask_live, other=0, eviction_policy="evict_first")
+                q, k, w = widen(hidden) * hidden_factor, widen(key) * key_factor, query_norm * key_norm
+                if grad_hidden_ptr is not None:
+                    grad_hidden = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+                    if RESIDUAL:
+                        grad = tl.load(grad_row + offs_d, mask=mask, other=0, eviction_policy="evict_first")
+                        grad_hidden = widen(grad)
+                    grad_hidden = tl.fma(q, hidden_state, grad_hidden)
+                    grad_hidden = tl.fma(w * k, hidden_w, grad_hidden)
+                    row = token_rows(grad_hidden_ptr, rows, branch64, stride_grad_hidden_t, HIDDEN_SIZE, ALIGNED)
+                    grad_hidden = grad_hidden.to(grad_hidden_ptr.dtype.element_ty)
+                    tl.store(row + offs_d, grad_hidden, mask=mask, eviction_policy="evict_first")
+                if grad_key_ptr is not None:
+                    grad_key = tl.fma(w * q, key_w, k * key_state)
+                    row = token_rows(grad_key_ptr, rows, branch64, stride_grad_key_t, HIDDEN_SIZE, ALIGNED)
+                    grad_key = grad_key.to(grad_key_ptr.dtype.element_ty)
+                    tl.store(row + offs_d, grad_key, mask=mask, eviction_policy="evict_first")
+                if product_ptr is not None:
+                    product = ordered_sum(w_factor * (q * k), axis=0)[None, :]
+                    own = product_ptr + tl.program_id(0).to(tl.int64) * (NUM_BRANCHES * HIDDEN_SIZE) + offs_w
+                    # A tile of one: Triton 3.9's interpreter widens a scalar condition that it broadcasts.
+                    later = block + tl.arange(0, 1)[:, None] >= tl.num_programs(0)
+                    product += tl.load(own, mask=mask_d & later, other=0, eviction_policy="evict_last")
+                    tl.store(own, product, mask=mask_d, eviction_policy="evict_last")
         if product_ptr is not None:
             # Another thread may read what one wrote: nothing makes a load's layout that of a store.
             tl.debug_barrier()
@@ -314,7 +336,7 @@ def launch_gate_backward(
             BLOCK_H=config.block_h,
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
         if product is not None:
             launch_norm_gradient(product, query_norm, key_norm, grad_query_norm, grad_key_norm)

@@ -29,10 +29,11 @@ import triton
 import triton.language as tl
 
 from .arguments import processors
-from .branch_gate import flatten_tokens, float32_eps
+from .branch_gate import flatten_tokens, float32_eps, widen
 from .gate_backward import ConvParts, launch_gate_backward
 from .gate_gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative
 from .launch import cdiv, next_power_of_2, on_device_of
+from .ordered_sum import ordered_sum
 from .sequences import find_sequence, sequence_arguments
 from .weight_gradients import launch_conv_gradient
 
@@ -107,7 +108,6 @@ def conv_backward_kernel(
     CHUNKS: tl.constexpr = (HIDDEN_SIZE + BLOCK_D - 1) // BLOCK_D
     chunk, group = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     offs_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_h = tl.arange(0, BLOCK_H)[None, :]
     mask_d = (offs_d < HIDDEN_SIZE)[None, :]
     place_k, place_h = tl.arange(0, BLOCK_K)[:, None, None], tl.arange(0, BLOCK_H)[None, :, None]
     product = tl.zeros([BLOCK_K, BLOCK_H, BLOCK_D], tl.float32)
@@ -125,10 +125,11 @@ def conv_backward_kernel(
         if mask_ptr is not None:
             live = live & (tl.load(mask_ptr + token, mask=known, other=0) != 0)
         value_tile = value_ptr + token[:, None] * stride_value_t + offs_d[None, :]
-        value = tl.load(value_tile, mask=live[:, None] & mask_d, other=0).to(tl.float32)
+        value = widen(tl.load(value_tile, mask=live[:, None] & mask_d, other=0))
         value_part = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        direct = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-        scale_grad = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+        if sums_ptr is not None:
+            plane = tl.cast(num_tokens, tl.int64) * NUM_BRANCHES
+            sums = sums_ptr + 2 * plane * chunk + token * NUM_BRANCHES
         for branch in range(NUM_BRANCHES):
             branch64 = tl.cast(branch, tl.int64)
             gate = tl.load(gate_ptr + token * NUM_BRANCHES + branch, mask=live, other=0)
@@ -136,45 +137,42 @@ def conv_backward_kernel(
             normed_here = value * scale[:, None]
             grad_branch = grad_ptr + branch64 * stride_grad_h + offs_d[None, :]
             own = tl.load(grad_branch + token[:, None] * stride_grad_t, mask=live[:, None] & mask_d, other=0)
-            own = own.to(tl.float32)
-            value_part += gate[:, None] * own
-            direct = tl.where(offs_h == branch, tl.sum(own * value, axis=1)[:, None], direct)
+            own = widen(own)
+            value_part = tl.fma(own, gate[:, None], value_part)
+            if sums_ptr is not None:
+                tl.store(sums + branch, ordered_sum(own * value, axis=1), mask=mask_t)
             through = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             for ahead in range(NUM_TAPS):
                 target = token + tl.cast(ahead, tl.int64) * DILATION
                 reached = known & (target < end)
                 conv = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-                for tap in range(NUM_TAPS):
+                # The grid has one dimension. Of an end that it knows LLVM unrolls the loop, and ptxas spills.
+                for tap in range(NUM_TAPS * tl.num_programs(1)):
                     source = target - (NUM_TAPS - 1 - tap) * DILATION
                     inside = reached & (source >= start)
                     if mask_ptr is not None:
                         inside = inside & (tl.load(mask_ptr + source, mask=inside, other=0) != 0)
                     past_scale = tl.load(scale_ptr + source * NUM_BRANCHES + branch, mask=inside, other=0)
                     past_tile = value_ptr + source[:, None] * stride_value_t + offs_d[None, :]
-                    past = tl.load(past_tile, mask=inside[:, None] & mask_d, other=0).to(tl.float32)
+                    past = widen(tl.load(past_tile, mask=inside[:, None] & mask_d, other=0))
                     offs_w = (tap * NUM_BRANCHES + branch) * HIDDEN_SIZE + offs_d[None, :]
                     weight = tl.load(weight_ptr + offs_w, mask=mask_d, other=0)
-                    conv += (past * past_scale[:, None]) * weight
+                    conv = tl.fma(past * past_scale[:, None], weight, conv)
                 sigmoid = 1.0 / (1.0 + tl.exp(-conv))
                 grad = tl.load(grad_branch + target[:, None] * stride_grad_t, mask=reached[:, None] & mask_d, other=0)
-                conv_grad = grad.to(tl.float32) * (sigmoid * (1.0 + conv * (1.0 - sigmoid)))
+                conv_grad = widen(grad) * (sigmoid * tl.fma(conv, 1.0 - sigmoid, 1.0))
                 # The token is the target's tap K-1 - ahead.
                 offs_w = ((NUM_TAPS - 1 - ahead) * NUM_BRANCHES + branch) * HIDDEN_SIZE + offs_d[None, :]
-                through += conv_grad * tl.load(weight_ptr + offs_w, mask=mask_d, other=0)
+                through = tl.fma(conv_grad, tl.load(weight_ptr + offs_w, mask=mask_d, other=0), through)
                 if product_ptr is not None:
                     place = (place_k == NUM_TAPS - 1 - ahead) & (place_h == branch)
-                    product += tl.where(place, tl.sum(conv_grad * normed_here, axis=0)[None, None, :], 0.0)
-            value_part += scale[:, None] * through
-            scale_grad = tl.where(offs_h == branch, tl.sum(through * value, axis=1)[:, None], scale_grad)
+                    product += tl.where(place, ordered_sum(conv_grad * normed_here, axis=0)[None, None, :], 0.0)
+            value_part = tl.fma(through, scale[:, None], value_part)
+            if sums_ptr is not None:
+                tl.store(sums + plane + branch, ordered_sum(through * value, axis=1), mask=mask_t)
         if value_part_ptr is not None:
             offs_part = token[:, None] * HIDDEN_SIZE + offs_d[None, :]
             tl.store(value_part_ptr + offs_part, value_part, mask=mask_t[:, None] & mask_d)
-        if sums_ptr is not None:
-            plane = tl.cast(num_tokens, tl.int64) * NUM_BRANCHES
-            sums = sums_ptr + 2 * plane * chunk + token[:, None] * NUM_BRANCHES + offs_h
-            mask_sums = mask_t[:, None] & (offs_h < NUM_BRANCHES)
-            tl.store(sums, direct, mask=mask_sums)
-            tl.store(sums + plane, scale_grad, mask=mask_sums)
     if product_ptr is not None:
         offs_kh = (group * NUM_TAPS + place_k) * NUM_BRANCHES + place_h
         mask_product = (place_k < NUM_TAPS) & (place_h < NUM_BRANCHES) & (offs_d < HIDDEN_SIZE)[None, None, :]
@@ -257,7 +255,7 @@ def launch_gate_conv_backward(
             BLOCK_H=next_power_of_2(branches),
             BLOCK_K=next_power_of_2(num_taps),
             num_warps=config.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
         if product is not None:
             launch_conv_gradient(product, conv_norm, conv_weight, grad_conv_norm, grad_conv_weight)

@@ -11,25 +11,27 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
+from .arguments import processors
 from .branch_gate import (
     addresses_aligned,
     branch_gate,
-    few_tokens,
+    branch_sums,
     float32_eps,
     gate_config,
+    norm_parts,
+    row_part,
+    row_parts,
     store_scalars,
     strides_aligned,
     token_rows,
+    widen,
 )
-from .launch import cdiv
+from .launch import warp_size
+from .ordered_sum import ordered_sum
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "gate_scale_kernel": dict(sm_80=(120, 4096), sm_90=(112, 4096), sm_100=(112, 4096), gfx942=(80, 8192)),
-    # With loads on their way to shared memory.
-    "gate_scale_kernel, few tokens": dict(
-        sm_80=(128, 36_864), sm_90=(128, 36_864), sm_100=(128, 36_864), gfx942=(80, 8192)
-    ),
+    "gate_scale_kernel": dict(sm_80=(168, 64), sm_90=(168, 64), sm_100=(168, 64), gfx942=(168, 64)),
 }
 
 
@@ -59,59 +61,61 @@ def gate_scale_kernel(
     HIDDEN_SIZE: tl.constexpr,
     COPYSIGN: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """First pass, BLOCK_T tokens in one branch: their gates and the scales of their normed values, float32 ``[T, H]``.
+    """First pass, tokens p, p + P, and so on, in one branch, of P programs a branch: gates and scales, ``[T, H]``.
 
-    Grid (cdiv(T, BLOCK_T) * H,), branches innermost. A masked or padding token gets zeros, and nothing of it is read.
+    Grid (P * H,), branches innermost. A masked or padding token gets zeros, and its key and value are not read.
     """
     eps, conv_eps, clamp = tl.cast(eps, tl.float32), tl.cast(conv_eps, tl.float32), tl.cast(clamp, tl.float32)
     branch = (tl.program_id(0) % NUM_BRANCHES).to(tl.int64)
-    token = (tl.program_id(0) // NUM_BRANCHES).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = token < num_tokens
-    live = mask_t
-    if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
+    query_norm_row = query_norm_ptr + branch * HIDDEN_SIZE
+    key_norm_row = key_norm_ptr + branch * HIDDEN_SIZE
+    norms = norm_parts(query_norm_row, key_norm_row, HIDDEN_SIZE, BLOCK_D, KEEP)
+    end = num_tokens
     if cu_seqlens_ptr is not None:
-        live = live & (token < tl.load(cu_seqlens_ptr + num_seqs))
-    gate, d, hidden_scale, key_scale = branch_gate(
-        token,
-        branch,
-        live,
-        hidden_ptr,
-        key_ptr,
-        query_norm_ptr,
-        key_norm_ptr,
-        stride_hidden_t,
-        stride_hidden_h,
-        stride_key_t,
-        stride_key_h,
-        eps,
-        clamp,
-        HIDDEN_SIZE,
-        COPYSIGN,
-        ALIGNED,
-        BLOCK_T,
-        BLOCK_D,
-        STAGES,
-    )
-    if scalars_ptr is not None:
-        store_scalars(scalars_ptr, token, branch, mask_t, d, hidden_scale, key_scale, NUM_BRANCHES)
-    value_row = token_rows(value_ptr, token[:, None], 0, stride_value_t, 0, ALIGNED)
-    square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for begin in range(0, HIDDEN_SIZE, BLOCK_D):
-        offs_d = begin + tl.arange(0, BLOCK_D)[None, :]
-        value = tl.load(value_row + offs_d, mask=live[:, None] & (offs_d < HIDDEN_SIZE), other=0).to(tl.float32)
-        square += value * value
-    mean = tl.sum(square, axis=1) / HIDDEN_SIZE
-    scale = gate * tl.rsqrt(gate * gate * mean + conv_eps)
-    # Both at the end: with conv_eps = 0 the scale of a gate that is 0 already would be NaN.
-    gate, scale = tl.where(live, gate, 0.0), tl.where(live, scale, 0.0)
-    offs_out = token * NUM_BRANCHES + branch
-    tl.store(gate_ptr + offs_out, gate, mask=mask_t)
-    tl.store(scale_ptr + offs_out, scale, mask=mask_t)
+        end = tl.load(cu_seqlens_ptr + num_seqs)
+    for index in range(tl.program_id(0) // NUM_BRANCHES, num_tokens, tl.num_programs(0) // NUM_BRANCHES):
+        token = tl.cast(index, tl.int64)
+        offs_out = token * NUM_BRANCHES + branch
+        live = index < end
+        if mask_ptr is not None:
+            live = live & (tl.load(mask_ptr + token) != 0)
+        if live:
+            hidden_row = token_rows(hidden_ptr, token, branch, stride_hidden_t, stride_hidden_h, ALIGNED)
+            key_row = token_rows(key_ptr, token, branch, stride_key_t, stride_key_h, ALIGNED)
+            value_row = token_rows(value_ptr, token, 0, stride_value_t, 0, ALIGNED)
+            sums = branch_sums(
+                hidden_row,
+                key_row,
+                query_norm_row,
+                key_norm_row,
+                row_parts(hidden_row, HIDDEN_SIZE, BLOCK_D, KEEP),
+                norms,
+                HIDDEN_SIZE,
+                BLOCK_D,
+                KEEP,
+            )
+            gate, d, hidden_scale, key_scale = branch_gate(
+                sums, hidden_row, key_row, query_norm_row, key_norm_row, eps, clamp, HIDDEN_SIZE, COPYSIGN, BLOCK_D
+            )
+            square = tl.zeros([BLOCK_D], tl.float32)
+            for begin in range(0, HIDDEN_SIZE, BLOCK_D):
+                value = widen(row_part(value_row, begin, HIDDEN_SIZE, BLOCK_D))
+                square = tl.fma(value, value, square)
+            MEAN: tl.constexpr = 1.0 / HIDDEN_SIZE
+            # A gate of 0 has a value of 0, also where the squares of value exceed float32.
+            mean = tl.where(gate == 0, 0.0, gate * gate * (ordered_sum(square, 0) * MEAN))
+            tl.store(gate_ptr + offs_out, gate)
+            tl.store(scale_ptr + offs_out, gate * tl.rsqrt(mean + conv_eps))
+            if scalars_ptr is not None:
+                store_scalars(scalars_ptr, token, branch, d, hidden_scale, key_scale, NUM_BRANCHES)
+        else:
+            tl.store(gate_ptr + offs_out, 0.0)
+            tl.store(scale_ptr + offs_out, 0.0)
+            if scalars_ptr is not None:
+                store_scalars(scalars_ptr, token, branch, 0.0, 0.0, 0.0, NUM_BRANCHES)
 
 
 def prepare_gate_scale(hidden, key, value, eps, conv_eps, clamp, zero_gate, num_seqs: int) -> Callable[..., None]:
@@ -121,18 +125,17 @@ def prepare_gate_scale(hidden, key, value, eps, conv_eps, clamp, zero_gate, num_
     scale ``[T, H]``, and ``scalars [T, 3, H]`` for the backward pass where they are not None.
     """
     num_tokens, branches, hidden_size = hidden.shape
-    config = gate_config(hidden_size, few_tokens(num_tokens))
+    config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
     strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0))
     numbers = (*strides, num_tokens, num_seqs, float32_eps(eps), float32_eps(conv_eps), float(clamp))
     numbers += (branches, hidden_size, zero_gate == "copysign")
     aligned = strides_aligned(hidden, key, value)
     options = dict(
-        BLOCK_T=config.block_t,
         BLOCK_D=config.block_d,
-        STAGES=config.stages,
+        KEEP=config.keep,
         num_warps=config.num_warps,
-        enable_fp_fusion=True,
-        grid=(cdiv(num_tokens, config.block_t) * branches,),
+        enable_fp_fusion=False,
+        grid=(config.programs * branches,),
         warmup=False,
     )
 

@@ -6,6 +6,9 @@ triton.cdiv and triton.next_power_of_2, made for kernels as well, take 3 us a ca
 import contextlib
 
 import torch
+from triton.runtime import driver
+
+from .arguments import INTERPRETING
 
 _HERE = contextlib.nullcontext()
 
@@ -25,3 +28,8 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device_of(tensor)
+
+
+def warp_size() -> int:
+    """Threads of a warp where kernels run: 32, or 64 on AMD's."""
+    return 32 if INTERPRETING else driver.active.get_current_target().warp_size

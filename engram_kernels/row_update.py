@@ -101,6 +101,13 @@ def gradient_rows(
 
 
 @triton.jit
+def decayed_rows(weight_ptr, row, keep, mask, offs_r, WIDTH: tl.constexpr):
+    """Pointers to the table's rows, and these times ``keep``, float32."""
+    weight_row = weight_ptr + row * WIDTH + offs_r
+    return weight_row, tl.load(weight_row, mask=mask, other=0).to(tl.float32) * keep
+
+
+@triton.jit
 def store_rows(
     weight_row, moved, row, mask, seed, step, num_table_rows, STOCHASTIC: tl.constexpr, WIDTH: tl.constexpr, offs_r
 ):
@@ -150,12 +157,11 @@ def row_adagrad_kernel(
             block, ids_ptr, values_ptr, squares_ptr, count, factor, skipped_ptr, WIDTH, BLOCK_ROWS, BLOCK_R
         )
         mask = moves & (offs_r < WIDTH)
-        weight_row = weight_ptr + row * WIDTH + offs_r
-        weight = tl.load(weight_row, mask=mask, other=0).to(tl.float32)
+        weight_row, decayed = decayed_rows(weight_ptr, row, keep, mask, offs_r, WIDTH)
         total = tl.load(sums_ptr + row, mask=moves, other=0) + square / WIDTH
         tl.debug_barrier()  # every warp has loaded the sums, of which one stores the new ones
         tl.store(sums_ptr + row, total, mask=moves)
-        moved = weight * keep - lr * gradient / (tl.sqrt(total) + eps)
+        moved = decayed - lr * gradient / (tl.sqrt(total) + eps)
         store_rows(weight_row, moved, row, mask, seed, step64, num_table_rows, STOCHASTIC, WIDTH, offs_r)
 
 
@@ -212,9 +218,8 @@ def row_adam_kernel(
             block, ids_ptr, values_ptr, squares_ptr, count, factor, skipped_ptr, WIDTH, BLOCK_ROWS, BLOCK_R
         )
         mask = moves & (offs_r < WIDTH)
-        weight_row = weight_ptr + row * WIDTH + offs_r
         first_row, second_row = first_ptr + row * WIDTH + offs_r, second_ptr + row * WIDTH + offs_r
-        weight = tl.load(weight_row, mask=mask, other=0).to(tl.float32)
+        weight_row, decayed = decayed_rows(weight_ptr, row, keep, mask, offs_r, WIDTH)
         first = tl.load(first_row, mask=mask, other=0)
         second = tl.load(second_row, mask=mask, other=0)
         steps = tl.load(steps_ptr + row, mask=moves, other=0) + 1
@@ -226,7 +231,7 @@ def row_adam_kernel(
         tl.store(second_row, second, mask=mask)
         mean = first / one_minus_power(steps, log_beta_1)
         scale = tl.sqrt(second / one_minus_power(steps, log_beta_2)) + eps
-        moved = weight * keep - lr * mean / scale
+        moved = decayed - lr * mean / scale
         store_rows(weight_row, moved, row, mask, seed, step64, num_table_rows, STOCHASTIC, WIDTH, offs_r)
 
 

@@ -85,8 +85,9 @@ def lookup_kernel(
             entry = first_entry + out_row
             key = tl.load(row_ids_ptr + entry, mask=mask_row, other=0)
             before = tl.load(row_ids_ptr + entry - 1, mask=mask_row & (entry > 0), other=0)
-            mask_row = mask_row & ((entry == 0) | (key != before))
+            # Of every entry: with 32 rows a step Triton 3.6 does not compile a load whose mask comes from another load.
             out_row = tl.load(places_ptr + entry, mask=mask_row, other=0)
+            mask_row = mask_row & ((entry == 0) | (key != before))
             row = key.to(tl.int64) - first_key
         else:
             token, column = out_row // num_columns, out_row % num_columns

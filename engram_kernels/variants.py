@@ -1,7 +1,7 @@
 """Kernels compiled before the first request: Triton compiles a variant when it is first launched, in seconds.
 
-A variant depends on the model, on which arguments are given, and in steps on the number of tokens: tiles of the hash,
-of the gate and of the convolution, the read order, and whether each layer is looked up by a launch of its own.
+A variant depends on the model, on which arguments are given, and in steps on the number of tokens: tiles of the hash
+and of the convolution, the read order, and whether each layer is looked up by a launch of its own.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from .arguments import is_kernel_device
-from .branch_gate import few_tokens
 from .conv_residual import conv_config
 from .hashing import hash_config
 from .module import Engram
@@ -30,7 +29,7 @@ def variant_lengths(engrams: Sequence[Engram], max_tokens: int, prefetcher: Pref
         else:
             lookup = prefetcher.launches(tokens)
         conv = conv_config(tokens, config.hidden_size, config.branches) if config.conv_kernel else None
-        return lookup, few_tokens(tokens), conv, hash_config(tokens, config.columns)
+        return lookup, conv, hash_config(tokens, config.columns)
 
     first = {}
     for tokens in range(1, max_tokens + 1):

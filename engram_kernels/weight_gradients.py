@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv
+from .ordered_sum import ordered_sum
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -30,7 +31,7 @@ def sum_parts(part_ptr, offs, mask, stride, num_parts, BLOCK_P: tl.constexpr, BL
         part = begin + tl.arange(0, BLOCK_P)[:, None]
         here = (part < num_parts) & mask[None, :]
         total += tl.load(part_ptr + part.to(tl.int64) * stride + offs[None, :], mask=here, other=0)
-    return tl.sum(total, axis=0)
+    return ordered_sum(total, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -90,7 +91,7 @@ def conv_gradient_kernel(
     for tap in range(NUM_TAPS):
         product = sum_parts(product_ptr + tap * SIZE, offs, mask, NUM_TAPS * SIZE, num_parts, BLOCK_P, BLOCK)
         weight = tl.load(weight_row + tap * stride_weight_k, mask=mask, other=0).to(tl.float32)
-        norm_grad += weight * product
+        norm_grad = tl.fma(weight, product, norm_grad)
         if grad_conv_weight_ptr is not None:
             weight_grad = (conv_norm * product).to(grad_conv_weight_ptr.dtype.element_ty)
             tl.store(grad_conv_weight_ptr + offs.to(tl.int64) * NUM_TAPS + tap, weight_grad, mask=mask)
@@ -112,7 +113,7 @@ def launch_norm_gradient(product, query_norm, key_norm, grad_query_norm, grad_ke
         BLOCK_P=BLOCK_P,
         BLOCK=BLOCK,
         num_warps=4,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
     )
 
 
@@ -133,5 +134,5 @@ def launch_conv_gradient(product, conv_norm, conv_weight, grad_conv_norm, grad_c
         BLOCK_P=BLOCK_P,
         BLOCK=BLOCK,
         num_warps=4,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
     )

@@ -28,15 +28,17 @@ def gate_residual(
     out=None,
 ):
     """``hidden + gate * value`` ``[..., H, D]``; arguments as ``engram_kernels.gate_residual``."""
-    query = hidden
+    # Each input once, so that autograd too adds in float32 and rounds an input's gradient once.
+    dtype = compute_dtype(hidden)
+    residue, key, value, query_norm, key_norm = (x.to(dtype) for x in (hidden, key, value, query_norm, key_norm))
+    query = residue
     if mask is not None:
         # Ones: what a masked token holds, NaN included, must not reach the norm weights' gradients either.
-        query, key = (x.where(mask[..., None, None], 1) for x in (hidden, key))
+        query, key = (x.where(mask[..., None, None], 1) for x in (query, key))
         value = value.where(mask[..., None], 0)
     gate = branch_gate(query, key, query_norm, key_norm, eps=eps, clamp=clamp, zero_gate=zero_gate)
-    addend = gate[..., None] * value[..., None, :].to(gate.dtype)
-    result = hidden.to(gate.dtype) + addend if residual else addend
-    result = result.to(hidden.dtype)
+    addend = gate[..., None] * value[..., None, :]
+    result = (residue + addend if residual else addend).to(hidden.dtype)
     if mask is not None:
         unchanged = hidden if residual else torch.zeros_like(hidden)
         result = torch.where(mask[..., None, None], result, unchanged)
@@ -44,14 +46,15 @@ def gate_residual(
 
 
 def branch_gate(hidden, key, query_norm, key_norm, *, eps, clamp, zero_gate):
-    """The gate of every token and branch, ``[..., H]``, in the type the op computes in."""
-    dtype = compute_dtype(hidden)
-    query = rms_norm(hidden.to(dtype), query_norm.to(dtype), eps)
+    """The gate of every token and branch, ``[..., H]``; all tensors are of the type the op computes in."""
+    query = rms_norm(hidden, query_norm, eps)
     # Not an einsum, which torch.autocast would compute in half precision.
-    d = (query * rms_norm(key.to(dtype), key_norm.to(dtype), eps)).sum(-1) / math.sqrt(hidden.shape[-1])
-    sign = torch.sign(d) if zero_gate == "sign" else torch.where(d < 0, -1.0, 1.0).to(dtype)
-    # The second where changes no value: it makes the gradient at d = 0 zero, with a clamp of zero too.
-    magnitude = d.abs().clamp(min=clamp).where(d != 0, clamp)
+    d = (query * rms_norm(key, key_norm, eps)).sum(-1) / math.sqrt(hidden.shape[-1])
+    sign = torch.sign(d) if zero_gate == "sign" else torch.where(d < 0, -1.0, 1.0).to(d.dtype)
+    # Not clamp, whose gradient is zero where d is NaN. What is filled has none, also at d = 0 with a clamp of zero,
+    # where the slope of the square root is infinite.
+    magnitude = d.abs()
+    magnitude = magnitude.masked_fill((magnitude < clamp) | (d == 0), clamp)
     return torch.sigmoid(sign * torch.sqrt(magnitude))
 
 

@@ -13,7 +13,7 @@ per token and branch. The state of a sequence is therefore ``value`` and ``scale
 import torch
 
 from .conv_slots import gather_conv, store_conv
-from .gate import branch_gate
+from .gate import branch_gate, compute_dtype
 from .sequences import token_sequences
 
 
@@ -43,14 +43,18 @@ def gate_conv_residual(
     """
     shape, (branches, width) = hidden.shape[:-2], hidden.shape[-2:]
     sequence, start, padding = token_sequences(shape, cu_seqlens, hidden.device)
-    flat_hidden, key = hidden.reshape(-1, branches, width), key.reshape(-1, branches, width)
+    # Each input once, as in gate.py: a value is part of as many convolutions as there are taps.
+    dtype = compute_dtype(hidden)
+    tensors = (hidden, key, value, query_norm, key_norm, conv_norm, conv_weight)
+    residue, key, value, query_norm, key_norm, conv_norm, conv_weight = (x.to(dtype) for x in tensors)
+    residue, key = (x.reshape(-1, branches, width) for x in (residue, key))
     value = value.reshape(-1, width)
     live = ~padding if mask is None else ~padding & mask.reshape(-1)
-    query, key = (x.where(live[:, None, None], 1) for x in (flat_hidden, key))  # as in gate.py
+    query, key = (x.where(live[:, None, None], 1) for x in (residue, key))  # as in gate.py
     value = value.where(live[:, None], 0)
     gate = branch_gate(query, key, query_norm, key_norm, eps=eps, clamp=clamp, zero_gate=zero_gate)
     gate = gate.where(live[:, None], 0)
-    v = gate[..., None] * value[:, None].to(gate.dtype)
+    v = gate[..., None] * value[:, None]
     conv_eps = torch.finfo(v.dtype).eps if conv_eps is None else conv_eps
     mean = v.square().mean(-1).where(live[:, None], 1)  # where nothing is live the scale is 0 with conv_eps = 0 too
     scale = gate * torch.rsqrt(mean + conv_eps)
@@ -59,15 +63,16 @@ def gate_conv_residual(
     span = (taps - 1) * dilation
     ring = conv_state if hasattr(conv_state, "cursor") else None
     past = conv_state if ring is None else gather_conv(ring, span)
+    past = None if past is None else tuple(part.to(dtype) for part in past)
     conv = torch.zeros_like(v)
     for tap in range(taps):
         source = torch.arange(v.shape[0], device=v.device) - (taps - 1 - tap) * dilation
         past_value, past_scale = _at(source, value, scale, sequence, start, past, span)
-        normed = past_value[:, None].to(v.dtype) * past_scale[..., None] * conv_norm.to(v.dtype)
-        conv = conv + normed * conv_weight[..., tap].to(v.dtype)
+        normed = past_value[:, None] * past_scale[..., None] * conv_norm
+        conv = conv + normed * conv_weight[..., tap]
     addend = v + torch.nn.functional.silu(conv)
-    result = (flat_hidden.to(v.dtype) + addend if residual else addend).to(hidden.dtype)
-    unchanged = flat_hidden if residual else torch.zeros_like(flat_hidden)
+    result = (residue + addend if residual else addend).to(hidden.dtype)
+    unchanged = hidden.reshape(result.shape) if residual else torch.zeros_like(result)
     result = torch.where(padding[:, None, None], unchanged, result).view(hidden.shape)
     result = result if out is None else out.copy_(result)
     if conv_state is None:
@@ -75,7 +80,8 @@ def gate_conv_residual(
     if ring is not None:
         store_conv(ring, value, scale, span=span, cu_seqlens=cu_seqlens)
         return result, ring
-    return result, _advance(conv_state, value, scale, shape, cu_seqlens, span)
+    new = _advance(past, value, scale, shape, cu_seqlens, span)
+    return result, tuple(part.to(old.dtype) for part, old in zip(new, conv_state, strict=True))
 
 
 def _at(source, value, scale, sequence, start, conv_state, span):
@@ -88,8 +94,8 @@ def _at(source, value, scale, sequence, start, conv_state, span):
     slot = torch.where(inside, 0, span + source - start)
     old_value, old_scale = (state[sequence, slot] for state in conv_state)
     return (
-        torch.where(inside[:, None], past_value, old_value.to(value.dtype)),
-        torch.where(inside[:, None], past_scale, old_scale.to(scale.dtype)),
+        torch.where(inside[:, None], past_value, old_value),
+        torch.where(inside[:, None], past_scale, old_scale),
     )
 
 
@@ -112,6 +118,6 @@ def _advance(conv_state, value, scale, shape, cu_seqlens, span):
 
     def last(old, new):
         kept = old[sequence, slot]
-        return torch.where(inside[..., None], new[token].to(old.dtype), kept) if new.shape[0] else kept
+        return torch.where(inside[..., None], new[token], kept) if new.shape[0] else kept
 
     return last(old_value, value), last(old_scale, scale)

@@ -67,7 +67,8 @@ def hash_case(chosen, full=False):
 def row_out(rows, shape, storage):
     if not storage:
         return torch.empty(*shape, rows.width, dtype=torch.bfloat16)
-    scales = torch.empty(*shape, rows.width // 32, dtype=torch.uint8)
+    scaled = rows.format.scaling == "group"
+    scales = torch.empty(*shape, rows.width // 32, dtype=torch.uint8) if scaled else None
     return torch.empty(*shape, rows.width, dtype=rows.format.dtype), scales
 
 
@@ -86,14 +87,25 @@ def hash_lookup_case(model, full=False, storage=False, order="direct"):
     launch_hash_lookup(ids, chosen, view, *rest, out, storage, None, order)
 
 
-def cached_lookup_case(model, full=False, storage=False, order="head"):
+def cached_case(chosen, width, row_format, full=False, storage=False, order="direct", ways=8):
     """With tables of as many rows as the plan has, of which none is ever touched."""
-    config, chosen = getattr(EngramConfig, model)(), plan(model)
-    layers = [EngramTable.empty(max(chosen.rows_per_layer), config.row_width, config.format, placement="host")]
-    cache = NgramCache(chosen, layers * chosen.primes.shape[0], entries=64)
+    layers = [EngramTable.empty(max(chosen.rows_per_layer), width, row_format, placement="host")]
+    cache = NgramCache(chosen, layers * chosen.primes.shape[0], entries=64, ways=ways)
     ids, *rest = tokens(full)
     out = row_out(layers[0], (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
     launch_cached_lookup(cache, chosen, view_tables(cache.tables, CPU), storage, None, order, ids, *rest, out)
+
+
+def cached_lookup_case(model, **options):
+    config = getattr(EngramConfig, model)()
+    cached_case(plan(model), config.row_width, config.format, **options)
+
+
+def small_cached_case(width, row_format, wrapping=False, **options):
+    """Two layers, orders 2 and 3, two heads, as tests have them; products that overflow with ``wrapping``."""
+    multipliers = torch.tensor([[3, 5, 7], [11, 13, 17]]) + (2**61 if wrapping else 0)
+    chosen = HashPlan.from_parts(multipliers, torch.tensor([[101, 103, 107, 109]] * 2), pad=0, vocab_size=40)
+    cached_case(chosen, width, row_format, **options)
 
 
 def gate_inputs(branches, width, dtype):
@@ -187,6 +199,7 @@ def update_case(width, dtype, adam):
 
 
 V41, PAPER, QWEN = "deepseek_v41_flash", "engram_27b", "qwen38_flash_next"
+PRESETS = {"v41": V41, "27b": PAPER, "40b": "engram_40b", "demo": "deepseek_demo", "qwen": QWEN}
 
 CASES = {
     "hash/v41": lambda: hash_case(plan(V41)),
@@ -207,7 +220,22 @@ CASES = {
     "hash_lookup/v41-address": lambda: hash_lookup_case(V41, order="address"),
     "hash_lookup/27b": lambda: hash_lookup_case(PAPER),
     "hash_lookup/qwen": lambda: hash_lookup_case(QWEN),
-    "cached_lookup/v41-packed": lambda: cached_lookup_case(V41, full=True),
+    "cached_lookup/v41-packed": lambda: cached_lookup_case(V41, full=True, order="head"),
+    "cached_lookup/v41-storage": lambda: cached_lookup_case(V41, storage=True),
+    **{f"cached_lookup/{name}": partial(cached_lookup_case, model) for name, model in PRESETS.items()},
+    **{
+        f"cached_lookup/{name}-head-storage": partial(cached_lookup_case, model, order="head", storage=True)
+        for name, model in PRESETS.items()
+    },
+    # What the tests use: 32 rows a step, groups of rows with no power of two, one way and the most, wrapping mixes.
+    "cached_lookup/e4m3_ue8m0-32": lambda: small_cached_case(32, "e4m3_ue8m0", ways=2),
+    "cached_lookup/e4m3_ue8m0-96-overflow-head": lambda: small_cached_case(96, "e4m3_ue8m0", True, order="head"),
+    "cached_lookup/e4m3_ue8m0-64-storage": lambda: small_cached_case(64, "e4m3_ue8m0", storage=True, ways=4),
+    "cached_lookup/e4m3-16-overflow": lambda: small_cached_case(16, "e4m3", wrapping=True, ways=1),
+    "cached_lookup/e4m3-128-head": lambda: small_cached_case(128, "e4m3", order="head"),
+    "cached_lookup/bfloat16-64-head": lambda: small_cached_case(64, "bfloat16", order="head", ways=2),
+    "cached_lookup/float16-80": lambda: small_cached_case(80, "float16", ways=4),
+    "cached_lookup/float32-4": lambda: small_cached_case(4, "float32", ways=32),
     "gate/v41": lambda: gate_case(4, 5120, torch.bfloat16),
     "gate/v41-masked": lambda: gate_case(4, 5120, torch.bfloat16, mask=True),
     "gate/27b": lambda: gate_case(4, 2560, torch.bfloat16),

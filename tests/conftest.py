@@ -47,6 +47,7 @@ PARTS = {  # of the cpu lane's: the wheel and the demo, one after the other; rea
 }
 STARTED, MACHINE = pytest.StashKey(), pytest.StashKey()
 launches = Counter()  # kernel name -> launches in this process
+executed = Counter()  # what lane machine ran: kernels, launches, programs, runs
 durations = Counter()  # file -> seconds of its tests
 recent = {}  # kernel name -> the grid and the keyword arguments of its last launch, tensors left out
 
@@ -142,6 +143,7 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist reports to the one that started it
         config.workeroutput["launches"] = dict(launches)
+        config.workeroutput["executed"] = dict(config.stash[MACHINE].ran) if MACHINE in config.stash else {}
         return
     whole_lane = not config.option.keyword and all("::" not in arg and ".py" not in arg for arg in config.args)
     if not whole_lane or config.option.collectonly:
@@ -151,6 +153,9 @@ def pytest_sessionfinish(session, exitstatus):
     if all(Path(arg).resolve() == Path(__file__).parent for arg in config.args):
         target = config.getoption("--target") if lane == "machine" else ""
         write_times(TIMES, " ".join(filter(None, (lane, target, f"Triton {triton.__version__}"))), lane, took)
+    if lane == "machine":
+        counts = executed or config.stash[MACHINE].ran
+        write(", ".join(f"{count:,} {name}" for name, count in counts.items()) + " on machine code")
     for slow in lane_delays(lane, took):
         write(f"WARNING: {slow}", yellow=True)
     for fault in lane_faults(lane) if exitstatus == 0 else ():
@@ -192,7 +197,9 @@ def pytest_runtest_logreport(report):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    launches.update(getattr(node, "workeroutput", {}).get("launches", {}))
+    output = getattr(node, "workeroutput", {})
+    launches.update(output.get("launches", {}))
+    executed.update(output.get("executed", {}))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Compile kernels without a GPU: real launchers, real arguments, a driver that only says which GPU it would be."""
 
 import contextlib
-import json
 import re
 import subprocess
 import tempfile
@@ -91,21 +90,6 @@ def machine_code(compiled):
         per_unit=round(facts["instructions"] * num_warps / unit, 1),
         **facts,
     )
-
-
-def reductions(kernel):
-    """Of each sum over the last dimension its length, and elements of a thread, threads and warps that lie along it.
-
-    They fix the order of the sum. Where Triton chose no plain layout its text is there instead.
-    """
-    text = kernel.asm["ttgir"]
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.M))
-    found = []
-    for shape, layout in re.findall(r'"tt\.reduce"\(.*?\}\) : \(tensor<(\S+), (#\w+)>\)', text, re.S):
-        parts = re.search(r"sizePerThread = (.*?), threadsPerWarp = (.*?), warpsPerCTA = (.*?), order", layouts[layout])
-        along = [json.loads(part)[-1] for part in parts.groups()] if parts else layouts[layout]
-        found.append((int(shape.split("x")[-2]), along))
-    return found
 
 
 def _nvidia(kernel):

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from engram_kernels import HashPlan, NgramCache, hash_lookup, hash_rows, reference
+from engram_kernels import HashPlan, NgramCache, cache_lookup, hash_lookup, hash_rows, reference
 from engram_kernels.cache_lookup import COUNTS
-from engram_kernels.cache_misses import COUNTED
 from engram_kernels.reference.cache import CacheSimulator, ngram_keys, scramble
 
 from . import tables
@@ -94,6 +93,18 @@ def test_kernel_equals_the_simulator(device, name, width, dialect, wrapping, set
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("order", "name", "width"), [("direct", "e4m3_ue8m0", 32), ("head", "bfloat16", 64), ("address", "e4m3", 128)]
+)
+def test_kernel_short_calls(device, order, name, width):
+    """Calls of one to three tokens beside a longer one; rows of up to 128 bytes, which come 32 a step."""
+    pair = Pair(device, small_plan(layers=1), width, name, sets=2, ways=2)
+    for storage, ids in enumerate(stream((3, 1, 2, 9, 1))):
+        pair.look_up(ids, order=order, storage=bool(storage % 2), programs=2 if len(ids) == 2 else None)
+    assert pair.simulator.hits.min() > 2 and pair.simulator.evicted.min() > 0
+
+
+@pytest.mark.kernel
 def test_kernel_windows_and_batches(device, monkeypatch):
     """Sequences, history, dead and invalid ids; int32 ids; [B, S]; storage; head order and direct order."""
     monkeypatch.setattr(hash_rows, "check_token_values", lambda *_: None)  # on a GPU nobody asks
@@ -104,7 +115,8 @@ def test_kernel_windows_and_batches(device, monkeypatch):
     pair.look_up(ids.int(), **options, storage=True, programs=1)
     assert pair.simulator.hits.min() > 2
     assert pair.simulator.asked.max() < 2 * 19, "padding is not asked for"
-    pair.look_up(ids[:15].view(3, 5), storage=True)
+    pair.look_up(torch.full((3, 5), 7), storage=True)
+    assert (pair.simulator.asked - pair.simulator.hits > pair.simulator.read).all(), "some are copied from others"
     pair.look_up(ids[:0])
 
 
@@ -121,9 +133,18 @@ def test_kernel_evicts_everything_in_every_call(device):
 
 
 @pytest.mark.kernel
-def test_kernel_more_groups_than_are_counted_at_once(device):
+def test_kernel_most_ways(device):
+    """One set of 32 ways that fills, is taken from by more n-grams than it has, and keeps what was hit."""
+    pair = Pair(device, small_plan(layers=1, max_ngram=2, heads=1), 4, "float32", sets=1, ways=32)
+    for ids in (torch.arange(40), torch.arange(28, 40), torch.arange(20).flip(0)):
+        pair.look_up(ids)
+    assert pair.simulator.evicted.min() > 5 and pair.simulator.hits.min() > 2
+
+
+@pytest.mark.kernel
+def test_kernel_many_groups(device):
     pair = Pair(device, small_plan(layers=6, max_ngram=4, heads=1), 4, "float32", sets=2, ways=2)
-    assert pair.groups > COUNTED
+    assert pair.groups == 18
     for start in (0, 2):
         pair.look_up(torch.arange(start, start + 4))
     assert pair.simulator.inserted.min() > 0
@@ -140,6 +161,27 @@ def test_kernel_key_0(device):
     for _ in range(2):
         pair.look_up(torch.tensor([1, 0, 1, 0, 0]))
     assert pair.simulator.asked.tolist() == [2 * 3]
+
+
+@pytest.mark.kernel
+def test_kernel_empties_what_was_left_half_written(device, monkeypatch):
+    """Where the last launch fails ways have new rows and old keys: none of them is a hit afterwards."""
+    pair = Pair(device, small_plan(), 8, "float32", sets=1, ways=2)
+    pair.look_up(torch.arange(5))
+
+    class Fails:
+        def __getitem__(self, grid):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache_lookup, "keep_missed_kernel", Fails())
+        hash_lookup(torch.arange(20, 25).to(device), pair.moved, pair.tables, cache=pair.cache)
+    state, simulator = pair.cache.state, pair.simulator
+    assert not state.stamps.any()
+    for name in COUNTS:
+        getattr(simulator, name)[:] = state.counts[COUNTS.index(name)].cpu().numpy()
+    simulator.stamps[:] = 0
+    pair.look_up(torch.arange(5))
 
 
 @pytest.mark.kernel

@@ -5,7 +5,7 @@ convolution's scalars and new state.
 import pytest
 import torch
 
-from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_residual, hash_lookup, lookup
+from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_residual, hash_lookup, lookup, reference
 from engram_kernels.conv_slots import ConvSlots
 from engram_kernels.conv_state import launch_advance_state
 from engram_kernels.gate_scale import prepare_gate_scale
@@ -165,3 +165,37 @@ def test_gates_and_scales_stay_in_bounds(device):
     assert 0 < gate.check()[live].min() and gate.check().max() < 1
     assert scale.check()[live].ne(0).all() and scale.check().isfinite().all()
     assert gate.check()[2].eq(0).all() and scale.check()[2].eq(0).all()
+
+
+def overflowing_inputs(dtype):
+    """Rows of hidden and key whose squares exceed float32, of values near its end, and some that are not finite."""
+    hidden, key, value, *norms = inputs(12, 2, 96, dtype)
+    hidden[:9], key[:9] = hidden[:9].clamp(-3, 3), key[:9].clamp(-3, 3)
+    for row in (hidden[1], key[2], hidden[3], key[3], key[8]):
+        row *= 1e38
+    hidden[4] = 2e19 * hidden[4].sign()
+    hidden[5, :, 7], key[6, :, 0], key[7, 0] = float("inf"), float("nan"), float("-inf")
+    hidden[8, :, 3] = float("inf")
+    value[9] = 3e38
+    value[10, ::2] = -3e38
+    return hidden, key, value, *norms
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gate_of_rows_whose_squares_overflow(device, dtype):
+    """Their scale is 0, so a finite row counts as zeros: as the reference has it, neither infinite nor NaN."""
+    tensors, options = overflowing_inputs(dtype), dict(eps=EPS, residual=False)
+    expected = reference.gate_residual(*tensors, **options)
+    result = gate_residual(*(x.to(device) for x in tensors), **options).cpu()
+    assert torch.equal(result.isnan(), expected.isnan()) and torch.equal(result.isinf(), expected.isinf())
+    assert result[:5].isfinite().all() and result[5:9].isnan().any(-1).all(-1).tolist() == [True, True, False, True]
+    torch.testing.assert_close(result, expected, rtol=2.0**-7, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_conv_of_rows_whose_squares_overflow(device, dtype):
+    tensors = *overflowing_inputs(dtype), *conv_inputs(12, 2, 96, 2, dtype)[5:]
+    options = dict(dilation=1, eps=EPS, conv_eps=CONV_EPS)
+    expected = reference.gate_conv_residual(*tensors, **options)
+    result = gate_conv_residual(*(x.to(device) for x in tensors), **options).cpu()
+    assert torch.equal(result.isnan(), expected.isnan()) and torch.equal(result.isinf(), expected.isinf())

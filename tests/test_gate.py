@@ -211,6 +211,16 @@ def test_kernel_clamp(device):
 
 
 @pytest.mark.kernel
+def test_kernel_on_rows_too_wide_for_registers(device):
+    """They are read part by part, and hidden once more for the output."""
+    tensors = inputs(3, 1, 16_384, torch.bfloat16)
+    mask = torch.tensor([True, False, True])
+    result = gate_residual(*(x.to(device) for x in tensors), eps=EPS, mask=mask.to(device)).cpu()
+    check(result[mask], [x[mask] for x in tensors[:3]] + list(tensors[3:]), torch.bfloat16)
+    assert torch.equal(result[1], tensors[0][1])
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_batch_invariance_and_repeat(device, dtype):
     """A token's bits are its own: alone, anywhere in a batch of few or many, and twice in a row."""
@@ -240,12 +250,14 @@ def test_rows_aligned(shape, strides, offset, aligned):
     assert rows_aligned(torch.zeros(3, 2, 8), tensor) is aligned
 
 
-def test_gate_config_is_a_function_of_d():
-    config = gate_config(5120)
-    assert (config.block_t, config.block_d, config.num_warps, config.stages, config.block_out) == (2, 1024, 4, 1, 1024)
-    for width in (1, 7, 64, 80, 2560, 5120, 16_384):
-        config, few = gate_config(width), gate_config(width, True)
-        assert config.block_t * config.block_d <= 512 * config.num_warps
-        assert (few.block_d, few.num_warps) == (config.block_d, config.num_warps)  # what lies along D
-        assert few.block_t * few.block_d >= 256 * few.num_warps  # a thread has 16 bytes of each row of bfloat16
-        assert (few.stages - 1) * 4 * few.block_t * 4 * few.block_d <= 99 * 1024 and few.block_out >= few.block_d
+def test_gate_config_adds_up_in_an_order_of_d_alone():
+    """What lies along D fixes the order of sums; the rest fills the GPU and no more."""
+    for width in (1, 7, 64, 80, 320, 1000, 1536, 2560, 5120, 16_384):
+        alone = gate_config(width, 1, 1, 132)
+        for tokens, branches, processors in ((7, 4, 132), (100_000, 4, 132), (100_000, 8, 1)):
+            config = gate_config(width, tokens, branches, processors)
+            assert (config.block_d, config.num_warps) == (alone.block_d, alone.num_warps)
+            assert 1 <= config.programs <= tokens
+        assert alone.programs == 1 and alone.block_d <= 256 * max(4, alone.num_warps)
+    assert gate_config(5120, 4096, 4, 132).programs == 99  # three programs a multiprocessor
+    assert [gate_config(width, 1, 1, 1).block_d for width in (5, 1000, 1536, 2560, 5120)] == [64, 1024, 512, 512, 1024]

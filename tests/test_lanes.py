@@ -40,7 +40,9 @@ def lane(folder, text, name, *words, **options):
     return pytest_run("-p", "tests.conftest", "-c", ROOT / "pyproject.toml", "--lane", name, *words, folder, **options)
 
 
-@pytest.mark.parametrize(("name", "interpret"), [("interpret", False), ("cpu", True), ("compile", True)])
+@pytest.mark.parametrize(
+    ("name", "interpret"), [("interpret", False), ("cpu", True), ("compile", True), ("machine", True)]
+)
 def test_wrong_mode(tmp_path, name, interpret):
     code, output = lane(tmp_path, "def test_it(): pass", name, interpret=interpret)
     assert code == 4 and f"lane '{name}' runs with" in output
@@ -57,12 +59,15 @@ def test_kernel_test_that_launches_nothing(tmp_path):
     assert code == 1 and "launched no kernel of the package" in output
 
 
-@pytest.mark.parametrize("processes", [(), ("-n", "1")])
-def test_lane_that_leaves_kernels_idle(tmp_path, processes):
+@pytest.mark.parametrize(
+    ("name", "processes"), [("interpret", ()), ("interpret", ("-n", "1")), ("machine", ("-n", "1"))]
+)
+def test_lane_that_leaves_kernels_idle(tmp_path, name, processes):
     (tmp_path / "test_it.py").write_text(LAUNCHING)
-    words = ("-p", "tests.conftest", "-c", ROOT / "pyproject.toml", "--lane", "interpret", tmp_path, *processes)
-    code, output = pytest_run(*words, interpret=True)
+    words = ("-p", "tests.conftest", "-c", ROOT / "pyproject.toml", "--lane", name, tmp_path, *processes)
+    code, output = pytest_run(*words, interpret=name == "interpret")
     assert code == 1 and "1 passed" in output
+    assert name != "machine" or "1 launches, 1 programs" in output
     assert "no test of this lane launched: advance_state_kernel, commit_history_kernel" in output
     assert "ngram_hash_kernel" not in output.split("launched:")[1]
 

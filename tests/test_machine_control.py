@@ -82,6 +82,14 @@ def test_blocks_are_ranked_so_that_lanes_meet():
     assert rank[program.labels["OUT"]] == max(rank[block.index] for block in program.blocks[:-1])
 
 
+def test_lanes_meet_where_the_text_has_the_meeting_point_first():
+    body = NUMBER + IN + "setp.lt.u32 %p1, %r1, 7; @%p1 bra B; bra C; D: shfl.sync.bfly.b32 %r10, %r2, 1, 31, -1; "
+    body += STORE + "ret; C: mov.b32 %r2, 3; bra D; B: mov.b32 %r2, 4; bra D; "
+    arrays = numbers(*range(32))
+    assert not run(entry(body, ("u64", "u64")), arrays).reports
+    assert arrays[0].tolist() == [4 if n ^ 1 < 7 else 3 for n in range(32)]
+
+
 # ---- barriers
 PASS_ON = NUMBER + IN + "mov.u32 %r97, %tid.x; shl.b32 %r50, %r97, 2; st.shared.b32 [%r50], %r1; bar.sync 0; "
 PASS_ON += "xor.b32 %r50, %r50, 128; ld.shared.b32 %r10, [%r50]; " + STORE
@@ -131,6 +139,8 @@ BRANCH = NUMBER + IN + "setp.lt.u32 %p1, %r1, {least}; @%p1 bra SKIP; {first}\nS
     ("least", "first", "second", "found"),
     [
         (32, "bar.sync 0;", "bar.sync 0;", ["barrier"]),  # some wait once, others twice, and the latter are left
+        (32, "bar.sync 0; bra END;", "bar.sync 0; END:", ["barrier"]),  # as many, at two places
+        (0, "bar.sync 0; bra END;", "bar.sync 0; END:", []),
         (0, "bar.sync 0;", "bar.sync 0;", []),
         (64, "bar.sync 0;", "bar.sync 0;", []),
         (32, "ret;", "bar.sync 0;", ["barrier"]),

@@ -68,6 +68,10 @@ def test_chains_through_copies_and_barriers():
     late = "mov.b32 %r1, 1; setp.lt.u32 %p3, %r99, 32; @%p3 bra E; " + STORE + "E: "
     assert count(NUMBER + branch + late, 64)[1].chain == 0
     assert count(NUMBER + branch + "bar.sync 0; " + late, 64)[1].chain == 1
+    # One lane's branch holds up its warp.
+    one = "mov.b32 %r1, 7; setp.lt.u32 %p1, %r99, 5; @%p1 ld.global.b32 %r1, [%rd51]; setp.gt.s32 %p2, %r1, 5; "
+    one += "@%p2 bra L; mov.b32 %r3, 1; L: mov.b32 %r1, 1; setp.ge.u32 %p3, %r99, 20; " + address_of(0, 4, 50)
+    assert count(NUMBER + address_of(1, 4, 51) + one + "@%p3 st.global.b32 [%rd50], %r1; ")[1].chain == 1
     # The deepest store may be behind the first.
     counters = count(NUMBER + LOAD + STORE + AGAIN + STORE)[1]
     assert (counters.chain, counters.deepest) == (1, 2)

@@ -1,9 +1,12 @@
 """What the executor reports: a fault of each kind planted in a small kernel, and the same kernel without it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from . import machine
+from .machine.races import Log
 from .snippets import NUMBER, address_of, allocation, entry, kinds, run
 
 LOAD = address_of(1, 4, 51) + "{}ld.global.b32 %r1, [%rd51{}]; "
@@ -135,6 +138,45 @@ def test_undefined_values_that_decide_nothing():
         assert kinds(entry(start + use, ("u64", "u64")), arrays) == ["undefined"]
 
 
+def test_undefined_values_on_one_side_of_a_branch_and_of_a_whole_warp():
+    """A register that a part of the lanes gets undefined; a vote or a reduction that one lane spoils for all."""
+    arrays = [np.zeros(32, np.uint32)]
+    for value, found in (("5", []), ("%r7", ["undefined"])):
+        body = NUMBER + f"mov.b32 %r1, 1; setp.lt.u32 %p1, %r99, 9; @%p1 bra L; add.s32 %r1, %r99, {value}; L: "
+        assert kinds(entry(body + STORE.format("", "")), arrays) == found
+        assert kinds(entry(body + STORE.format("@%p1 ", "")), arrays) == []
+        start = NUMBER + f"mov.b32 %r1, 1; setp.lt.u32 %p1, %r99, 9; @!%p1 mov.b32 %r1, {value}; mov.b32 %r2, -1; "
+        reduced = start + "redux.sync.add.s32 %r1, %r1, %r2; " + STORE.format("@%p1 ", "")
+        voted = start + "setp.eq.s32 %p2, %r1, 1; vote.sync.ballot.b32 %r1, %p2, -1; " + STORE.format("@%p1 ", "")
+        assert kinds(entry(reduced), arrays) == kinds(entry(voted), arrays) == found
+
+
+def test_only_the_undefined_items_of_a_vector_are():
+    """One word of four that a vector load or a copy brings; the upper half of a word that a matrix does."""
+    undefined = np.zeros(512, np.uint8)
+    undefined[4::16] = 1
+    vector = NUMBER + address_of(1, 16, 51) + "ld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd51]; mov.b32 %r1, %r{}; "
+    moved = NUMBER + address_of(1, 16, 51) + "shl.b32 %r9, %r99, 4; cp.async.ca.shared.global [%r9], [%rd51], 16; "
+    moved += "cp.async.wait_all; ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r9]; mov.b32 %r1, %r{}; "
+    arrays = [np.zeros(32, np.uint32), np.zeros(128, np.uint32)]
+    if arrays[1].ctypes.data % 16:
+        arrays[1] = np.zeros(130, np.uint32)[2:]
+    for body in (vector, moved):
+        for word, found in ((2, []), (3, ["undefined"]), (4, []), (5, [])):
+            text = entry(body.replace("%r{}", f"%r{word}") + STORE.format("", ""), ("u64", "u64"))
+            assert kinds(text, arrays, shared=512, undefined={1: undefined.copy()}) == found
+    matrix = NUMBER + "shl.b32 %r9, %r99, 4; mov.b32 %r2, 0; st.shared.v4.b32 [%r9], {%r2, %r2, %r2, %r2}; "
+    matrix += "setp.eq.s32 %p1, %r99, 3; bar.warp.sync -1; @%p1 st.shared.b16 [%r9+6], %rs7; bar.warp.sync -1; "
+    matrix += "ldmatrix.sync.aligned.m8n8.x1{}.shared.b16 {%r1}, [%r9]; setp.ne.s32 %p2, %r99, {}; "
+    for trans, lane in (
+        ("", 13),
+        (".trans", 13),
+    ):  # item 3 of row 3: threads 4 x 3 + 1, with the rows' and columns' item
+        text = matrix.replace("{}", trans, 1).replace("{}", str(lane), 1)
+        assert kinds(entry(text + STORE.format("@%p2 ", "")), arrays[:1], shared=512) == []
+        assert kinds(entry(text + STORE.format("", "")), arrays[:1], shared=512) == ["undefined"]
+
+
 def test_a_store_makes_memory_defined():
     undefined = np.ones(128, np.uint8)
     arrays = [np.zeros(32, np.uint32)]
@@ -236,6 +278,21 @@ def test_races_of_wide_stores_and_across_batches(monkeypatch):
     monkeypatch.setattr(executor, "LANES", 64)
     for last, found in (("5", []), ("%r3", ["race"])):
         assert kinds(entry(body.replace("{}", last, 1), threads=64), [memory[start:]], grid=(3,)) == found
+
+
+@pytest.mark.parametrize("place", [4, 2**35])
+def test_races_in_large_memories(place):
+    """Tables of the bytes touched would not fit where a memory has 2^35 bytes: the same report."""
+    lanes = SimpleNamespace(
+        first_cta=0, cta=np.array([0, 1]), thread=np.array([3, 40]), pick=lambda array, index: array
+    )
+    lanes.epoch = lanes.warp_epoch = np.zeros(2, np.int32)
+    where = SimpleNamespace(location="here")
+    for offsets, found in (([place, place], 1), ([place, place + 4], 0)):
+        log = Log()
+        log.add(0, "write", np.array(offsets), 4, lanes, None, np.arange(8, dtype=np.uint8).reshape(2, 4), where)
+        reports = log.reports(0, "table")
+        assert len(reports) == found and (not found or f"of byte {place}, two CTAs" in reports[0].text)
 
 
 # ---- instructions

@@ -96,6 +96,10 @@ def near_ties():
             (1 + 2.0**-12, 1 + 2.0**-12, -tie[1]),
             (1.0, tie[0] * 1.5 + 1, 0.5),
         ]
+    # Ties of subnormal numbers, of which float64 loses the last bit: the largest becomes normal if it is rounded twice.
+    for steps in (2**22, 2**22 + 1, 2**22 + 2, 2**23 - 2, 2**23 - 1):
+        for sign, other in itertools.product((1, -1), (1, -1)):
+            found.append((sign * 2.0**-75 * (1 + 2.0**-23), 2.0**-75 * (1 - 2.0**-23), other * steps * 2.0**-149))
     return [tuple(FLOAT32.encode(float(np.float32(x))) for x in each) for each in found]
 
 
@@ -134,6 +138,13 @@ def test_lop3(table):
     result = outcome("lop3.b32", "b32", ("b32",) * 3, taken, [f"{table:#x}U"])
     wanted = oracle("lop3.b32")
     assert result.tolist() == [wanted(*each, table) for each in operands]
+
+
+@pytest.mark.parametrize("selector", PERMUTATIONS)
+def test_permutations_by_a_constant(selector):
+    operands = list(itertools.product(examples("b32", 0), examples("b32", 1)[::3]))
+    result = outcome("prmt.b32", "b32", ("b32",) * 2, columns(operands), [f"{selector:#x}U"])
+    check("prmt.b32", result, [(*each, selector) for each in operands])
 
 
 APPROXIMATE = [each for each in FORMS if ".approx" in each or each == "div.full.f32"]

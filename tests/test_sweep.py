@@ -26,7 +26,7 @@ class FakeTimer:
 
     def measure(self, calls):
         calls[0]()
-        return Measurement.of([gate.gate_config(5120).num_warps * 1e-6] * 5)
+        return Measurement.of([gate.gate_config(5120, 99, 4, 132).num_warps * 1e-6] * 5)
 
 
 def test_cases_and_fields_exist():
@@ -40,7 +40,7 @@ def test_cases_and_fields_exist():
             "gate_backward_config": (4, 64, 99, 132),
             "conv_backward_config": (4, 64, 4, 99, 132),
             "conv_config": (4, 64, 4),
-            "gate_config": (64,),
+            "gate_config": (64, 99, 4, 132),
         }.get(entry.function, (4, 64))
         for changes in entry.candidates:
             dataclasses.replace(function(*arguments), **changes)
@@ -49,8 +49,9 @@ def test_cases_and_fields_exist():
 def test_a_candidate_is_applied_and_taken_back():
     entry, before = sweep.SWEEPS["gate"], gate.gate_config
     with sweep.configured(entry, dict(num_warps=8)):
-        assert gate.gate_config(5120).num_warps == gate_scale.gate_config(5120).num_warps == 8
-        assert gate.gate_config(5120).block_d == 1024
+        shape = (5120, 99, 4, 132)
+        assert gate.gate_config(*shape).num_warps == gate_scale.gate_config(*shape).num_warps == 8
+        assert gate.gate_config(*shape).block_d == 1024
     with pytest.raises(KeyError), sweep.configured(entry, dict(block_d=512)):
         raise KeyError
     assert gate.gate_config is before is gate_scale.gate_config
@@ -59,7 +60,7 @@ def test_a_candidate_is_applied_and_taken_back():
 def test_ranking_and_wrong_results():
     def prepare(bench):
         def check(result, index):
-            return "1 of 9 elements differ" if gate.gate_config(5120).num_warps == 2 else None
+            return "1 of 9 elements differ" if gate.gate_config(5120, 99, 4, 132).num_warps == 2 else None
 
         return Prepared(calls=[lambda: torch.zeros(1)], check=check, nbytes=4)
 

@@ -45,7 +45,7 @@ def _address(kernel, instruction, text, space):
 
 
 def _load_items(lanes, space, at, size, index, where):
-    """(items, undefined ones or None) from either memory, counted."""
+    """(items, their undefined bytes or None) from either memory, counted."""
     if lanes.counters is not None:
         lanes.counters.access(lanes, space, "load", at, size, index)
     memory = lanes.memory if space == "global" else lanes.shared
@@ -69,9 +69,12 @@ def load(kernel, instruction):
         at = lanes.pick(address(lanes.values), index)
         items, lost = _load_items(lanes, space, at, size, index, instruction)
         words = items.view(UNSIGNED[bits]).reshape(-1, count)
+        if lost is not None:
+            lost = lost.reshape(-1, count, bits // 8).any(2)
         for place, target in enumerate(targets):
             if target is not None:
-                lanes.fill(target, finish[place](np.ascontiguousarray(words[:, place])), lost, index)
+                mark = None if lost is None or not lost[:, place].any() else lost[:, place]
+                lanes.fill(target, finish[place](np.ascontiguousarray(words[:, place])), mark, index)
 
     return step
 
@@ -146,16 +149,17 @@ def copy(kernel, instruction):
         lengths = lanes.pick(length.get(lanes.values), index)
         if ((lengths != 0) & (lengths != size)).any():
             raise Fault("unknown", f"cp.async of a part of its {size} bytes", instruction.location)
-        data, live = np.zeros((len(at), size), u8), np.flatnonzero(lengths)
+        data, lost, live = np.zeros((len(at), size), u8), None, np.flatnonzero(lengths)
         if len(live):
             chosen = live if index is None else index[live]
-            items, lost = _load_items(lanes, "global", at[live], size, chosen, instruction)
-            if lost is not None:
-                lanes.report("undefined", f"cp.async of undefined memory, {lost.sum()} lanes", instruction)
+            items, bad = _load_items(lanes, "global", at[live], size, chosen, instruction)
+            if bad is not None:
+                lost = np.zeros(data.shape, bool)
+                lost[live] = bad
             data[live] = items.view(u8).reshape(-1, size)
         if lanes.counters is not None:
             lanes.counters.access(lanes, "shared", "copy", offsets, size, index)
-        lanes.shared.copy(offsets, data, lanes, index, instruction)
+        lanes.shared.copy(offsets, data, lost, lanes, index, instruction)
 
     return step
 
@@ -179,6 +183,11 @@ def _rows(lanes, address, source, matrix, mask, index, where):
     return chosen, lanes.pick(address(lanes.values), chosen)
 
 
+def _matrix(items, transposed):
+    """Matrices of 8 x 8, transposed or not, with their items side by side."""
+    return np.ascontiguousarray(items.swapaxes(1, 2)) if transposed else items
+
+
 def load_matrix(kernel, instruction):
     count, transposed = _matrix_form(instruction, "ldmatrix")
     targets = [target_of(kernel, instruction, name, 32) for name in vector(instruction.operands[0])]
@@ -193,11 +202,10 @@ def load_matrix(kernel, instruction):
         for matrix in range(count):
             chosen, at = _rows(lanes, address, source, matrix, mask, index, instruction)
             items, lost = _load_items(lanes, "shared", at, 16, chosen, instruction)
-            halves = items.view(u16).reshape(-1, 8, 8)
             if lost is not None:
-                lost = np.repeat(lost.reshape(-1, 8).any(1) if transposed else lost, 32 if transposed else 4)
-            halves = halves.transpose(0, 2, 1) if transposed else halves
-            filled.append((np.ascontiguousarray(halves).view(u32).reshape(-1), lost))
+                lost = _matrix(lost.reshape(-1, 8, 8, 2).any(3), transposed).reshape(-1, 2).any(1)
+            halves = _matrix(items.view(u16).reshape(-1, 8, 8), transposed)
+            filled.append((halves.view(u32).reshape(-1), lost))
         for target, (words, lost) in zip(targets, filled, strict=True):
             lanes.fill(target, words, lost, index)
 
@@ -219,11 +227,9 @@ def store_matrix(kernel, instruction):
             chosen, at = _rows(lanes, address, target, matrix, mask, index, instruction)
             words = np.ascontiguousarray(lanes.pick(value.get(lanes.values), index))
             lost = _lost_bytes(lanes, [value], index, 4)
-            halves = words.view(u16).reshape(-1, 8, 8)
-            halves = np.ascontiguousarray(halves.transpose(0, 2, 1)) if transposed else halves
+            halves = _matrix(words.view(u16).reshape(-1, 8, 8), transposed)
             if lost is not None:
-                lost = lost.reshape(-1, 16)
-                lost = np.repeat(lost.reshape(-1, 128).any(1), 128).reshape(-1, 16) if transposed else lost
+                lost = _matrix(lost.reshape(-1, 8, 8, 2), transposed).reshape(-1, 16)
             if lanes.counters is not None:
                 lanes.counters.access(lanes, "shared", "store", at, 16, chosen)
             lanes.shared.store(at, halves.view(u8).reshape(-1, 16), lost, lanes, chosen, instruction)

@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from triton.runtime.cache import get_cache_manager
 
 from . import execute, sass
 from .executed import Executed
@@ -51,27 +50,18 @@ class CountingMachine(Machine):
         super().__init__(target)
         self.name = target
         self.counts: list[LaunchCounts] = []
-        self._programs: dict[str, sass.Program] = {}
+        self._programs: dict[bytes, sass.Program] = {}
 
     def clear(self) -> None:
         self.counts.clear()
 
-    def _loaded(self, source, metadata):
-        launch = super()._loaded(source, metadata)
-        manager = get_cache_manager(metadata.hash)
-        with open(manager.get_file(f"{source.name}.ptx")) as file:
-            text = file.read()
-        if text not in self._programs:
-            with open(manager.get_file(f"{source.name}.cubin"), "rb") as file:
-                self._programs[text] = sass.disassemble(file.read())
-        return launch
-
-    def execute(self, kernel, values, grid, shared_bytes, given, allocations):
+    def execute(self, kernel, values, grid, shared_bytes, given, binary):
         """Execute a launch once, with all warps in step, and count it."""
-        counters = WarpCounters()
+        counters, allocations = WarpCounters(), self.memory.of_launch(given)
         execute(kernel, values, grid, shared_bytes, allocations, races=False, counters=counters)
-        program = self._programs[kernel.text]
-        self.counts.append(_counts(self.name, kernel, grid, shared_bytes, program, counters))
+        if binary not in self._programs:
+            self._programs[binary] = sass.disassemble(binary)
+        self.counts.append(_counts(self.name, kernel, grid, shared_bytes, self._programs[binary], counters))
 
 
 def _counts(target, kernel, grid, shared_bytes, program, counters) -> LaunchCounts:

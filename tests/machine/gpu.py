@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
 import engram_kernels.arguments
 
+from ..offline import TARGETS
 from . import Fault, Kernel, execute
 from .given import GivenMemory
 from .orders import takes_orders
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # that a program may have
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # that a program may have, by target
+MOST_PROGRAMS = 2**31 - 1, 2**16 - 1, 2**16 - 1  # in each dimension of a grid
 ORDERS = ("up", "down")  # of warps, beside all in step
 COMPARED_BYTES = 64 << 20  # launches that may write to more are run in one order
 
@@ -61,12 +61,12 @@ class Machine:
     """A driver for Triton, as far as launching goes, and the count of what it ran."""
 
     def __init__(self, target):
-        self.target, self.utils, self.launcher_cls = TARGETS[target], self, self._loaded
+        self.target, self.utils = TARGETS[target], self
         self._shared = SHARED_BYTES[target]
         self.memory = GivenMemory()
         self.kernels = {}  # machine code -> Kernel
-        self.ordered = set()  # kernels whose next launch is run in all orders of warps
-        self.ran = Counter()  # kernels, launches, programs, orders, instructions
+        self.ordered = set()  # machine code whose next launch, its first, is run in all orders of warps
+        self.ran = Counter()  # kernels, launches, programs, runs: a launch in each of its orders
 
     def get_current_target(self):
         return self.target
@@ -81,32 +81,41 @@ class Machine:
         return dict(max_shared_mem=self._shared)
 
     def load_binary(self, name, binary, shared, device):
-        """(module, function, registers, spills, most threads); launches know their code from :meth:`_loaded`."""
-        return name, name, 0, 0, 1024
+        """(module, function, registers, spills, most threads); launches know their PTX from the cache."""
+        return name, binary, 0, 0, 1024
 
     def unload_module(self, module):
         pass
 
-    def _loaded(self, source, metadata):
+    @staticmethod
+    def launcher_cls(source, metadata):
+        """What Triton calls to launch a kernel; it keeps this for good, so the machine is the one in force then."""
         path = get_cache_manager(metadata.hash).get_file(f"{source.name}.ptx")
         with open(path) as file:
             text = file.read()
-        if text not in self.kernels:
-            self.kernels[text] = Kernel(text)
-            if takes_orders(text):
-                self.ordered.add(self.kernels[text])
-        kernel = self.kernels[text]
         kinds = [source.signature[name] for name in source.fn.arg_names]
-        named = [(name, kind) for name, kind in zip(source.fn.arg_names, kinds, strict=True)]
+        named = list(zip(source.fn.arg_names, kinds, strict=True))
 
         def launch(x, y, z, stream, function, packed, about, enter, leave, *arguments):
+            if metadata.target != driver.active.get_current_target():
+                raise ValueError(f"{metadata.name} was compiled for {metadata.target}")
             given = [(name, value) for (name, kind), value in zip(named, arguments, strict=True) if kind != "constexpr"]
-            self.launch(kernel, given, (x, y, z), metadata.shared)
+            driver.active.launch(text, given, (x, y, z), metadata.shared, function)
 
         return launch
 
-    def launch(self, kernel, given, grid, shared_bytes):
-        """Run a kernel whose arguments are ``given`` as (name, value)."""
+    def kernel(self, text):
+        """The kernel of a machine code, parsed once."""
+        if text not in self.kernels:
+            self.kernels[text] = Kernel(text)
+            self.ran.update(kernels=1)
+            if takes_orders(text):
+                self.ordered.add(text)
+        return self.kernels[text]
+
+    def launch(self, text, given, grid, shared_bytes, binary):
+        """Run a kernel whose arguments are ``given`` as (name, value). ``binary`` is what ptxas made of its text."""
+        kernel = self.kernel(text)
         values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for _, value in given]
         values += [0] * (len(kernel.parameters) - len(values))  # of memory that Triton keeps for other kernels
         values = [
@@ -117,13 +126,15 @@ class Machine:
         self.ran.update(launches=1, programs=programs)
         if not programs:
             return
-        allocations = self.memory.of_launch(given)
-        self.execute(kernel, values, grid, shared_bytes, given, allocations)
+        if any(size > most for size, most in zip(grid, MOST_PROGRAMS, strict=True)):
+            raise Report(f"{kernel.name}: a grid of {grid} programs, at most {MOST_PROGRAMS}")
+        self.execute(kernel, values, grid, shared_bytes, given, binary)
 
-    def execute(self, kernel, values, grid, shared_bytes, given, allocations):
-        """Execute a launch, in the orders of warps that could matter, and raise what is reported."""
-        ordered = kernel in self.ordered and sum(each.size for each in allocations) <= COMPARED_BYTES
-        self.ordered.discard(kernel)
+    def execute(self, kernel, values, grid, shared_bytes, given, binary):
+        """Execute a launch in the orders of warps that could matter, and raise what is reported."""
+        allocations, text = self.memory.of_launch(given), kernel.text
+        ordered = text in self.ordered and sum(each.size for each in allocations) <= COMPARED_BYTES
+        self.ordered.discard(text)
         before = [each.bytes.copy() for each in allocations] if ordered else []
         first = None
         for order in (None, *ORDERS) if ordered else (None,):
@@ -131,12 +142,12 @@ class Machine:
                 for allocation, bytes_ in zip(allocations, before, strict=True):
                     allocation.bytes[:] = bytes_
                 allocations = self.memory.of_launch(given)
-            where = f"{kernel.name}" + (f", warps {order}" if order else "")
+            where = f"{kernel.name}, warps {order}" if order else kernel.name
             try:
                 run = execute(kernel, values, grid, shared_bytes, allocations, schedule=order)
             except Fault as fault:
                 raise Report(f"{where}: {fault}") from fault
-            self.ran.update(orders=1, instructions=run.executed)
+            self.ran.update(runs=1)
             found = [report for report in run.reports if not is_benign(kernel.name, report)]
             if found:
                 raise Report(f"{where}: " + "; ".join(f"{r.kind}: {r.text} {r.location}" for r in found[:4]))

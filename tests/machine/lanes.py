@@ -91,7 +91,7 @@ class Lanes:
     def pick(self, array, index):
         """An item of each lane, by number; None: of all lanes."""
         if len(array) == 1:
-            return np.broadcast_to(array, self.count if index is None else len(index))
+            return array.repeat(self.count if index is None else len(index))
         return array if index is None else array[index]
 
     def numbers(self, mask):

@@ -80,17 +80,17 @@ class Memory:
         return ((addresses - u64(first)) // u64(size)).astype(s64)
 
     def load(self, addresses, size, lanes, index, where):
-        """Items at the addresses, and which of them hold undefined bytes, or None."""
+        """Items at the addresses, and which of their bytes are undefined, [lanes, size], or None if none is."""
         out, lost = np.empty(len(addresses), item_type(size)), None
         for number, chosen, at in self.find(addresses, size, "load", where):
             items, first, undefined = self.allocations[number].items(size)
             here = slice(None) if chosen is None else chosen
             out[here] = items.take(at)
             if undefined is not None:
-                bad = undefined.take(at).view(u8).reshape(-1, size).any(1)
+                bad = undefined.take(at).view(u8)
                 if bad.any():
-                    lost = np.zeros(len(addresses), bool) if lost is None else lost
-                    lost[here] = bad
+                    lost = np.zeros((len(addresses), size), bool) if lost is None else lost
+                    lost[here] = bad.reshape(-1, size) != 0
             if lanes.log is not None:
                 lanes.log.add(number, "read", at * size + first, size, lanes, _part(index, chosen), None, where)
         return out, lost

@@ -29,7 +29,7 @@ class Source:
 
 
 def number_of(kernel, instruction, text, bits):
-    if text[0] == "%" and SPECIALS.fullmatch(text):
+    if text[0] == "%" and text[1] in "tnclw" and SPECIALS.fullmatch(text):
         return kernel.special(text)
     if text[0] in "-0123456789":
         if text[:2] in ("0f", "0F", "0d", "0D"):

@@ -54,40 +54,45 @@ class Log:
 
 
 class _Table:
-    """Columns, a row for each access of a lane to a granule: the smallest item that any access moves."""
+    """Columns, a row for each access of a lane to a granule: the smallest item that any access moves.
+
+    Rows of granules that are stored once and touched by nothing else are left out: most of them.
+    """
 
     def __init__(self, accesses):
         self.accesses = accesses
         self.size = min(each.size for each in accesses)
-        parts = [self._rows(number, each) for number, each in enumerate(accesses)]
-        columns = [np.concatenate(each) for each in zip(*parts, strict=True)]
-        self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.value, self.number = columns
-        numbers = self.granule
+        granules = [self._granules(each) for each in accesses]
+        numbers = np.concatenate(granules)
         if numbers.max() > DENSE:  # of gigabytes a launch touches a few bytes
             numbers = np.unique(numbers, return_inverse=True)[1]
+        stored = np.repeat([each.kind == WRITE for each in accesses], [len(each) for each in granules])
         written = np.zeros(int(numbers.max()) + 1, bool)
-        written[numbers[self.kind == WRITE]] = True
-        count = np.bincount(numbers)
-        self._keep(written[numbers] & (count[numbers] > 1))
+        written[numbers[stored]] = True
+        keep = written[numbers] & (np.bincount(numbers)[numbers] > 1)
+        starts = np.cumsum([0] + [len(each) for each in granules])
+        parts = [
+            self._rows(number, each, granules[number], keep[starts[number] : starts[number + 1]])
+            for number, each in enumerate(accesses)
+        ]
+        columns = [np.concatenate(each) for each in zip(*parts, strict=True)]
+        self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.value, self.number = columns
 
-    def _rows(self, number, access):
-        times = access.size // self.size
-        granules = (access.offsets // self.size)[:, None] + np.arange(times)
+    def _granules(self, access):
+        return ((access.offsets // self.size)[:, None] + np.arange(access.size // self.size)).reshape(-1).astype(s64)
 
-        def column(values):
-            return np.broadcast_to(np.asarray(values, s64).reshape(-1, 1), granules.shape).reshape(-1)
-
-        pick = access.lanes.pick
-        columns = [granules.reshape(-1).astype(s64), column([access.kind])]
-        columns.append(column(access.lanes.first_cta + pick(access.lanes.cta, access.index)))
-        for each in (access.lanes.thread, access.epoch, access.warp_epoch):
-            columns.append(column(pick(each, access.index)))
-        value = np.zeros(granules.size, u64) if access.data is None else _digest(access.data, self.size)
-        return [*columns, value, column([number])]
-
-    def _keep(self, rows):
-        for name in ("granule", "kind", "cta", "thread", "epoch", "warp_epoch", "value", "number"):
-            setattr(self, name, getattr(self, name)[rows])
+    def _rows(self, number, access, granules, keep):
+        rows = np.flatnonzero(keep)
+        lane = rows // (access.size // self.size)
+        if access.index is not None:
+            lane = access.index[lane]
+        columns = [granules[rows], np.full(len(rows), access.kind)]
+        for each in (access.lanes.first_cta + access.lanes.cta, access.lanes.thread, access.epoch, access.warp_epoch):
+            columns.append(each[lane].astype(s64))
+        value = np.zeros(len(rows), u64)
+        if access.data is not None and len(rows):
+            value = _digest(access.data, self.size)[rows]
+        return [*columns, value, np.full(len(rows), number)]
 
     def _groups(self, *keys):
         """(order, starts, ends) of the rows that have the same keys."""

@@ -18,7 +18,7 @@ class Shared:
         self.bytes = np.full(ctas * self.stride, 0xBB, u8)
         self.state = np.full(ctas * self.stride, NEVER, u8)
         self.log = log
-        self.pending = []  # copies under way: (lanes, group of each, offsets, data, instruction)
+        self.pending = []  # under way: (lanes, their numbers, groups, offsets, bytes, undefined bytes, instruction)
 
     def items(self, offsets, size, lanes, index, what, where):
         """Numbers of the items of ``size`` bytes at the offsets."""
@@ -30,11 +30,11 @@ class Shared:
         return (offsets + lanes.pick(lanes.cta, index) * self.stride) // size
 
     def load(self, offsets, size, lanes, index, where):
-        """Items at the offsets, and which hold undefined bytes, or None."""
+        """Items at the offsets, and which of their bytes are undefined, [lanes, size], or None if none is."""
         offsets = offsets.astype(s64)
         at = self.items(offsets, size, lanes, index, "load", where)
-        lost = self.state.view(item_type(size)).take(at).view(u8).reshape(-1, size)
-        lost = lost.any(1) if lost.any() else None
+        lost = self.state.view(item_type(size)).take(at).view(u8)
+        lost = lost.reshape(-1, size) != WRITTEN if lost.any() else None
         if self.log is not None:
             self.log.add("shared memory", "read", offsets, size, lanes, index, None, where)
         return self.bytes.view(item_type(size)).take(at), lost
@@ -61,7 +61,7 @@ class Shared:
             self.log.add("shared memory", "atomic", offsets, size, lanes, index, None, where)
         return [(self.bytes.view(item_type(size)), None, at)]
 
-    def copy(self, offsets, data, lanes, index, where):
+    def copy(self, offsets, data, lost, lanes, index, where):
         """Begin a copy by cp.async: the bytes are undefined until their thread has waited for its group."""
         offsets, size = offsets.astype(s64), data.shape[1]
         at = self.items(offsets, size, lanes, index, "cp.async", where)
@@ -69,19 +69,21 @@ class Shared:
         if self.log is not None:
             self.log.add("shared memory", "write", offsets, size, lanes, index, data, where)
         chosen = np.arange(lanes.count) if index is None else index
-        self.pending.append((lanes, chosen, lanes.groups[chosen], offsets, data, where))
+        lost = np.zeros(data.shape, bool) if lost is None else lost
+        self.pending.append((lanes, chosen, lanes.groups[chosen], offsets, data, lost, where))
 
     def wait(self, keep, lanes, index):
         """Lanes wait until at most ``keep`` of their last groups are under way; None: for all their copies."""
         waits = np.zeros(lanes.count, bool)
         waits[slice(None) if index is None else index] = True
         left = []
-        for owner, chosen, group, offsets, data, where in self.pending:
+        for owner, chosen, group, offsets, data, lost, where in self.pending:
             done = np.zeros(len(chosen), bool)
             if owner is lanes:
                 done = waits[chosen] & (True if keep is None else group < lanes.groups[chosen] - keep)
             if done.any():
-                self.store(offsets[done], data[done], None, lanes, chosen[done], where)
+                self.store(offsets[done], data[done], lost[done], lanes, chosen[done], where)
             if not done.all():
-                left.append((owner, chosen[~done], group[~done], offsets[~done], data[~done], where))
+                rest = (each[~done] for each in (chosen, group, offsets, data, lost))
+                left.append((owner, *rest, where))
         self.pending = left

@@ -245,8 +245,14 @@ def clz(a):
 
 def prmt(a, b, selector):
     """Four bytes picked out of eight; the selector's fourth bit asks for the byte's sign instead."""
-    both = a.astype(u64) | (b.astype(u64) << u64(32))
     out = u32(0)
+    if len(selector) == 1:  # as nearly always: a constant
+        for place in range(4):
+            pick = int(selector[0]) >> 4 * place & 15
+            byte = ((b if pick & 4 else a) >> u32(8 * (pick & 3))) & u32(255)
+            out = out | ((byte >> u32(7)) * u32(255) if pick & 8 else byte) << u32(8 * place)
+        return out | np.zeros(np.broadcast_shapes(a.shape, b.shape), u32)
+    both = a.astype(u64) | (b.astype(u64) << u64(32))
     for place in range(4):
         pick = (selector >> u32(4 * place)) & u32(15)
         byte = ((both >> ((pick & u32(7)) << u32(3)).astype(u64)) & u64(0xFF)).astype(u32)

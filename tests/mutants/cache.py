@@ -6,55 +6,69 @@ PROBE = """\
 mask dropped: tags of other n-grams @ cache_probe -k evicts
 - same = asked[:, None] & (stamp > 0) & (held == key[:, None])
 + same = asked[:, None] & (held >> 62 == key[:, None] >> 62)
+mask dropped: n-grams without a key @ cache_probe -k key_0
+- keyless = mask_t & ~absent & (key == 0)
++ keyless = mask_t & ~absent & (key == 1)
 branch fixed to 0: set of another group @ cache_probe -k equals_the_simulator and float16
 - first_slot = (group.to(tl.int64) * num_sets + set_of(key, num_sets)) * WAYS
 + first_slot = (group.to(tl.int64) * 0 + set_of(key, num_sets)) * WAYS
 mask dropped: rows of what has no n-gram @ cache_probe -k windows
-- mask_t & (hit | absent),
-+ mask_t & hit,
-"""
-
-PLACE = """\
-mask dropped: ways in use @ cache_misses -k equals_the_simulator and float16
-- taken = first[:, None] & unused & (turn == rank[:, None])
-+ taken = first[:, None] & (turn == rank[:, None])
-branch fixed to 0: groups apart @ cache_misses -k equals_the_simulator and e4m3_ue8m0
-- rank += (looking & (other != 0) & (other_group == group)).to(tl.int32)
-+ rank += (looking & (other != 0)).to(tl.int32)
-window off by one: start of a run @ cache_misses -k equals_the_simulator and float16
-- lower = (other < key) | ((other
-+ lower = (other <= key) | ((other
+- written = mask_t & (hit | absent)
++ written = mask_t & hit
 """
 
 READ = """\
+mask dropped: ways in use @ cache_misses -k equals_the_simulator and float16
+- kept = first & (stamp < tl.load(now_ptr))
++ kept = first
+branch fixed to 0: groups apart @ cache_misses -k equals_the_simulator and e4m3_ue8m0
+- rank += (looking & (other_group == group)).to(tl.int32)
++ rank += looking.to(tl.int32)
+window off by one: start of a run @ cache_misses -k equals_the_simulator and float16
+- lower = (other < value) | ((other
++ lower = (other <= value) | ((other
 mask dropped: n-grams asked for again @ cache_misses -k evicts
-- reads = reads & (tl.load(sources_ptr + place, mask=reads, other=-1) == place)
-+ reads = reads & (tl.load(targets_ptr + place, mask=reads, other=-1) >= 0)
-window off by one: lag @ cache_misses -k equals_the_simulator and float16
-- stamp = tl.load(clock_ptr) + num_tokens - lag
-+ stamp = tl.load(clock_ptr) + num_tokens - lag + 1
+- first = missed & (begin == entry)
++ first = missed
+stride swapped: ways of equal age @ cache_misses -k equals_the_simulator and float16
+- left = stamp * WAYS + way  #
++ left = stamp * WAYS + (WAYS - 1 - way)  #
+window off by one: the way of a rank @ cache_misses -k equals_the_simulator and float16
+- while tl.max(tl.where(first, rank, 0), axis=0) > found:
++ while tl.max(tl.where(first, rank - 1, 0), axis=0) > found:
 stride swapped: rows of an entry @ cache_misses -k equals_the_simulator and float16
-- tl.where(target >= 0, target * NUM_HEADS + head, -1)
-+ tl.where(target >= 0, target * NUM_HEADS + (head ^ 1), -1)
+- target.to(tl.int64) * NUM_HEADS + head, -1)
++ target.to(tl.int64) * NUM_HEADS + (head ^ 1), -1)
+branch fixed to 0: heads in head order @ cache_misses -k short_calls
+- head = turn + other_head
++ head = turn * 0 + other_head
 """
 
-REPEAT = """\
+KEEP = """\
 stride swapped: source and target @ cache_misses -k evicts
 - tl.load(out_ptr + source_row[:, None] * WIDTH
 + tl.load(out_ptr + target_row[:, None] * WIDTH
 branch fixed to 0: order of the copies @ cache_misses -k evicts
 - target_row = (first + place) * NUM_ORDERS + order
 + target_row = (first + place) * NUM_ORDERS
+mask dropped: scales of the copies @ cache_misses -k windows
+- if out_scale_ptr is not None:
++ if out_scale_ptr is not None and NUM_ORDERS == 0:
+window off by one: lag @ cache_misses -k equals_the_simulator and float16
+- (now - lag) + value * 0
++ (now - lag + 1) + value * 0
 window off by one: clock @ cache_misses -k equals_the_simulator and float16
-- tl.store(clock_ptr, tl.load(clock_ptr) + num_tokens)
-+ tl.store(clock_ptr, tl.load(clock_ptr) + num_tokens - 1)
+- tl.store(clock_ptr, now)
++ tl.store(clock_ptr, now - 1)
+window off by one: keys @ cache_misses -k equals_the_simulator and float16
+- tl.store(keys_ptr + target, key_of(value), mask=kept)
++ tl.store(keys_ptr + target, value, mask=kept)
 """
 
 _CACHED = "cache_lookup", ("cached_lookup/v41-packed",)
 
 MUTANTS = (
     *mutants("probe_cache_kernel", *_CACHED, PROBE),
-    *mutants("place_missed_kernel", *_CACHED, PLACE),
     *mutants("read_missed_kernel", *_CACHED, READ),
-    *mutants("repeat_rows_kernel", *_CACHED, REPEAT),
+    *mutants("keep_missed_kernel", *_CACHED, KEEP),
 )

@@ -9,7 +9,7 @@ class Mutant:
     """``old``, once in ``engram_kernels/<file>.py``, becomes ``new``.
 
     ``tests`` are files, of which ``select`` keeps what pytest's -k would; ``cases`` are those of compile_cases.py that
-    it must compile in.
+    it must compile in. ``lane`` is where the tests run: "interpret", or "machine" for what only machine code shows.
     """
 
     kernel: str
@@ -21,6 +21,7 @@ class Mutant:
     tests: tuple[str, ...]
     select: str
     cases: tuple[str, ...]
+    lane: str = "interpret"
 
     @property
     def name(self) -> str:
@@ -30,11 +31,11 @@ class Mutant:
 _CHANGE = re.compile(r"(.+?)(?:: (.+))? @ (\w+)(?: -k (.+))?\n((?:- .*\n)+)((?:\+ .*\n)+)")
 
 
-def mutants(kernel, tests, cases, *changes):
+def mutants(kernel, tests, cases, *changes, lane="interpret"):
     """The mutants of one kernel, from texts like those in the files beside this one."""
-    found, files = [], tuple(f"tests/test_{name}.py" for name in (tests, "extremes"))
+    found, files = [], tuple(f"tests/test_{name}.py" for name in (tests, "extremes")[: 1 + (lane == "interpret")])
     for match in _CHANGE.finditer("".join(changes)):
         kind, detail, file, select, *texts = match.groups(default="")
         old, new = ("\n".join(line[2:] for line in text.splitlines()) for text in texts)
-        found.append(Mutant(kernel, kind, detail, file, old, new, files, select, cases))
+        found.append(Mutant(kernel, kind, detail, file, old, new, files, select, cases, lane))
     return found

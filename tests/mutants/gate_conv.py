@@ -4,35 +4,33 @@ from .change import mutants
 from .gate import GATE
 
 GATE_SCALE = """\
+branch fixed to 0: query norm @ gate_scale
+- query_norm_row = query_norm_ptr + branch * HIDDEN_SIZE
++ query_norm_row = query_norm_ptr
 mask dropped: gate of masked tokens @ gate_scale
-- gate, scale = tl.where(live, gate, 0.0), tl.where(live, scale, 0.0)
-+ gate, scale = gate, tl.where(live, scale, 0.0)
+- tl.store(gate_ptr + offs_out, 0.0)
++ tl.store(gate_ptr + offs_out, 0.5)
 mask dropped: masked tokens @ gate_scale
-- live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
+- live = live & (tl.load(mask_ptr + token) != 0)
 + live = live
-mask dropped: end of value @ gate_scale
-- mask=live[:, None] & (offs_d < HIDDEN_SIZE)
-+ mask=live[:, None] & (offs_d >= 0)
-mask dropped: end of the tokens @ gate_scale -k scales_stay_in_bounds
-- tl.store(scale_ptr + offs_out, scale, mask=mask_t)
-+ tl.store(scale_ptr + offs_out, scale)
 stride swapped @ gate_scale
 - offs_out = token * NUM_BRANCHES + branch
 + offs_out = token + branch * num_tokens
 window off by one: end of the last sequence @ gate_scale
-- (token < tl.load(cu_seqlens_ptr + num_seqs))
-+ (token < tl.load(cu_seqlens_ptr + num_seqs) - 1)
+- end = tl.load(cu_seqlens_ptr + num_seqs)
++ end = tl.load(cu_seqlens_ptr + num_seqs) - 1
 last tile skipped: mean of value @ gate_scale
-- square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
--     for begin in range(0, HIDDEN_SIZE, BLOCK_D)
-+ square = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-+     for begin in range(0, HIDDEN_SIZE - HIDDEN_SIZE % BLOCK_D, BLOCK_D)
+- for begin in range(0, HIDDEN_SIZE, BLOCK_D):
++ for begin in range(0, HIDDEN_SIZE - HIDDEN_SIZE % BLOCK_D, BLOCK_D):
 eps outside the mean: value @ gate_scale
-- tl.rsqrt(gate * gate * mean + conv_eps)
-+ tl.rsqrt(gate * gate * (mean + conv_eps))
+- gate * tl.rsqrt(mean + conv_eps)
++ gate * tl.rsqrt(mean + gate * gate * conv_eps)
 mask dropped: scale of masked tokens @ gate_scale
-- gate, scale = tl.where(live, gate, 0.0), tl.where(live, scale, 0.0)
-+ gate, scale = tl.where(live, gate, 0.0), scale
+- tl.store(scale_ptr + offs_out, 0.0)
++ tl.store(scale_ptr + offs_out, 1.0)
+a program's second token skipped @ gate_scale
+- num_tokens, tl.num_programs(0) // NUM_BRANCHES):
++ num_tokens, num_tokens):
 """
 
 CONV_RESIDUAL = """\

@@ -44,8 +44,8 @@ stride swapped: gradient @ row_update
 - weight_ptr + row * WIDTH
 + weight_ptr + row.to(tl.uint32) * WIDTH
 offset omitted: decay @ row_update -k equals_reference
-- .to(tl.float32) * keep + addend
-+ .to(tl.float32) + addend
+- other=0).to(tl.float32) * keep
++ other=0).to(tl.float32)
 offset omitted: rounding @ row_update -k keeps_the_mean
 - (bits & 0xFFFF)
 + (bits & 0)
