@@ -31,7 +31,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest compile-report gpu bench lint check-python
+.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest compile-report peers-report gpu bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -64,9 +64,16 @@ test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --one-case tests $(ARGS)
 
-compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile to, under both Tritons
+compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile to and execute, under both Tritons
+	$(PY) -m tests.executed_report
+	PYTHONPATH=$(OLDEST) $(PY) -m tests.executed_report
 	$(PY) -m tests.compile_report
 	PYTHONPATH=$(OLDEST) $(PY) -m tests.compile_report
+	$(PY) -m tests.peers_report
+
+peers-report: $(call ready,test) $(OLDEST) ## write what the kernels of other libraries, unpacked in peers/, execute
+	$(PY) -m tests.peers_report --peers peers
+	PYTHONPATH=$(OLDEST) $(PY) -m tests.peers_report --peers peers
 
 # Most of the tests' time is compilation, which four processes share where pytest-xdist is there.
 gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed

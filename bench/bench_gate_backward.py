@@ -14,7 +14,7 @@ from engram_kernels.gate_gradients import split_kv
 from . import baselines
 from .bench_gate import GateInputs, norms
 from .cases import Case, Prepared, Workbench, models, priority, tensor_bytes
-from .peers import whole_kv
+from .peer_inputs import whole_kv
 
 TOKENS, ALL_TOKENS = (2048, 8192), (128, 512, 1024, 2048, 4096, 8192, 16_384)
 VARIANTS = ("backward", "both")
@@ -89,8 +89,6 @@ def prepare(model: str, variant: str, tokens: int, full: bool, bench: Workbench)
             part += [x.detach().float().requires_grad_() for x in inputs[index][2:]]
             parts.append(torch.autograd.grad(plain(*part), part, grads[index][chunk]))
         hidden, kv, *of_norms = zip(*parts, strict=True)
-        if len(result) == 5:  # a peer's, of key and value apart
-            result = [result[0], torch.cat([result[1].flatten(1), result[2]], dim=1), *result[3:]]
         return disagreement(result, [torch.cat(hidden), torch.cat(kv), *(sum(each) for each in of_norms)])
 
     scalars = torch.empty(tokens, 3, branches, device="meta")

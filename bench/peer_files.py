@@ -19,8 +19,10 @@ class MissingPeer(LookupError):
     """A file or a function of a peer that is not there; its message is one line."""
 
 
-def load_functions(path: Path, names: Iterable[str]) -> SimpleNamespace:
+def load_functions(path: Path, names: Iterable[str], asserts: bool = True) -> SimpleNamespace:
     """Functions of a source file, by name, with the functions and assignments of that file that they refer to.
+
+    asserts: False leaves out the statements of that name.
 
     Definitions are compiled in place, line numbers kept, so that Triton finds a kernel's source.
     """
@@ -49,8 +51,15 @@ def load_functions(path: Path, names: Iterable[str]) -> SimpleNamespace:
             raise MissingPeer(f"{path} needs {name}, which it imports from elsewhere")
     body = [node for node in tree.body if node in wanted]
     sys.modules[module.__name__] = module  # inspect and Triton look functions up by their module
+    if not asserts:
+        body = [_WithoutAsserts().visit(node) for node in body]
     exec(compile(ast.Module(body, type_ignores=[]), str(path), "exec"), module.__dict__)
     return SimpleNamespace(**{name: getattr(module, name) for name in names})
+
+
+class _WithoutAsserts(ast.NodeTransformer):
+    def visit_Assert(self, node: ast.Assert) -> ast.Pass:
+        return ast.copy_location(ast.Pass(), node)
 
 
 def _defines(node: ast.stmt) -> list[str]:

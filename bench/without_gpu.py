@@ -16,6 +16,7 @@ from .suite import run_case
 from .timing import Budget, CpuTimer
 
 COMPILE_REPORT = ROOT / "tests" / "data" / "compile_report.json"
+EXECUTED_REPORT = ROOT / "tests" / "data" / "executed_report.json"
 TARGET = "sm_90"
 TOKENS = (1, 128)
 #: Tables small enough to be filled at once. CPU times are no statement about large ones.
@@ -29,8 +30,9 @@ def print_without_gpu(seconds: float = SECONDS) -> None:
     print("1. Traffic model: counted, not measured.")
     for name in MODELS.values():
         print_sections(size_sections(name))
-    print("\n2. What the kernels compile to, without running them.")
+    print("\n2. What the kernels compile to and execute, counted, without a GPU.")
     print_compile_summary()
+    print_executed_summary()
     print("\n3. Host time of calls beside bare Triton launches of the same kernels, up to the driver's own.")
     print_host_costs()
     print_cpu_times(seconds)
@@ -41,15 +43,35 @@ def print_compile_summary() -> None:
     if not COMPILE_REPORT.exists():
         print(f"{COMPILE_REPORT} is not there.")
         return
-    report = json.loads(COMPILE_REPORT.read_text())
-    version = max(report, key=lambda text: [int(part) for part in text.split(".")])
+    version, report = _newest(COMPILE_REPORT)
     rows = [
         (case, code["kernel"], code["registers"], code["instructions"], code["spills"])
-        for case, kernels in report[version][TARGET].items()
+        for case, kernels in report[TARGET].items()
         for code in kernels
     ]
     print(f"Triton {version}, {TARGET}; all versions and targets are in docs/compile_report.md.")
     print_table(("case", "kernel", "registers", "instructions", "spilled bytes"), rows)
+
+
+def print_executed_summary() -> None:
+    """Warp instructions, sectors and round trips of jobs, from the committed report."""
+    if not EXECUTED_REPORT.exists():
+        print(f"{EXECUTED_REPORT} is not there.")
+        return
+    _, jobs = _newest(EXECUTED_REPORT)
+    rows = []
+    for name, entry in jobs.items():
+        trips = " + ".join(f"{launch['waits']}/{launch['all_waits']}" for launch in entry["launches"])
+        rows.append((name, entry["unit"], f"{entry['instructions']:,}", f"{entry['sectors']['load']:,}", trips))
+    print("Trips are round trips to memory before a launch's first store / in all.")
+    print_table(("job", "for each", "warp instructions", "sectors loaded", "trips"), rows)
+
+
+def _newest(path) -> tuple[str, dict]:
+    """The newest Triton in a report, and its part."""
+    report = json.loads(path.read_text())
+    version = max(report, key=lambda text: [int(part) for part in text.split(".")])
+    return version, report[version]
 
 
 def print_cpu_times(seconds: float) -> None:

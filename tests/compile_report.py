@@ -1,8 +1,8 @@
 """The compile report: what every kernel compiles to, by Triton version and target.
 
 ``python -m tests.compile_report`` measures under the Triton at hand and writes ``tests/data/compile_report.json`` (its
-version's part) and ``docs/compile_report.md``. ``make compile-report`` does so under the oldest and the newest Triton.
-The compile lane compares and never writes.
+version's part) and ``docs/compile_report.md``, where what was executed (executed_report.py) stands in front. ``make
+compile-report`` does so under the oldest and the newest Triton. The compile lane compares and never writes.
 """
 
 import json
@@ -11,16 +11,20 @@ from pathlib import Path
 
 import triton
 
+from . import executed_report
 from .compile_cases import CASES
 from .offline import TARGETS, compiling_for, machine_code
 
 JSON = Path(__file__).parent / "data" / "compile_report.json"
 MARKDOWN = Path(__file__).parents[1] / "docs" / "compile_report.md"
-HEAD = """# What the kernels compile to
+HEAD = """# What the kernels compile to, and what they execute
 
 Written by `make compile-report` from offline compilation; no GPU is involved, and nothing here is a time. The compile
-lane of the tests recompiles every row and fails where it differs, so a change of these numbers is always made on
-purpose.
+lane of the tests recompiles every row, runs some, and fails where one differs, so a change of these numbers is always
+made on purpose.
+"""
+STATIC = """
+# Code
 
 Instructions are static: a loop's body counts once. "Per unit" is warp instructions for each row (lookup, hash_lookup)
 or token (the others) of one step of a program. Loads and stores are from and to global memory, as count x width in
@@ -44,8 +48,12 @@ def load():
     return json.loads(JSON.read_text()) if JSON.exists() else {}
 
 
-def _markdown(report):
-    lines = [HEAD]
+def markdown(report, executed):
+    """The document, of what was compiled and what was executed by Triton version."""
+    lines = [HEAD, "# Jobs\n", executed_report.HEAD.rstrip()]
+    for version in executed_report.newest_first(executed):
+        lines += [f"\n## Jobs under Triton {version}\n", *executed_report.rows(executed[version])]
+    lines += [STATIC]
     for version, targets in sorted(report.items(), reverse=True):
         for target, cases in targets.items():
             lines += [f"\n## Triton {version}, {target}\n"]
@@ -67,7 +75,7 @@ def main():
         target: {case: [asdict(code) for code in measure(case, target)] for case in CASES} for target in TARGETS
     }
     JSON.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-    MARKDOWN.write_text(_markdown(report))
+    MARKDOWN.write_text(markdown(report, executed_report.load()))
     print(f"wrote {JSON} and {MARKDOWN} for Triton {triton.__version__}")
 
 

@@ -371,7 +371,8 @@ def test_without_a_gpu_everything_is_labelled(monkeypatch, capsys):
     assert "40,000 tokens" in printed[cache:] and "1,048,576" in printed[cache:]
     assert printed.startswith("No GPU: nothing below was measured on one.")
     assert "counted, not measured" in printed[model:compiled]
-    assert "compile to, without running" in printed[compiled:times] and "hash_lookup_kernel" in printed
+    assert "execute, counted" in (part := printed[compiled:times]) and "gate, 64 tokens" in part
+    assert "hash_lookup_kernel" in part
     assert "CPU times of the references" in printed[times:] and "FAILED" not in printed
     lines = [line for line in printed[times:cache].splitlines() if "/T=" in line]
     assert len(lines) >= 3 and all(" CPU " in line for line in lines)

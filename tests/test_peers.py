@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import bench_gate_backward, peers, suite
+from bench import bench_gate_backward, peer_inputs, peers, sglang_peer, suite, vllm_peer
 from bench.cases import Case, Workbench, load_cases
 from bench.peer_files import MissingPeer, load_functions
 from engram_kernels import reference
@@ -121,7 +121,7 @@ def test_what_is_missing_is_named(tmp_path, name, text, message):
 
 
 def test_a_missing_peer_is_one_line(tmp_path):
-    gate = tmp_path / "sglang" / peers.SGLANG.format("gate")
+    gate = tmp_path / "sglang" / list(sglang_peer.FILES)[-1]
     gate.parent.mkdir(parents=True)
     gate.write_text("raise RuntimeError")
     said = []
@@ -132,7 +132,7 @@ def test_a_missing_peer_is_one_line(tmp_path):
 
 
 def test_versions_come_from_the_wheels(tmp_path):
-    path = tmp_path / "vllm" / peers.VLLM
+    path = tmp_path / "vllm" / next(iter(vllm_peer.FILES))
     path.parent.mkdir(parents=True)
     path.write_text("def _hash_ids_kernel(): pass\ndef _engram_lookup_kernel(): pass\n")
     with path.open("a") as file:
@@ -189,20 +189,44 @@ def stand_ins(bench):
     def fused_engram_gate(hidden, kv, query_norm, key_norm, eps, clamp):
         return reference.gate_residual(hidden, *split(kv, hidden), query_norm, key_norm, eps=eps, clamp=clamp)
 
-    def engram_gate_fwd(hidden, key, value, both, eps, clamp, *, save_for_backward):
-        """The norms' product alone is known: the gate is that of both norms in one."""
-        assert key.is_contiguous() and value.is_contiguous() and both.dtype == torch.float32
-        ones = torch.ones_like(both)
-        out = reference.gate_residual(hidden, key, value, both, ones, eps=eps, clamp=clamp)
+    def engram_gate_fwd(
+        hidden_states,
+        kv,
+        weight_fused,
+        eps,
+        clamp_value,
+        save_for_backward=True,
+        image_token_mask=None,
+        inplace=False,
+    ):
+        """Parameters as in TileKernels 2.1.0. The norms' product alone is known: the gate is that of both in one."""
+        tokens, branches, width = hidden_states.shape
+        assert kv.shape == (tokens, branches + 1, width) and kv.is_contiguous() and weight_fused.dtype == torch.float32
+        assert image_token_mask is None and not inplace
+        parts = kv[:, :-1], kv[:, -1], weight_fused, torch.ones_like(weight_fused)
+        out = reference.gate_residual(hidden_states, *parts, eps=eps, clamp=clamp_value)
         return (out, *("dot", "gate", "rstd_x", "rstd_k")) if save_for_backward else (out, None, None, None, None)
 
-    def engram_gate_bwd(grad, hidden, key, value, both, *rest):
-        assert rest == ("dot", "gate", "rstd_x", "rstd_k", peers.CLAMP)
-        leaves = [x.detach().requires_grad_() for x in (hidden, key, value, both)]
-        eps = bench.config("v41").eps
-        out = reference.gate_residual(*leaves, torch.ones_like(both), eps=eps, clamp=rest[-1])
-        *of_inputs, product = torch.autograd.grad(out, leaves, grad)
-        return *of_inputs, product[None]
+    def engram_gate_bwd(
+        grad_out,
+        hidden_states,
+        kv,
+        weight_fused,
+        dot,
+        gate_score,
+        rstd_x,
+        rstd_k,
+        clamp_value,
+        image_token_mask=None,
+    ):
+        assert (dot, gate_score, rstd_x, rstd_k) == ("dot", "gate", "rstd_x", "rstd_k") and image_token_mask is None
+        leaves = [x.detach().requires_grad_() for x in (hidden_states, kv, weight_fused)]
+        hidden, both, weight = leaves
+        parts = both[:, :-1], both[:, -1], weight, torch.ones_like(weight)
+        out = reference.gate_residual(hidden, *parts, eps=bench.config("v41").eps, clamp=clamp_value)
+        of_hidden, of_kv, product = torch.autograd.grad(out, leaves, grad_out)
+        assert of_kv.shape == kv.shape
+        return of_hidden, of_kv, product[None]
 
     def grad_w_reduce(parts, query_norm, key_norm, grad_query_norm, grad_key_norm):
         grad_query_norm += parts.sum(0) * key_norm
@@ -234,7 +258,7 @@ WITH_PEERS = [
 def test_peers_are_baselines_of_v41(case, bench, stand_ins):
     record = suite.run_case(case, bench, FakeTimer(), ample(), most_baselines=1)
     assert record["status"] == "ok"
-    of_ops = {"hash_lookup": ["vllm"], "gate_residual": ["vllm", "sglang", "tilekernels"]}
+    of_ops = {"gate_residual": ["vllm", "sglang", "tilekernels"]}
     wanted = of_ops.get(case.op, ["vllm", "sglang"]) if case.model == "v41" else []
     assert [name for name in record["baselines"] if name in peers.NAMES] == wanted
     assert len(record["baselines"]) == len(wanted) + 1, "peers do not count among the others"
@@ -243,7 +267,7 @@ def test_peers_are_baselines_of_v41(case, bench, stand_ins):
 
 @pytest.mark.parametrize("variant", bench_gate_backward.VARIANTS)
 def test_gradients_of_a_peer(variant, bench, stand_ins):
-    """They come for key and value apart, and are checked as ours are."""
+    """Checked as ours are."""
 
     def run():
         case = Case("gate_residual_backward", "v41", variant, 3, 0, prepare)
@@ -253,6 +277,81 @@ def test_gradients_of_a_peer(variant, bench, stand_ins):
     assert "failed" not in (entry := run()), entry
     stand_ins.tilekernels.grad_w_reduce = lambda *arguments: None
     assert "off the reference" in run()["failed"]
+
+
+@pytest.fixture(scope="module")
+def packed(bench):
+    """Requests of several lengths, two of them new, one after two tokens; the plan, ids with dead ones, and row ids."""
+    plan = bench.plan("v41", "host")
+    cu = torch.tensor([0, 1, 17, 20, 29, 41, 43, 57, 64], dtype=torch.int32)
+    history = torch.randint(100, 100_000, (8, 3), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+    history[[0, 3]] = -1
+    history[4, 0] = -1
+    ids = bench.token_ids("uniform", "v41", 64, 3)
+    ids[ids == 77] += 1
+    ids[[4, 5, 6, 30, 31, 50]] = 77
+    requests = peer_inputs.Requests(cu, history, dead_id=77)
+    return plan, ids, requests, reference.ngram_hash(ids, plan, cu_seqlens=cu, history=history, dead=ids == 77)
+
+
+def test_positions_follow_from_history(packed):
+    *_, requests, _ = packed
+    starts = requests.positions()[requests.cu_seqlens[:-1].long()]
+    assert starts.tolist() == [0, 3, 3, 0, 2, 3, 3, 3]
+    assert requests.positions()[17:20].tolist() == [3, 4, 5] and requests.dead(torch.tensor([77, 7])).tolist() == [1, 0]
+
+
+def test_vllm_gets_packed_requests(packed):
+    plan, ids, requests, expected = packed
+
+    def kernel(grid, ids, token_map, dead, positions, blocks, starts, *rest, **options):
+        history, out, pad = rest[4].flip(1), rest[6], rest[9]
+        assert (options["num_query_rows"], options["lookback_depth"], pad) == (8, 3, plan.pad)
+        assert torch.equal(positions, requests.positions()) and not rest[5].any()
+        out.copy_(reference.ngram_hash(ids, plan, cu_seqlens=starts, history=history, dead=dead))
+
+    kernels = SimpleNamespace(_hash_ids_kernel=Kernel(kernel))
+    assert torch.equal(vllm_peer.hash(kernels, [ids], plan, requests)(0), expected)
+
+
+def test_sglang_extends_packed_requests(packed):
+    plan, ids, requests, expected = packed
+
+    def extend(ids, positions, *, history, commit_history, req_slots, starts, lengths, num_real, **options):
+        assert commit_history.data_ptr() != history.data_ptr() and req_slots.tolist() == list(range(8))
+        assert options["history_via_slots"] and options["out_cache_loc"] is None and num_real == len(ids)
+        known = torch.where(torch.arange(3, 0, -1) <= positions[starts.long()][:, None], history, -1)
+        cu = torch.cat([starts, starts[-1:] + lengths[-1:]])
+        dead = ids == options["image_token_id"]
+        return reference.ngram_hash(ids.int(), plan, cu_seqlens=cu, history=known, dead=dead)
+
+    functions = SimpleNamespace(engram_hash_extend_and_commit=extend)
+    assert torch.equal(sglang_peer.hash(functions, [ids], plan, requests)(0), expected)
+
+
+def test_sglang_decodes_and_commits(bench):
+    plan = bench.plan("v41", "host")
+    ids = bench.token_ids("uniform", "v41", 4, 3)
+    history = torch.arange(100, 112, dtype=torch.int32).view(4, 3)
+    requests = peer_inputs.Requests(torch.arange(5, dtype=torch.int32), history)
+
+    def decode(ids, positions, *, history, req_slots, out_cache_loc, **options):
+        assert out_cache_loc.all() and (positions >= 3).all() and "image_token_id" not in options
+        out = reference.ngram_hash(ids.int(), plan, cu_seqlens=torch.arange(5, dtype=torch.int32), history=history)
+        history += 1  # a commit must not reach the next call
+        return out
+
+    call = sglang_peer.hash(SimpleNamespace(engram_hash_ids_and_commit=decode), [ids], plan, requests)
+    expected = reference.ngram_hash(ids, plan, cu_seqlens=requests.cu_seqlens, history=history)
+    assert torch.equal(call(0), expected) and torch.equal(call(0), expected) and history[0, 0] == 100
+
+
+def test_launchers_run_without_their_asserts(tmp_path):
+    path = tmp_path / "engine.py"
+    path.write_text("def run(x):\n    if x:\n        assert x.is_cuda\n    assert False, 'of a GPU'\n    return x\n")
+    with pytest.raises(AssertionError):
+        load_functions(path, ["run"]).run(0)
+    assert load_functions(path, ["run"], asserts=False).run(3) == 3
 
 
 def test_a_wrong_peer_has_no_time(bench, stand_ins):
@@ -266,7 +365,7 @@ def test_a_wrong_peer_has_no_time(bench, stand_ins):
 
 def test_key_and_value_of_two_tensors_are_refused():
     with pytest.raises(ValueError, match="right behind"):
-        peers.whole_kv(torch.zeros(2, 4, 8), torch.zeros(2, 8))
+        peer_inputs.whole_kv(torch.zeros(2, 4, 8), torch.zeros(2, 8))
 
 
 def test_a_run_names_its_peers(tmp_path, monkeypatch, capsys):

@@ -81,8 +81,8 @@ class Machine:
         return dict(max_shared_mem=self._shared)
 
     def load_binary(self, name, binary, shared, device):
-        """(module, function, registers, spills, most threads); launches know their code from the cache."""
-        return name, name, 0, 0, 1024
+        """(module, function, registers, spills, most threads); launches know their PTX from the cache."""
+        return name, binary, 0, 0, 1024
 
     def unload_module(self, module):
         pass
@@ -100,7 +100,7 @@ class Machine:
             if metadata.target != driver.active.get_current_target():
                 raise ValueError(f"{metadata.name} was compiled for {metadata.target}")
             given = [(name, value) for (name, kind), value in zip(named, arguments, strict=True) if kind != "constexpr"]
-            driver.active.launch(text, given, (x, y, z), metadata.shared)
+            driver.active.launch(text, given, (x, y, z), metadata.shared, function)
 
         return launch
 
@@ -113,8 +113,8 @@ class Machine:
                 self.ordered.add(text)
         return self.kernels[text]
 
-    def launch(self, text, given, grid, shared_bytes):
-        """Run a kernel whose arguments are ``given`` as (name, value)."""
+    def launch(self, text, given, grid, shared_bytes, binary):
+        """Run a kernel whose arguments are ``given`` as (name, value). ``binary`` is what ptxas made of its text."""
         kernel = self.kernel(text)
         values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for _, value in given]
         values += [0] * (len(kernel.parameters) - len(values))  # of memory that Triton keeps for other kernels
@@ -128,7 +128,11 @@ class Machine:
             return
         if any(size > most for size, most in zip(grid, MOST_PROGRAMS, strict=True)):
             raise Report(f"{kernel.name}: a grid of {grid} programs, at most {MOST_PROGRAMS}")
-        allocations = self.memory.of_launch(given)
+        self.execute(kernel, values, grid, shared_bytes, given, binary)
+
+    def execute(self, kernel, values, grid, shared_bytes, given, binary):
+        """Execute a launch in the orders of warps that could matter, and raise what is reported."""
+        allocations, text = self.memory.of_launch(given), kernel.text
         ordered = text in self.ordered and sum(each.size for each in allocations) <= COMPARED_BYTES
         self.ordered.discard(text)
         before = [each.bytes.copy() for each in allocations] if ordered else []
@@ -164,9 +168,9 @@ def is_benign(kernel, report):
 
 
 @contextlib.contextmanager
-def standing_in(target):
+def standing_in(target, kind=Machine):
     """Within the context kernels take CPU tensors, and run as machine code for ``target``; yields the machine."""
-    machine, before = Machine(target), driver._active
+    machine, before = kind(target), driver._active
     taking = engram_kernels.arguments.CPU_TAKES_KERNELS
     driver.set_active(machine)
     engram_kernels.arguments.CPU_TAKES_KERNELS = True
