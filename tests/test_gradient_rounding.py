@@ -102,7 +102,7 @@ def test_masked_tokens_in_half_precision(form):
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", ["gate masked", "conv packed"])
 def test_kernel_rounded_once(device, form):
-    """Kernels too: float64's gradients rounded once, but for what float32 misses (and what the interpreter cuts off)."""
+    """Kernels too: float64's gradients rounded once, but for what float32 misses, and the interpreter cuts off."""
     specified, count, options = FORMS[form]
     op = gate_residual if count == 5 else functools.partial(gate_conv_residual, dilation=2, conv_eps=CONV_EPS)
     needs = (True,) * count
