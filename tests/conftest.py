@@ -48,6 +48,7 @@ PARTS = {  # of the cpu lane's: the wheel and the demo, one after the other; rea
 STARTED, MACHINE = pytest.StashKey(), pytest.StashKey()
 launches = Counter()  # kernel name -> launches in this process
 executed = Counter()  # what lane machine ran: kernels, launches, programs, runs
+benign = Counter()  # reports of lane machine that are let through
 durations = Counter()  # file -> seconds of its tests
 recent = {}  # kernel name -> the grid and the keyword arguments of its last launch, tensors left out
 
@@ -143,7 +144,9 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist reports to the one that started it
         config.workeroutput["launches"] = dict(launches)
-        config.workeroutput["executed"] = dict(config.stash[MACHINE].ran) if MACHINE in config.stash else {}
+        if MACHINE in config.stash:
+            machine = config.stash[MACHINE]
+            config.workeroutput.update(executed=dict(machine.ran), benign=dict(machine.benign))
         return
     whole_lane = not config.option.keyword and all("::" not in arg and ".py" not in arg for arg in config.args)
     if not whole_lane or config.option.collectonly:
@@ -154,20 +157,27 @@ def pytest_sessionfinish(session, exitstatus):
         target = config.getoption("--target") if lane == "machine" else ""
         write_times(TIMES, " ".join(filter(None, (lane, target, f"Triton {triton.__version__}"))), lane, took)
     if lane == "machine":
-        counts = executed or config.stash[MACHINE].ran
-        write(", ".join(f"{count:,} {name}" for name, count in counts.items()) + " on machine code")
+        executed.update(config.stash[MACHINE].ran)
+        benign.update(config.stash[MACHINE].benign)
+        write("machine code: " + ", ".join(f"{count:,} {name}" for name, count in executed.items()))
     for slow in lane_delays(lane, took):
         write(f"WARNING: {slow}", yellow=True)
-    for fault in lane_faults(lane) if exitstatus == 0 else ():
+    for fault in lane_faults(lane, not config.getoption("--one-case")) if exitstatus == 0 else ():
         write(f"FAILED: {fault}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def lane_faults(lane):
+def lane_faults(lane, every_case=True):
     """What is wrong with a lane of which every test passed."""
     idle = sorted(set(package_kernels()) - set(launches))
     if lane in LAUNCHING and idle:
         yield f"kernels that no test of this lane launched: {', '.join(idle)}"
+    if lane == "machine" and every_case:
+        from .machine.gpu import BENIGN
+
+        unseen = [known.name for known in BENIGN if known.name not in benign]
+        if unseen:
+            yield f"BENIGN in tests/machine/gpu.py lists what no launch reports: {', '.join(unseen)}"
 
 
 def lane_delays(lane, took):
@@ -200,6 +210,7 @@ def pytest_testnodedown(node, error):
     output = getattr(node, "workeroutput", {})
     launches.update(output.get("launches", {}))
     executed.update(output.get("executed", {}))
+    benign.update(output.get("benign", {}))
 
 
 @pytest.fixture

@@ -67,7 +67,9 @@ def test_lane_that_leaves_kernels_idle(tmp_path, name, processes):
     words = ("-p", "tests.conftest", "-c", ROOT / "pyproject.toml", "--lane", name, tmp_path, *processes)
     code, output = pytest_run(*words, interpret=name == "interpret")
     assert code == 1 and "1 passed" in output
-    assert name != "machine" or "1 launches, 1 programs" in output
+    if name == "machine":
+        assert "machine code: 1 kernels, 1 launches, 1 programs" in output
+        assert "BENIGN in tests/machine/gpu.py lists what no launch reports: probe_cache_kernel: race" in output
     assert "no test of this lane launched: advance_state_kernel, commit_history_kernel" in output
     assert "ngram_hash_kernel" not in output.split("launched:")[1]
 
