@@ -16,7 +16,8 @@ import triton.language as tl
 from . import reference
 from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device, processors
 from .cache_lookup import check_cache, launch_cached_lookup
-from .hashing import hash_arguments, ngram_hash, ngram_rows, prepare_ngram_hash
+from .hash_mix import ngram_rows
+from .hashing import hash_arguments, ngram_hash, prepare_ngram_hash
 from .launch import cdiv, on_device_of
 from .lookup_arguments import check_tables_of_plan, forms_of
 from .plan import PLAN_SCHEMA, HashPlan

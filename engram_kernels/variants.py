@@ -29,7 +29,8 @@ def variant_lengths(engrams: Sequence[Engram], max_tokens: int, prefetcher: Pref
         else:
             lookup = prefetcher.launches(tokens)
         conv = conv_config(tokens, config.hidden_size, config.branches) if config.conv_kernel else None
-        return lookup, conv, hash_config(tokens, config.columns)
+        heads = config.columns // (config.max_ngram - 1)
+        return lookup, conv, hash_config(tokens, heads, len(config.layers))
 
     first = {}
     for tokens in range(1, max_tokens + 1):

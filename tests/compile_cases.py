@@ -204,6 +204,10 @@ PRESETS = {"v41": V41, "27b": PAPER, "40b": "engram_40b", "demo": "deepseek_demo
 CASES = {
     "hash/v41": lambda: hash_case(plan(V41)),
     "hash/v41-packed": lambda: hash_case(plan(V41), full=True),
+    "hash/v41-few": few(lambda: hash_case(plan(V41))),
+    "hash/v41-packed-few": few(lambda: hash_case(plan(V41), full=True)),
+    "hash/v41-packed-columns": lambda: hash_case(plan(V41).select(columns=range(1, 24, 5)), full=True),
+    "hash/v41-unordered": lambda: hash_case(plan(V41).select(columns=range(23, -1, -1))),
     "hash/qwen": lambda: hash_case(plan(QWEN)),
     "hash/qwen-overflow": lambda: hash_case(overflowing(QWEN)),
     "lookup/v41": lambda: lookup_case(table(V41), 24),

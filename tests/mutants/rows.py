@@ -1,7 +1,7 @@
 """Mutants of lookup and hash_lookup."""
 
 from .change import mutants
-from .hashing import HASH
+from .hashing import HASH, ROWS_OF_COLUMNS
 
 # copy_rows and what it decodes with, in both kernels that read rows.
 ROWS = """\
@@ -85,5 +85,5 @@ branch fixed to 0: layer of the tables @ hash_rows
 
 MUTANTS = (
     *mutants("lookup_kernel", "rows", ("lookup/v41", "lookup/v41-storage", "lookup/27b"), ROWS, LOOKUP),
-    *mutants("hash_lookup_kernel", "hash_rows", ("hash_lookup/v41-packed",), HASH, ROWS, HASH_LOOKUP),
+    *mutants("hash_lookup_kernel", "hash_rows", ("hash_lookup/v41-packed",), HASH, ROWS_OF_COLUMNS, ROWS, HASH_LOOKUP),
 )
