@@ -31,9 +31,9 @@ CEILINGS = {
 def hash_rows_config(view: TableView, num_rows: int, programs: int | None) -> tuple[RowsConfig, int]:
     """The configuration of copying, and how many rows a program hashes at once, for ``num_rows`` of all layers.
 
-    64, one a lane of two warps, where each program has as many: V4.1 takes 47 warp instructions a row, at 56 registers.
+    64, one a lane of two warps, where each program has as many: V4.1 takes 43 warp instructions a row, at 55 registers.
     Fewer rows come a step of copying at a time, so that more programs read at once: both warps hash the same 16 then,
-    and a row takes 77. It took 159 where all lanes that copy a row hashed it.
+    and a row takes 72. It took 159 where all lanes that copy a row hashed it.
     """
     itemsize = FORMATS[view.format].dtype.itemsize
     config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.placement)
