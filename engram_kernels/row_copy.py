@@ -93,7 +93,7 @@ def copy_rows(
     ``row`` lies beyond the table. ``row`` may be int32; so may ``out_row`` where its product with WIDTH fits.
     Stored rows also go to ``kept_ptr``, where kept_row >= 0.
     """
-    present = mask_row & (row >= 0)
+    present = mask_row
     if num_table_rows is not None:
         present = present & (row < num_table_rows)
     # A gather keeps the tile's layout from spreading to where ids come from: an id is worked out by one lane of a warp,

@@ -31,8 +31,8 @@ stride swapped: places @ rows
 - out_row = tl.load(places_ptr + entry, mask=mask_row, other=0)
 + out_row = entry.to(tl.int64)
 stride swapped: head order @ rows -k strided_ids
-- first_token.to(tl.int64) * num_columns + column
-+ first_token.to(tl.int64) + column * num_tokens
+- out_row = local.to(tl.int64) * num_columns
++ out_row = local.to(tl.int64)
 last tile skipped: head order @ rows
 - num_steps = num_columns * column_steps
 + num_steps = num_columns * (num_tokens // BLOCK_ROWS)
@@ -40,8 +40,8 @@ last tile skipped: head order @ rows
 
 HASH_LOOKUP_ORDER = """\
 stride swapped: head order @ hashed_rows -k hash_lookup
-- (layer.to(tl.int64) * num_tokens + first) * NUM_COLUMNS + column
-+ (layer.to(tl.int64) * NUM_COLUMNS + column) * num_tokens + first
+- out_row = local.to(tl.int64) * NUM_COLUMNS if
++ out_row = local.to(tl.int64) if
 last tile skipped: head order @ hashed_rows -k hash_lookup
 - layer_steps = NUM_COLUMNS * column_steps if
 + layer_steps = NUM_COLUMNS * (num_tokens // BLOCK_ROWS) if

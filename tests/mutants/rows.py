@@ -24,8 +24,8 @@ scale byte off by one: bytes @ row_copy
 
 LOOKUP = """\
 mask dropped: negative ids @ row_copy -k missing_row
-- present = mask_row & (row >= 0)
-+ present = mask_row
+- present = row >= 0
++ present = row >= -1
 mask dropped: missing rows under a scale @ row_copy -k missing_row
 - tl.where(present[:, None, None], decode_e4m3(value, ELEMENT) * scale[:, None, None], 0.0)
 + decode_e4m3(value, ELEMENT) * scale[:, None, None]
