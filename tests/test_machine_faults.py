@@ -374,6 +374,8 @@ def test_modules_that_are_not_one_plain_kernel():
         "",
         text + text.replace("snippet", "second"),
         text.replace(".reqntid 32", ""),
+        text.replace(".reqntid 32", ".reqntid 48"),
+        text.replace(".reqntid 32", ".reqntid 32, 2"),
         ".func f() { ret; }\n" + text,
     ):
         with pytest.raises(machine.Fault):
