@@ -38,7 +38,7 @@ def test_the_report_is_what_is_executed(family, count):
 
 @pytest.mark.compile
 def test_another_target_prints_a_table():
-    """Its machine code differs, and is understood too. A process of its own: Triton keeps what it compiled for sm_90."""
+    """Its machine code differs, and is understood too. In a process of its own: Triton keeps what it compiled."""
     command = [sys.executable, "-m", "tests.executed_report", "lookup", "--target", "sm_80"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
