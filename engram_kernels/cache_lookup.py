@@ -96,7 +96,7 @@ def launch_cached_lookup(
     num_heads = num_columns // num_orders
     num_tokens, device = token_ids.numel(), token_ids.device
     num_entries = num_groups * num_tokens
-    missed, now = (torch.empty(size, dtype=torch.int64, device=device) for size in (num_entries, 1))
+    missed, now = (torch.empty(size, dtype=torch.int64, device=device) for size in ((num_groups, num_tokens), 1))
     sources, targets = (torch.empty(num_entries, dtype=torch.int32, device=device) for _ in range(2))
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
     itemsize = FORMATS[view.format].dtype.itemsize
@@ -128,9 +128,9 @@ def launch_cached_lookup(
             num_warps=config.num_warps,
             enable_fp_fusion=False,
         )
-        missed, places = torch.sort(missed, stable=True)
-        entries = dict(missed_ptr=missed, places_ptr=places, sources_ptr=sources, targets_ptr=targets)
-        entries |= dict(num_entries=num_entries, NUM_ORDERS=num_orders, **shared)
+        missed, tokens = torch.sort(missed, stable=True)
+        entries = dict(missed_ptr=missed, tokens_ptr=tokens, sources_ptr=sources, targets_ptr=targets)
+        entries |= dict(NUM_ORDERS=num_orders, **shared)
         copies = copy_config(num_heads * view.width, out_ptr.element_size())
         words = None if out_scale_ptr is None else scale_words(out_scale_ptr)
         scale_width = 0 if words is None else num_heads * words.shape[-1]
@@ -140,7 +140,7 @@ def launch_cached_lookup(
             read_missed_kernel[(programs or config.programs,)](
                 rows_ptr=state.rows,
                 scales_ptr=state.scales,
-                search_steps=num_entries.bit_length(),
+                search_steps=num_tokens.bit_length(),
                 **entries,
                 **reading,
                 **row_constants(view, storage, config),
@@ -154,6 +154,7 @@ def launch_cached_lookup(
                 out_ptr=out_ptr,
                 out_scale_ptr=words,
                 lag=state.lag,
+                NUM_LAYERS=num_layers,
                 **entries,
                 WIDTH=num_heads * view.width,
                 CHUNK=copies.chunk,

@@ -1,8 +1,8 @@
 """What a cached lookup does with the n-grams that its cache does not have: each is read once, given to all, and kept.
 
-Missed keys come sorted, and behind them what was not missed: equal keys of one group are a run, and the keys of a set
-lie together. An entry is a place in that order; a place is group * T + token. G groups, one for each layer and order;
-S sets of W ways; T tokens, E columns of an order. cache_lookup.py has the launches before.
+Within each group missed keys come sorted, and behind them what was not missed: equal keys are a run, and the keys of a
+set lie together. An entry is a place in that order. G groups, one for each layer and order; S sets of W ways; T tokens,
+E columns of an order. cache_lookup.py has the launches before.
 """
 
 import triton
@@ -13,7 +13,6 @@ from .hashing import mix_rows
 from .row_copy import copy_rows
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
-# Rows of several layers are read in one step, each from an address of its own.
 CEILINGS = {
     "read_missed_kernel": dict(sm_80=(160, 2048), sm_90=(160, 2048), sm_100=(160, 2048), gfx942=(112, 4096)),
     "keep_missed_kernel": dict(sm_80=(64, 0), sm_90=(64, 0), sm_100=(64, 0), gfx942=(48, 0)),
@@ -27,47 +26,43 @@ def has_missed(missed_ptr, step, num_steps, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def run_begin(entry, value, group, mask, missed_ptr, places_ptr, num_tokens, search_steps):
-    """The first entry of the run of ``value`` in ``group`` that ``entry`` is in, by binary search where it is not that.
+def first_step(group, num_steps):
+    """The first step of a group of ``num_steps`` for this program: groups go on where the last one ended."""
+    return (tl.program_id(0) + tl.num_programs(0) - group * num_steps % tl.num_programs(0)) % tl.num_programs(0)
 
-    Entries are sorted by value, and equal values by group, of which ``places`` tell. ``search_steps`` is the bit length
-    of the number of entries.
+
+@triton.jit
+def run_begin(entry, value, mask, missed_ptr, search_steps):
+    """The first entry of the run of ``value`` that ``entry`` is in, by binary search where it is not that.
+
+    ``search_steps`` is the bit length of the number of entries.
     """
-    first_place = group * num_tokens
-    begin = entry
     behind = mask & (entry > 0)
-    other = tl.load(missed_ptr + entry - 1, mask=behind, other=0)
-    other_place = tl.load(places_ptr + entry - 1, mask=behind, other=0)
-    behind = behind & (other == value) & (other_place >= first_place)
+    behind = behind & (tl.load(missed_ptr + entry - 1, mask=behind, other=0) == value)
+    begin = entry
     if tl.max(behind.to(tl.int32), axis=0) > 0:
-        # The number of entries below (value, group).
+        # The number of entries below ``value``.
         below = entry * 0
         for i in range(search_steps):
             probe = below + (1 << (search_steps - 1 - i))
             inside = behind & (probe <= entry)
-            other = tl.load(missed_ptr + probe - 1, mask=inside, other=0)
-            place = tl.load(places_ptr + probe - 1, mask=inside, other=0)
-            lower = (other < value) | ((other == value) & (place < first_place))
+            lower = tl.load(missed_ptr + probe - 1, mask=inside, other=0) < value
             below = tl.where(inside & lower, probe, below)
         begin = tl.where(behind, below, begin)
     return begin
 
 
 @triton.jit
-def rank_in_set(
-    entry, own_set, group, first, missed_ptr, places_ptr, num_tokens, search_steps, num_sets, WAYS: tl.constexpr
-):
+def rank_in_set(entry, own_set, first, missed_ptr, search_steps, num_sets, WAYS: tl.constexpr):
     """How many runs of its set come before each ``first`` entry of a run; WAYS for that many or more."""
     rank = entry * 0
     before = entry - 1
     looking = first & (before >= 0)
     while tl.max(looking.to(tl.int32), axis=0) > 0:
         other = tl.load(missed_ptr + before, mask=looking, other=0)
-        other_group = tl.load(places_ptr + before, mask=looking, other=0).to(tl.int32) // num_tokens
         looking = looking & (set_of(key_of(other), num_sets) == own_set)
-        begin = run_begin(before, other, other_group, looking, missed_ptr, places_ptr, num_tokens, search_steps)
-        rank += (looking & (other_group == group)).to(tl.int32)
-        before = begin - 1
+        rank += looking.to(tl.int32)
+        before = run_begin(before, other, looking, missed_ptr, search_steps) - 1
         looking = looking & (before >= 0) & (rank < WAYS)
     return rank
 
@@ -90,10 +85,10 @@ def way_of_rank(stamps_ptr, first_slot, first, rank, WAYS: tl.constexpr):
     return lowest % WAYS, lowest // WAYS
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_entries", "search_steps", "num_sets"])
+@triton.jit(do_not_specialize=["num_tokens", "search_steps", "num_sets"])
 def read_missed_kernel(
     missed_ptr,
-    places_ptr,
+    tokens_ptr,
     sources_ptr,
     targets_ptr,
     primes_ptr,
@@ -108,7 +103,6 @@ def read_missed_kernel(
     out_ptr,
     out_scale_ptr,
     num_tokens,
-    num_entries,
     search_steps,
     num_sets,
     NUM_LAYERS: tl.constexpr,
@@ -125,76 +119,75 @@ def read_missed_kernel(
     CHUNK: tl.constexpr,
     HEAD_MAJOR: tl.constexpr,
 ):
-    """For BLOCK_ROWS entries: the place that reads for each and the slot it takes, -1 for none; rows of those places.
+    """For BLOCK_ROWS entries of a group: the token that reads for each and the slot it takes, -1 for none; these rows.
 
     The r-th distinct missed n-gram of a set takes its r-th least recently used way, of equals the lower one, but none
-    that was used in this step; its rows go from their tables to the output and to that slot. Persistent grid, which
-    goes over all entries head by head with HEAD_MAJOR. Relies on stamps that nothing writes, on rows of the cache that
-    nothing reads, and on G * T * E < 2^31.
+    that was used in this step; its rows go from their table to the output and to that slot. Persistent grid, which goes
+    over a group's entries head by head with HEAD_MAJOR. Relies on stamps that nothing writes, on rows of the cache that
+    nothing reads, and on L * T * C < 2^31.
     """
     NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
     TURNS: tl.constexpr = NUM_HEADS if HEAD_MAJOR else 1
-    num_steps = (num_entries - 1) // BLOCK_ROWS + 1
-    for turn in range(TURNS):
-        step = tl.program_id(0)
-        while has_missed(missed_ptr, step, num_steps, BLOCK_ROWS):
-            entry = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-            mask = entry < num_entries
-            value = tl.load(missed_ptr + entry, mask=mask, other=NOT_MISSED)
-            place = tl.load(places_ptr + entry, mask=mask, other=0).to(tl.int32)
-            group = place // num_tokens
-            missed = value != NOT_MISSED
-            begin = run_begin(entry, value, group, missed, missed_ptr, places_ptr, num_tokens, search_steps)
-            first = missed & (begin == entry)
-            key = key_of(value)
-            own_set = set_of(key, num_sets)
-            rank = rank_in_set(
-                entry, own_set, group, first, missed_ptr, places_ptr, num_tokens, search_steps, num_sets, WAYS
-            )
-            first_slot = (group.to(tl.int64) * num_sets + own_set) * WAYS
-            way, stamp = way_of_rank(stamps_ptr, first_slot, first, rank, WAYS)
-            kept = first & (stamp < tl.load(now_ptr))
-            target = tl.where(kept, first_slot + way, -1).to(tl.int32)
-            if turn == 0:
-                source = tl.load(places_ptr + begin, mask=mask, other=0).to(tl.int32)
-                tl.store(sources_ptr + entry, source, mask=missed)
-                tl.store(targets_ptr + entry, target, mask=missed)
-                one = (entry * 0 + 1).to(tl.int64)
-                count_ptr = counts_ptr + 2 * NUM_GROUPS + group
-                tl.atomic_add(count_ptr, one, mask=first, sem="relaxed")
-                tl.atomic_add(count_ptr + NUM_GROUPS, one, mask=kept, sem="relaxed")
-                tl.atomic_add(count_ptr + 2 * NUM_GROUPS, one, mask=kept & (stamp > 0), sem="relaxed")
-            layer = group // NUM_ORDERS
-            token = place - group * num_tokens
-            mix = unscramble(key)
-            table_ptr = tables_ptr + layer * 4
-            for other_head in range(NUM_HEADS // TURNS):
-                head = turn + other_head
+    num_steps = (num_tokens - 1) // BLOCK_ROWS + 1
+    for group in range(NUM_GROUPS):
+        first_entry = group * num_tokens
+        group_ptr = missed_ptr + first_entry
+        layer = group // NUM_ORDERS
+        table_ptr = tables_ptr + layer * 4
+        for turn in range(TURNS):
+            step = first_step(group, num_steps)
+            while has_missed(group_ptr, step, num_steps, BLOCK_ROWS):
+                entry = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+                mask = entry < num_tokens
+                value = tl.load(group_ptr + entry, mask=mask, other=NOT_MISSED)
+                token = tl.load(tokens_ptr + first_entry + entry, mask=mask, other=0).to(tl.int32)
+                missed = value != NOT_MISSED
+                begin = run_begin(entry, value, missed, group_ptr, search_steps)
+                first = missed & (begin == entry)
+                key = key_of(value)
+                own_set = set_of(key, num_sets)
+                rank = rank_in_set(entry, own_set, first, group_ptr, search_steps, num_sets, WAYS)
+                first_slot = (group * num_sets + own_set) * WAYS
+                way, stamp = way_of_rank(stamps_ptr, first_slot, first, rank, WAYS)
+                kept = first & (stamp < tl.load(now_ptr))
+                target = tl.where(kept, first_slot + way, -1).to(tl.int32)
+                if turn == 0:
+                    source = tl.load(tokens_ptr + first_entry + begin, mask=mask, other=0).to(tl.int32)
+                    tl.store(sources_ptr + first_entry + entry, source, mask=missed)
+                    tl.store(targets_ptr + first_entry + entry, target, mask=missed)
+                    count_ptr = counts_ptr + 2 * NUM_GROUPS + group
+                    evicted = kept & (stamp > 0)
+                    tl.atomic_add(count_ptr, tl.sum(first.to(tl.int64), axis=0), sem="relaxed")
+                    tl.atomic_add(count_ptr + NUM_GROUPS, tl.sum(kept.to(tl.int64), axis=0), sem="relaxed")
+                    tl.atomic_add(count_ptr + 2 * NUM_GROUPS, tl.sum(evicted.to(tl.int64), axis=0), sem="relaxed")
+                mix = unscramble(key)
                 # Orders come one after the other in a layer's columns, as groups do.
-                offs_param = group * NUM_HEADS + head
-                copy_rows(
-                    mix_rows(mix, offs_param, first, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE),
-                    (layer.to(tl.int64) * num_tokens + token) * (NUM_ORDERS * NUM_HEADS)
-                    + (group - layer * NUM_ORDERS) * NUM_HEADS
-                    + head,
-                    first,
-                    tl.load(table_ptr, mask=first, other=0),
-                    tl.load(table_ptr + 1, mask=first, other=0),
-                    tl.load(table_ptr + 2, mask=first, other=0),
-                    tl.load(table_ptr + 3, mask=first, other=0),
-                    out_ptr,
-                    out_scale_ptr,
-                    WIDTH,
-                    ELEMENT,
-                    SCALING,
-                    STORAGE,
-                    GROUP,
-                    CHUNK,
-                    rows_ptr,
-                    scales_ptr,
-                    tl.where(kept, target.to(tl.int64) * NUM_HEADS + head, -1),
-                )
-            step += tl.num_programs(0)
+                out_row = ((layer * num_tokens + token) * NUM_ORDERS + group % NUM_ORDERS).to(tl.int64) * NUM_HEADS
+                for other_head in range(NUM_HEADS // TURNS):
+                    head = turn + other_head
+                    offs_param = group * NUM_HEADS + head
+                    always = num_tokens > 0
+                    copy_rows(
+                        mix_rows(mix, offs_param, always, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE),
+                        out_row + head,
+                        first,
+                        tl.load(table_ptr),
+                        tl.load(table_ptr + 1),
+                        tl.load(table_ptr + 2),
+                        tl.load(table_ptr + 3),
+                        out_ptr,
+                        out_scale_ptr,
+                        WIDTH,
+                        ELEMENT,
+                        SCALING,
+                        STORAGE,
+                        GROUP,
+                        CHUNK,
+                        rows_ptr,
+                        scales_ptr,
+                        tl.where(kept, target.to(tl.int64) * NUM_HEADS + head, -1),
+                    )
+                step += tl.num_programs(0)
 
 
 @triton.jit
@@ -209,10 +202,10 @@ def repeat_rows(out_ptr, source_row, target_row, copied, WIDTH: tl.constexpr, CH
         tl.store(out_ptr + target_row[:, None] * WIDTH + offs_w[None, :], value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_entries", "lag"])
+@triton.jit(do_not_specialize=["num_tokens", "lag"])
 def keep_missed_kernel(
     missed_ptr,
-    places_ptr,
+    tokens_ptr,
     sources_ptr,
     targets_ptr,
     keys_ptr,
@@ -222,8 +215,8 @@ def keep_missed_kernel(
     out_ptr,
     out_scale_ptr,
     num_tokens,
-    num_entries,
     lag,
+    NUM_LAYERS: tl.constexpr,
     NUM_ORDERS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -231,38 +224,37 @@ def keep_missed_kernel(
     SCALE_CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """For BLOCK_ROWS entries: key and stamp of slots that were taken; in ``out [L, T, orders, WIDTH]``, and in scales
-    alike, the rows of n-grams that others read for. The clock goes on.
+    """For BLOCK_ROWS entries of a group: key and stamp of slots that were taken; in ``out [L, T, orders, WIDTH]``, and
+    in scales alike, the rows of n-grams that others read for. The clock goes on.
 
     Persistent grid. Relies on targets that are all different, on sources that copy from themselves, and on doing
     nothing else with the clock.
     """
     now = tl.load(now_ptr)
-    step = tl.program_id(0)
-    if step == 0:
+    if tl.program_id(0) == 0:
         tl.store(clock_ptr, now)
-    num_steps = (num_entries - 1) // BLOCK_ROWS + 1
-    while has_missed(missed_ptr, step, num_steps, BLOCK_ROWS):
-        entry = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        mask = entry < num_entries
-        value = tl.load(missed_ptr + entry, mask=mask, other=NOT_MISSED)
-        place = tl.load(places_ptr + entry, mask=mask, other=0).to(tl.int32)
-        source = tl.load(sources_ptr + entry, mask=mask, other=-1)
-        target = tl.load(targets_ptr + entry, mask=mask, other=-1)
-        missed = value != NOT_MISSED
-        kept = missed & (target >= 0)
-        tl.store(keys_ptr + target, key_of(value), mask=kept)
-        tl.store(stamps_ptr + target, (now - lag) + value * 0, mask=kept)
-        copied = missed & (source != place)
-        if tl.max(copied.to(tl.int32), axis=0) > 0:
-            # Of one group both.
-            group = place // num_tokens
-            layer = group // NUM_ORDERS
-            first = layer.to(tl.int64) * num_tokens - group.to(tl.int64) * num_tokens
-            order = group - layer * NUM_ORDERS
-            target_row = (first + place) * NUM_ORDERS + order
-            source_row = (first + source) * NUM_ORDERS + order
-            repeat_rows(out_ptr, source_row, target_row, copied, WIDTH, CHUNK)
-            if out_scale_ptr is not None:
-                repeat_rows(out_scale_ptr, source_row, target_row, copied, SCALE_WIDTH, SCALE_CHUNK)
-        step += tl.num_programs(0)
+    num_steps = (num_tokens - 1) // BLOCK_ROWS + 1
+    for group in range(NUM_LAYERS * NUM_ORDERS):
+        first_entry = group * num_tokens
+        step = first_step(group, num_steps)
+        while has_missed(missed_ptr + first_entry, step, num_steps, BLOCK_ROWS):
+            offs_entry = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            mask = offs_entry < num_tokens
+            entry = first_entry + offs_entry
+            value = tl.load(missed_ptr + entry, mask=mask, other=NOT_MISSED)
+            token = tl.load(tokens_ptr + entry, mask=mask, other=0).to(tl.int32)
+            source = tl.load(sources_ptr + entry, mask=mask, other=-1)
+            target = tl.load(targets_ptr + entry, mask=mask, other=-1)
+            missed = value != NOT_MISSED
+            kept = missed & (target >= 0)
+            tl.store(keys_ptr + target, key_of(value), mask=kept)
+            tl.store(stamps_ptr + target, (now - lag) + value * 0, mask=kept)
+            copied = missed & (source != token)
+            if tl.max(copied.to(tl.int32), axis=0) > 0:
+                first_token = (group // NUM_ORDERS) * num_tokens
+                source_row = ((first_token + source) * NUM_ORDERS + group % NUM_ORDERS).to(tl.int64)
+                target_row = ((first_token + token) * NUM_ORDERS + group % NUM_ORDERS).to(tl.int64)
+                repeat_rows(out_ptr, source_row, target_row, copied, WIDTH, CHUNK)
+                if out_scale_ptr is not None:
+                    repeat_rows(out_scale_ptr, source_row, target_row, copied, SCALE_WIDTH, SCALE_CHUNK)
+            step += tl.num_programs(0)

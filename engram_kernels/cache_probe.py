@@ -110,9 +110,8 @@ def probe_cache_kernel(
     NUM_ORDERS: tl.constexpr = MAX_NGRAM - 1
     NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
     token_steps = (num_tokens - 1) // BLOCK_ROWS + 1
-    now = tl.load(clock_ptr) + num_tokens
     if tl.program_id(0) == 0:
-        tl.store(now_ptr, now)
+        tl.store(now_ptr, tl.load(clock_ptr) + num_tokens)
     for block in range(tl.program_id(0), NUM_GROUPS * token_steps, tl.num_programs(0)):
         group = block // token_steps
         layer = group // NUM_ORDERS
@@ -147,7 +146,8 @@ def probe_cache_kernel(
         held = tl.load(keys_ptr + slots, mask=asked[:, None], other=0)
         stamp = tl.load(stamps_ptr + slots, mask=asked[:, None], other=0)
         same = asked[:, None] & (stamp > 0) & (held == key[:, None])
-        tl.store(stamps_ptr + slots, now + slots * 0, mask=same)
+        # Loaded where it is needed: kept through the loop, ptxas spills it to reach the next number of programs.
+        tl.store(stamps_ptr + slots, tl.load(clock_ptr) + num_tokens + slots * 0, mask=same)
         slot = tl.max(tl.where(same, slots, -1), axis=1)
         hit = slot >= 0
         value = tl.where(asked & ~hit, sort_value(key), NOT_MISSED)

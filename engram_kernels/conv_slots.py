@@ -127,7 +127,7 @@ def launch_store_conv(ring: ConvSlots, value, scale, mask, cu_seqlens, span: int
             BLOCK_H=next_power_of_2(branches),
             BLOCK_D=min(1024, next_power_of_2(hidden_size)),
             num_warps=4,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
 
 

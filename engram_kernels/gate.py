@@ -324,8 +324,10 @@ def gate_residual(
     zero_gate: "copysign" (a gate at d = 0 counts as positive) or "sign" (it is 0.5).
     residual: False returns ``gate * value`` alone. out: a contiguous tensor, or hidden itself.
 
-    Gradients come from kernels too (gate_backward.py), of the first order. Recording changes no bit of the result,
-    which is copied where ``out`` is given. Split kv by ``kv.split``: slices' own backward writes all of kv for each.
+    A token's bits depend on its own data, H, D and the dtypes alone: not on the tokens beside it, nor on mask,
+    recording, strides, alignment or ``out``, on one kind of device under one version of Triton.
+    Gradients come from kernels too (gate_backward.py), of the first order; a recorded result is copied to ``out``.
+    Split kv by ``kv.split``: slices' own backward writes all of kv for each.
     """
     where, compiling = "gate_residual", torch.compiler.is_compiling()
     launch = None

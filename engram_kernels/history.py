@@ -114,7 +114,7 @@ def launch_gather_history(history, slots, out) -> None:
                 DEPTH=history.shape[1],
                 BLOCK=_GATHER_ELEMENTS,
                 num_warps=4,
-                enable_fp_fusion=True,
+                enable_fp_fusion=False,
             )
 
 
@@ -145,7 +145,7 @@ def launch_commit_history(
             BLOCK_B=_COMMIT_SEQUENCES,
             BLOCK_N=next_power_of_2(history.shape[1]),
             num_warps=1,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
 
 

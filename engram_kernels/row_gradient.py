@@ -40,7 +40,7 @@ def segment_config(width: int) -> SegmentConfig:
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "row_gradient_kernel": dict(sm_80=(48, 2048), sm_90=(48, 2048), sm_100=(48, 2048), gfx942=(32, 2048)),
+    "row_gradient_kernel": dict(sm_80=(56, 2048), sm_90=(48, 2048), sm_100=(56, 2048), gfx942=(48, 4096)),
 }
 
 

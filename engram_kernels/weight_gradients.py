@@ -17,8 +17,8 @@ from .ordered_sum import ordered_sum
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "norm_gradient_kernel": dict(sm_80=(40, 2048), sm_90=(40, 2048), sm_100=(40, 2048), gfx942=(24, 2048)),
-    "conv_gradient_kernel": dict(sm_80=(56, 2048), sm_90=(48, 2048), sm_100=(48, 2048), gfx942=(48, 2048)),
+    "norm_gradient_kernel": dict(sm_80=(40, 4096), sm_90=(40, 4096), sm_100=(40, 4096), gfx942=(24, 2048)),
+    "conv_gradient_kernel": dict(sm_80=(64, 4096), sm_90=(56, 4096), sm_100=(56, 4096), gfx942=(56, 2048)),
 }
 BLOCK_P, BLOCK = 8, 128  # parts and elements that a program adds at once
 

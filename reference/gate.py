@@ -61,7 +61,8 @@ def branch_gate(hidden, key, query_norm, key_norm, *, eps, clamp, zero_gate):
 def rms_norm(x, weight, eps):
     """``x`` over its root mean square along the last dimension, times ``weight``."""
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    # Not square(), whose gradient takes 2 x, infinite beyond 1.7e38.
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
 def compute_dtype(hidden):

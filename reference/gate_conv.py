@@ -56,7 +56,7 @@ def gate_conv_residual(
     gate = gate.where(live[:, None], 0)
     v = gate[..., None] * value[:, None]
     conv_eps = torch.finfo(v.dtype).eps if conv_eps is None else conv_eps
-    mean = v.square().mean(-1).where(live[:, None], 1)  # where nothing is live the scale is 0 with conv_eps = 0 too
+    mean = (v * v).mean(-1).where(live[:, None], 1)  # where nothing is live the scale is 0 with conv_eps = 0 too
     scale = gate * torch.rsqrt(mean + conv_eps)
 
     taps = conv_weight.shape[-1]

@@ -88,8 +88,10 @@ def test_most_of_the_memory_and_of_the_time():
     gib = command.GIB
     machine = dict(MACHINE, host_bytes_available=100 * gib)
     assert command.wide_bytes(machine, Budget(float("inf"))) == 85 * gib
-    assert command.wide_bytes(machine, Budget(161.0)) == 10 * gib, "a quarter of the time, at 2 s a GiB, twice"
-    assert command.wide_bytes(machine, Budget(0.0)) == gib
+    assert command.wide_bytes(machine, Budget(161.0, lambda: 0.0)) == 10 * gib, (
+        "a quarter of the time, at 2 s a GiB, twice"
+    )
+    assert command.wide_bytes(machine, Budget(0.0, lambda: 0.0)) == gib
 
 
 def test_a_text_of_ones_own(tmp_path, monkeypatch, capsys):

@@ -239,6 +239,28 @@ def test_kernel_small_and_large(device, power):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_and_reference_agree_beyond_float32(device, dtype):
+    """Rows whose squares leave float32 have scale 0 and d = 0, hence a flat gate; an infinite or NaN row spoils all."""
+    tensors, grad = list(inputs(8, 2, 24, dtype)), gradient_of(8, 2, 24, dtype)
+    tensors[0][3], tensors[1][4] = 3e38 * torch.sign(tensors[0][3]), 1e38 * torch.sign(tensors[1][4])
+    tensors[0][5, 0], tensors[1][5, 0] = 1e38, -1e30
+    tensors[0][6, 1, 3], tensors[1][7, 0, 5], grad[2, 0, 1] = math.inf, math.nan, math.inf
+    _, expected = backward(reference.gate_residual, tensors, grad, eps=EPS)
+    _, found = backward(gate_residual, [x.to(device) for x in tensors], grad.to(device), eps=EPS)
+    flat = [(3, 0), (3, 1), (4, 0), (4, 1), (5, 0), (2, 0)]
+    for token, branch in flat:
+        assert torch.equal(found[0][token, branch].cpu(), grad[token, branch])
+        assert found[1][token, branch].eq(0).all()
+    for name, result, wanted in zip(NAMES, found, expected, strict=True):
+        result = result.cpu()
+        assert torch.equal(result.isnan(), wanted.isnan()), name
+        finite = wanted.isfinite()
+        close = 2.0**-6 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(result[finite], wanted[finite], rtol=close, atol=close)
+
+
+@pytest.mark.kernel
 def test_no_tokens(device):
     tensors = [x.to(device) for x in inputs(0, 2, 8)]
     out, found = backward(gate_residual, tensors, torch.zeros(0, 2, 8, device=device), eps=EPS)

@@ -240,6 +240,11 @@ def test_a_race_names_threads_places_and_memory():
 MIXED = NUMBER + "ld.param.b64 %rd1, [p0]; mov.u32 %r3, %ctaid.x; mov.u32 %r4, %tid.x; shr.u32 %r4, %r4, 5; "
 
 
+# A place of each CTA's own; thread 40 and thread 3 of it.
+EACH = "mul.wide.u32 %rd2, %r3, 8; add.s64 %rd2, %rd1, %rd2; mov.u32 %r5, %tid.x; "
+EACH += "setp.eq.s32 %p1, %r5, 40; setp.eq.s32 %p2, %r5, 3; "
+
+
 @pytest.mark.parametrize(
     ("body", "found"),
     [
@@ -251,6 +256,8 @@ MIXED = NUMBER + "ld.param.b64 %rd1, [p0]; mov.u32 %r3, %ctaid.x; mov.u32 %r4, %
         ("ld.global.b32 %r5, [%rd1]; bar.sync 0; st.global.b32 [%rd1], 0;", ["race"]),  # the other CTA's
         ("setp.eq.s32 %p1, %r3, 0; @%p1 ld.global.b32 %r5, [%rd1]; bar.sync 0; @%p1 st.global.b32 [%rd1], 0;", []),
         ("setp.eq.s32 %p1, %r3, 0; @%p1 ld.global.b32 %r5, [%rd1]; @%p1 st.global.b32 [%rd1], 0;", ["race"]),
+        (EACH + "@%p1 st.global.b32 [%rd2], 5; @%p2 ld.global.b32 %r6, [%rd2]; ", ["race"]),
+        (EACH + "@%p1 st.global.b32 [%rd2], 5; @%p1 ld.global.b32 %r6, [%rd2]; ", []),
         ("st.global.b8 [%rd1], %rs1;", ["race"]),
         ("red.global.add.u32 [%rd1], %r3;", []),
         ("red.global.add.u32 [%rd1], %r3; st.global.b32 [%rd1+4], 5;", []),
@@ -265,6 +272,33 @@ def test_races_in_global_memory(body, found):
     for schedule in machine.SCHEDULES:
         assert kinds(text, [np.zeros(4, np.uint64)], grid=(2,), schedule=schedule) == found
     assert kinds(text, [np.zeros(4, np.uint64)], grid=(2,), races=False) == []
+
+
+@pytest.mark.parametrize(
+    ("threads", "before", "between", "behind", "found"),
+    [
+        (32, "ld.global.b32 %r5, [%rd1];", "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;", "st.global.b32 [%rd1], 5;", []),
+        (32, "ld.global.b32 %r5, [%rd1];", "", "st.global.b32 [%rd1], 5;", ["race"]),
+        (
+            32,
+            "st.global.b32 [%rd1], 5;",
+            "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;",
+            "ld.global.b32 %r5, [%rd1];",
+            ["race"],
+        ),
+        (
+            64,
+            "ld.global.b32 %r5, [%rd1];",
+            "shfl.sync.bfly.b32 %r6, %r3, 1, 31, -1;",
+            "st.global.b32 [%rd1], 5;",
+            ["race"],
+        ),
+    ],
+)
+def test_a_shuffle_orders_a_warp_s_read_before_its_store(threads, before, between, behind, found):
+    """A store that every thread of a warp waited for before a load is not: a shuffle promises nothing of memory."""
+    text = entry(MIXED + before + between + behind, threads=threads)
+    assert kinds(text, [np.zeros(4, np.uint64)]) == found
 
 
 def test_races_of_wide_stores_and_across_batches(monkeypatch):
@@ -286,7 +320,7 @@ def test_races_in_large_memories(place):
     lanes = SimpleNamespace(
         first_cta=0, cta=np.array([0, 1]), thread=np.array([3, 40]), pick=lambda array, index: array
     )
-    lanes.epoch = lanes.warp_epoch = np.zeros(2, np.int32)
+    lanes.epoch = lanes.warp_epoch = lanes.meetings = np.zeros(2, np.int32)
     where = SimpleNamespace(location="here")
     for offsets, found in (([place, place], 1), ([place, place + 4], 0)):
         log = Log()

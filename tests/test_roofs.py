@@ -83,16 +83,18 @@ def test_footprints_without_time_or_memory_are_left_out(monkeypatch):
     monkeypatch.setattr(footprints, "measure_footprints", lambda timer, memory, pages, *rest: [(pages, len(memory))])
     table, roofs_found = torch.zeros(1 << 20, dtype=torch.uint8), dict(sweep=[])
     options = dict(copy_bytes=1 << 16, say=said.append)
-    found = footprints.table_footprints(None, CPU, table, roofs_found, timing.Budget(1e-4), **options)
+    found = footprints.table_footprints(None, CPU, table, roofs_found, timing.Budget(1e-4, lambda: 0.0), **options)
     assert found == [("huge", 1 << 20)] and said == ["footprints of small pages are left out for time"]
-    found = footprints.table_footprints(None, CPU, table, roofs_found, timing.Budget(99), **options)
+    found = footprints.table_footprints(None, CPU, table, roofs_found, timing.Budget(99, lambda: 0.0), **options)
     assert found == [("huge", 1 << 20), ("small", 1 << 20)]
 
     def refuse(nbytes, driver):
         raise RuntimeError("refused,\nagain")
 
     monkeypatch.setattr(footprints, "SmallPages", refuse)
-    assert len(footprints.table_footprints(None, CPU, table, roofs_found, timing.Budget(99), **options)) == 1
+    assert (
+        len(footprints.table_footprints(None, CPU, table, roofs_found, timing.Budget(99, lambda: 0.0), **options)) == 1
+    )
     assert said[-1] == "footprints of small pages are left out: refused, again"
 
 
@@ -146,7 +148,7 @@ assert [(entry["pages"], entry["bytes"]) for entry in wide] == [
     (pages, size) for pages in ("huge", "small") for size in (16384, 32768, 65536)
 ]
 assert wide[1]["linear"] == 32768 / 1e-3 and all(entry["round_trip"] == 0 for entry in wide)
-sizes, budget = dict(copy_bytes=40000, device_bytes=32768), timing.Budget(9)
+sizes, budget = dict(copy_bytes=40000, device_bytes=32768), timing.Budget(9, lambda: 0.0)
 found = footprints.all_roofs(Timer(), torch.device("cpu"), memory, False, wide, budget, print, **sizes)
 assert len(found["sweep"]) == 3 + 9 and found["copy_engine"] == 32768 / 1e-3 and found["zero_copy"] == 65536 / 1e-3
 assert found["empty"] == 1e-3 and found["device_copy"] == 2 * 32768 / 1e-3 and found["host_bytes"] == 65536
@@ -190,7 +192,7 @@ def test_a_whole_run_on_a_gpu(tmp_path):
     machine |= dict(host_table_bytes=256 << 20, device_table_bytes=64 << 20)
     chosen = command.parse(["--only", "*=8", "--out", str(tmp_path)])
     timer = timing.GpuTimer(device, samples=5)
-    assert command.measure(chosen, timing.Budget(200.0), device, machine, timer) == 0
+    assert command.measure(chosen, timing.Budget(1e9), device, machine, timer) == 0
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
     assert content["finished"] and len(content["cases"]) == sum(case.tokens == 8 for case in load_cases())

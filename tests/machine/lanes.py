@@ -32,6 +32,7 @@ class Lanes:
         self.values, self.undefined = [], []
         self.epoch = np.zeros(self.count, s32)  # barriers passed
         self.warp_epoch = np.zeros(self.count, s32)  # those and the warp's own
+        self.meetings = np.zeros(self.count, s32)  # shuffles, votes and reductions, which wait for the warp's threads
         self.groups = np.zeros(self.count, s32)  # of cp.async that were committed
         self.place = np.zeros(self.count, s64)  # block of each lane, unless all are in the block ``together``
         self.together = 0
@@ -115,6 +116,7 @@ class Lanes:
 
     def whole_warps(self, mask, where, needed=False):
         """Instructions of a warp are for all of its threads; ``needed``: nothing can be said of a part."""
+        self.meetings = self.meetings + (1 if mask is None else mask.astype(s32))
         if mask is not None:
             warps = mask.reshape(-1, 32)
             if (warps.any(1) != warps.all(1)).any():

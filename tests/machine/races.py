@@ -1,7 +1,9 @@
 """Races: accesses of two threads to a byte, at least one of them a store, with nothing that orders them.
 
-Barriers of a CTA order its threads, barriers of a warp the warp's; nothing orders two CTAs of a launch. Stores of the
-same value race with each other without harm and are let through, atomics race with stores alone.
+Barriers of a CTA order its threads, barriers of a warp the warp's; nothing orders two CTAs of a launch. A shuffle, vote
+or reduction waits for the threads of a warp, but promises nothing of memory: of two threads of the warp only a read
+before it and a store behind it are in order, since a warp's loads and stores leave it in turn. Stores of the same value
+race with each other without harm and are let through, atomics race with stores alone.
 """
 
 from typing import NamedTuple
@@ -27,6 +29,7 @@ class Access(NamedTuple):
     index: np.ndarray | None  # None: all lanes
     epoch: np.ndarray
     warp_epoch: np.ndarray
+    meetings: np.ndarray
     data: np.ndarray | None  # bytes that were stored, [lanes, size]
     where: object
 
@@ -38,7 +41,8 @@ class Log:
         self.accesses = {}
 
     def add(self, memory, kind, offsets, size, lanes, index, data, where):
-        access = Access(KINDS[kind], offsets, size, lanes, index, lanes.epoch, lanes.warp_epoch, data, where)
+        passed = lanes.epoch, lanes.warp_epoch, lanes.meetings
+        access = Access(KINDS[kind], offsets, size, lanes, index, *passed, data, where)
         self.accesses.setdefault(memory, []).append(access)
 
     def reports(self, memory, name):
@@ -76,7 +80,8 @@ class _Table:
             for number, each in enumerate(accesses)
         ]
         columns = [np.concatenate(each) for each in zip(*parts, strict=True)]
-        self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.value, self.number = columns
+        self.granule, self.kind, self.cta, self.thread, self.epoch, self.warp_epoch, self.meetings = columns[:7]
+        self.value, self.number = columns[7:]
 
     def _granules(self, access):
         return ((access.offsets // self.size)[:, None] + np.arange(access.size // self.size)).reshape(-1).astype(s64)
@@ -87,7 +92,8 @@ class _Table:
         if access.index is not None:
             lane = access.index[lane]
         columns = [granules[rows], np.full(len(rows), access.kind)]
-        for each in (access.lanes.first_cta + access.lanes.cta, access.lanes.thread, access.epoch, access.warp_epoch):
+        passed = access.epoch, access.warp_epoch, access.meetings
+        for each in (access.lanes.first_cta + access.lanes.cta, access.lanes.thread, *passed):
             columns.append(each[lane].astype(s64))
         value = np.zeros(len(rows), u64)
         if access.data is not None and len(rows):
@@ -132,7 +138,8 @@ class _Table:
             for write in rows[self.kind[rows] == WRITE][:4]:
                 other = rows[self.thread[rows] != self.thread[write]]
                 near = self.thread[other] // 32 == self.thread[write] // 32
-                other = other[~(near & (self.warp_epoch[other] != self.warp_epoch[write]))]
+                in_turn = (self.kind[other] == READ) & (self.meetings[other] < self.meetings[write])
+                other = other[~(near & (in_turn | (self.warp_epoch[other] != self.warp_epoch[write])))]
                 other = other[~((self.kind[other] == WRITE) & (self.value[other] == self.value[write]))]
                 if not len(other):
                     continue

@@ -22,11 +22,11 @@ mask dropped: ways in use @ cache_misses -k equals_the_simulator and float16
 - kept = first & (stamp < tl.load(now_ptr))
 + kept = first
 branch fixed to 0: groups apart @ cache_misses -k equals_the_simulator and e4m3_ue8m0
-- rank += (looking & (other_group == group)).to(tl.int32)
-+ rank += looking.to(tl.int32)
+- first_slot = (group * num_sets + own_set) * WAYS
++ first_slot = (group * 0 + own_set) * WAYS
 window off by one: start of a run @ cache_misses -k equals_the_simulator and float16
-- lower = (other < value) | ((other
-+ lower = (other <= value) | ((other
+- mask=inside, other=0) < value
++ mask=inside, other=0) <= value
 mask dropped: n-grams asked for again @ cache_misses -k evicts
 - first = missed & (begin == entry)
 + first = missed
@@ -49,8 +49,8 @@ stride swapped: source and target @ cache_misses -k evicts
 - tl.load(out_ptr + source_row[:, None] * WIDTH
 + tl.load(out_ptr + target_row[:, None] * WIDTH
 branch fixed to 0: order of the copies @ cache_misses -k evicts
-- target_row = (first + place) * NUM_ORDERS + order
-+ target_row = (first + place) * NUM_ORDERS
+- target_row = ((first_token + token) * NUM_ORDERS + group % NUM_ORDERS).to(tl.int64)
++ target_row = ((first_token + token) * NUM_ORDERS).to(tl.int64)
 mask dropped: scales of the copies @ cache_misses -k windows
 - if out_scale_ptr is not None:
 + if out_scale_ptr is not None and NUM_ORDERS == 0:

@@ -7,14 +7,14 @@ mask dropped: end of D @ gate_backward -k nothing_else and 3-80
 - tl.store(row + offs_d, grad_hidden, mask=mask,
 + tl.store(row + offs_d, grad_hidden, mask=mask_row,
 mask dropped: branches @ gate_backward -k nothing_else and 5-7
-- mask_row, live_row = mask_value & (offs_h < NUM_BRANCHES)
-+ mask_row, live_row = mask_value & (offs_h >= 0)
+- live_b = live[:, None] & (offs_b < NUM_BRANCHES)
++ live_b = live[:, None] & (offs_b >= 0)
 mask dropped: masked tokens @ gate_backward -k test_kernel and 13-4-80
 - live = live & (tl.load(mask_ptr + token, mask=mask_t, other=0) != 0)
 + live = live
 stride swapped: grad @ gate_backward -k strides
-- token_rows(grad_ptr, rows, offs_h, stride_grad_t, stride_grad_h, ALIGNED)
-+ token_rows(grad_ptr, rows, offs_h, stride_grad_h, stride_grad_t, ALIGNED)
+- token_rows(grad_ptr, rows, branch64, stride_grad_t, stride_grad_h, ALIGNED)
++ token_rows(grad_ptr, rows, branch64, stride_grad_h, stride_grad_t, ALIGNED)
 32-bit product @ branch_gate -k gate_gradients_of_tokens_beyond
 - (token * stride_t +
 + (token.to(tl.int32) * stride_t.to(tl.int32) +
@@ -24,6 +24,9 @@ clamp dropped @ gate_backward -k flat
 slope at zero @ gate_backward -k flat
 - (tl.abs(d) < clamp) | (d == 0)
 + tl.abs(d) < clamp
+branch fixed to 0: slope @ gate_backward -k nothing_else and 3-80
+- tl.where(offs_b == branch, d_grad, 0.0)
++ tl.where(offs_b == 0, d_grad, 0.0)
 earlier blocks dropped @ gate_backward -k many_blocks
 - product += tl.load(own
 + product += 0.0 * tl.load(own
@@ -32,8 +35,11 @@ earlier blocks dropped @ gate_backward -k many_blocks
 # What gate_conv_residual alone asks of the same kernel.
 GATE_BACKWARD_CONV = """\
 conv_eps dropped @ gate_backward -k test_kernel and 12-4-64
-- (conv_eps * norm * norm)
-+ (norm * norm)
+- conv_eps * norm * norm, gate_grad
++ norm * norm, gate_grad
+flat slope dropped @ gate_backward -k window_reaches
+- tl.where(slope == 0, 0.0, gate_grad * slope)
++ gate_grad * slope
 """
 
 NORM_GRADIENT = """\
