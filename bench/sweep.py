@@ -25,7 +25,7 @@ from engram_kernels import (
     gate_backward,
     gate_conv_backward,
     gate_scale,
-    hash_rows,
+    hashed_rows,
     hashing,
     rows,
 )
@@ -60,7 +60,7 @@ SWEEPS = {
     ),
     "rows": Sweep(
         "rows_config",
-        (rows, hash_rows),
+        (rows, hashed_rows),
         (
             "hash_lookup/v41/host/uniform/T=1",
             "hash_lookup/v41/host/uniform/T=8192",
@@ -71,7 +71,7 @@ SWEEPS = {
     ),
     "programs": Sweep(
         "rows_config",
-        (rows, hash_rows),
+        (rows, hashed_rows),
         ("hash_lookup/v41/host/uniform/T=8192", "hash_lookup/v41/device/uniform/T=8192"),
         grid(programs=(8, 16, 32, 66, 132, 264, 528, 1056, 2112)),
     ),

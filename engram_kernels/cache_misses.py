@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .cache_probe import NOT_MISSED, key_of, set_of, unscramble
-from .hashing import mix_rows
+from .hash_mix import mix_rows
 from .row_copy import copy_rows
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.

@@ -9,7 +9,7 @@ G groups, one for each layer and order; S sets of W ways; T tokens. cache_lookup
 import triton
 import triton.language as tl
 
-from .hashing import mix_rows, ngram_mix
+from .hash_mix import mix_rows, ngram_mix
 from .row_copy import copy_rows
 
 NOT_MISSED = tl.constexpr(2**63 - 1)  # in the place of a sort value

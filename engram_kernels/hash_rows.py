@@ -1,34 +1,28 @@
 """Hash and lookup in one launch: the rows of every n-gram that ends at each token, for all layers of a plan.
 
-Row ids are computed where they are used and never written (formulas in hashing.py and rows.py). T tokens, L layers,
-C columns, R elements a row.
+The kernel is in hashed_rows.py. T tokens, L layers, C columns, R elements a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-import triton
-import triton.language as tl
 
 from . import reference
-from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device, processors
+from .arguments import check_programs, check_token_values, check_tokens, is_kernel_device
 from .cache_lookup import check_cache, launch_cached_lookup
-from .hashing import hash_arguments, ngram_hash, ngram_rows, prepare_ngram_hash
-from .launch import cdiv, on_device_of
+from .hashed_rows import launch_hash_lookup, prepare_hash_lookup
+from .hashing import ngram_hash
 from .lookup_arguments import check_tables_of_plan, forms_of
 from .plan import PLAN_SCHEMA, HashPlan
 from .prepared import form_of
-from .read_order import check_order, choose_order, key_range
-from .row_copy import copy_rows, row_constants, rows_config
-from .row_format import FORMATS
+from .read_order import check_order, choose_order
 from .row_gradient import check_recordable, record_rows, records_rows
 from .row_output import (
     VIEW_SCHEMA,
     check_row_out,
-    kernel_out,
     make_row_out,
     make_view_out,
     op_out,
@@ -36,177 +30,12 @@ from .row_output import (
     out_parts,
     split_view,
 )
-from .rows import launch_lookup, launch_sorted
+from .rows import launch_lookup
 from .staging import check_stageable, stage
 from .table import EngramTable, TableView, view_tables
 
 if TYPE_CHECKING:
     from .ngram_cache import NgramCache
-
-# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
-CEILINGS = {
-    "hash_lookup_kernel": dict(sm_80=(96, 2048), sm_90=(96, 2048), sm_100=(96, 2048), gfx942=(88, 4096)),
-}
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos"])
-def hash_lookup_kernel(
-    token_ids_ptr,
-    cu_seqlens_ptr,
-    history_ptr,
-    dead_ptr,
-    token_map_ptr,
-    multipliers_ptr,
-    primes_ptr,
-    offsets_ptr,
-    reciprocals_ptr,
-    orders_ptr,
-    tables_ptr,
-    out_ptr,
-    out_scale_ptr,
-    num_tokens,
-    num_seqs,
-    search_steps,
-    seq_len,
-    vocab_size,
-    pad,
-    eos,
-    NUM_LAYERS: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
-    MAX_NGRAM: tl.constexpr,
-    HAS_EOS: tl.constexpr,
-    NON_NEGATIVE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    SCALING: tl.constexpr,
-    STORAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HEAD_MAJOR: tl.constexpr,
-):
-    """Hash and copy BLOCK_ROWS rows of one layer at a time, layers in order; column by column with HEAD_MAJOR.
-
-    Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31 and contiguous arguments.
-    """
-    num_rows = num_tokens * NUM_COLUMNS
-    # Not tl.cdiv, whose sum wraps for the last T * C below 2^31.
-    column_steps = (num_tokens - 1) // BLOCK_ROWS + 1
-    layer_steps = NUM_COLUMNS * column_steps if HEAD_MAJOR else (num_rows - 1) // BLOCK_ROWS + 1
-    for step in range(tl.program_id(0), layer_steps * NUM_LAYERS, tl.num_programs(0)):
-        layer = step // layer_steps
-        layer_step = step - layer * layer_steps
-        if HEAD_MAJOR:
-            column = layer_step // column_steps
-            token = (layer_step - column * column_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-            mask_row, mask_column = token < num_tokens, column < NUM_COLUMNS
-            index = token * NUM_COLUMNS + column
-        else:
-            index = layer_step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-            mask_row = index < num_rows
-            token, column, mask_column = index // NUM_COLUMNS, index % NUM_COLUMNS, mask_row
-        row = ngram_rows(
-            token,
-            mask_row,
-            column,
-            mask_column,
-            layer,
-            token_ids_ptr,
-            cu_seqlens_ptr,
-            history_ptr,
-            dead_ptr,
-            token_map_ptr,
-            multipliers_ptr,
-            primes_ptr,
-            offsets_ptr,
-            reciprocals_ptr,
-            orders_ptr,
-            num_seqs,
-            search_steps,
-            seq_len,
-            NUM_COLUMNS,
-            vocab_size,
-            pad,
-            eos,
-            MAX_NGRAM,
-            HAS_EOS,
-            NON_NEGATIVE,
-        )
-        table_ptr = tables_ptr + layer * 4
-        copy_rows(
-            row,
-            layer.to(tl.int64) * num_rows + index,
-            mask_row,
-            tl.load(table_ptr),
-            tl.load(table_ptr + 1),
-            tl.load(table_ptr + 2),
-            tl.load(table_ptr + 3),
-            out_ptr,
-            out_scale_ptr,
-            WIDTH,
-            ELEMENT,
-            SCALING,
-            STORAGE,
-            GROUP,
-            CHUNK,
-        )
-
-
-def prepare_hash_lookup(
-    token_ids, plan: HashPlan, view: TableView, cu_seqlens, storage: bool, programs: int | None, order: str = "direct"
-) -> Callable[..., None]:
-    """The launch for tensors such as these, of (token_ids, cu_seqlens, history, dead, out): all layers at once.
-
-    In address order there is one that hashes, and those of :func:`launch_sorted`.
-    """
-    num_layers, num_columns = plan.primes.shape
-    num_rows = token_ids.numel() * num_columns
-    if num_rows == 0:
-        return lambda *_: None
-    if order == "address":
-        return _prepare_sorted(token_ids, plan, view, cu_seqlens, storage, programs)
-    itemsize = FORMATS[view.format].dtype.itemsize
-    config = rows_config(view.width, itemsize, num_layers * num_rows, processors(token_ids.device), view.placement)
-    options = dict(
-        hash_arguments(token_ids, plan, cu_seqlens),
-        tables_ptr=view.descriptors,
-        **row_constants(view, storage, config),
-        HEAD_MAJOR=order == "head",
-        num_warps=config.num_warps,
-        enable_fp_fusion=True,
-        grid=(min(programs or config.programs, cdiv(num_rows, config.block_rows) * num_layers),),
-        warmup=False,
-    )
-
-    def launch(token_ids, cu_seqlens, history, dead, out):
-        out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-        outputs = dict(out_ptr=out_ptr, out_scale_ptr=out_scale_ptr)
-        with on_device_of(token_ids):
-            hash_lookup_kernel.run(token_ids, cu_seqlens, history, dead, **outputs, **options)
-
-    return launch
-
-
-def _prepare_sorted(token_ids, plan: HashPlan, view: TableView, cu_seqlens, storage: bool, programs: int | None):
-    num_layers, num_columns = plan.primes.shape
-    num_rows = token_ids.numel() * num_columns
-    dtype, key_stride = key_range(num_layers, max(plan.rows_per_layer))
-    launch_hash = prepare_ngram_hash(token_ids, plan, cu_seqlens, key_stride)
-
-    def launch(token_ids, cu_seqlens, history, dead, out):
-        keys = torch.empty(num_layers, num_rows, dtype=dtype, device=token_ids.device)
-        launch_hash(token_ids, cu_seqlens, history, dead, keys)
-        launch_sorted(keys, key_stride, view, out, storage, programs)
-
-    return launch
-
-
-def launch_hash_lookup(
-    token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs, order="direct"
-):
-    """What :func:`prepare_hash_lookup` launches."""
-    launch = prepare_hash_lookup(token_ids, plan, view, cu_seqlens, storage, programs, order)
-    launch(token_ids, cu_seqlens, history, dead, out)
 
 
 def launch_layers(row_ids, tables: Sequence[EngramTable], out, storage: bool, programs: int | None) -> None:

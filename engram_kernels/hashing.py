@@ -16,6 +16,7 @@ import triton.language as tl
 
 from . import reference
 from .arguments import check_out, check_token_values, check_tokens, is_kernel_device
+from .hash_mix import look_back, mix_rows, ngram_rows
 from .launch import cdiv, next_power_of_2, on_device_of
 from .plan import PLAN_SCHEMA, HashPlan
 from .prepared import form_of
@@ -24,166 +25,57 @@ from .sequences import find_sequence, sequence_arguments
 
 @dataclass(frozen=True)
 class HashConfig:
-    """Tokens and columns (a power of two) per program, and its warps."""
+    """Tokens, layers and columns (a power of two) that a program handles at once, whether it stores last, its warps."""
 
     block_t: int
+    block_l: int
     block_c: int
+    stores_last: bool
     num_warps: int
 
 
 @lru_cache
-def hash_config(num_tokens: int, columns: int) -> HashConfig:
-    """At most 512 ids a program, four a thread (V4.1: 16 tokens x 32 columns); for a few tokens one warp."""
+def hash_config(num_tokens: int, columns: int, num_layers: int) -> HashConfig:
+    """128 ids of an order and layer at once, four a lane of one warp; ``columns`` is the most that an order has.
+
+    V4.1 hashes 16 tokens so, and reads their windows once for both layers: 15 warp instructions a token and layer, 20
+    of packed sequences. With 32 tokens on four warps, one id a lane, it took 23, a program per layer with all orders at
+    once 97. At 58 to 62 registers a multiprocessor holds the 32 programs that it can hold at most.
+    Up to 16 tokens come one a program: 270 instructions rather than 490 one after the other. No load of theirs stands
+    behind a store, past which the compiler moves none: 2 round trips to memory rather than 9, for 20 registers.
+    """
     block_c = next_power_of_2(columns)
-    if num_tokens > 4 and columns > 1:
-        return HashConfig(max(1, min(16, 512 // block_c)), block_c, 4)
-    return HashConfig(max(1, min(4, 512 // block_c)), block_c, 1)
+    block_l = next(count for count in (4, 3, 2, 1) if num_layers % count == 0)
+    few = num_tokens <= 16
+    block_t = 1 if few else max(1, min(16, 128 // block_c))
+    return HashConfig(block_t, block_l, block_c, few, max(1, min(4, block_c // 128)))
 
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "ngram_hash_kernel": dict(sm_80=(48, 128), sm_90=(48, 128), sm_100=(48, 128), gfx942=(40, 128)),
+    "ngram_hash_kernel": dict(sm_80=(72, 512), sm_90=(72, 512), sm_100=(72, 512), gfx942=(56, 512)),
 }
 
 
 @triton.jit
-def remainder(mix, prime, reciprocals_ptr, offs_param, mask_param, NON_NEGATIVE: tl.constexpr):
-    """``floor_mod(mix, prime)`` as int64.
-
-    With 0 <= mix < 2^63 and prime < 2^31, ``umulhi(mix, floor(2^64 / prime))`` is the quotient or one less, so that the
-    32-bit residue needs one correction: 11 instructions instead of about 90 for a 64-bit division.
-    """
-    if NON_NEGATIVE:
-        reciprocal = tl.load(reciprocals_ptr + offs_param, mask=mask_param, other=0).to(tl.uint64, bitcast=True)
-        quotient = tl.umulhi(mix.to(tl.uint64, bitcast=True), reciprocal).to(tl.uint32)
-        divisor = prime.to(tl.uint32)
-        residue = mix.to(tl.uint32) - quotient * divisor
-        return tl.where(residue >= divisor, residue - divisor, residue).to(tl.int64)
-    else:
-        truncated = mix % prime  # takes the sign of mix
-        return tl.where(truncated < 0, truncated + prime, truncated)
-
-
-@triton.jit
-def mix_rows(mix, offs_param, mask_param, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE: tl.constexpr):
-    """Row ids, int64, of mixes in the columns whose parameters are at ``offs_param``."""
-    prime = tl.load(primes_ptr + offs_param, mask=mask_param, other=1)
-    offset = tl.load(offsets_ptr + offs_param, mask=mask_param, other=0)
-    return remainder(mix, prime, reciprocals_ptr, offs_param, mask_param, NON_NEGATIVE) + offset
-
-
-@triton.jit
-def ngram_mix(
+def store_row_ids(
+    out_ptr,
+    row,
     token,
-    mask_token,
-    order,
     layer,
-    token_ids_ptr,
-    cu_seqlens_ptr,
-    history_ptr,
-    dead_ptr,
-    token_map_ptr,
-    multipliers_ptr,
-    num_seqs,
-    search_steps,
-    seq_len,
-    vocab_size,
-    pad,
-    eos,
-    MAX_NGRAM: tl.constexpr,
-    HAS_EOS: tl.constexpr,
-):
-    """The mix, int64, of every (token, order) pair of one layer, and whether it has none: padding and invalid ids.
-
-    ``token`` and ``order`` broadcast against each other.
-    """
-    seq, start, bad = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
-    blocked = token < 0
-    mix = (token * 0).to(tl.int64) + (order * 0).to(tl.int64)
-    for shift in tl.static_range(MAX_NGRAM):
-        source = token - shift
-        inside = mask_token & (source >= start) & (source >= 0)
-        raw = tl.load(token_ids_ptr + source, mask=inside, other=-1).to(tl.int64)
-        if shift > 0:
-            if history_ptr is not None:
-                slot = MAX_NGRAM - 1 + source - start
-                before = mask_token & (source < start) & (slot >= 0)
-                past = tl.load(history_ptr + seq.to(tl.int64) * (MAX_NGRAM - 1) + slot, mask=before, other=-1)
-                raw = tl.where(inside, raw, past.to(tl.int64))
-            blocked = blocked | ((raw == -1) & ~inside)
-            if HAS_EOS:
-                blocked = blocked | (raw == eos)
-        if dead_ptr is not None:
-            blocked = blocked | (tl.load(dead_ptr + source, mask=inside, other=0) != 0)
-        valid = (raw >= 0) & (raw < vocab_size)
-        if token_map_ptr is not None:
-            raw = tl.load(token_map_ptr + raw, mask=mask_token & valid & ~blocked, other=0).to(tl.int64)
-        value = tl.where(blocked, pad, raw)
-        multiplier = tl.load(multipliers_ptr + layer * MAX_NGRAM + shift)
-        reads = order > shift
-        mix = mix ^ tl.where(reads, value * multiplier, 0)
-        bad = bad | (reads & ~valid & ~blocked)
-    # An invalid id makes its column -1; what it does to the mix must stay within the reciprocal's range.
-    return tl.where(bad, 0, mix), bad
-
-
-@triton.jit
-def ngram_rows(
-    token,
-    mask_token,
     column,
-    mask_column,
-    layer,
-    token_ids_ptr,
-    cu_seqlens_ptr,
-    history_ptr,
-    dead_ptr,
-    token_map_ptr,
-    multipliers_ptr,
-    primes_ptr,
-    offsets_ptr,
-    reciprocals_ptr,
-    orders_ptr,
-    num_seqs,
-    search_steps,
-    seq_len,
-    num_columns,
-    vocab_size,
-    pad,
-    eos,
-    MAX_NGRAM: tl.constexpr,
-    HAS_EOS: tl.constexpr,
-    NON_NEGATIVE: tl.constexpr,
+    mask,
+    num_tokens,
+    key_stride,
+    NUM_LAYERS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
 ):
-    """Row ids, int64, of every (token, column) pair of one layer; -1 for padding and invalid ids.
-
-    ``token`` and ``column`` broadcast against each other: ``[BLOCK_T, 1]`` and ``[1, BLOCK_C]``, both ``[BLOCK]``, or
-    one column alone.
-    """
-    order = tl.load(orders_ptr + column, mask=mask_column, other=0)
-    mix, bad = ngram_mix(
-        token,
-        mask_token,
-        order,
-        layer,
-        token_ids_ptr,
-        cu_seqlens_ptr,
-        history_ptr,
-        dead_ptr,
-        token_map_ptr,
-        multipliers_ptr,
-        num_seqs,
-        search_steps,
-        seq_len,
-        vocab_size,
-        pad,
-        eos,
-        MAX_NGRAM,
-        HAS_EOS,
-    )
-    offs_param = layer * num_columns + column
-    row = mix_rows(mix, offs_param, mask_column, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE)
-    return tl.where(bad, -1, row)
+    """Row ids of one layer to ``[T, L, C]``; with ``key_stride`` keys to ``[L, T, C]``."""
+    offs_out = (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
+    if key_stride is not None:
+        row += layer.to(tl.int64) * key_stride
+        offs_out = (layer.to(tl.int64) * num_tokens + token) * NUM_COLUMNS + column
+    tl.store(out_ptr + offs_out, row.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -214,50 +106,118 @@ def ngram_hash_kernel(
     MAX_NGRAM: tl.constexpr,
     HAS_EOS: tl.constexpr,
     NON_NEGATIVE: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STORES_LAST: tl.constexpr,
 ):
-    """Row ids of BLOCK_T tokens in all columns of one layer; with ``key_stride`` keys to sort by, ``[L, T, C]``.
+    """Row ids of BLOCK_T tokens in all columns of BLOCK_L layers; with ``key_stride`` keys to sort by, ``[L, T, C]``.
 
-    Grid (cdiv(T, BLOCK_T), L). Relies on T < 2^31 and on contiguous arguments.
+    HEADS has the columns of each order from 2 to N; it is None where columns don't come in that order.
+    Grid (cdiv(T, BLOCK_T), L / BLOCK_L). Relies on T < 2^31 and on contiguous arguments.
     """
-    layer = tl.program_id(1)
+    first_layer = 0
+    if BLOCK_L < NUM_LAYERS:
+        first_layer = tl.program_id(1) * BLOCK_L
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
     mask_token = token < num_tokens
-    mask_column = column < NUM_COLUMNS
-    row = ngram_rows(
-        token,
-        mask_token,
-        column,
-        mask_column,
-        layer,
-        token_ids_ptr,
-        cu_seqlens_ptr,
-        history_ptr,
-        dead_ptr,
-        token_map_ptr,
-        multipliers_ptr,
-        primes_ptr,
-        offsets_ptr,
-        reciprocals_ptr,
-        orders_ptr,
-        num_seqs,
-        search_steps,
-        seq_len,
-        NUM_COLUMNS,
-        vocab_size,
-        pad,
-        eos,
-        MAX_NGRAM,
-        HAS_EOS,
-        NON_NEGATIVE,
-    )
-    offs_out = (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
-    if key_stride is not None:
-        row += layer.to(tl.int64) * key_stride
-        offs_out = (layer.to(tl.int64) * num_tokens + token) * NUM_COLUMNS + column
-    tl.store(out_ptr + offs_out, row.to(out_ptr.dtype.element_ty), mask=mask_token & mask_column)
+    if HEADS is None:
+        tl.static_assert(BLOCK_L == 1)
+        row = ngram_rows(
+            token,
+            mask_token,
+            column,
+            column < NUM_COLUMNS,
+            first_layer,
+            token_ids_ptr,
+            cu_seqlens_ptr,
+            history_ptr,
+            dead_ptr,
+            token_map_ptr,
+            multipliers_ptr,
+            primes_ptr,
+            offsets_ptr,
+            reciprocals_ptr,
+            orders_ptr,
+            num_seqs,
+            search_steps,
+            seq_len,
+            NUM_COLUMNS,
+            vocab_size,
+            pad,
+            eos,
+            MAX_NGRAM,
+            HAS_EOS,
+            NON_NEGATIVE,
+        )
+        mask = mask_token & (column < NUM_COLUMNS)
+        store_row_ids(out_ptr, row, token, first_layer, column, mask, num_tokens, key_stride, NUM_LAYERS, NUM_COLUMNS)
+    else:
+        # A mix grows by one token for each order, and an order's rows are ready with it: nothing is hashed twice.
+        seq, start, bad = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
+        blocked = token < 0
+        head, mixes, rows, columns = column, (), (), ()
+        for _ in tl.static_range(BLOCK_L):
+            mixes = mixes + ((token * 0).to(tl.int64),)
+        for shift in tl.static_range(MAX_NGRAM):
+            value, blocked, invalid = look_back(
+                token,
+                mask_token,
+                seq,
+                start,
+                blocked,
+                token_ids_ptr,
+                history_ptr,
+                dead_ptr,
+                token_map_ptr,
+                vocab_size,
+                pad,
+                eos,
+                shift,
+                MAX_NGRAM,
+                HAS_EOS,
+            )
+            bad = bad | invalid
+            grown = ()
+            for index in tl.static_range(BLOCK_L):
+                layer = first_layer + index
+                mix = mixes[index] ^ (value * tl.load(multipliers_ptr + layer * MAX_NGRAM + shift))
+                grown = grown + (mix,)
+                if shift > 0:
+                    # An invalid id makes its column -1; its mix must stay within the reciprocal's range.
+                    offs_param = layer * NUM_COLUMNS + column
+                    mask_head = head < HEADS[shift - 1]
+                    row = mix_rows(
+                        tl.where(bad, 0, mix),
+                        offs_param,
+                        mask_head,
+                        primes_ptr,
+                        offsets_ptr,
+                        reciprocals_ptr,
+                        NON_NEGATIVE,
+                    )
+                    rows, columns = rows + (tl.where(bad, -1, row),), columns + (column,)
+                    if not STORES_LAST or (shift == MAX_NGRAM - 1 and index == BLOCK_L - 1):
+                        for entry in tl.static_range(
+                            0 if STORES_LAST else (shift - 1) * BLOCK_L + index, (shift - 1) * BLOCK_L + index + 1
+                        ):
+                            store_row_ids(
+                                out_ptr,
+                                rows[entry],
+                                token,
+                                first_layer + entry % BLOCK_L,
+                                columns[entry],
+                                mask_token & (head < HEADS[entry // BLOCK_L]),
+                                num_tokens,
+                                key_stride,
+                                NUM_LAYERS,
+                                NUM_COLUMNS,
+                            )
+            mixes = grown
+            if shift > 0:
+                column += HEADS[shift - 1]
 
 
 def hash_arguments(token_ids, plan: HashPlan, cu_seqlens) -> dict:
@@ -274,15 +234,19 @@ def prepare_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, key_stride: int | 
     if num_tokens == 0:
         return lambda *_: None
     num_layers, num_columns = plan.primes.shape
-    config = hash_config(num_tokens, num_columns)
+    ordered = plan.heads is not None
+    config = hash_config(num_tokens, max(plan.heads) if ordered else num_columns, num_layers if ordered else 1)
     options = dict(
         hash_arguments(token_ids, plan, cu_seqlens),
         key_stride=key_stride,
+        HEADS=plan.heads,
         BLOCK_T=config.block_t,
+        BLOCK_L=config.block_l,
         BLOCK_C=config.block_c,
+        STORES_LAST=config.stores_last,
         num_warps=config.num_warps,
-        enable_fp_fusion=True,
-        grid=(cdiv(num_tokens, config.block_t), num_layers),
+        enable_fp_fusion=False,
+        grid=(cdiv(num_tokens, config.block_t), num_layers // config.block_l),
         warmup=False,
     )
 

@@ -19,7 +19,7 @@ _MASK64 = 2**64 - 1
 #: A HashPlan in the schema of a registered op; what HashPlan.parts() returns, and what HashPlan() takes.
 PLAN_SCHEMA = (
     "Tensor multipliers, Tensor primes, Tensor offsets, Tensor reciprocals, Tensor orders, Tensor? token_map, int pad, "
-    "int? eos, int? vocab_size, int[] rows_per_layer, bool non_negative"
+    "int? eos, int? vocab_size, int[] rows_per_layer, bool non_negative, int[]? heads"
 )
 _LAYER_SEED = 10007  # what a layer's number adds to the seed, in both rules
 
@@ -39,6 +39,7 @@ class HashPlan:
     vocab_size: int | None  #: valid raw ids are 0 <= id < vocab_size; None: no upper bound
     rows_per_layer: tuple[int, ...]  #: rows of each layer's table
     non_negative: bool  #: no mix can be negative and primes are below 2^31, so that reciprocals are exact
+    heads: tuple[int, ...] | None  #: columns of each order from 2 to N; None where they don't come in that order
 
     @classmethod
     def build(cls, config: EngramConfig, token_map: torch.Tensor | None = None) -> "HashPlan":
@@ -138,12 +139,13 @@ class HashPlan:
             and int(multipliers.min()) >= 0
             and max(largest_id, pad) * int(multipliers.max()) <= _INT64_MAX
             and int(primes.max()) < 2**31,
+            heads=(columns_per_order,) * (max_ngram - 1),
         )
 
     def parts(self) -> tuple:
         """Every field in order, for registered ops, which take tensors and numbers alone."""
         tensors = (self.multipliers, self.primes, self.offsets, self.reciprocals, self.orders, self.token_map)
-        return (*tensors, self.pad, self.eos, self.vocab_size, list(self.rows_per_layer), self.non_negative)
+        return (*tensors, self.pad, self.eos, self.vocab_size, list(self.rows_per_layer), self.non_negative, self.heads)
 
     @cached_property
     def kernel_arguments(self) -> dict:
@@ -200,10 +202,12 @@ class HashPlan:
         per_column = {
             name: getattr(self, name)[layers][:, columns].contiguous() for name in ("primes", "offsets", "reciprocals")
         }
+        orders = self.orders[columns].contiguous()
         return replace(
             self,
             multipliers=self.multipliers[layers].contiguous(),
-            orders=self.orders[columns].contiguous(),
+            orders=orders,
+            heads=_heads(orders.tolist(), self.max_ngram),
             rows_per_layer=tuple(self.rows_per_layer[layer] for layer in layers),
             **per_column,
         )
@@ -227,6 +231,11 @@ def _splitmix64(seed: int, step: int) -> int:
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK64
     return state ^ (state >> 31)
+
+
+def _heads(orders: list[int], max_ngram: int) -> tuple[int, ...] | None:
+    """Columns of each order from 2 to ``max_ngram``; None unless lower orders come first."""
+    return tuple(map(orders.count, range(2, max_ngram + 1))) if orders == sorted(orders) else None
 
 
 def _signed(word: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from .arguments import check_programs, check_token_values, check_tokens
 from .cache_lookup import check_cache
 from .hash_rows import check_tables_of_plan, hash_lookup
+from .hashed_rows import hash_rows_config
 from .plan import HashPlan
 from .read_order import check_order, choose_order
 from .row_output import check_row_out
@@ -191,13 +192,15 @@ class Prefetcher:
         for event in self._ready:
             streams.record(event, streams.current())
 
-    def launches(self, num_tokens: int) -> tuple[bool, bool, str]:
-        """What a start of so many tokens launches: through the cache, or each layer by itself, and in which order."""
+    def launches(self, num_tokens: int) -> tuple[bool, bool, str, int]:
+        """What a start of so many tokens launches: through the cache, layers apart, the order, rows hashed at once."""
         cached = self._cache is not None and num_tokens >= self._cache.min_tokens
         apart = not cached and layers_apart(num_tokens * self._layer_bytes, self._tables[0].placement)
         tables = self._tables[:1] if apart else self._tables
         num_rows = len(tables) * num_tokens * self._plan.primes.shape[1]
-        return cached, apart, choose_order(self._options["order"], view_tables(tables, self._plan.device), num_rows)
+        view = view_tables(tables, self._plan.device)
+        hashed = hash_rows_config(view, num_rows, self._options["programs"])[1]
+        return cached, apart, choose_order(self._options["order"], view, num_rows), hashed
 
     def start(
         self,
@@ -308,7 +311,7 @@ class Prefetcher:
         view = self._rows[: torch.Size(shape).numel()].view(shape)
         self._view, self._start_captured = view, captured
         parts = [(self._plan, slice(0, num_layers))]
-        cached, apart, _ = self.launches(token_ids.numel())
+        cached, apart, *_ = self.launches(token_ids.numel())
         if cached:
             options |= dict(cache=self._cache)
         elif apart:

@@ -170,7 +170,7 @@ def launch_copy_duplicates(keys, places, out: torch.Tensor, programs: int) -> No
             BLOCK_ROWS=config.block_rows,
             CHUNK=config.chunk,
             num_warps=config.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
 
 

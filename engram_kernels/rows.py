@@ -37,9 +37,9 @@ from .staging import stage
 from .table import EngramTable, TableView, view_tables
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
-# In sorted order ids, their predecessors and places are in flight together.
+# No tile goes through shared memory: ids and scales do, which takes 512 bytes, where a tile would take 8 KiB.
 CEILINGS = {
-    "lookup_kernel": dict(sm_80=(96, 2048), sm_90=(80, 2048), sm_100=(80, 2048), gfx942=(80, 4096)),
+    "lookup_kernel": dict(sm_80=(88, 512), sm_90=(80, 512), sm_100=(80, 512), gfx942=(72, 512)),
 }
 
 
@@ -65,7 +65,7 @@ def lookup_kernel(
     CHUNK: tl.constexpr,
     HEAD_MAJOR: tl.constexpr,
 ):
-    """Rows of ids ``[T, C]`` with any strides, BLOCK_ROWS at a time; column by column with HEAD_MAJOR.
+    """Rows of ids ``[T, C]`` (C None for one column) of any strides, BLOCK_ROWS at a time; with HEAD_MAJOR by column.
 
     With ``places_ptr`` the ids are sorted keys, of which entries from ``first_entry`` on are read: the row ``key -
     first_key`` of the first of each run, for the output's row ``place``.
@@ -79,36 +79,47 @@ def lookup_kernel(
         column_steps = (num_tokens - 1) // BLOCK_ROWS + 1
         num_steps = num_columns * column_steps
     for step in range(tl.program_id(0), num_steps, tl.num_programs(0)):
-        out_row = step * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        mask_row = out_row < num_rows
+        local = tl.arange(0, BLOCK_ROWS)
+        left = num_rows - step * BLOCK_ROWS
+        mask_row = local < left
+        # Offsets from a step's first row, so that the tile's addresses are one sum and constants.
+        first_row, out_row = (num_rows - left).to(tl.int64), local
         if places_ptr is not None:
-            entry = first_entry + out_row
+            entry = first_entry + step * BLOCK_ROWS + local
             key = tl.load(row_ids_ptr + entry, mask=mask_row, other=0)
             before = tl.load(row_ids_ptr + entry - 1, mask=mask_row & (entry > 0), other=0)
             # Of every entry: with 32 rows a step Triton 3.6 does not compile a load whose mask comes from another load.
             out_row = tl.load(places_ptr + entry, mask=mask_row, other=0)
             mask_row = mask_row & ((entry == 0) | (key != before))
+            first_row -= first_row
             row = key.to(tl.int64) - first_key
         else:
-            token, column = out_row // num_columns, out_row % num_columns
-            if HEAD_MAJOR:
-                column = step // column_steps
-                token = (step - column * column_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-                mask_row = token < num_tokens
-                out_row = token * num_columns + column
-            offs_t, offs_c = token.to(tl.int64), column.to(tl.int64)
-            ids = row_ids_ptr + offs_t * stride_ids_t + offs_c * stride_ids_c
-            row = tl.load(ids, mask=mask_row, other=-1).to(tl.int64)
+            if num_columns is None:
+                ids = row_ids_ptr + first_row * stride_ids_t + local * stride_ids_t
+            else:
+                if HEAD_MAJOR:
+                    column = step // column_steps
+                    first_token = (step - column * column_steps) * BLOCK_ROWS
+                    token = first_token + local
+                    mask_row = local < num_tokens - first_token
+                    first_row = first_token.to(tl.int64) * num_columns + column
+                    out_row = local.to(tl.int64) * num_columns
+                else:
+                    index = step * BLOCK_ROWS + local
+                    token, column = index // num_columns, index % num_columns
+                offs_t, offs_c = token.to(tl.int64), column.to(tl.int64)
+                ids = row_ids_ptr + offs_t * stride_ids_t + offs_c * stride_ids_c
+            row = tl.load(ids, mask=mask_row, other=-1)
         copy_rows(
             row,
-            out_row.to(tl.int64),
+            out_row,
             mask_row,
             weight_address,
             scale_address,
             num_table_rows,
             scale_bits,
-            out_ptr,
-            out_scale_ptr,
+            out_ptr + first_row * WIDTH,
+            out_scale_ptr + first_row * (WIDTH // GROUP) if out_scale_ptr is not None else None,
             WIDTH,
             ELEMENT,
             SCALING,
@@ -133,8 +144,10 @@ def prepare_lookup(
             two_dimensional(row_ids, False).reshape(1, -1), 0, view, out, storage, programs
         )
     ids = two_dimensional(row_ids, order == "head")
-    options = dict(num_rows=num_rows, num_columns=ids.shape[1], first_entry=0, first_key=0)
-    options |= dict(stride_ids_t=ids.stride(0), stride_ids_c=ids.stride(1), HEAD_MAJOR=order == "head")
+    num_columns = ids.shape[1] if ids.shape[1] > 1 else None
+    options = dict(num_rows=num_rows, num_columns=num_columns, first_entry=0, first_key=0)
+    options |= dict(stride_ids_t=ids.stride(0), stride_ids_c=ids.stride(1))
+    options |= dict(HEAD_MAJOR=order == "head" and num_columns is not None)
     options |= _row_options(view, storage, programs, num_rows)
 
     def launch(row_ids, out):
@@ -154,7 +167,7 @@ def launch_sorted(keys, key_stride: int, view: TableView, out, storage: bool, pr
     num_layers, num_rows = keys.shape
     keys, places = torch.sort(keys.view(-1))
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-    options = dict(num_rows=num_rows, num_columns=1, stride_ids_t=0, stride_ids_c=0, HEAD_MAJOR=False)
+    options = dict(num_rows=num_rows, num_columns=None, stride_ids_t=0, stride_ids_c=0, HEAD_MAJOR=False)
     options |= _row_options(view, storage, programs, num_rows)
     with on_device_of(keys):
         for layer in range(num_layers):
@@ -172,7 +185,7 @@ def _row_options(view: TableView, storage: bool, programs: int | None, num_rows:
     return dict(
         row_constants(view, storage, config),
         num_warps=config.num_warps,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
         grid=(min(programs or config.programs, cdiv(num_rows, config.block_rows)),),
         warmup=False,
     )

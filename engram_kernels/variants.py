@@ -1,7 +1,7 @@
 """Kernels compiled before the first request: Triton compiles a variant when it is first launched, in seconds.
 
 A variant depends on the model, on which arguments are given, and in steps on the number of tokens: tiles of the hash
-and of the convolution, the read order, and whether each layer is looked up by a launch of its own.
+and of the convolution, rows hashed at once, the read order, and whether each layer is looked up by a launch of its own.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 
 from .arguments import is_kernel_device
 from .conv_residual import conv_config
+from .hashed_rows import hash_rows_config
 from .hashing import hash_config
 from .module import Engram
 from .prefetch import Prefetcher
@@ -25,11 +26,13 @@ def variant_lengths(engrams: Sequence[Engram], max_tokens: int, prefetcher: Pref
     def variant(tokens: int) -> tuple:
         if prefetcher is None:
             view = view_tables((table,), engrams[0].wkv.weight.device)
-            lookup = choose_order(None, view, tokens * config.columns)
+            num_rows = tokens * config.columns
+            lookup = choose_order(None, view, num_rows), hash_rows_config(view, num_rows, None)[1]
         else:
             lookup = prefetcher.launches(tokens)
         conv = conv_config(tokens, config.hidden_size, config.branches) if config.conv_kernel else None
-        return lookup, conv, hash_config(tokens, config.columns)
+        heads = config.columns // (config.max_ngram - 1)
+        return lookup, conv, hash_config(tokens, heads, len(config.layers))
 
     first = {}
     for tokens in range(1, max_tokens + 1):

@@ -143,11 +143,11 @@ def conv_slots_case(branches, width, dtype):
     launch_gate_conv_residual(*inputs, inputs[3], weight, *options, torch.empty_like(inputs[0]), None, None, ring=ring)
 
 
-def few(case):
-    """The case with 8 tokens."""
+def few(case, tokens=8):
+    """The case with so many tokens."""
 
     def with_few():
-        with mock.patch(f"{__name__}.TOKENS", 8):
+        with mock.patch(f"{__name__}.TOKENS", tokens):
             case()
 
     return with_few
@@ -204,6 +204,10 @@ PRESETS = {"v41": V41, "27b": PAPER, "40b": "engram_40b", "demo": "deepseek_demo
 CASES = {
     "hash/v41": lambda: hash_case(plan(V41)),
     "hash/v41-packed": lambda: hash_case(plan(V41), full=True),
+    "hash/v41-few": few(lambda: hash_case(plan(V41))),
+    "hash/v41-packed-few": few(lambda: hash_case(plan(V41), full=True)),
+    "hash/v41-packed-columns": lambda: hash_case(plan(V41).select(columns=range(1, 24, 5)), full=True),
+    "hash/v41-unordered": lambda: hash_case(plan(V41).select(columns=range(23, -1, -1))),
     "hash/qwen": lambda: hash_case(plan(QWEN)),
     "hash/qwen-overflow": lambda: hash_case(overflowing(QWEN)),
     "lookup/v41": lambda: lookup_case(table(V41), 24),
@@ -214,6 +218,8 @@ CASES = {
     "lookup/qwen": lambda: lookup_case(table(QWEN), 16),
     "lookup/float32-1024": lambda: lookup_case(EngramTable.empty(64, 1024, "float32", placement="cpu"), 16),
     "hash_lookup/v41": lambda: hash_lookup_case(V41),
+    "hash_lookup/v41-few": few(lambda: hash_lookup_case(V41), tokens=1),
+    "hash_lookup/v41-packed-head-few": few(lambda: hash_lookup_case(V41, full=True, order="head"), tokens=1),
     "hash_lookup/v41-packed": lambda: hash_lookup_case(V41, full=True),
     "hash_lookup/v41-storage": lambda: hash_lookup_case(V41, storage=True),
     "hash_lookup/v41-head": lambda: hash_lookup_case(V41, order="head"),

@@ -150,7 +150,8 @@ def measure(families: Iterable[str] | None = None, target: str = TARGET, say: Ca
     with counting_machine(target) as machine:
         for job in jobs(families=families):
             found[job.name] = count(machine, job, job.ours)
-            say(f"{job.name}: {number(found[job.name]['instructions'])} a {job.unit}")
+            doubts = sorted({doubt for launch in found[job.name]["launches"] for doubt in launch["doubts"]})
+            say(" ".join([f"{job.name}: {number(found[job.name]['instructions'])} a {job.unit}", *doubts]))
     return found
 
 

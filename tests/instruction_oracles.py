@@ -51,6 +51,8 @@ def oracle(opcode):
         return lambda a, b, p: a if p else b
     if base == "setp":
         return _comparison(words[0], kind)
+    if opcode == "mul.rn.bf16x2":
+        return _multiply_bf16x2
     if kind == "f32x2":
         half = oracle(opcode.removesuffix("x2"))
         return lambda *bits: half(*(each & 0xFFFFFFFF for each in bits)) | half(*(each >> 32 for each in bits)) << 32
@@ -167,6 +169,12 @@ def _float(base, words):
         return bits & 0x80000000 if flush and not bits & 0x7F800000 else bits
 
     return apply
+
+
+def _multiply_bf16x2(a, b):
+    halves = [(a >> shift & 0xFFFF, b >> shift & 0xFFFF) for shift in (0, 16)]
+    low, high = (BFLOAT16.encode(EXACT["mul"](*map(BFLOAT16.decode, half))) for half in halves)
+    return high << 16 | low
 
 
 def _plain(function):

@@ -1,5 +1,8 @@
 """What is executed: the committed report, recounted in part, the documents made of it, and the check of results."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import triton
@@ -31,6 +34,20 @@ def test_the_report_is_what_is_executed(family, count):
         pytest.skip(f"the report has no Triton {triton.__version__}")
     for name, entry in recount(family, count).items():
         assert entry == report[triton.__version__].get(name), f"{name}: {STALE}"
+
+
+@pytest.mark.compile
+def test_another_target_prints_a_table():
+    """Its machine code differs, and is understood too. In a process of its own: Triton keeps what it compiled."""
+    command = [sys.executable, "-m", "tests.executed_report", "lookup", "--target", "sm_80"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    rows = [
+        [cell.strip() for cell in line.split("|")] for line in ran.stdout.splitlines() if line.startswith("| lookup")
+    ]
+    assert len(rows) == 4 and all(row[-2] == "equal" for row in rows), ran.stdout  # a doubt would stand behind it
+    one_step, several = (float(row[3].strip("*")) for row in rows[:2])
+    assert one_step > several > 10, "four programs share their set-up among more rows"
 
 
 def test_the_report_covers_the_oldest_and_the_newest_triton():

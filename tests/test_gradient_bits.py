@@ -10,6 +10,7 @@ import torch
 import triton
 
 from engram_kernels.gate_gradients import arrange_gradients
+from engram_kernels.row_gradient import row_gradient
 
 from .test_gate import EPS
 from .test_gate_backward import gradient_of
@@ -128,3 +129,20 @@ def test_conv(device, branches, width, dtype, norms, taps, dilation):
     part = [x[tokens] for x in tensors[:3]] + tensors[3:]
     found = run(grad[tokens], part, [x[tokens] for x in recorded])
     compare([*found[:3], *[None] * 4], packed, "a sequence alone", tokens)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(7, FULL), (80, HALF), (320, SHORT), (1024, FULL)][CASES])
+def test_rows(device, width, dtype):
+    """Sums of one to thirty entries a row, at any address and with ids of any width."""
+    ids = torch.tensor([3] * 30 + [5] * 9 + [8, 8, 0], device=device)[torch.randperm(42).to(device)]
+    grad = torch.randn(42, width).to(dtype).to(device)
+    whole = row_gradient(ids, grad, 9)
+    for label, other in {
+        "elsewhere": row_gradient(ids, moved(grad), 9),
+        "rows apart": row_gradient(ids, moved(grad, 3), 9),
+        "ids of 32 bits": row_gradient(ids.int(), grad, 9),
+        "keys of 64 bits": row_gradient(ids, grad, 2**33),
+        "among others": row_gradient(torch.cat([ids, ids + 20]), torch.cat([grad, grad]), 50),
+    }.items():
+        for found, wanted in ((other.values, whole.values), (other.squares, whole.squares)):
+            assert torch.equal(found[:4], wanted[:4]), label

@@ -6,12 +6,15 @@ import triton
 
 from engram_kernels import HashPlan, hash_lookup, lookup, ngram_hash, reference
 from engram_kernels.hash_rows import launch_hash_lookup
+from engram_kernels.hashed_rows import hash_rows_config
 from engram_kernels.table import view_tables
 
 from . import tables
 from .conftest import recent
 from .guards import Guarded
 from .test_hashing import oracle, ragged, small_plan
+
+CPU = torch.device("cpu")
 
 
 def parts_of(plan, width, name) -> list[tuple[torch.Tensor, torch.Tensor | float | None]]:
@@ -115,6 +118,35 @@ def test_kernel_equals_hash_then_lookup(device, tokens):
     history = torch.cat([torch.full((3,), -1, device=device), ids])[-4:-1][None]
     alone = hash_lookup(ids[-1:], plan, placed, history=history)
     assert tables.same_bits(alone, rows[:, -1:], truncated=False)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("order", ["direct", "head"])
+@pytest.mark.parametrize("tokens", [17, 70])
+def test_many_rows_are_hashed_at_once(device, order, tokens):
+    """64 at a time where each program has as many, whole steps of copying or not: the bits of fewer at a time."""
+    plan = small_plan(layers=2, max_ngram=3, heads=2)
+    parts = parts_of(plan, 256, "e4m3_ue8m0")
+    ids, dead = torch.randint(0, 40, (tokens,)), torch.arange(tokens) % 9 == 4
+    expected, moved = wanted(parts, oracle(ids, plan, dead=dead), torch.float32), plan.to(device)
+    placed = [tables.place(*part, device) for part in parts]
+    view = view_tables(placed, device)
+    for programs, at_once in ((1, 64), (1000, 16)):
+        out = Guarded((2, tokens, 4, 256), torch.float32, device)
+        launch_hash_lookup(ids.to(device), moved, view, None, None, dead.to(device), out.tensor, False, programs, order)
+        assert recent["hash_lookup_kernel"]["BLOCK_HASH"] == at_once
+        assert tables.same_bits(out.check(), expected, truncated=False)
+
+
+def test_rows_hashed_at_once_hold_their_reason():
+    """64 where all programs have as many, as soon as V4.1 has 176 tokens on 132 multiprocessors."""
+    table = tables.place(*tables.random_parts(5, 256, "e4m3_ue8m0"), CPU)
+    view = view_tables([table], CPU)
+    for programs in (1, 4, 132):
+        assert hash_rows_config(view, 64 * programs - 1, programs)[1] == 16
+        assert hash_rows_config(view, 64 * programs, programs)[1] == 64
+    wide = view._replace(format="float32", width=1024)
+    assert [hash_rows_config(wide, rows, 2)[1] for rows in (127, 128)] == [4, 64]
 
 
 @pytest.mark.kernel

@@ -174,7 +174,7 @@ def test_kernel(device, dialect, wrapping, invalid, dtype):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("tokens", [1, 3, 4, 17, 127])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 127])
 def test_kernel_lengths(device, tokens):
     plan = small_plan(max_ngram=4, heads=3, layers=3)
     ids = torch.randint(0, 40, (tokens,))
@@ -243,17 +243,22 @@ def test_kernel_ids_do_not_depend_on_place(device):
         assert torch.equal(ngram_hash(ids[cut:], plan, history=history), whole[cut:])
 
 
-def test_hash_config_bounds_a_program():
-    assert hash_config(8192, 24) == HashConfig(16, 32, 4)
+def test_hash_config_holds_its_reason():
+    """V4.1 takes 16 tokens and both layers a program, few tokens one; four ids a lane where an order has enough."""
+    assert hash_config(8192, 8, 2) == HashConfig(16, 2, 8, False, 1)
+    assert hash_config(16, 8, 2) == HashConfig(1, 2, 8, True, 1)
     for columns in (1, 4, 24, 100, 500, 3000):
-        for tokens in (1, 5, 8192):
-            config = hash_config(tokens, columns)
-            assert config.block_c >= columns and config.block_t * config.block_c <= max(512, config.block_c)
+        for tokens in (1, 17, 8192):
+            for layers in range(1, 12):
+                config = hash_config(tokens, columns, layers)
+                assert config.block_c >= columns and config.block_t * config.block_c <= max(128, config.block_c)
+                assert layers % config.block_l == 0 and config.block_l <= 4
+                assert 32 * config.num_warps <= max(32, config.block_c)
 
 
 @pytest.mark.kernel
 def test_many_columns(device):
-    """300 columns: a program takes one token."""
+    """150 columns of an order: a program takes one token."""
     primes = torch.tensor([[97, 101, 103] * 100])
     plan = HashPlan.from_parts(torch.tensor([[3, 5, 7]]), primes, pad=0, vocab_size=40)
     ids = torch.randint(0, 40, (6,))
@@ -261,8 +266,38 @@ def test_many_columns(device):
 
 
 @pytest.mark.kernel
-def test_selected_columns(device):
+@pytest.mark.parametrize("tokens", [5, 19])
+@pytest.mark.parametrize(
+    ("columns", "heads"),
+    [
+        ([0, 4, 8], (1, 1, 1)),
+        ([0, 1, 2, 4, 8], (3, 1, 1)),  # as ranks have them that share columns unevenly
+        ([6, 7, 8], (0, 0, 3)),
+        ([3, 5], (0, 2, 0)),
+        ([8, 0, 4], None),  # no order of their own
+        ([4, 3, 5, 0, 8], None),
+    ],
+)
+def test_selected_columns(device, columns, heads, tokens):
     plan = small_plan(layers=3, max_ngram=4, heads=3)
-    ids, _, _, _ = ragged()
-    part = plan.select(layers=[2, 0], columns=[0, 4, 8])
-    assert torch.equal(launched(ids, part, device), oracle(ids, plan)[:, [2, 0]][..., [0, 4, 8]])
+    ids, _, _, _ = ragged(invalid=True)
+    dead = torch.arange(tokens) == 4
+    part = plan.select(layers=[2, 0], columns=columns)
+    assert part.heads == heads
+    expected = oracle(ids[:tokens], plan, dead=dead)[:, [2, 0]][..., columns]
+    assert torch.equal(launched(ids[:tokens], part, device, dead=dead), expected)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("layers", [1, 4, 5, 6])
+def test_layers_come_by_the_program(device, layers):
+    """One, four, one and three layers a program; keys of layers as well, in either form of launch."""
+    plan = small_plan(layers=layers)
+    for tokens in (2, 17):
+        ids = torch.randint(0, 40, (tokens,))
+        expected = oracle(ids, plan)
+        assert torch.equal(launched(ids, plan, device), expected)
+        keys = Guarded((layers, tokens, 4), torch.int64, device)
+        launch_ngram_hash(ids.to(device), plan.to(device), None, None, None, keys.tensor, key_stride=2**40)
+        wanted = expected.transpose(0, 1) + 2**40 * torch.arange(layers)[:, None, None]
+        assert torch.equal(keys.check().cpu(), wanted)

@@ -327,6 +327,41 @@ def test_line_information_changes_no_instruction():
         assert texts[0] == texts[1]
 
 
+DISASSEMBLED = """
+known:
+.text.known:
+	//## File ".nv_debug_ptx_txt", line 7
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+.L_x_1:
+	//## File ".nv_debug_ptx_txt", line 9
+        /*0010*/                   HADD2.F32 R1, -RZ, R0.H0_H0 ;
+        /*0020*/               @P0 CALL.REL.NOINC `(.L_x_0) ;
+        /*0030*/              @!P1 CALL.REL.NOINC `($__internal_0_$__cuda_sm20_rem_u64) ;
+        /*0040*/                   BRA `(.L_x_1) ;
+.L_x_0:
+        /*0050*/              @!P2 EXIT ;
+        /*0060*/                   HFMA2.MMA R1, -RZ, RZ, 0, 0 ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   BRA `(.L_x_2);
+        /*0090*/                   NOP;
+$__internal_0_$__cuda_sm20_rem_u64:
+        /*00a0*/                   NOP ;
+        /*00b0*/                   RET.REL.NODEC R20 `(known) ;
+"""
+
+
+def test_disassembly():
+    """A call to a label is how sm_80 leaves a loop; the branch to itself behind the end is no code that runs."""
+    program = sass.parse(DISASSEMBLED)
+    kernel, (routine,) = program.kernel, program.routines.values()
+    assert [block.successors for block in kernel.blocks] == [[1], [3, 2], [1], [-1, 4], [-1]]
+    assert [block.successors for block in routine.blocks] == [[-1]] and (kernel.size, routine.size) == (8, 1)
+    load, convert, *_ = [each for block in kernel.blocks for each in block.code]
+    assert (load.line, load.width, load.kind, convert.line, convert.kind) == (7, 16, "global", 9, "convert")
+    assert [each.kind for each in kernel.blocks[4].code] == ["integer", "control"]
+
+
 def test_integer_program():
     program = IntegerProgram()
     fours, rest = program.variable(0, 100, cost=4.5), program.variable(0, 100, cost=1.3)

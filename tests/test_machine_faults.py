@@ -351,6 +351,7 @@ def test_an_unknown_instruction_is_named_only_where_it_is_reached():
         "add.s32 %r1, %rd2, %r3",
         "add.s64 %r1, %rd2, %rd3",
         "add.f32 %r1, %r2, 0d3FF0000000000000",
+        "add.f32 %r1, %r2, 1",
         "shfl.sync.bfly.b32 %r1, %r2, 1, 31, 15",
         "vote.sync.any.pred %p1, %p2, %r1",
         "redux.sync.max.f32 %r1, %r2, %r3",
@@ -374,6 +375,8 @@ def test_modules_that_are_not_one_plain_kernel():
         "",
         text + text.replace("snippet", "second"),
         text.replace(".reqntid 32", ""),
+        text.replace(".reqntid 32", ".reqntid 48"),
+        text.replace(".reqntid 32", ".reqntid 32, 2"),
         ".func f() { ret; }\n" + text,
     ):
         with pytest.raises(machine.Fault):

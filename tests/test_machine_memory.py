@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from . import machine
-from .machine import access, atomics
+from .machine import access, atomics, translation
 from .snippets import LETTER, NUMBER, address_of, entry, kinds, run
 
 FRESH = np.random.default_rng(0)
@@ -275,6 +275,21 @@ def test_a_form_that_is_not_known_is_named(line):
     with pytest.raises(machine.Fault, match=line.split(" ")[0].replace(".", r"\.")) as caught:
         run(entry(f"{line}; "), [np.zeros(4, np.uint32)])
     assert caught.value.report.kind == "unknown"
+
+
+@pytest.mark.parametrize("opcode", sorted(translation.NOTHING))
+def test_instructions_that_only_order_or_hint(opcode):
+    body = NUMBER + address_of(0, 4, 50) + f"{opcode}; createpolicy.fractional.L2::evict_first.b64 %rd9, 1.0; "
+    body += "st.global.L1::evict_first.L2::cache_hint.b32 [%rd50], %r99, %rd9; "
+    out = np.zeros(32, np.uint32)
+    assert not run(entry(body), [out]).reports and out.tolist() == list(range(32))
+
+
+def test_every_instruction_is_in_one_of_the_tests():
+    """Those that are not arithmetic, by the first part of their names."""
+    here = {"mov", "ld", "st", "red", "atom", "cp", "ldmatrix", "stmatrix", "createpolicy"}
+    of_warps = {"shfl", "vote", "redux", "bar"}  # test_machine_control.py
+    assert set(translation.TABLE) == here | of_warps
 
 
 def test_every_memory_instruction_has_a_test():

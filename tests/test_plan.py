@@ -149,6 +149,7 @@ def test_from_parts_takes_any_integer_type(dtype):
 def test_orders_are_order_major(max_ngram, columns, expected):
     plan = HashPlan.from_parts(torch.ones(1, max_ngram).long(), torch.full((1, columns), 7), pad=0)
     assert plan.orders.tolist() == expected
+    assert plan.heads == tuple(expected.count(order) for order in range(2, max_ngram + 1))
 
 
 PRIMES = [2, 3, 5, 65_537, 16_000_057, 2**31 - 1, 2**31 + 11, 2**61 - 1]

@@ -140,12 +140,14 @@ def test_kernel_storage(device, name, width):
 
 @pytest.mark.kernel
 def test_kernel_every_e4m3_byte_and_scale(device):
+    """All 256 x 256 products, whether the target converts e4m3 or they are decoded from bits, rounded once."""
     weight = torch.arange(256, dtype=torch.uint8).repeat(256, 1).view(torch.float8_e4m3fn)
     scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 8)
     ids = torch.arange(256)
-    expected = tables.rounded(tables.expected_values(weight, scale, ids), torch.float32)
-    values = lookup(tables.place(weight, scale, device), ids.to(device), out_dtype=torch.float32)
-    assert tables.same_bits(values, expected, truncated=False)
+    exact, table = tables.expected_values(weight, scale, ids), tables.place(weight, scale, device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = lookup(table, ids.to(device), out_dtype=dtype)
+        assert tables.same_bits(values, tables.rounded(exact, dtype), truncated=truncating(dtype))
 
 
 @pytest.mark.kernel

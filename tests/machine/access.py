@@ -14,7 +14,7 @@ HINTS = re.compile(r"nc|ca|cg|cs|lu|wb|wt|weak|L1::\w+|L2::\w+")
 ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 
 
-def _form(instruction, places):
+def _form(instruction):
     """(space, vector, type) of a load or store."""
     _, space, *words = instruction.opcode.split(".")
     kind, count = words.pop(), 1
@@ -53,7 +53,7 @@ def _load_items(lanes, space, at, size, index, where):
 
 
 def load(kernel, instruction):
-    space, count, kind = _form(instruction, 2)
+    space, count, kind = _form(instruction)
     bits, names = int(kind[1:]), vector(instruction.operands[0])
     if len(names) != count:
         raise Fault("unknown", "form")
@@ -80,7 +80,7 @@ def load(kernel, instruction):
 
 
 def store(kernel, instruction):
-    space, count, kind = _form(instruction, 2)
+    space, count, kind = _form(instruction)
     bits, names = int(kind[1:]), vector(instruction.operands[1])
     if len(names) != count:
         raise Fault("unknown", "form")

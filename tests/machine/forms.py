@@ -168,6 +168,7 @@ def _floats():
             return values.fma(widen(a), widen(b), c)
 
         FORMS[f"fma.rn.f32.{kind}"] = Form(mixed, "f32", (kind, kind, "f32"))
+    FORMS["mul.rn.bf16x2"] = Form(values.multiply_bf16x2, "bf16x2", ("bf16x2",) * 2)
     one = {"abs": np.abs, "neg": np.negative}
     for name, function in (("min", values.smaller), ("max", values.larger)):
         FORMS[f"{name}.f32"] = Form(function, "f32", ("f32",) * 2)

@@ -7,6 +7,7 @@ from .forms import dtype_of
 from .values import SIGNED, UNSIGNED
 
 SPECIALS = re.compile(r"%(?:tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
+HEXADECIMAL = ("0f", "0F", "0d", "0D")  # how constants of floating point begin
 
 
 class Source:
@@ -14,6 +15,8 @@ class Source:
 
     def __init__(self, kernel, instruction, text, kind, wide=False):
         bits = 8 * dtype_of(kind).itemsize if kind != "pred" else 1
+        if kind[0] == "f" and text[0] in "-0123456789" and text[:2] not in HEXADECIMAL:
+            raise Fault("unknown", f"integer {text} as {kind}")
         self.register = number_of(kernel, instruction, text, bits)
         held, number, view = kernel.bits[self.register], self.register, dtype_of(kind)
         self.variable = kernel.variable(number)
@@ -32,7 +35,7 @@ def number_of(kernel, instruction, text, bits):
     if text[0] == "%" and text[1] in "tnclw" and SPECIALS.fullmatch(text):
         return kernel.special(text)
     if text[0] in "-0123456789":
-        if text[:2] in ("0f", "0F", "0d", "0D"):
+        if text[:2] in HEXADECIMAL:
             if bits != (32 if text[1] in "fF" else 64):
                 raise Fault("unknown", f"constant {text} of {bits} bits")
             return kernel.constant(int(text[2:], 16), bits)

@@ -73,6 +73,8 @@ class Program:
         if not threads:
             raise Fault("unknown", f"{self.name} does not say how many threads it needs: {entry[3].strip()}")
         self.threads = int(threads[1])
+        if self.threads % 32 or not 0 < self.threads <= 1024:
+            raise Fault("unknown", f"{self.name} of {self.threads} threads, which are no whole warps of a program")
         self.blocks, self.labels = [Block(0)], {}
         self.scopes = {0: ({}, None)}  # scope -> declared prefix or name -> bits; the scope around it
         self._scope = 0

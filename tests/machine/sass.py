@@ -106,7 +106,7 @@ class Function:
         for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(code)], strict=True)):
             block = Block(index, [each for each in code[start:end] if each.opcode != "NOP"])
             last, follows = code[end - 1], index + 1 if end < len(code) else EXIT
-            if last.opcode == "BRA":
+            if _jumps(last):
                 target = number[labels[last.target]]
                 conditional = last.guard or not last.operands.startswith("`(")
                 block.successors = [target, follows] if conditional else [target]
@@ -123,8 +123,14 @@ class Function:
         return sum(len(block.code) for block in self.blocks)
 
 
+def _jumps(instruction: Instruction) -> bool:
+    """Whether it is a branch. On sm_80 a call to a label of the same function is one: nothing returns from there."""
+    to_label = instruction.target is not None and not instruction.target.startswith("$")
+    return instruction.opcode == "BRA" or (instruction.opcode == "CALL" and to_label)
+
+
 def _ends_block(instruction: Instruction) -> bool:
-    return instruction.opcode in ("BRA", "EXIT", "RET")
+    return instruction.opcode in ("EXIT", "RET") or _jumps(instruction)
 
 
 def _reachable(blocks: list[Block]) -> list[Block]:

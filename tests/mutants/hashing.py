@@ -2,30 +2,24 @@
 
 from .change import mutants
 
-# ngram_rows, remainder and find_sequence, in both kernels that hash.
+# look_back, remainder and find_sequence, in both kernels that hash.
 HASH = """\
-mask dropped: padding and invalid ids @ hashing
-- return tl.where(bad, -1, row)
-+ return row
-mask dropped: dead tokens @ hashing
+mask dropped: dead tokens @ hash_mix
 - blocked = blocked | (tl.load(dead_ptr + source, mask=inside, other=0) != 0)
 + blocked = blocked
-other dropped @ hashing -k test_kernel_lengths or equals_hash_then_lookup
+other dropped @ hash_mix -k test_kernel_lengths or equals_hash_then_lookup
 - tl.load(token_ids_ptr + source, mask=inside, other=-1)
 + tl.load(token_ids_ptr + source, mask=inside)
-truncated remainder @ hashing
+truncated remainder @ hash_mix
 - return tl.where(truncated < 0, truncated + prime, truncated)
 + return truncated
-truncated remainder: quotient one less @ hashing -k test_kernel_lengths or real_geometry
-- return tl.where(residue >= divisor, residue - divisor, residue).to(tl.int64)
+truncated remainder: quotient one less @ hash_mix -k test_kernel_lengths or real_geometry
+- return tl.minimum(residue, residue - divisor).to(tl.int64)
 + return residue.to(tl.int64)
-window off by one: order @ hashing
-- reads = order > shift
-+ reads = order >= shift
-window off by one: history @ hashing
+window off by one: history @ hash_mix
 - slot = MAX_NGRAM - 1 + source
 + slot = MAX_NGRAM - 2 + source
-window off by one: first token @ hashing
+window off by one: first token @ hash_mix
 - (source >= start)
 + (source > start)
 window off by one: sequence @ sequences
@@ -37,27 +31,58 @@ cu_seqlens ignored: start @ sequences
 cu_seqlens ignored: padding @ sequences
 - padding = token >= tl.load(cu_seqlens_ptr + num_seqs)
 + padding = token < 0
-mask dropped: ids that only a longer n-gram reads @ hashing
-- bad | (reads & ~valid & ~blocked)
-+ bad | (~valid & ~blocked)
-history reversed @ hashing
+history reversed @ hash_mix
 - * (MAX_NGRAM - 1) + slot
 + * (MAX_NGRAM - 1) + (MAX_NGRAM - 2 - slot)
-offset omitted @ hashing
+offset omitted @ hash_mix
 - mask_param, NON_NEGATIVE) + offset
 + mask_param, NON_NEGATIVE)
-branch fixed to 0: layer of the primes @ hashing -k golden_v41 or real_geometry
+"""
+
+# ngram_rows, by which hash_lookup hashes.
+ROWS_OF_COLUMNS = """\
+mask dropped: padding and invalid ids @ hash_mix
+- return tl.where(bad, -1, row)
++ return row
+window off by one: order @ hash_mix
+- reads = order > shift
++ reads = order >= shift
+mask dropped: ids that only a longer n-gram reads @ hash_mix
+- bad | (reads & invalid)
++ bad | invalid
+branch fixed to 0: layer of the primes @ hash_mix -k real_geometry
 - offs_param = layer * num_columns + column
 + offs_param = column + mix.to(tl.int32) * 0
-branch fixed to 0: layer of the multipliers @ hashing
+branch fixed to 0: layer of the multipliers @ hash_mix
 - multipliers_ptr + layer * MAX_NGRAM + shift
 + multipliers_ptr + shift
 """
 
 NGRAM_HASH = """\
-mask dropped: columns @ hashing -k test_kernel_lengths
-- mask=mask_token & mask_column)
-+ mask=mask_token)
+mask dropped: padding and invalid ids @ hashing
+- tl.where(bad, -1, row)
++ row
+mask dropped: ids that a shorter n-gram reads too @ hashing
+- bad = bad | invalid
++ bad = invalid
+mask dropped: columns of an order @ hashing -k selected_columns
+- mask_token & (head < HEADS[entry // BLOCK_L])
++ mask_token
+window off by one: columns of an order @ hashing
+- column += HEADS[shift - 1]
++ column += HEADS[shift - 1] - 1
+branch fixed to 0: layer of the primes @ hashing -k golden_v41
+- offs_param = layer * NUM_COLUMNS + column
++ offs_param = column
+branch fixed to 0: layer of the multipliers @ hashing
+- multipliers_ptr + layer * MAX_NGRAM + shift
++ multipliers_ptr + shift
+branch fixed to 0: layers of a program @ hashing -k layers_come
+- first_layer = tl.program_id(1) * BLOCK_L
++ first_layer = tl.program_id(1) * 0
+last tile skipped: rows that are stored last @ hashing -k test_kernel_lengths
+- 0 if STORES_LAST else
++ 1 if STORES_LAST else
 stride swapped @ hashing
 - (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
 + (layer.to(tl.int64) * num_tokens + token) * NUM_COLUMNS + column

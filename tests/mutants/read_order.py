@@ -25,24 +25,24 @@ branch fixed to 0: layer of the keys @ rows -k hash_lookup
 - row = key.to(tl.int64) - first_key
 + row = key.to(tl.int64) - first_key * 0
 branch fixed to 0: layer of the entries @ rows -k hash_lookup
-- entry = first_entry + out_row
-+ entry = first_entry * 0 + out_row
+- entry = first_entry + step * BLOCK_ROWS + local
++ entry = step * BLOCK_ROWS + local
 stride swapped: places @ rows
 - out_row = tl.load(places_ptr + entry, mask=mask_row, other=0)
 + out_row = entry.to(tl.int64)
 stride swapped: head order @ rows -k strided_ids
-- out_row = token * num_columns + column
-+ out_row = column * num_tokens + token
+- out_row = local.to(tl.int64) * num_columns
++ out_row = local.to(tl.int64)
 last tile skipped: head order @ rows
 - num_steps = num_columns * column_steps
 + num_steps = num_columns * (num_tokens // BLOCK_ROWS)
 """
 
 HASH_LOOKUP_ORDER = """\
-stride swapped: head order @ hash_rows -k hash_lookup
-- index = token * NUM_COLUMNS + column
-+ index = column * num_tokens + token
-last tile skipped: head order @ hash_rows -k hash_lookup
+stride swapped: head order @ hashed_rows -k hash_lookup
+- out_row = local.to(tl.int64) * NUM_COLUMNS if
++ out_row = local.to(tl.int64) if
+last tile skipped: head order @ hashed_rows -k hash_lookup
 - layer_steps = NUM_COLUMNS * column_steps if
 + layer_steps = NUM_COLUMNS * (num_tokens // BLOCK_ROWS) if
 """
