@@ -18,6 +18,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import triton
+from triton.runtime import driver
 
 from .arguments import describe, processors
 from .cache_misses import keep_missed_kernel, read_missed_kernel
@@ -36,6 +38,11 @@ from .table import TableView
 COUNTS = ("asked", "hits", "read", "inserted", "evicted")
 
 
+# Registers a thread. Eight programs of the probe, of two warps each, fit a multiprocessor with 128; where it decodes
+# rows it stays below that without being told. Of the read launch a multiprocessor has one program for tables on the
+# host, which then takes 13 K of 64 K registers.
+PROBE_REGISTERS, READ_REGISTERS = 128, 208
+
 #: Bytes over the link from which a call is worth a cache's launches.
 _PAYS_FROM = 6 << 20
 
@@ -43,7 +50,7 @@ _PAYS_FROM = 6 << 20
 def fewest_tokens(token_bytes: int) -> int:
     """The fewest tokens of a call, of ``token_bytes`` in all layers, that a cache makes shorter rather than longer.
 
-    Arithmetic, not measured: four launches more than the direct order has take about 20 us, the sort of some 10,000
+    Arithmetic, not measured: three launches more than the direct order has take about 15 us, the sort of some 10,000
     keys 40. A link of 52 GB/s brings 3 MB in that time, and where every other row is spared, as the simulator says of
     prose (docs/cache_size.md), a call of 6 MB is spared as many. For V4.1 on two layers that is 497 tokens.
     """
@@ -53,6 +60,16 @@ def fewest_tokens(token_bytes: int) -> int:
 def tagged_config(config: RowsConfig, ways: int, most_rows: int = 32) -> RowsConfig:
     """With at most 512 tags to compare a step: with 32 sets of 32 ways the probe takes 138 registers."""
     return replace(config, block_rows=min(config.block_rows, 512 // ways, most_rows))
+
+
+def given_registers(number: int) -> dict:
+    """The launch option by which ptxas has ``number`` registers a thread, of NVIDIA's targets.
+
+    Without it ptxas spills one or two values that a loop keeps, to fit more programs than are launched.
+    """
+    if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return dict(maxnreg=number)
 
 
 def check_cache(where: str, cache, plan: HashPlan, tables, num_rows: int) -> None:
@@ -99,7 +116,8 @@ def launch_cached_lookup(
     missed, now = (torch.empty(size, dtype=torch.int64, device=device) for size in ((num_groups, num_tokens), 1))
     sources, targets = (torch.empty(num_entries, dtype=torch.int32, device=device) for _ in range(2))
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-    itemsize = FORMATS[view.format].dtype.itemsize
+    row_format = FORMATS[view.format]
+    itemsize, decoded = row_format.dtype.itemsize, row_format.scaling != "none" and not storage
     known = hash_arguments(token_ids, plan, cu_seqlens)
     columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr", "NON_NEGATIVE", "NUM_LAYERS")
     columns = {name: known[name] for name in columns}
@@ -127,6 +145,7 @@ def launch_cached_lookup(
             **shared,
             num_warps=config.num_warps,
             enable_fp_fusion=False,
+            **({} if decoded else given_registers(PROBE_REGISTERS)),
         )
         missed, tokens = torch.sort(missed, stable=True)
         entries = dict(missed_ptr=missed, tokens_ptr=tokens, sources_ptr=sources, targets_ptr=targets)
@@ -147,6 +166,7 @@ def launch_cached_lookup(
                 HEAD_MAJOR=order != "direct",
                 num_warps=config.num_warps,
                 enable_fp_fusion=False,
+                **given_registers(READ_REGISTERS),
             )
             keep_missed_kernel[(min(programs or 8 * processors(device), cdiv(num_entries, copies.block_rows)),)](
                 keys_ptr=state.keys,
