@@ -42,9 +42,8 @@ def oracle(opcode):
     kind = words[-1]
     if base == "cvt":
         return _conversion(words)
-    if base == "fma" and words[1:] in (["f32", "bf16"], ["f32", "f16"]):
-        narrow, fma = FORMATS[kind], _float("fma", ["rn", "f32"])
-        return lambda a, b, c: fma(*(FLOAT32.encode(narrow.decode(each)) for each in (a, b)), c)
+    if base in ("add", "sub", "fma") and words[1:] in (["f32", "bf16"], ["f32", "f16"]):
+        return _mixed(_float(base, ["rn", "f32"]), FORMATS[kind])
     if kind == "pred":
         return lambda *bits: LOGIC[base](*bits) if base != "not" else 1 - bits[0]
     if base == "selp":
@@ -59,6 +58,11 @@ def oracle(opcode):
     if kind == "f32":
         return _float(base, words)
     return _integer(base, words)
+
+
+def _mixed(function, narrow):
+    """All operands but the last are of the narrow format."""
+    return lambda *bits: function(*(FLOAT32.encode(narrow.decode(each)) for each in bits[:-1]), bits[-1])
 
 
 def signed(bits, kind):

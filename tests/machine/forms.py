@@ -167,7 +167,15 @@ def _floats():
         def mixed(a, b, c, widen=widen):
             return values.fma(widen(a), widen(b), c)
 
+        def mixed_sum(a, b, widen=widen):
+            return values.canonical(widen(a) + b)
+
+        def mixed_difference(a, b, widen=widen):
+            return values.canonical(widen(a) - b)
+
         FORMS[f"fma.rn.f32.{kind}"] = Form(mixed, "f32", (kind, kind, "f32"))
+        FORMS[f"add.rn.f32.{kind}"] = Form(mixed_sum, "f32", (kind, "f32"))
+        FORMS[f"sub.rn.f32.{kind}"] = Form(mixed_difference, "f32", (kind, "f32"))
     FORMS["mul.rn.bf16x2"] = Form(values.multiply_bf16x2, "bf16x2", ("bf16x2",) * 2)
     one = {"abs": np.abs, "neg": np.negative}
     for name, function in (("min", values.smaller), ("max", values.larger)):
