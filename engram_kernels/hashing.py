@@ -239,7 +239,7 @@ def prepare_ngram_hash(token_ids, plan: HashPlan, cu_seqlens, key_stride: int | 
     options = dict(
         hash_arguments(token_ids, plan, cu_seqlens),
         key_stride=key_stride,
-        HEADS=plan.heads,
+        HEADS=tuple(plan.heads) if ordered else None,  # registered ops hand on a list
         BLOCK_T=config.block_t,
         BLOCK_L=config.block_l,
         BLOCK_C=config.block_c,

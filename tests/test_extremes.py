@@ -167,6 +167,13 @@ def test_gates_and_scales_stay_in_bounds(device):
     assert gate.check()[2].eq(0).all() and scale.check()[2].eq(0).all()
 
 
+def test_conv_of_rows_too_wide_for_registers(device):
+    """The first pass reads them part by part."""
+    tensors = conv_inputs(2, 1, 16_384, 2, torch.bfloat16)
+    result = gate_conv_residual(*(x.to(device) for x in tensors), dilation=1, eps=EPS, conv_eps=CONV_EPS)
+    assert_within(result, *exact_and_bound(tensors, torch.bfloat16, dilation=1))
+
+
 def overflowing_inputs(dtype):
     """Rows of hidden and key whose squares exceed float32, of values near its end, and some that are not finite."""
     hidden, key, value, *norms = inputs(12, 2, 96, dtype)

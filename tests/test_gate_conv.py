@@ -216,14 +216,6 @@ CASES = [
 
 
 @pytest.mark.kernel
-def test_kernel_on_rows_too_wide_for_registers(device):
-    """The first pass reads them part by part."""
-    tensors = conv_inputs(2, 1, 16_384, 2, torch.bfloat16)
-    result = gate_conv_residual(*(x.to(device) for x in tensors), dilation=1, eps=EPS, conv_eps=CONV_EPS)
-    tolerances.assert_within(result, *exact_and_bound(tensors, torch.bfloat16, dilation=1))
-
-
-@pytest.mark.kernel
 @pytest.mark.parametrize(
     ("tokens", "branches", "width", "taps", "dilation", "dtype", "norms", "pack", "carry", "masked", "residual"), CASES
 )
