@@ -111,10 +111,10 @@ def test_kernel_rounded_once(device, form):
     _, exact = backward(specified, [x.double() for x in tensors], grad.double(), needs, **options)
     moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     _, found = backward(op, [x.to(device) for x in tensors], grad.to(device), needs, eps=EPS, **moved)
-    # Gradients of weights cancel over tokens: the share of wrong elements above, of squares of 2 u each, over twice one.
-    weights = 256 * U32 / UNIT[torch.bfloat16] * (2 * UNIT[torch.bfloat16]) ** 2 / 2
-    for place, (result, wanted) in enumerate(zip(found, exact, strict=True)):
-        limit = DIFFERENCE if place < 3 else weights
-        if triton.knobs.runtime.interpret:
-            limit = 4 * UNIT[torch.bfloat16] ** 2
-        assert difference(result.cpu(), wanted.to(torch.bfloat16)) < limit, f"gradient {place}"
+    # The share of wrong elements above, each off by 2 u of itself at most, of the squares of both. A gradient of a slope
+    # that the hardware's approximate exponential gives comes to a fifth of it, one added in bfloat16 to seven times.
+    limit = 256 * U32 / UNIT[torch.bfloat16] * (2 * UNIT[torch.bfloat16]) ** 2 / 2
+    if triton.knobs.runtime.interpret:
+        limit = 4 * UNIT[torch.bfloat16] ** 2
+    for result, wanted in zip(found, exact, strict=True):
+        assert difference(result.cpu(), wanted.to(torch.bfloat16)) < limit
