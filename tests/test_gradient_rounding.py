@@ -111,8 +111,8 @@ def test_kernel_rounded_once(device, form):
     _, exact = backward(specified, [x.double() for x in tensors], grad.double(), needs, **options)
     moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     _, found = backward(op, [x.to(device) for x in tensors], grad.to(device), needs, eps=EPS, **moved)
-    # The share of wrong elements above, each off by 2 u of itself at most, of the squares of both. A gradient of a slope
-    # that the hardware's approximate exponential gives comes to a fifth of it, one added in bfloat16 to seven times.
+    # The share of wrong elements above, each off by 2 u of itself at most, of the squares of both. Gradients of a slope
+    # from the hardware's approximate exponential come to a fifth of it, those added in bfloat16 to seven times.
     limit = 256 * U32 / UNIT[torch.bfloat16] * (2 * UNIT[torch.bfloat16]) ** 2 / 2
     if triton.knobs.runtime.interpret:
         limit = 4 * UNIT[torch.bfloat16] ** 2
