@@ -44,7 +44,7 @@ POINTEE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
     "row_adagrad_kernel": dict(sm_80=(96, 0), sm_90=(80, 0), sm_100=(80, 0), gfx942=(72, 0)),
-    "row_adam_kernel": dict(sm_80=(72, 4096), sm_90=(64, 4096), sm_100=(64, 4096), gfx942=(64, 4096)),
+    "row_adam_kernel": dict(sm_80=(72, 4096), sm_90=(72, 4096), sm_100=(72, 4096), gfx942=(64, 4096)),
 }
 
 

@@ -43,10 +43,11 @@ def compiling_for(name):
 
     Yields a list that fills with (compiled kernel, rows or tokens per step, warps), for :func:`machine_code`.
     """
-    compiled = []
+    compiled, functions = [], set()
     run = JITFunction.run
 
     def warm_up(self, *args, grid, warmup, **kwargs):
+        functions.add(self)
         self.device_caches.clear()  # it is keyed by device number, and every target is device 0 here
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         # Rows or tokens that one step of one program handles.
@@ -62,6 +63,8 @@ def compiling_for(name):
     finally:
         JITFunction.run = run
         driver._active = previous
+        for function in functions:
+            function.device_caches.clear()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from . import compile_cases, compile_report
 from .aliases import unordered
 from .conftest import package_kernels
+from .machine.gpu import BENIGN
 from .offline import TARGETS, compiling_for, machine_code
 
 pytestmark = pytest.mark.compile
@@ -32,7 +33,10 @@ def test_machine_code(case, target):
     compiled = compile_report.compiled_for(case, target)
     assert compiled
     for kernel, *_ in compiled:
-        assert unordered(kernel.asm["ttgir"]) == [], f"{kernel.metadata.name} lacks a barrier"
+        name = kernel.metadata.name
+        harmless = {known.memory.rstrip(":") for known in BENIGN if known.kernel == name}
+        found = [race for race in unordered(kernel.asm["ttgir"]) if race[0] not in harmless]
+        assert found == [], f"{name} lacks a barrier"
     kernels = [machine_code(entry) for entry in compiled]
     for code in kernels:
         registers, shared = ceilings(code.kernel)[target]
@@ -151,13 +155,14 @@ def test_variants_over_token_counts(sweep, monkeypatch):
 def test_grids_of_millions_of_tokens(monkeypatch):
     """CUDA takes 2^31 - 1 programs in a grid's first dimension and 65,535 in the others."""
     grids = {}
-    monkeypatch.setattr(JITFunction, "run", lambda self, *_, grid, **__: grids.update({self.fn.__name__: grid}))
-    monkeypatch.setattr(compile_cases, "TOKENS", 2**22)
-    for case in ("hash/v41", "lookup/27b"):
-        compile_cases.CASES[case]()
-    compile_cases.gate_case(1, 8, torch.bfloat16)
-    compile_cases.conv_case(1, 8, torch.bfloat16, full=True)
-    compile_cases.conv_backward_case(1, 8, torch.bfloat16, full=True)
+    with compiling_for("sm_90"):
+        monkeypatch.setattr(JITFunction, "run", lambda self, *_, grid, **__: grids.update({self.fn.__name__: grid}))
+        monkeypatch.setattr(compile_cases, "TOKENS", 2**22)
+        for case in ("hash/v41", "lookup/27b"):
+            compile_cases.CASES[case]()
+        compile_cases.gate_case(1, 8, torch.bfloat16)
+        compile_cases.conv_case(1, 8, torch.bfloat16, full=True)
+        compile_cases.conv_backward_case(1, 8, torch.bfloat16, full=True)
     assert len(grids) >= 10
     assert all(grid[0] < 2**31 and max((0, *grid[1:])) < 2**16 for grid in grids.values()), grids
 
