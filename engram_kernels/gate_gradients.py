@@ -25,7 +25,8 @@ def make_gate_gradients(hidden, query_norm, key_norm, needs):
     key and value share ``[..., (H + 1) * D]`` as they do in kv, so that whoever split kv can join them without a copy.
     """
     *tokens, branches, hidden_size = hidden.shape
-    width = (branches * needs[1] + needs[2]) * hidden_size
+    # Without a product of a size and a bool, which a symbolic size of torch 2.11 refuses.
+    width = ((branches if needs[1] else 0) + (1 if needs[2] else 0)) * hidden_size
     return (
         hidden.new_empty(hidden.shape) if needs[0] else None,
         hidden.new_empty(*tokens, width) if width else None,
@@ -36,7 +37,7 @@ def make_gate_gradients(hidden, query_norm, key_norm, needs):
 
 def split_gradient(grad_kv, branches, hidden_size, needs):
     """Gradients of key ``[..., H, D]`` and value ``[..., D]`` as views of ``grad_kv``, None where there is none."""
-    keys = branches * hidden_size * needs[1]
+    keys = branches * hidden_size if needs[1] else 0
     grad_key = grad_kv[..., :keys].unflatten(-1, (branches, hidden_size)) if needs[1] else None
     return grad_key, grad_kv[..., keys:] if needs[2] else None
 

@@ -89,6 +89,7 @@ class Registration:
 
     def __init__(self, address: int, nbytes: int, driver: RuntimeDriver):
         self.addresses: list[int] = []
+        self.alive = True  # a plain bool: torch.compile guards on what finalize.alive reads, which changes by itself
         self._undo = weakref.finalize(self, _unregister, self.addresses, driver, os.getpid())
         try:
             for start in range(0, nbytes, _CHUNK):
@@ -105,11 +106,8 @@ class Registration:
             self.close()
             raise
 
-    @property
-    def alive(self) -> bool:
-        return self._undo.alive
-
     def close(self) -> None:
+        self.alive = False
         self._undo()
 
 

@@ -11,7 +11,8 @@ from .table import EngramTable
 
 def check_tables(where: str, tables, device: torch.device) -> None:
     """Tables that one launch can read together on ``device``."""
-    if torch.compiler.is_exporting():
+    # The flag itself: Dynamo of torch 2.11 folds is_exporting() to True under plain torch.compile.
+    if torch.compiler._is_exporting_flag:
         raise ValueError(
             f"{where}: tables must stay out of torch.export, as a program would hold addresses of this process; "
             "export what takes rows, such as Engram.forward(hidden, rows=rows)"

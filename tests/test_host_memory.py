@@ -23,6 +23,23 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(host_memory, "_CHUNK", 2 * MIB)
 
 
+def test_torch_compile_reads_whether_memory_is_registered():
+    """Dynamo guards on what it reads; a registry that changes by itself would fail the guard at once."""
+    mapping = HostMapping(MIB, FakeDriver())
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def function(x, mapping):
+        return x + 1 if mapping.registered else x
+
+    x = torch.ones(2)
+    assert torch.equal(function(x, mapping), x + 1)
+    others = [HostMapping(MIB, FakeDriver()) for _ in range(3)]
+    assert torch.equal(function(x, mapping), x + 1)
+    for each in (mapping, *others):
+        each.close()
+    assert torch.equal(function(x, mapping), x)
+
+
 @pytest.mark.parametrize("nbytes", [1, 4095, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 7 * MIB + 16])
 def test_chunks_cover_the_bytes_exactly_once(small_chunks, nbytes):
     driver = FakeDriver()
