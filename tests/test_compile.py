@@ -155,9 +155,9 @@ def test_variants_over_token_counts(sweep, monkeypatch):
 def test_grids_of_millions_of_tokens(monkeypatch):
     """CUDA takes 2^31 - 1 programs in a grid's first dimension and 65,535 in the others."""
     grids = {}
-    with compiling_for("sm_90"):
-        monkeypatch.setattr(JITFunction, "run", lambda self, *_, grid, **__: grids.update({self.fn.__name__: grid}))
-        monkeypatch.setattr(compile_cases, "TOKENS", 2**22)
+    with compiling_for("sm_90"), monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda self, *_, grid, **__: grids.update({self.fn.__name__: grid}))
+        patch.setattr(compile_cases, "TOKENS", 2**22)
         for case in ("hash/v41", "lookup/27b"):
             compile_cases.CASES[case]()
         compile_cases.gate_case(1, 8, torch.bfloat16)

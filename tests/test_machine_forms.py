@@ -124,7 +124,7 @@ def check(opcode, got, operands, exact=True):
             assert bits == expected, f"{opcode} of {[hex(x) for x in values]}: {bits:#x}, not {expected:#x}"
 
 
-@pytest.mark.parametrize("opcode", [each for each in FORMS if not each.startswith("lop3")])
+@pytest.mark.parametrize("opcode", [each for each in sorted(FORMS) if not each.startswith("lop3")])
 def test_form(opcode):
     form = FORMS[opcode]
     operands = combinations(opcode, form.sources)
@@ -150,7 +150,7 @@ def test_permutations_by_a_constant(selector):
     check("prmt.b32", result, [(*each, selector) for each in operands])
 
 
-APPROXIMATE = [each for each in FORMS if ".approx" in each or each == "div.full.f32"]
+APPROXIMATE = [each for each in sorted(FORMS) if ".approx" in each or each == "div.full.f32"]
 
 
 @pytest.mark.parametrize("opcode", APPROXIMATE)
