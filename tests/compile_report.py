@@ -75,7 +75,7 @@ def main():
         target: {case: [asdict(code) for code in measure(case, target)] for case in CASES} for target in TARGETS
     }
     JSON.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-    MARKDOWN.write_text(markdown(report, executed_report.load()))
+    MARKDOWN.write_text(markdown(load(), executed_report.load()))
     print(f"wrote {JSON} and {MARKDOWN} for Triton {triton.__version__}")
 
 

@@ -317,6 +317,6 @@ def test_split_kv_joins_without_a_copy(device):
 
 def test_config():
     config = gate_backward_config(4, 5120, 8192, 132)
-    assert (config.block_t, config.block_h, config.block_d, config.programs) == (2, 4, 256, 264)
+    assert (config.block_t, config.block_h, config.block_d, config.programs) == (2, 4, 1024, 264)
     assert gate_backward_config(4, 5120, 3, 132).programs == 2
     assert gate_backward_config(4, 5120, 1, 132).block_d == config.block_d

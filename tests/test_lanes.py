@@ -68,7 +68,7 @@ def test_lane_that_leaves_kernels_idle(tmp_path, name, processes):
     code, output = pytest_run(*words, interpret=name == "interpret")
     assert code == 1 and "1 passed" in output
     if name == "machine":
-        assert "machine code: 1 kernels, 1 launches, 1 programs" in output
+        assert "machine code: 1 kernels, 1 launches, " in output
         assert "BENIGN in tests/machine/gpu.py lists what no launch reports: probe_cache_kernel: race" in output
     assert "no test of this lane launched: advance_state_kernel, commit_history_kernel" in output
     assert "ngram_hash_kernel" not in output.split("launched:")[1]

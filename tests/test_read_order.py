@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from engram_kernels import EngramTable, HashPlan, hash_lookup, hashing, lookup, reference, rows
+from engram_kernels import EngramTable, HashPlan, hash_lookup, hashing, lookup, reference, row_copy, rows
 from engram_kernels import read_order as read_order_file
 from engram_kernels.hash_rows import launch_hash_lookup
 from engram_kernels.host_memory import HUGE_PAGE
@@ -124,6 +124,7 @@ def test_sorting_waits_for_nothing(monkeypatch):
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(rows, "processors", lambda _: 100)
+    monkeypatch.setattr(row_copy, "converts_e4m3", lambda storage: True)
     plan = small_plan()
     ids = torch.empty(50, dtype=torch.int64, device="meta")
     view = TableView(torch.empty(2, 4, dtype=torch.int64, device="meta"), "e4m3_ue8m0", 256, "host")
@@ -131,7 +132,7 @@ def test_sorting_waits_for_nothing(monkeypatch):
     launch_hash_lookup(ids, plan.to("meta"), view, None, None, None, out, False, None, "address")
     # 200 rows a layer in 13 steps of 16, and 400 entries in 25.
     lookups = [("lookup_kernel", (13,))] * 2
-    assert launched == [("ngram_hash_kernel", (4, 2)), *lookups, ("copy_duplicates_kernel", (25,))]
+    assert launched == [("ngram_hash_kernel", (4, 1)), *lookups, ("copy_duplicates_kernel", (25,))]
 
 
 def repeated_ids(rows, shape=(19, 4), dtype=torch.int64):

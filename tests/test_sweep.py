@@ -41,6 +41,7 @@ def test_cases_and_fields_exist():
             "conv_backward_config": (4, 64, 4, 99, 132),
             "conv_config": (4, 64, 4),
             "gate_config": (64, 99, 4, 132),
+            "hash_config": (64, 8, 2),
         }.get(entry.function, (4, 64))
         for changes in entry.candidates:
             dataclasses.replace(function(*arguments), **changes)
