@@ -51,18 +51,17 @@ test-interpret: $(call ready,test) ## the kernels in Triton's interpreter
 test-compile: $(call ready,test) ## the kernels compiled for four GPU generations, and what came out
 	$(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
 
-# After the compile lane, whose compiled code is found on disk. On sm_80 one case of each test stands for all.
+# After the compile lane, whose compiled code is found on disk.
 test-machine: $(call ready,test) ## the kernels' machine code (PTX), executed on a CPU: bounds, races, orders of warps
 	$(PY) -m pytest -n $(JOBS) --lane machine tests $(ARGS)
-	$(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --one-case tests $(ARGS)
 
 mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice?
 	$(PY) -m tests.mutation --jobs $(JOBS)
 
-test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3.6.0, of lane machine a case of each test
+test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3.6.0, of lane machine a case of each test, on sm_80
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret tests $(ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
-	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --one-case tests $(ARGS)
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --one-case tests $(ARGS)
 
 compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile to and execute, under both Tritons
 	$(PY) -m tests.executed_report
