@@ -2,10 +2,10 @@
 
     values[j] = sum of grad[i] over all i with row_ids[i] == ids[j]
 
-in float32, in the order in which the ids come. M = the number of ids, R elements a row. The ids are sorted on the
-device (stable), equal ones are a segment, and a segment is summed by one program in a fixed order: same input, same
-bits, no atomics. Everything has M places, of which a count on the device says how many hold something, so the host
-waits for nothing.
+in float32. M = the number of ids, R elements a row. The ids are sorted on the device (stable), equal ones are a
+segment, and a segment is summed by one program in a fixed order, every n-th entry and then these sums in pairs, where
+the reference adds one after the other: same input, same bits, no atomics. Everything has M places, of which a count on
+the device says how many hold something, so the host waits for nothing.
 """
 
 from collections.abc import Callable, Sequence
