@@ -64,15 +64,15 @@ test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --one-case tests $(ARGS)
 
 compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile to and execute, under both Tritons
-	$(PY) -m tests.executed_report
-	PYTHONPATH=$(OLDEST) $(PY) -m tests.executed_report
-	$(PY) -m tests.compile_report
-	PYTHONPATH=$(OLDEST) $(PY) -m tests.compile_report
-	$(PY) -m tests.peers_report
+	$(PY) -m tests.reports.executed_report
+	PYTHONPATH=$(OLDEST) $(PY) -m tests.reports.executed_report
+	$(PY) -m tests.reports.compile_report
+	PYTHONPATH=$(OLDEST) $(PY) -m tests.reports.compile_report
+	$(PY) -m tests.reports.peers_report
 
 peers-report: $(call ready,test) $(OLDEST) ## write what the kernels of other libraries, unpacked in peers/, execute
-	$(PY) -m tests.peers_report --peers peers
-	PYTHONPATH=$(OLDEST) $(PY) -m tests.peers_report --peers peers
+	$(PY) -m tests.reports.peers_report --peers peers
+	PYTHONPATH=$(OLDEST) $(PY) -m tests.reports.peers_report --peers peers
 
 # Most of the tests' time is compilation, which four processes share where pytest-xdist is there.
 gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cache_prediction import print_prediction
+from bench.cache.prediction import print_prediction
+from bench.peers.adapters import Peers
+from bench.serving.interference import FIRST_PAIR, Interference, interference_names
+from bench.serving.step import FIRST_STEP, Steps, step_names
+from bench.serving.step_report import record_text
+
 from .cases import Case, Workbench, load_cases
 from .environment import clocks, describe_gpu, describe_software, huge_share, slug
 from .footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
-from .interference import FIRST_PAIR, Interference, interference_names
-from .peers import Peers
 from .plots import write_plots
 from .progress import Progress
 from .report import COLUMNS, cells, markdown, print_report
-from .step import FIRST_STEP, Steps, step_names
-from .step_report import record_text
 from .suite import ResultFile, UsageError, run_cases, run_each
 from .text import load_token_ids, statistics_line, tokenize
 from .timing import Budget, GpuTimer
@@ -63,15 +64,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
-        from .train import main as train
+        from bench.training.train import main as train
 
         return train(arguments[1:])
     if arguments[:1] == ["cache"]:
-        from .cache_prediction import main as predict
+        from bench.cache.prediction import main as predict
 
         return predict(arguments[1:])
     if arguments[:1] == ["updates"]:
-        from .updates import main as updates
+        from bench.training.updates import main as updates
 
         return updates(arguments[1:])
     chosen = parse(arguments)

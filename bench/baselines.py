@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from engram_kernels import EngramTable, HashPlan, lookup, ngram_hash, reference
+from engram_kernels import EngramTable, HashPlan, lookup, ngram_hash
+from engram_kernels.reference.ops.rows import SCALE_GROUP, dequantise
 
 
 def compiled(function, inputs):
@@ -37,7 +38,7 @@ def plain_lookup(table: EngramTable):
         values = weight[ids.long()].view(table.format.dtype)
         if scale is not None and table.format.scaling == "group":
             scales = torch.exp2(scale[ids.long()].float() - 127)
-            values = (values.float().unflatten(-1, (-1, reference.rows.SCALE_GROUP)) * scales[..., None]).flatten(-2)
+            values = (values.float().unflatten(-1, (-1, SCALE_GROUP)) * scales[..., None]).flatten(-2)
         elif scale is not None:
             values = values.float() * scale
         return values.to(table.default_out_dtype)
@@ -189,4 +190,4 @@ def _values(table: EngramTable, words: torch.Tensor, scale_words: torch.Tensor |
     """Gathered words ``[..., bytes / 8]`` as the table's values in its default output type."""
     rows = words.view(table.format.dtype)
     scales = table.scale if scale_words is None else scale_words.view(torch.uint8)
-    return reference.rows.dequantise(rows, scales, table.format).to(table.default_out_dtype)
+    return dequantise(rows, scales, table.format).to(table.default_out_dtype)

@@ -19,10 +19,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from bench.peers.adapters import Peers
 from engram_kernels import EngramConfig, EngramTable, HashPlan, reference
-from engram_kernels.row_format import FORMATS
+from engram_kernels.geometry.row_format import FORMATS
 
-from .peers import Peers
 from .text import load_token_ids, load_token_map
 
 #: Name in cases -> preset of EngramConfig.
@@ -104,8 +104,9 @@ def load_cases(full: bool = False) -> list[Case]:
     All tables of a full run do not fit into memory at once.
     """
     package = importlib.import_module(__package__)
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith("bench_"))
-    found = [case for name in names for case in importlib.import_module(f"{__package__}.{name}").cases(full)]
+    modules = (module.name for module in pkgutil.walk_packages(package.__path__, f"{__package__}."))
+    names = sorted((name for name in modules if ".bench_" in name), key=lambda name: name.rpartition(".")[2])
+    found = [case for name in names for case in importlib.import_module(name).cases(full)]
     order = {name: number for number, name in enumerate(ALL_MODELS)}
     return sorted(found, key=lambda case: (order.get(case.model, 0) if full else 0, case.priority))
 

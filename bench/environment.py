@@ -36,7 +36,7 @@ def describe_software() -> dict:
     import triton
 
     from engram_kernels import __version__
-    from engram_kernels.memory_report import available_host_memory, total_host_memory
+    from engram_kernels.tables.memory.report import available_host_memory, total_host_memory
 
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

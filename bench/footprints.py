@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from engram_kernels.host_memory import HostMapping, RuntimeDriver
+from engram_kernels.tables.memory.host import HostMapping, RuntimeDriver
 
 from .environment import huge_share
 from .roofs import COPY_BYTES, TILES, CopyShape, best_shapes, launch_copy, measure_roofs, round_trip, sweep_shapes

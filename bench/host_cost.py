@@ -21,18 +21,15 @@ from engram_kernels import (
     EngramConfig,
     EngramTable,
     HashPlan,
-    arguments,
-    gate,
-    gate_conv,
     gate_conv_residual,
     gate_residual,
     hash_lookup,
-    hash_rows,
-    hashing,
     lookup,
     ngram_hash,
 )
-from engram_kernels.prepared import Prepared
+from engram_kernels.launching import checks as arguments
+from engram_kernels.launching.prepared import Prepared
+from engram_kernels.ops import gate, gate_conv, hash_rows, hashing
 
 from .report import print_table
 

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from engram_kernels.console import has_rich
+from engram_kernels.commands.console import has_rich
 
 
 class Progress:

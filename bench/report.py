@@ -3,10 +3,9 @@
 import sys
 from pathlib import Path
 
-from engram_kernels.size import link_seconds
-
-from .cache_report import CACHE_COLUMNS, cache_rows, missed_target
-from .step_report import PAIR_COLUMNS, STEP_COLUMNS, pair_rows, step_rows
+from bench.cache.report import CACHE_COLUMNS, cache_rows, missed_target
+from bench.serving.step_report import PAIR_COLUMNS, STEP_COLUMNS, pair_rows, step_rows
+from engram_kernels.commands.size import link_seconds
 
 NOTES = Path(__file__).parent / "NOTES.md"
 COLUMNS = (
@@ -187,7 +186,7 @@ def tables(content: dict) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
 
 def print_table(columns, rows, out=None) -> None:
     """A table by rich where it is installed, as aligned plain lines otherwise."""
-    from engram_kernels.console import has_rich
+    from engram_kernels.commands.console import has_rich
 
     out = out or sys.stdout
     rows = [[str(cell) for cell in row] for row in rows]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from bench.peers.adapters import NAMES as PEERS
+
 from .cases import Case, Prepared, Workbench
 from .environment import IDENTITY
-from .peers import NAMES as PEERS
 from .report import NO_TIME
 from .timing import Budget, GpuTimer, watching_kernels
 

@@ -19,17 +19,13 @@ from unittest import mock
 
 import torch
 
-from engram_kernels import (
-    conv_residual,
-    gate,
-    gate_backward,
-    gate_conv_backward,
-    gate_scale,
-    hashed_rows,
-    hashing,
-    rows,
-)
-from engram_kernels.prepared import Prepared
+from engram_kernels.launching.prepared import Prepared
+from engram_kernels.ops import gate, hashing, rows
+from engram_kernels.ops.conv_kernels import backward as gate_conv_backward
+from engram_kernels.ops.conv_kernels import residual as conv_residual
+from engram_kernels.ops.conv_kernels import scale as gate_scale
+from engram_kernels.ops.gate_kernels import backward as gate_backward
+from engram_kernels.ops.row_kernels import hashed as hashed_rows
 
 from .cases import Case, Workbench, load_cases
 from .environment import describe_gpu, describe_software, slug

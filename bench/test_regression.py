@@ -61,7 +61,7 @@ def machine(request):
 
 
 def available_host_memory() -> int:
-    from engram_kernels import demo_tables
+    from engram_kernels.commands.demo import tables as demo_tables
 
     return demo_tables.available_host_memory()
 

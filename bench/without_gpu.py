@@ -5,8 +5,8 @@ import platform
 
 import torch
 
-from engram_kernels.console import print_sections
-from engram_kernels.size import size_sections
+from engram_kernels.commands.console import print_sections
+from engram_kernels.commands.size import size_sections
 
 from .cases import MODELS, Workbench, load_cases
 from .environment import ROOT, cpu_name

@@ -1,23 +1,25 @@
 """Kernels for Engram, the conditional memory of DeepSeek (arXiv 2601.07372)."""
 
-from .config import EngramConfig
-from .gate import gate_residual
-from .gate_conv import gate_conv_residual
-from .hash_rows import hash_lookup
-from .hashing import ngram_hash
-from .module import Engram
-from .ngram_cache import NgramCache
-from .plan import HashPlan
-from .prefetch import Prefetcher
-from .replacement import replace_engram
-from .row_optimizers import RowAdagrad, RowAdam
-from .rows import lookup
-from .sharded_table import ShardedTable
-from .state import EngramState
-from .table import EngramTable
-from .token_map import build_token_map
-from .variants import warmup
-from .version import __version__ as __version__
+from .cache.ngram import NgramCache
+from .geometry.config import EngramConfig
+from .geometry.plan import HashPlan
+from .geometry.token_map import build_token_map
+from .nn.engram import Engram
+from .nn.replacement import replace_engram
+from .nn.warmup import warmup
+from .ops.gate import gate_residual
+from .ops.gate_conv import gate_conv_residual
+from .ops.hash_rows import hash_lookup
+from .ops.hashing import ngram_hash
+from .ops.rows import lookup
+from .ranks.sharded import ShardedTable
+from .serving.prefetch import Prefetcher
+from .serving.state import EngramState
+from .tables.engram import EngramTable
+from .training.optimizers import RowAdagrad, RowAdam
+
+#: The version, in one place: pyproject.toml reads it from the text of this file, and so without torch.
+__version__ = "0.1.0"
 
 __all__ = [
     "Engram",

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from .version import __version__
+from engram_kernels import __version__
 
 #: Formats that tables are converted to: those that kernels read. Named here, as importing them takes seconds.
 _FORMATS = ("float32", "bfloat16", "float16", "e4m3_ue8m0", "e4m3")
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # Imports are left to the commands: torch takes seconds, and --help and mistakes need none of it.
 def _info(arguments: argparse.Namespace) -> int:
-    from .info import print_info
+    from engram_kernels.commands.info import print_info
 
     print_info()
     sys.stdout.flush()
@@ -189,7 +189,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .demo import DemoError, run_demo
+    from engram_kernels.commands.demo.command import DemoError, run_demo
 
     try:
         code = run_demo(arguments.text, arguments.tokens, arguments.device, arguments.inject_fault)
@@ -201,9 +201,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _size(arguments: argparse.Namespace) -> int:
-    from .console import print_sections
-    from .rank_traffic import rank_sections
-    from .size import PRESETS, size_sections
+    from engram_kernels.commands.console import print_sections
+    from engram_kernels.commands.size import PRESETS, size_sections
+    from engram_kernels.commands.traffic import rank_sections
 
     if arguments.config not in PRESETS:
         known = ", ".join(PRESETS)
@@ -222,7 +222,7 @@ def _size(arguments: argparse.Namespace) -> int:
 
 
 def _cache(arguments: argparse.Namespace) -> int:
-    from .cache_command import run_cache
+    from engram_kernels.commands.cache import run_cache
 
     code = run_cache(arguments)
     sys.stdout.flush()
@@ -230,7 +230,7 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> int:
-    from .table_command import run_table
+    from engram_kernels.commands.table.command import run_table
 
     code = run_table(arguments)
     sys.stdout.flush()

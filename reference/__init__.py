@@ -4,10 +4,10 @@ Same file and function names as the kernels in ``engram_kernels``, same signatur
 tokens, differentiable where the op is, float64 where the inputs are. Works on any device.
 """
 
-from .gate import gate_residual
-from .gate_conv import gate_conv_residual
-from .hash_rows import hash_lookup
-from .hashing import ngram_hash
-from .rows import lookup
+from .ops.gate import gate_residual
+from .ops.gate_conv import gate_conv_residual
+from .ops.hash_rows import hash_lookup
+from .ops.hashing import ngram_hash
+from .ops.rows import lookup
 
 __all__ = ["gate_conv_residual", "gate_residual", "hash_lookup", "lookup", "ngram_hash"]

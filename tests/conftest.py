@@ -24,11 +24,9 @@ import pytest
 import torch
 import triton
 
-import engram_kernels
 from engram_kernels import EngramConfig, HashPlan
-
-from . import gpu_results, sharing
-from .peers import Peer
+from tests.support import gpu_results, sharing
+from tests.support.processes import Peer
 
 DATA = Path(__file__).parent / "data"
 TIMES = Path(__file__).parents[1] / "build" / "lane_times.json"
@@ -39,11 +37,12 @@ LANES = {
     "compile": ("compile",),
     "gpu": ("kernel", "gpu"),
 }
+KERNEL_ROOMS = ("ops", "tables", "cache", "serving", "training")  # of the package: where kernels are
 LAUNCHING = ("interpret", "machine", "gpu")  # lanes in which every kernel has to run
 BUDGETS = {"cpu": 420, "interpret": 420, "machine": 300, "compile": 240}  # seconds, on two cores with no other work
 PARTS = {  # of the cpu lane's: the wheel and the demo, one after the other; real processes under Gloo
-    ("test_packaging.py", "test_demo.py"): 120,
-    ("test_sharded_table.py", "test_sharded_checkpoint.py", "test_sharded_faults.py"): 120,
+    ("tests/project/test_packaging.py", "tests/commands/test_demo.py"): 120,
+    ("tests/ranks/test_sharded.py", "tests/ranks/test_saving.py", "tests/ranks/test_faults.py"): 120,
 }
 STARTED, MACHINE = pytest.StashKey(), pytest.StashKey()
 launches = Counter()  # kernel name -> launches in this process
@@ -67,7 +66,7 @@ def pytest_configure(config):
     if lane == "gpu" and not torch.cuda.is_available() and not config.option.collectonly:
         raise pytest.UsageError("lane 'gpu' needs a GPU, and torch finds none")
     if lane == "machine" and not config.option.collectonly:
-        from .machine.gpu import standing_in
+        from tests.machine.gpu import standing_in
 
         stack = contextlib.ExitStack()
         config.stash[MACHINE] = stack.enter_context(standing_in(config.getoption("--target")))
@@ -104,11 +103,11 @@ def _belongs(marks, wanted):
 def package_kernels():
     """Every kernel of the package that a launcher starts: functions named ``*_kernel``."""
     kernels = {}
-    for module in pkgutil.iter_modules(engram_kernels.__path__):
-        if module.name in ("__main__", "reference"):
-            continue
-        names = vars(importlib.import_module(f"engram_kernels.{module.name}"))
-        kernels.update({name: value for name, value in names.items() if name.endswith("_kernel")})
+    for room in KERNEL_ROOMS:
+        package = importlib.import_module(f"engram_kernels.{room}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            names = vars(importlib.import_module(module.name))
+            kernels.update({name: value for name, value in names.items() if name.endswith("_kernel")})
     return kernels
 
 
@@ -173,7 +172,7 @@ def lane_faults(lane, every_case=True):
     if lane in LAUNCHING and idle:
         yield f"kernels that no test of this lane launched: {', '.join(idle)}"
     if lane == "machine" and every_case:
-        from .machine.gpu import BENIGN
+        from tests.machine.gpu import BENIGN
 
         unseen = [known.name for known in BENIGN if known.name not in benign]
         if unseen:
@@ -202,7 +201,7 @@ def write_times(path, name, lane, took):
 
 
 def pytest_runtest_logreport(report):
-    durations[Path(report.nodeid.split("::")[0]).name] += report.duration
+    durations[report.nodeid.split("::")[0]] += report.duration
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -30,8 +30,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.support.patience import HANG
+
 from .mutants import MUTANTS, Mutant
-from .patience import HANG
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 480  # seconds for the whole list on two cores with no other work
@@ -71,7 +72,7 @@ def copy_for(mutant: Mutant, folder: Path) -> None:
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
         else:
             shutil.copy(ROOT / name, folder / name)
-    for data in ("engram_kernels/data", "tests/data"):
+    for data in ("engram_kernels/commands/data", "tests/data"):
         (folder / data).symlink_to(ROOT / data)
     if mutant.old:
         path = source_of(mutant, folder)
@@ -139,8 +140,8 @@ def run_tests(mutant: Mutant, folder: Path) -> dict:
 
 def run_compiler(mutant: Mutant, folder: Path) -> dict:
     """Whether the mutant's kernel compiles for sm_90; its machine code is not looked at."""
-    from tests.compile_cases import CASES
-    from tests.offline import compiling_for
+    from tests.reports.compile_cases import CASES
+    from tests.reports.offline import compiling_for
 
     with compiling_for("sm_90") as compiled:
         for case in mutant.cases:

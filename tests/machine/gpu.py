@@ -14,9 +14,9 @@ import torch
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-import engram_kernels.arguments
+import engram_kernels.launching.checks
+from tests.reports.offline import TARGETS
 
-from ..offline import TARGETS
 from . import Fault, Kernel, execute
 from .given import GivenMemory
 from .orders import takes_orders
@@ -177,12 +177,12 @@ class Machine:
 def standing_in(target, kind=Machine):
     """Within the context kernels take CPU tensors, and run as machine code for ``target``; yields the machine."""
     machine, before = kind(target), driver._active
-    taking = engram_kernels.arguments.CPU_TAKES_KERNELS
+    taking = engram_kernels.launching.checks.CPU_TAKES_KERNELS
     driver.set_active(machine)
-    engram_kernels.arguments.CPU_TAKES_KERNELS = True
+    engram_kernels.launching.checks.CPU_TAKES_KERNELS = True
     try:
         with machine.memory.watching():
             yield machine
     finally:
-        engram_kernels.arguments.CPU_TAKES_KERNELS = taking
+        engram_kernels.launching.checks.CPU_TAKES_KERNELS = taking
         driver._active = before

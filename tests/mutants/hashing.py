@@ -4,94 +4,94 @@ from .change import mutants
 
 # look_back, remainder and find_sequence, in both kernels that hash.
 HASH = """\
-mask dropped: dead tokens @ hash_mix
+mask dropped: dead tokens @ ops/hash_kernels/mix
 - blocked = blocked | (tl.load(dead_ptr + source, mask=inside, other=0) != 0)
 + blocked = blocked
-other dropped @ hash_mix -k test_kernel_lengths or equals_hash_then_lookup
+other dropped @ ops/hash_kernels/mix -k test_kernel_lengths or equals_hash_then_lookup
 - tl.load(token_ids_ptr + source, mask=inside, other=-1)
 + tl.load(token_ids_ptr + source, mask=inside)
-truncated remainder @ hash_mix
+truncated remainder @ ops/hash_kernels/mix
 - return tl.where(truncated < 0, truncated + prime, truncated)
 + return truncated
-truncated remainder: quotient one less @ hash_mix -k test_kernel_lengths or real_geometry
+truncated remainder: quotient one less @ ops/hash_kernels/mix -k test_kernel_lengths or real_geometry
 - return tl.minimum(residue, residue - divisor).to(tl.int64)
 + return residue.to(tl.int64)
-window off by one: history @ hash_mix
+window off by one: history @ ops/hash_kernels/mix
 - slot = MAX_NGRAM - 1 + source
 + slot = MAX_NGRAM - 2 + source
-window off by one: first token @ hash_mix
+window off by one: first token @ ops/hash_kernels/mix
 - (source >= start)
 + (source > start)
-window off by one: sequence @ sequences
+window off by one: sequence @ ops/hash_kernels/sequences
 - (first <= token)
 + (first < token)
-cu_seqlens ignored: start @ sequences
+cu_seqlens ignored: start @ ops/hash_kernels/sequences
 - start = tl.load(cu_seqlens_ptr + seq)
 + start = token * 0
-cu_seqlens ignored: padding @ sequences
+cu_seqlens ignored: padding @ ops/hash_kernels/sequences
 - padding = token >= tl.load(cu_seqlens_ptr + num_seqs)
 + padding = token < 0
-history reversed @ hash_mix
+history reversed @ ops/hash_kernels/mix
 - * (MAX_NGRAM - 1) + slot
 + * (MAX_NGRAM - 1) + (MAX_NGRAM - 2 - slot)
-offset omitted @ hash_mix
+offset omitted @ ops/hash_kernels/mix
 - mask_param, NON_NEGATIVE) + offset
 + mask_param, NON_NEGATIVE)
 """
 
 # ngram_rows, by which hash_lookup hashes.
 ROWS_OF_COLUMNS = """\
-mask dropped: padding and invalid ids @ hash_mix
+mask dropped: padding and invalid ids @ ops/hash_kernels/mix
 - return tl.where(bad, -1, row)
 + return row
-window off by one: order @ hash_mix
+window off by one: order @ ops/hash_kernels/mix
 - reads = order > shift
 + reads = order >= shift
-mask dropped: ids that only a longer n-gram reads @ hash_mix
+mask dropped: ids that only a longer n-gram reads @ ops/hash_kernels/mix
 - bad | (reads & invalid)
 + bad | invalid
-branch fixed to 0: layer of the primes @ hash_mix -k real_geometry
+branch fixed to 0: layer of the primes @ ops/hash_kernels/mix -k real_geometry
 - offs_param = layer * num_columns + column
 + offs_param = column + mix.to(tl.int32) * 0
-branch fixed to 0: layer of the multipliers @ hash_mix
+branch fixed to 0: layer of the multipliers @ ops/hash_kernels/mix
 - multipliers_ptr + layer * MAX_NGRAM + shift
 + multipliers_ptr + shift
 """
 
 NGRAM_HASH = """\
-mask dropped: padding and invalid ids @ hashing
+mask dropped: padding and invalid ids @ ops/hashing
 - tl.where(bad, -1, row)
 + row
-mask dropped: ids that a shorter n-gram reads too @ hashing
+mask dropped: ids that a shorter n-gram reads too @ ops/hashing
 - bad = bad | invalid
 + bad = invalid
-mask dropped: columns of an order @ hashing -k selected_columns
+mask dropped: columns of an order @ ops/hashing -k selected_columns
 - mask_token & (head < HEADS[entry // BLOCK_L])
 + mask_token
-window off by one: columns of an order @ hashing
+window off by one: columns of an order @ ops/hashing
 - column += HEADS[shift - 1]
 + column += HEADS[shift - 1] - 1
-branch fixed to 0: layer of the primes @ hashing -k golden_v41
+branch fixed to 0: layer of the primes @ ops/hashing -k golden_v41
 - offs_param = layer * NUM_COLUMNS + column
 + offs_param = column
-branch fixed to 0: layer of the multipliers @ hashing
+branch fixed to 0: layer of the multipliers @ ops/hashing
 - multipliers_ptr + layer * MAX_NGRAM + shift
 + multipliers_ptr + shift
-branch fixed to 0: layers of a program @ hashing -k layers_come
+branch fixed to 0: layers of a program @ ops/hashing -k layers_come
 - first_layer = tl.program_id(1) * BLOCK_L
 + first_layer = tl.program_id(1) * 0
-last tile skipped: rows that are stored last @ hashing -k test_kernel_lengths
+last tile skipped: rows that are stored last @ ops/hashing -k test_kernel_lengths
 - 0 if STORES_LAST else
 + 1 if STORES_LAST else
-stride swapped @ hashing
+stride swapped @ ops/hashing
 - (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
 + (layer.to(tl.int64) * num_tokens + token) * NUM_COLUMNS + column
-32-bit product @ hashing -k int64_rows
+32-bit product @ ops/hashing -k int64_rows
 - row.to(out_ptr.dtype.element_ty), mask
 + row.to(tl.int32).to(out_ptr.dtype.element_ty), mask
-last tile skipped @ hashing
+last tile skipped @ ops/hashing
 - mask_token = token < num_tokens
 + mask_token = token < num_tokens // BLOCK_T * BLOCK_T
 """
 
-MUTANTS = mutants("ngram_hash_kernel", "hashing", ("hash/v41-packed", "hash/qwen-overflow"), HASH, NGRAM_HASH)
+MUTANTS = mutants("ngram_hash_kernel", "ops/hashing", ("hash/v41-packed", "hash/qwen-overflow"), HASH, NGRAM_HASH)

@@ -3,48 +3,50 @@
 from .change import mutants
 
 HISTORY_ORDER = """\
-barrier dropped @ history -k equals_reference
+barrier dropped @ serving/history -k equals_reference
 - tl.debug_barrier()  # every thread has read
 + tl.static_assert(BLOCK_N >= DEPTH)  # every thread has read
 """
 
 ADAGRAD_ORDER = """\
-barrier dropped @ row_update -k equals_reference
+barrier dropped @ training/update -k equals_reference
 - tl.debug_barrier()  # every warp has loaded the sums
 + tl.static_assert(BLOCK_R >= WIDTH)  # every warp has loaded the sums
 """
 
 ADAM_ORDER = """\
-barrier dropped @ row_update -k equals_reference
+barrier dropped @ training/update -k equals_reference
 - tl.debug_barrier()  # every warp has loaded the steps
 + tl.static_assert(BLOCK_R >= WIDTH)  # every warp has loaded the steps
 """
 
 GATE_ALIGNMENT = """\
-alignment wrong @ branch_gate -k rows_of_the_gate
+alignment wrong @ ops/gate_kernels/branch -k rows_of_the_gate
 - if ALIGNED:
 + if ALIGNED is not None:
 """
 
 # What is read is not used, and what is written is written again: no result shows it.
 BEFORE_THE_FIRST = """\
-mask dropped: before the first key @ read_order -k test_kernel
+mask dropped: before the first key @ ops/row_kernels/order -k test_kernel
 - before = tl.load(keys_ptr + index - 1, mask=mask_row & (index > 0), other=0)
 + before = tl.load(keys_ptr + index - 1, mask=mask_row, other=0)
 """
 
 BEHIND_THE_LAST = """\
-mask dropped: values behind the end @ conv_state -k test_kernel and 12-1-100
+mask dropped: values behind the end @ ops/conv_kernels/state -k test_kernel and 12-1-100
 - HIDDEN_SIZE + offs_d, value, mask=mask_d)
 + HIDDEN_SIZE + offs_d, value, mask=offs_d >= 0)
 """
 
 _MACHINE = dict(lane="machine")
 MUTANTS = (
-    *mutants("commit_history_kernel", "history", ("history/27b-packed",), HISTORY_ORDER, **_MACHINE),
-    *mutants("row_adagrad_kernel", "row_optimizers", ("row_adagrad/27b",), ADAGRAD_ORDER, **_MACHINE),
-    *mutants("row_adam_kernel", "row_optimizers", ("row_adam/27b",), ADAM_ORDER, **_MACHINE),
-    *mutants("gate_residual_kernel", "row_alignment", ("gate/v41",), GATE_ALIGNMENT, **_MACHINE),
-    *mutants("copy_duplicates_kernel", "read_order", ("lookup/v41-storage-address",), BEFORE_THE_FIRST, **_MACHINE),
-    *mutants("advance_state_kernel", "gate_conv", ("gate_conv/27b-packed-state",), BEHIND_THE_LAST, **_MACHINE),
+    *mutants("commit_history_kernel", "serving/history", ("history/27b-packed",), HISTORY_ORDER, **_MACHINE),
+    *mutants("row_adagrad_kernel", "training/optimizers", ("row_adagrad/27b",), ADAGRAD_ORDER, **_MACHINE),
+    *mutants("row_adam_kernel", "training/optimizers", ("row_adam/27b",), ADAM_ORDER, **_MACHINE),
+    *mutants("gate_residual_kernel", "ops/row_kernels/alignment", ("gate/v41",), GATE_ALIGNMENT, **_MACHINE),
+    *mutants(
+        "copy_duplicates_kernel", "ops/row_kernels/order", ("lookup/v41-storage-address",), BEFORE_THE_FIRST, **_MACHINE
+    ),
+    *mutants("advance_state_kernel", "ops/gate_conv", ("gate_conv/27b-packed-state",), BEHIND_THE_LAST, **_MACHINE),
 )

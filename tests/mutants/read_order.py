@@ -3,76 +3,76 @@
 from .change import mutants
 
 KEYS = """\
-branch fixed to 0: layer of the keys @ hashing
+branch fixed to 0: layer of the keys @ ops/hashing
 - row += layer.to(tl.int64) * key_stride
 + row += (layer * 0).to(tl.int64) * key_stride
-stride swapped: keys @ hashing -k hash_lookup
+stride swapped: keys @ ops/hashing -k hash_lookup
 - (layer.to(tl.int64) * num_tokens + token) * NUM_COLUMNS + column
 + (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
 """
 
 LOOKUP_ORDER = """\
-mask dropped: rows asked for before @ rows -k distinct_row
+mask dropped: rows asked for before @ ops/rows -k distinct_row
 - mask_row = mask_row & ((entry == 0) | (key != before))
 + mask_row = mask_row
-mask dropped: key 0 first @ rows -k strided_ids
+mask dropped: key 0 first @ ops/rows -k strided_ids
 - ((entry == 0) | (key != before))
 + (key != before)
-32-bit product: keys @ rows -k keys_beyond
+32-bit product: keys @ ops/rows -k keys_beyond
 - row = key.to(tl.int64) - first_key
 + row = key.to(tl.int32).to(tl.int64) - first_key
-branch fixed to 0: layer of the keys @ rows -k hash_lookup
+branch fixed to 0: layer of the keys @ ops/rows -k hash_lookup
 - row = key.to(tl.int64) - first_key
 + row = key.to(tl.int64) - first_key * 0
-branch fixed to 0: layer of the entries @ rows -k hash_lookup
+branch fixed to 0: layer of the entries @ ops/rows -k hash_lookup
 - entry = first_entry + step * BLOCK_ROWS + local
 + entry = step * BLOCK_ROWS + local
-stride swapped: places @ rows
+stride swapped: places @ ops/rows
 - out_row = tl.load(places_ptr + entry, mask=mask_row, other=0)
 + out_row = entry.to(tl.int64)
-stride swapped: head order @ rows -k strided_ids
+stride swapped: head order @ ops/rows -k strided_ids
 - out_row = local.to(tl.int64) * num_columns
 + out_row = local.to(tl.int64)
-last tile skipped: head order @ rows
+last tile skipped: head order @ ops/rows
 - num_steps = num_columns * column_steps
 + num_steps = num_columns * (num_tokens // BLOCK_ROWS)
 """
 
 HASH_LOOKUP_ORDER = """\
-stride swapped: head order @ hashed_rows -k hash_lookup
+stride swapped: head order @ ops/row_kernels/hashed -k hash_lookup
 - out_row = local.to(tl.int64) * NUM_COLUMNS if
 + out_row = local.to(tl.int64) if
-last tile skipped: head order @ hashed_rows -k hash_lookup
+last tile skipped: head order @ ops/row_kernels/hashed -k hash_lookup
 - layer_steps = NUM_COLUMNS * column_steps if
 + layer_steps = NUM_COLUMNS * (num_tokens // BLOCK_ROWS) if
 """
 
 COPY_DUPLICATES = """\
-mask dropped: end of a row @ read_order -k bfloat16-80
+mask dropped: end of a row @ ops/row_kernels/order -k bfloat16-80
 - mask = mask & (offs_w < WIDTH)[None, :]
 + mask = mask
-mask dropped: later entries taken for first @ read_order
+mask dropped: later entries taken for first @ ops/row_kernels/order
 - earlier = first[None, :] & (index
 + earlier = (index
-stride swapped: source and target @ read_order
+stride swapped: source and target @ ops/row_kernels/order
 - tl.load(out_ptr + source[:, None] * WIDTH
 + tl.load(out_ptr + target[:, None] * WIDTH
-last tile skipped @ read_order
+last tile skipped @ ops/row_kernels/order
 - num_steps = (num_rows - 1) // BLOCK_ROWS + 1
 + num_steps = num_rows // BLOCK_ROWS
-window off by one: start of a run @ read_order
+window off by one: start of a run @ ops/row_kernels/order
 - other=0) < key), probe, start)
 + other=0) <= key), probe, start)
-window off by one: runs across steps @ read_order
+window off by one: runs across steps @ ops/row_kernels/order
 - start = run_start(keys_ptr, begin, search_steps)
 + start = begin
 """
 
-_SORTED = "read_order", ("hash_lookup/v41-address",)
+_SORTED = "ops/row_kernels/order", ("hash_lookup/v41-address",)
 
 MUTANTS = (
     *mutants("ngram_hash_kernel", *_SORTED, KEYS),
-    *mutants("lookup_kernel", "read_order", ("lookup/v41-head", "lookup/v41-storage-address"), LOOKUP_ORDER),
-    *mutants("hash_lookup_kernel", "read_order", ("hash_lookup/v41-head",), HASH_LOOKUP_ORDER),
+    *mutants("lookup_kernel", "ops/row_kernels/order", ("lookup/v41-head", "lookup/v41-storage-address"), LOOKUP_ORDER),
+    *mutants("hash_lookup_kernel", "ops/row_kernels/order", ("hash_lookup/v41-head",), HASH_LOOKUP_ORDER),
     *mutants("copy_duplicates_kernel", *_SORTED, COPY_DUPLICATES),
 )

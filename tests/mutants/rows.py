@@ -5,94 +5,96 @@ from .hashing import HASH, ROWS_OF_COLUMNS
 
 # copy_rows and what it decodes with, in both kernels that read rows.
 ROWS = """\
-mask dropped: end of a row @ row_copy -k test_kernel and bfloat16-80
+mask dropped: end of a row @ ops/row_kernels/copy -k test_kernel and bfloat16-80
 - mask_out = mask_out & (offs_w < WIDTH)
 + mask_out = mask_out
-other dropped: missing rows @ row_copy -k test_kernel
+other dropped: missing rows @ ops/row_kernels/copy -k test_kernel
 - value = tl.load(value_ptr, mask=mask, other=0)
 + value = tl.load(value_ptr, mask=mask, other=1)
-32-bit product @ row_copy -k beyond
+32-bit product @ ops/row_kernels/copy -k beyond
 - 16) + row * WIDTH
 + 16) + row.to(tl.uint32) * WIDTH
-scale byte off by one: exponent @ row_copy
+scale byte off by one: exponent @ ops/row_kernels/copy
 - byte.to(tl.int32) << 23,
 + (byte.to(tl.int32) + 1) << 23,
-scale byte off by one: bytes @ row_copy
+scale byte off by one: bytes @ ops/row_kernels/copy
 - byte_ptr[:, None] + begin + offs[None, :]
 + byte_ptr[:, None] + begin + (offs[None, :] ^ 1)
 """
 
 LOOKUP = """\
-mask dropped: negative ids @ row_copy -k missing_row
+mask dropped: negative ids @ ops/row_kernels/copy -k missing_row
 - present = row >= 0
 + present = row >= -1
-mask dropped: missing rows under a scale @ row_copy -k missing_row
+mask dropped: missing rows under a scale @ ops/row_kernels/copy -k missing_row
 - tl.where(present[:, None, None], decode_e4m3(value, ELEMENT) * scale[:, None, None], 0.0)
 + decode_e4m3(value, ELEMENT) * scale[:, None, None]
-NaN dropped: row @ row_copy
+NaN dropped: row @ ops/row_kernels/copy
 - value = tl.where(tl.abs(value) == 480.0, float("nan"), value)
 + value = value * 1.0
-NaN dropped: scale @ row_copy
+NaN dropped: scale @ ops/row_kernels/copy
 - return tl.fma(scale, 0.0, scale)
 + return scale
-stride swapped @ rows -k strided_ids
+stride swapped @ ops/rows -k strided_ids
 - offs_t * stride_ids_t + offs_c * stride_ids_c
 + offs_t * stride_ids_c + offs_c * stride_ids_t
-last tile skipped @ rows
+last tile skipped @ ops/rows
 - num_steps = (num_rows - 1) // BLOCK_ROWS + 1
 + num_steps = num_rows // BLOCK_ROWS
-scale byte off by one: first chunk for all @ row_copy
+scale byte off by one: first chunk for all @ ops/row_kernels/copy
 - scale_address, begin // GROUP, NUM_SCALES
 + scale_address, 0, NUM_SCALES
-scale byte off by one: eight to a word @ row_copy -k test_kernel_storage
+scale byte off by one: eight to a word @ ops/row_kernels/copy -k test_kernel_storage
 - (8 * offs)[None, :].to(tl.uint64)
 + (8 * (offs ^ 1))[None, :].to(tl.uint64)
-scale byte off by one: four to a word @ row_copy -k test_kernel_storage
+scale byte off by one: four to a word @ ops/row_kernels/copy -k test_kernel_storage
 - word = tl.load(word_ptr + row, mask=present, other=0)
 -         return (word[:, None] >> (8 * offs)
 + word = tl.load(word_ptr + row, mask=present, other=0)
 +         return (word[:, None] >> (8 * (offs ^ 1))
-scale byte off by one: two to a word @ row_copy -k test_kernel_storage
+scale byte off by one: two to a word @ ops/row_kernels/copy -k test_kernel_storage
 - word_ptr + row, mask=present, other=0).to(tl.uint32)
 -         return (word[:, None] >> (8 * offs)
 + word_ptr + row, mask=present, other=0).to(tl.uint32)
 +         return (word[:, None] >> (8 * (offs ^ 1))
-scale byte off by one: zero @ row_copy
+scale byte off by one: zero @ ops/row_kernels/copy
 - << 23, 0x00400000)
 + << 23, 0)
-scale byte off by one: storage @ row_copy -k test_kernel_storage
+scale byte off by one: storage @ ops/row_kernels/copy -k test_kernel_storage
 - offs_s = begin // GROUP + offs_scale
 + offs_s = offs_scale
 """
 
 HASH_LOOKUP = """\
-stride swapped: layers and rows @ hashed_rows
+stride swapped: layers and rows @ ops/row_kernels/hashed
 - first_row = layer.to(tl.int64) * num_rows + first
 + first_row = first.to(tl.int64) * NUM_LAYERS + layer
-stride swapped: tokens and columns @ hashed_rows
+stride swapped: tokens and columns @ ops/row_kernels/hashed
 - index // NUM_COLUMNS, index % NUM_COLUMNS, mask_row
 + index % num_tokens, index // num_tokens, mask_row
-last tile skipped @ hashed_rows
+last tile skipped @ ops/row_kernels/hashed
 - (num_rows - 1) // BLOCK_HASH + 1
 + num_rows // BLOCK_HASH
-last tile skipped: rows hashed at once @ hashed_rows -k many_rows
+last tile skipped: rows hashed at once @ ops/row_kernels/hashed -k many_rows
 - tl.minimum(left, BLOCK_HASH) if
 + tl.minimum(left // BLOCK_ROWS * BLOCK_ROWS, BLOCK_HASH) if
-branch fixed to 0: part of the rows hashed at once @ hashed_rows -k many_rows
+branch fixed to 0: part of the rows hashed at once @ ops/row_kernels/hashed -k many_rows
 - tl.gather(hashed, begin + local, 0)
 + tl.gather(hashed, local, 0)
-branch fixed to 0: layer of the tables' rows @ hashed_rows
+branch fixed to 0: layer of the tables' rows @ ops/row_kernels/hashed
 - tl.load(table_ptr + 2)
 + tl.load(tables_ptr + 2)
-branch fixed to 0: layer of the tables' scales @ hashed_rows
+branch fixed to 0: layer of the tables' scales @ ops/row_kernels/hashed
 - tl.load(table_ptr + 3)
 + tl.load(tables_ptr + 3)
-branch fixed to 0: layer of the tables @ hashed_rows
+branch fixed to 0: layer of the tables @ ops/row_kernels/hashed
 - tables_ptr + layer * 4
 + tables_ptr
 """
 
 MUTANTS = (
-    *mutants("lookup_kernel", "rows", ("lookup/v41", "lookup/v41-storage", "lookup/27b"), ROWS, LOOKUP),
-    *mutants("hash_lookup_kernel", "hash_rows", ("hash_lookup/v41-packed",), HASH, ROWS_OF_COLUMNS, ROWS, HASH_LOOKUP),
+    *mutants("lookup_kernel", "ops/rows", ("lookup/v41", "lookup/v41-storage", "lookup/27b"), ROWS, LOOKUP),
+    *mutants(
+        "hash_lookup_kernel", "ops/hash_rows", ("hash_lookup/v41-packed",), HASH, ROWS_OF_COLUMNS, ROWS, HASH_LOOKUP
+    ),
 )

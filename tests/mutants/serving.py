@@ -3,103 +3,106 @@
 from .change import mutants
 
 GATHER_HISTORY = """\
-mask dropped: slots that do not exist @ history -k many or equals_reference
+mask dropped: slots that do not exist @ serving/history -k many or equals_reference
 - mask=known, other=-1)
 + mask=mask & (slot < num_slots), other=-1)
-other dropped @ history -k equals_reference
+other dropped @ serving/history -k equals_reference
 - offs % DEPTH, mask=known, other=-1)
 + offs % DEPTH, mask=known, other=0)
-stride swapped @ history -k equals_reference
+stride swapped @ serving/history -k equals_reference
 - tl.load(slots_ptr + offs // DEPTH, mask=mask, other=-1)
 + tl.load(slots_ptr + offs % num_seqs, mask=mask, other=-1)
-history reversed @ history -k equals_reference
+history reversed @ serving/history -k equals_reference
 - * DEPTH + offs % DEPTH, mask
 + * DEPTH + DEPTH - 1 - offs % DEPTH, mask
 """
 
 COMMIT_HISTORY = """\
-mask dropped: slots that do not exist @ history -k equals_reference
+mask dropped: slots that do not exist @ serving/history -k equals_reference
 - writes = (slot >= 0) & (slot < num_slots)
 + writes = slot >= -1
-mask dropped: dead tokens @ history -k equals_reference
+mask dropped: dead tokens @ serving/history -k equals_reference
 - tl.where(tl.load(dead_ptr + token, mask=inside, other=0) != 0, -1, id)
 + id
-invalid ids missing @ history -k equals_reference
+invalid ids missing @ serving/history -k equals_reference
 - id = tl.where(id == -1, -2, id)
 + id = id
-accepted ignored @ history -k equals_reference
+accepted ignored @ serving/history -k equals_reference
 - tl.minimum(tl.maximum(tl.load(accepted_ptr + seq, mask=mask_b, other=0), 0), length)
 + length
-window off by one: old ids @ history -k equals_reference
+window off by one: old ids @ serving/history -k equals_reference
 - row + offs_n + taken, mask=mask & (position < 0)
 + row + offs_n + taken - 1, mask=mask & (position < 0)
-cu_seqlens ignored @ history -k equals_reference
+cu_seqlens ignored @ serving/history -k equals_reference
 - start = tl.load(cu_seqlens_ptr + seq, mask=mask_b, other=0)
 + start = seq * 0
-offset omitted: tokens the ring has no room for @ history -k equals_reference
+offset omitted: tokens the ring has no room for @ serving/history -k equals_reference
 - cursor + taken - tl.maximum(length - (RING - SPAN), 0)
 + cursor + taken
-offset omitted: beyond the ring @ history -k equals_reference
+offset omitted: beyond the ring @ serving/history -k equals_reference
 - tl.where(moved < RING, moved, RING + moved % RING)
 + tl.where(moved < RING, moved, moved % RING)
-last tile skipped @ history -k equals_reference
+last tile skipped @ serving/history -k equals_reference
 - mask_b = seq < num_seqs
 + mask_b = seq < num_seqs // BLOCK_B * BLOCK_B
 """
 
 # slot_cursor, in both kernels that read slots.
 SLOTS = """\
-window off by one: the first slot @ conv_slots -k kernel_equals_dense
+window off by one: the first slot @ ops/conv_kernels/slots -k kernel_equals_dense
 - known = (slot >= 0) & (slot < num_slots)
 + known = (slot > 0) & (slot < num_slots)
-32-bit product: slots @ conv_slots -k slots_beyond
+32-bit product: slots @ ops/conv_kernels/slots -k slots_beyond
 - return slot.to(tl.int64), tl.load
 + return slot, tl.load
 """
 
 SLOTS_RESIDUAL = """\
-mask dropped: entries before the first @ conv_residual
+mask dropped: entries before the first @ ops/conv_kernels/residual
 - before & known & (position >= 0)
 + before & known
-window off by one: cursor @ conv_residual
+window off by one: cursor @ ops/conv_kernels/residual
 - position = cursor + source - start
 + position = cursor + source - start - 1
-branch fixed to 0: slot @ conv_residual
+branch fixed to 0: slot @ ops/conv_kernels/residual
 - slot = seq_slot * RING + position % RING
 + slot = position % RING
 """
 
 STORE_CONV = """\
-mask dropped: masked tokens @ conv_slots -k reference_does and 80-2
+mask dropped: masked tokens @ ops/conv_kernels/slots -k reference_does and 80-2
 - present = present & (tl.load(mask_ptr + token, mask=live, other=0) != 0)
 + present = present
-mask dropped: branches @ conv_slots -k reference_does and 1056
+mask dropped: branches @ ops/conv_kernels/slots -k reference_does and 1056
 - mask_h = live & (offs_h < NUM_BRANCHES)
 + mask_h = live & (offs_h >= 0)
-mask dropped: end of D @ conv_slots -k reference_does and 80-2
+mask dropped: end of D @ ops/conv_kernels/slots -k reference_does and 80-2
 - mask_d = offs_d < HIDDEN_SIZE
 + mask_d = offs_d >= 0
-window off by one: the first token @ conv_slots -k reference_does and 80-2
+window off by one: the first token @ ops/conv_kernels/slots -k reference_does and 80-2
 - live = known & (position >= 0)
 + live = known & (position > 0)
-window off by one @ conv_slots -k reference_does and 80-2
+window off by one @ ops/conv_kernels/slots -k reference_does and 80-2
 - position = length - num_rows + index % num_rows
 + position = length - 1 - num_rows + index % num_rows
-window off by one: chunks longer than the ring has room for @ conv_slots -k reference_does and 80-2
+window off by one: chunks longer than the ring has room for @ ops/conv_kernels/slots -k reference_does and 80-2
 - tl.maximum(length - (RING - SPAN), 0)) % RING
 + tl.maximum(length - (RING - SPAN), 0) * 0) % RING
-branch fixed to 0: slot @ conv_slots -k reference_does and 80-2
+branch fixed to 0: slot @ ops/conv_kernels/slots -k reference_does and 80-2
 - tl.where(live, slot * RING + entry, 0)
 + tl.where(live, entry.to(tl.int64), 0)
-restart ignored @ conv_slots -k reference_does and 80-2
+restart ignored @ ops/conv_kernels/slots -k reference_does and 80-2
 - cursor = seq * 0
 + cursor = cursor
-last tile skipped @ conv_slots -k reference_does and 1056
+last tile skipped @ ops/conv_kernels/slots -k reference_does and 1056
 - range(0, HIDDEN_SIZE, BLOCK_D)
 + range(0, HIDDEN_SIZE - HIDDEN_SIZE % BLOCK_D, BLOCK_D)
 """
 
-_HISTORY, _CONV = ("history", ("history/27b-packed",)), ("conv_slots", ("gate_conv/27b-packed-slots",))
+_HISTORY, _CONV = (
+    ("serving/history", ("history/27b-packed",)),
+    ("ops/conv_kernels/slots", ("gate_conv/27b-packed-slots",)),
+)
 MUTANTS = (
     *mutants("gather_history_kernel", *_HISTORY, GATHER_HISTORY),
     *mutants("commit_history_kernel", *_HISTORY, COMMIT_HISTORY),

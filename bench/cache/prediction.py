@@ -1,0 +1,131 @@
+"""``python -m bench cache``: what the simulator predicts of a hot n-gram cache on real text, over capacity and tokens.
+
+Counted, not measured: the novels of ``data/``, their first half in the cache, their second half
+looked up call by call; DeepSeek-V4.1-Flash's geometry.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.report import print_table
+from bench.text import load_token_ids, load_token_map
+from engram_kernels import EngramConfig, HashPlan
+from engram_kernels.cache.prediction import CacheRates, cache_bytes, link_bytes, measure_rates, text_keys
+from engram_kernels.commands.console import track
+from engram_kernels.reference.cache.simulator import WAYS
+
+RESULT = Path(__file__).parents[1] / "results" / "cache.json"
+ENTRIES, TOKENS = (1 << 14, 1 << 16, 1 << 18, 1 << 20), (512, 2048, 8192)
+#: What ``python -m bench`` shows without a GPU: five simulations, a few seconds.
+SHOWN_TOKENS = (8192,)
+COLUMNS = (
+    "T",
+    "entries an order",
+    "memory",
+    "order 2",
+    "order 3",
+    "order 4",
+    "mean",
+    "link B",
+    "gain",
+    "on dedup",
+)
+
+
+def predict(token_ids: np.ndarray, entries: Sequence[int] = ENTRIES, tokens: Sequence[int] = TOKENS) -> list[dict]:
+    """For each T the rates without a cache (``entries`` 0, each n-gram of a call read once) and with each size."""
+    config = EngramConfig.deepseek_v41_flash()
+    keys = text_keys(token_ids, HashPlan.build(config, torch.from_numpy(load_token_map())))
+    points = [(count, size) for count in tokens for size in (0, *entries)]
+    found = []
+    for count, size in track(points, "cache", len(points)):
+        rates = measure_rates(keys, size, count)
+        gain = rates.gain
+        found.append(asdict(rates) | dict(tokens=count, gain=gain, link_bytes=link_bytes(config, rates)))
+    return found
+
+
+def rows(points: list[dict]) -> list[tuple]:
+    """Cells of COLUMNS for each point of :func:`predict`."""
+    config = EngramConfig.deepseek_v41_flash()
+    once = {point["tokens"]: point["gain"] for point in points if not point["entries"]}
+    table = []
+    for point in points:
+        size, rates = point["entries"], CacheRates(point["entries"], tuple(point["hits"]), tuple(point["read"]))
+        table.append(
+            (
+                f"{point['tokens']:,}",
+                f"{size:,}" if size else "none, read once",
+                f"{cache_bytes(config, size) / 1e9:.2f} GB" if size else "",
+                *(f"{hits:.3f}" for hits in rates.hits),
+                f"{rates.hit:.3f}",
+                f"{point['link_bytes']:,.0f}",
+                f"{point['gain']:.2f}x",
+                f"{point['gain'] / once[point['tokens']]:.2f}x",
+            )
+        )
+    return table
+
+
+def print_prediction(token_ids: np.ndarray, name: str) -> None:
+    """The table for SHOWN_TOKENS, as ``python -m bench`` shows it without a GPU."""
+    print(f"DeepSeek-V4.1-Flash on {name}, {len(token_ids):,} tokens: filled by the first half, counted on the second.")
+    print(f"{WAYS} ways. Hit rates by order; link B a token, all layers; gain in rows read, against direct order.")
+    tokens = [count for count in SHOWN_TOKENS if 2 * count <= len(token_ids)]
+    if not tokens:
+        print(f"The text has fewer than two calls of {min(SHOWN_TOKENS):,} tokens.")
+        return
+    print_table(COLUMNS, rows(predict(token_ids, tokens=tokens)))
+
+
+def plot(points: list[dict], title: str, path: Path) -> None:
+    """Hit rates over capacity by order, and the gain beside them; a line style for each T."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    try:
+        for style, tokens in zip(("-", "--", ":", "-."), dict.fromkeys(p["tokens"] for p in points), strict=False):
+            cached = [point for point in points if point["tokens"] == tokens and point["entries"]]
+            sizes = [point["entries"] for point in cached]
+            for order in range(2, 5):
+                hits = [point["hits"][order - 2] for point in cached]
+                left.plot(sizes, hits, style, color=f"C{order - 2}", label=f"order {order}, T = {tokens:,}")
+            right.plot(sizes, [point["gain"] for point in cached], "o" + style, color="C3", label=f"T = {tokens:,}")
+            once = next(point["gain"] for point in points if point["tokens"] == tokens and not point["entries"])
+            right.axhline(once, linestyle=style, color="black", label=f"each n-gram of a call once, T = {tokens:,}")
+        left.set_ylabel("hit rate")
+        right.set_ylabel("times fewer rows over the link than in direct order")
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("entries of each order in each layer")
+            axes.set_ylim(0)
+            axes.legend(fontsize="small")
+        figure.suptitle(title)
+        figure.savefig(path, dpi=120)
+    finally:
+        pyplot.close(figure)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench cache", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE", help="the JSON; its plot goes beside it")
+    chosen = parser.parse_args(arguments)
+    ids = load_token_ids()
+    points = predict(ids)
+    text = f"data/austen_ids.npz, {len(ids):,} tokens"
+    content = dict(model="deepseek_v41_flash", text=text, ways=WAYS, kind="simulated, not measured", points=points)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(json.dumps(content, indent=1) + "\n")
+    plot(points, f"Simulated: DeepSeek-V4.1-Flash, {text}", chosen.out.with_suffix(".png"))
+    print_table(COLUMNS, rows(points))
+    print(f"Wrote {chosen.out} and {chosen.out.with_suffix('.png')}")
+    return 0

@@ -1,0 +1,1 @@
+"""Benchmarks of prefetching, state and whole steps."""

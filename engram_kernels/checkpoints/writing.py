@@ -1,0 +1,112 @@
+"""What writers of safetensors files share: a header, files that grow under another name, and the room they need.
+
+A file under way is locked for as long as it is open. The lock goes with its process, so that what a killed one left is
+known by having none, and the next writer of the same name removes it.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .files import SUFFIX
+
+#: Data begins at a multiple of a page, so that a mapped table's rows start at multiples of 16 bytes.
+_PAGE = 4096
+
+
+class NewTensor(NamedTuple):
+    """A tensor of a file to be written: name, dtype as the format calls it ("F32"), shape and bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def header_of(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
+    """A file's first bytes, and where in it each tensor begins; the last number is where the file ends."""
+    entries: dict = {"__metadata__": {"format": "pt", **metadata}}
+    ends = [0]
+    for tensor in tensors:
+        ends.append(ends[-1] + tensor.nbytes)
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": ends[-2:]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    return len(text).to_bytes(8, "little") + text, [8 + len(text) + end for end in ends]
+
+
+def file_path(path: str | os.PathLike, where: str, default: str) -> Path:
+    """The file that is meant: of a folder, ``default`` in it."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{where}: path must be a file or a folder, got {type(path).__name__}")
+    path = Path(path) / default if os.path.isdir(path) else Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{where}: path must end in {SUFFIX} or be a folder that exists, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{where}: no such folder: {path.parent}")
+    return path
+
+
+def checked_metadata(metadata: Mapping[str, str] | None, where: str) -> dict[str, str]:
+    """``metadata`` as a dictionary; TypeError unless it maps texts to texts."""
+    found = dict(metadata or {})
+    if not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise TypeError(f"{where}: metadata must map texts to texts, got {found!r}"[:200])
+    return found
+
+
+def check_room(folder: Path, nbytes: int, where: str) -> None:
+    """Raise OSError where ``nbytes`` do not fit."""
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise OSError(f"{where}: {nbytes:,} bytes are to be written and {folder} has room for {free:,}")
+
+
+def locked_file(path: Path) -> int:
+    """A new file, locked for as long as it is open, which tells remove_abandoned that somebody writes it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks (NFS and Lustre may be one), where nothing is swept away
+            return fd
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # swept away between the two calls
+
+
+def remove_abandoned(folder: Path, names: Iterable[str]) -> None:
+    """Remove those of the files that no process holds locked."""
+    for name in names:
+        try:
+            fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # another save has swept it away
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / name).unlink(missing_ok=True)
+        except OSError:  # somebody holds it, or the file system has no locks and nobody can tell
+            pass
+        finally:
+            os.close(fd)
+
+
+def write_all(fd: int, content, offset: int) -> None:
+    """All bytes of a buffer to the place ``offset`` of a file. Any number of threads may do so."""
+    view = memoryview(content).cast("B")
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def sync_folder(folder: Path) -> None:
+    """Names are data of the folder, which has to reach the disk as well."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""The command line, ``python -m engram_kernels``: what it prints and what it returns."""

@@ -1,0 +1,1 @@
+"""``python -m engram_kernels table``: checkpoints inspected, verified and converted."""

@@ -1,0 +1,1 @@
+"""The shape of a model's Engram: config, hash plan, token map, row formats. No tensors of rows."""

@@ -1,0 +1,265 @@
+"""The hash of a model as tensors: multipliers, primes and offsets, ready for a device.
+
+Per layer l, ``mix_n = XOR over s < n of id[t-s] * multipliers[l, s]`` in wrapping int64, and column c of order n reads
+row ``floor_mod(mix_n, primes[l, c]) + offsets[l, c]``. Source: arXiv 2601.07372, section 2.2, and the demo's code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from engram_kernels.launching.prepared import Prepared
+
+from .config import EngramConfig
+
+_INT64_MAX = 2**63 - 1
+_MASK64 = 2**64 - 1
+#: A HashPlan in the schema of a registered op; what HashPlan.parts() returns, and what HashPlan() takes.
+PLAN_SCHEMA = (
+    "Tensor multipliers, Tensor primes, Tensor offsets, Tensor reciprocals, Tensor orders, Tensor? token_map, int pad, "
+    "int? eos, int? vocab_size, int[] rows_per_layer, bool non_negative, int[]? heads"
+)
+_LAYER_SEED = 10007  # what a layer's number adds to the seed, in both rules
+
+
+@dataclass(frozen=True, eq=False)
+class HashPlan:
+    """Tensors of the hash of L layers with C columns each. Make one with :meth:`build` or :meth:`from_parts`."""
+
+    multipliers: torch.Tensor  #: int64 ``[L, N]``; N is the longest n-gram
+    primes: torch.Tensor  #: int64 ``[L, C]``
+    offsets: torch.Tensor  #: int64 ``[L, C]``, first row of each column
+    reciprocals: torch.Tensor  #: int64 ``[L, C]``, bits of the unsigned floor(2^64 / prime)
+    orders: torch.Tensor  #: int32 ``[C]``, n of each column's n-gram
+    token_map: torch.Tensor | None  #: int32 ``[V_raw]``, raw id -> compressed id
+    pad: int  #: id (after the token map) that blocked look-backs read
+    eos: int | None  #: raw id that blocks what is older than itself, or None
+    vocab_size: int | None  #: valid raw ids are 0 <= id < vocab_size; None: no upper bound
+    rows_per_layer: tuple[int, ...]  #: rows of each layer's table
+    non_negative: bool  #: no mix can be negative and primes are below 2^31, so that reciprocals are exact
+    heads: tuple[int, ...] | None  #: columns of each order from 2 to N; None where they don't come in that order
+
+    @classmethod
+    def build(cls, config: EngramConfig, token_map: torch.Tensor | None = None) -> "HashPlan":
+        """The plan of ``config`` on the CPU.
+
+        token_map: integers ``[V_raw]`` from :func:`build_token_map`; required for window "pad", refused for "eos".
+        ValueError where its size or its number of distinct ids differs from the config's: every multiplier
+        derives from them, and the hash would silently be another one.
+        """
+        if config.window == "eos":
+            if token_map is not None:
+                raise ValueError("HashPlan.build: window 'eos' hashes raw ids and takes no token_map, got one")
+            vocab, pad = config.vocab_size or config.raw_vocab_size, config.eos_id
+        else:
+            if token_map is None:
+                raise ValueError(
+                    "HashPlan.build: this config needs the token map of its tokenizer (build_token_map), got None"
+                )
+            token_map = _checked_token_map(token_map, "HashPlan.build")
+            if len(token_map) != config.raw_vocab_size:
+                raise ValueError(
+                    f"HashPlan.build: token_map must have one entry per raw id, {config.raw_vocab_size}, "
+                    f"got {len(token_map)}"
+                )
+            vocab, pad = len(token_map.unique()), int(token_map[config.pad_id])
+            if config.vocab_size not in (None, vocab):
+                raise ValueError(
+                    f"HashPlan.build: token_map must give {config.vocab_size} compressed ids, as the config says, "
+                    f"got {vocab}"
+                )
+            if int(token_map.max()) >= vocab:
+                raise ValueError(
+                    f"HashPlan.build: token_map must number its {vocab} compressed ids from 0 without gaps, "
+                    f"got {int(token_map.max())}"
+                )
+        plan = cls.from_parts(
+            torch.tensor([_layer_multipliers(config, index, vocab) for index in range(len(config.layers))]),
+            torch.tensor(config.primes),
+            pad=pad,
+            token_map=token_map,
+            eos=config.eos_id if config.window == "eos" else None,
+            vocab_size=None if token_map is not None else config.raw_vocab_size,
+        )
+        return replace(plan, rows_per_layer=config.rows_per_layer)
+
+    @classmethod
+    def from_parts(
+        cls,
+        multipliers: torch.Tensor,
+        primes: torch.Tensor,
+        *,
+        pad: int,
+        token_map: torch.Tensor | None = None,
+        eos: int | None = None,
+        vocab_size: int | None = None,
+    ) -> "HashPlan":
+        """A plan from a model's own constants.
+
+        multipliers: int64 ``[L, N]``. primes: integers ``[L, C]``, order-major, C a multiple of N - 1.
+        pad: the id blocked look-backs read, after the token map. token_map: integers ``[V_raw]`` or None.
+        eos: raw id of the "eos" dialect; blocked look-backs then read ``pad``, which must equal it.
+        vocab_size: number of valid raw ids where there is no token map; None accepts every id from 0.
+        """
+        where = "HashPlan.from_parts"
+        for name, tensor in (("multipliers", multipliers), ("primes", primes)):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_floating_point() or tensor.dim() != 2:
+                raise TypeError(f"{where}: {name} must be a 2-dimensional integer tensor, got {_describe(tensor)}")
+        layers, max_ngram = multipliers.shape
+        if max_ngram < 2 or primes.shape[0] != layers or primes.shape[1] % (max_ngram - 1) or not primes.numel():
+            raise ValueError(
+                f"{where}: expected multipliers [L, N >= 2] and primes [L, (N - 1) * heads], "
+                f"got {list(multipliers.shape)} and {list(primes.shape)}"
+            )
+        if int(primes.min()) < 2:
+            raise ValueError(f"{where}: primes must be at least 2, got {int(primes.min())}")
+        if eos is not None and (token_map is not None or pad != eos):
+            raise ValueError(f"{where}: with eos={eos}, pad must equal it and token_map be None, got pad={pad}")
+        if token_map is not None:
+            token_map = _checked_token_map(token_map, where)
+            vocab_size = len(token_map)
+        multipliers, primes = (tensor.detach().to("cpu", torch.int64).contiguous() for tensor in (multipliers, primes))
+        largest_id = int(token_map.max()) if token_map is not None else (vocab_size or 0) - 1
+        columns_per_order = primes.shape[1] // (max_ngram - 1)
+        return cls(
+            multipliers=multipliers,
+            primes=primes,
+            offsets=primes.cumsum(1) - primes,
+            reciprocals=torch.tensor([[_signed(2**64 // prime) for prime in layer] for layer in primes.tolist()]),
+            orders=torch.arange(2, max_ngram + 1, dtype=torch.int32).repeat_interleave(columns_per_order),
+            token_map=token_map,
+            pad=int(pad),
+            eos=eos,
+            vocab_size=vocab_size,
+            rows_per_layer=tuple(primes.sum(1).tolist()),
+            non_negative=largest_id >= 0
+            and pad >= 0
+            and int(multipliers.min()) >= 0
+            and max(largest_id, pad) * int(multipliers.max()) <= _INT64_MAX
+            and int(primes.max()) < 2**31,
+            heads=(columns_per_order,) * (max_ngram - 1),
+        )
+
+    def parts(self) -> tuple:
+        """Every field in order, for registered ops, which take tensors and numbers alone."""
+        tensors = (self.multipliers, self.primes, self.offsets, self.reciprocals, self.orders, self.token_map)
+        return (*tensors, self.pad, self.eos, self.vocab_size, list(self.rows_per_layer), self.non_negative, self.heads)
+
+    @cached_property
+    def kernel_arguments(self) -> dict:
+        """What every hashing kernel is told of the plan."""
+        return dict(
+            token_map_ptr=self.token_map,
+            multipliers_ptr=self.multipliers,
+            primes_ptr=self.primes,
+            offsets_ptr=self.offsets,
+            reciprocals_ptr=self.reciprocals,
+            orders_ptr=self.orders,
+            vocab_size=_INT64_MAX if self.vocab_size is None else self.vocab_size,
+            pad=self.pad,
+            eos=-1 if self.eos is None else self.eos,
+            NUM_LAYERS=self.primes.shape[0],
+            NUM_COLUMNS=self.primes.shape[1],
+            MAX_NGRAM=self.max_ngram,
+            HAS_EOS=self.eos is not None,
+            NON_NEGATIVE=self.non_negative,
+        )
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Launches of ops that hash with this plan."""
+        return Prepared()
+
+    @property
+    def max_ngram(self) -> int:
+        """N, the longest n-gram."""
+        return self.multipliers.shape[1]
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """Type of row ids: int32, or int64 where a layer has 2^31 rows or more."""
+        return torch.int64 if max(self.rows_per_layer) >= 2**31 else torch.int32
+
+    @property
+    def device(self) -> torch.device:
+        return self.primes.device
+
+    def to(self, device: torch.device | str) -> "HashPlan":
+        """The same plan with its tensors on ``device``."""
+        names = ("multipliers", "primes", "offsets", "reciprocals", "orders", "token_map")
+        moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items()})
+
+    def select(self, layers: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> "HashPlan":
+        """The plan of some of its layers and columns, by position, in the order given.
+
+        Row ids are those of the whole plan: offsets stay as they are. A column must not be named twice.
+        """
+        layers = _positions(layers, self.primes.shape[0], "layers")
+        columns = _positions(columns, self.primes.shape[1], "columns")
+        per_column = {
+            name: getattr(self, name)[layers][:, columns].contiguous() for name in ("primes", "offsets", "reciprocals")
+        }
+        orders = self.orders[columns].contiguous()
+        return replace(
+            self,
+            multipliers=self.multipliers[layers].contiguous(),
+            orders=orders,
+            heads=_heads(orders.tolist(), self.max_ngram),
+            rows_per_layer=tuple(self.rows_per_layer[layer] for layer in layers),
+            **per_column,
+        )
+
+
+def _layer_multipliers(config: EngramConfig, index: int, vocab: int) -> list[int]:
+    """N odd multipliers of the layer at ``index``; below 2^63 / V, so that products of valid ids never wrap."""
+    bound = max(1, _INT64_MAX // vocab // 2)
+    if config.multiplier_rule == "numpy":
+        generator = np.random.default_rng(config.seed + _LAYER_SEED * config.layers[index])
+        draws = generator.integers(0, bound, config.max_ngram, dtype=np.int64).tolist()
+    else:  # Qwen counts its own layers here, not the model's
+        base = config.seed + _LAYER_SEED * index
+        draws = [_splitmix64(base, step) % bound for step in range(1, config.max_ngram + 1)]
+    return [2 * draw + 1 for draw in draws]
+
+
+def _splitmix64(seed: int, step: int) -> int:
+    """Output number ``step + 1`` of the SplitMix64 generator started at ``seed`` (Steele, Lea, Flood 2014)."""
+    state = (seed + 0x9E3779B97F4A7C15 * (step + 1)) & _MASK64
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK64
+    return state ^ (state >> 31)
+
+
+def _heads(orders: list[int], max_ngram: int) -> tuple[int, ...] | None:
+    """Columns of each order from 2 to ``max_ngram``; None unless lower orders come first."""
+    return tuple(map(orders.count, range(2, max_ngram + 1))) if orders == sorted(orders) else None
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit ``word``."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _checked_token_map(token_map: torch.Tensor, where: str) -> torch.Tensor:
+    if not isinstance(token_map, torch.Tensor) or token_map.is_floating_point() or token_map.dim() != 1:
+        raise TypeError(f"{where}: token_map must be a 1-dimensional integer tensor, got {_describe(token_map)}")
+    if not token_map.numel() or int(token_map.min()) < 0 or int(token_map.max()) >= 2**31:
+        raise ValueError(f"{where}: token_map must hold at least one id, all within 0 <= id < 2^31")
+    return token_map.detach().to("cpu", torch.int32).contiguous()
+
+
+def _describe(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
+
+
+def _positions(chosen: Sequence[int] | None, size: int, what: str) -> list[int]:
+    chosen = list(range(size)) if chosen is None else [int(position) for position in chosen]
+    if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size:
+        raise ValueError(f"HashPlan.select: {what} must be distinct positions within 0..{size - 1}, got {chosen}")
+    return chosen

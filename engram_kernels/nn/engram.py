@@ -1,0 +1,239 @@
+"""The Engram module of one layer: rows, projection, gate and, in the paper's form, the short convolution.
+
+    rows  = hash_lookup(token_ids)                      [T, C, R]
+    kv    = wkv(rows)                                   keys of all branches, then the value: [T, (H + 1) * D]
+    out   = gate_residual | gate_conv_residual          [T, H, D]
+
+State dict, the same for every form (bias and conv entries where the config has them):
+
+    wkv.weight   [(H + 1) * D, C * R]    wkv.bias  [(H + 1) * D]
+    q_weight, k_weight, conv_norm  [H, D]          conv_weight  [H, D, K]
+
+The table is not in it: it has a life of its own (:class:`EngramTable`). Checkpoints name these tensors differently;
+:meth:`Engram.load_checkpoint` knows how.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Paths
+from engram_kernels.checkpoints.validate import module_prefix
+from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.launching.checks import check_batch, check_tensor
+from engram_kernels.ops.gate import gate_residual
+from engram_kernels.ops.gate_conv import gate_conv_residual
+from engram_kernels.ops.gate_kernels.gradients import split_kv
+from engram_kernels.ops.hash_rows import hash_lookup
+from engram_kernels.ranks.sharded import ShardedTable
+from engram_kernels.serving.state import EngramStep
+from engram_kernels.tables.engram import EngramTable
+
+
+class Engram(nn.Module):
+    """Engram of model layer ``layer``; H branches, D hidden size, C columns of R elements.
+
+    plan: the plan of all the config's layers, or of this one alone. table: this layer's rows; of a
+    :class:`ShardedTable` each rank looks up its own tokens, in forward passes that all ranks make.
+    residual: False returns what is to be added to the hidden state instead of the sum, as the demo's module does.
+    """
+
+    def __init__(
+        self,
+        config: EngramConfig,
+        layer: int,
+        plan: HashPlan,
+        table: EngramTable | ShardedTable,
+        *,
+        residual: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if layer not in config.layers:
+            raise ValueError(f"Engram: layer must be one of the config's, {config.layers}, got {layer}")
+        layers, columns = plan.primes.shape
+        if layers not in (1, len(config.layers)) or columns != config.columns:
+            raise ValueError(
+                f"Engram: plan must have 1 or {len(config.layers)} layers of {config.columns} columns, "
+                f"got {layers} of {columns}"
+            )
+        if table.width != config.row_width:
+            raise ValueError(f"Engram: table must have rows of {config.row_width} elements, got {table.width}")
+        self.config, self.layer, self.table, self.residual = config, layer, table, residual
+        plan = plan if layers == 1 else plan.select(layers=[config.layers.index(layer)])
+        self._plans = {plan.device: plan}
+        branches, hidden_size = config.branches, config.hidden_size
+        options = dict(device=device, dtype=dtype)
+        width = config.columns * config.row_width
+        self.wkv = nn.Linear(width, (branches + 1) * hidden_size, bias=config.projection_bias, **options)
+        self.q_weight = nn.Parameter(torch.ones(branches, hidden_size, **options))
+        self.k_weight = nn.Parameter(torch.ones(branches, hidden_size, **options))
+        if config.conv_kernel:
+            self.conv_norm = nn.Parameter(torch.ones(branches, hidden_size, **options))
+            self.conv_weight = nn.Parameter(torch.zeros(branches, hidden_size, config.conv_kernel, **options))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        token_ids: torch.Tensor | None = None,
+        *,
+        rows: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        dead: torch.Tensor | None = None,
+        conv_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+        state: EngramStep | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """``[T, H, D]`` (``[B, S, H, D]``) from hidden of that shape; with conv_state (out, new state).
+
+        token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history and dead as for :func:`ngram_hash`; or rows
+        ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before.
+        state: a step of :class:`EngramState`, which stands for all of them but rows; the result is out alone.
+        Padding tokens come back as hidden, and so do dead ones (in DeepSeek-V4.1 those of images), to which a form with
+        a convolution still adds that of earlier tokens.
+        Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
+        """
+        if state is not None:
+            others = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, conv_state=conv_state)
+            if given := [name for name, value in others.items() if value is not None]:
+                raise ValueError(f"Engram.forward: state stands for {', '.join(given)} too, got both")
+            options = dict(state.options, conv_state=state.conv_state(self.layer))
+            out = self.forward(hidden, state.token_ids if rows is None else None, rows=rows, **options)
+            return out if options["conv_state"] is None else out[0]
+        if (token_ids is None) == (rows is None):
+            raise ValueError("Engram.forward: expected either token_ids or rows, got both or neither")
+        if rows is None:
+            rows = self.rows(token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead)
+        kv = self.wkv(rows.flatten(-2).to(self.wkv.weight.dtype))
+        if torch.is_autocast_enabled(hidden.device.type):
+            kv = kv.to(hidden.dtype)
+        key, value = split_kv(kv, self.config.branches, self.config.hidden_size)
+        inputs = (hidden, key, value, self.q_weight, self.k_weight)
+        options = dict(eps=self.config.eps, zero_gate=self.config.zero_gate, residual=self.residual)
+        options |= dict(mask=self._mask(hidden, cu_seqlens, dead))
+        if not self.config.conv_kernel:
+            if conv_state is not None:
+                raise ValueError("Engram.forward: this config has no convolution and takes no conv_state")
+            return gate_residual(*inputs, **options)
+        return gate_conv_residual(
+            *inputs,
+            self.conv_norm,
+            self.conv_weight,
+            dilation=self.config.conv_dilation,
+            conv_eps=self.config.conv_eps,
+            cu_seqlens=cu_seqlens,
+            conv_state=conv_state,
+            **options,
+        )
+
+    def rows(self, token_ids, *, cu_seqlens=None, history=None, dead=None) -> torch.Tensor:
+        """This layer's rows ``[T, C, R]``, in the projection's dtype where the kernels write it."""
+        dtype = self.wkv.weight.dtype
+        out_dtype = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else None
+        options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, out_dtype=out_dtype)
+        plan = self._plan(token_ids.device)
+        if isinstance(self.table, ShardedTable):
+            return self.table.hash_lookup(token_ids, plan, **options)
+        return hash_lookup(token_ids, plan, (self.table,), **options)[0]
+
+    def new_conv_state(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before the first token of ``batch`` sequences, on the module's device."""
+        span = max(0, self.config.conv_kernel - 1) * self.config.conv_dilation
+        scale_dtype = torch.float64 if self.wkv.weight.dtype == torch.float64 else torch.float32
+        value = self.wkv.weight.new_zeros(batch, span, self.config.hidden_size)
+        return value, value.new_zeros(batch, span, self.config.branches, dtype=scale_dtype)
+
+    def load_checkpoint(self, tensors: "Mapping[str, torch.Tensor] | Paths", prefix: str = "") -> None:
+        """Copy the layer's weights from a checkpoint's tensors, whose names start with ``prefix``.
+
+        tensors: a mapping from names, or files as :meth:`EngramTable.from_safetensors` takes them, where the layer's
+        number tells the prefix.
+        DeepSeek-V4.1 (prefix ``layers.{i}.engram.``): wkv.weight, with wkv.scale where it is fp8, q_weight, k_weight.
+        Qwen (``...layers.{i}.ple.``): key_proj, value_proj, norm_query, norm_key, norm_conv, conv1d.
+        ValueError names a tensor that is missing or has another shape; nothing is changed then.
+        """
+        if not isinstance(tensors, Mapping):
+            with Checkpoint(tensors, "Engram.load_checkpoint") as checkpoint:
+                prefix = prefix or module_prefix(checkpoint, self.layer)
+                return self.load_checkpoint(CheckpointTensors(checkpoint), prefix)
+        if prefix + "wkv.weight" in tensors:
+            loaded = {"wkv.weight": _dequantised(tensors, prefix + "wkv")}
+            loaded |= {name: _tensor(tensors, prefix + name) for name in ("q_weight", "k_weight")}
+        elif prefix + "key_proj.weight" in tensors:
+            loaded = self._qwen_tensors(tensors, prefix)
+        else:
+            raise ValueError(
+                f"Engram.load_checkpoint: expected {prefix}wkv.weight (DeepSeek-V4.1) or {prefix}key_proj.weight "
+                "(Qwen), got neither"
+            )
+        parameters = dict(self.named_parameters())
+        for name, parameter in parameters.items():
+            if name not in loaded:
+                raise ValueError(f"Engram.load_checkpoint: this config needs {name}, and the checkpoint has none")
+            if loaded[name].shape != parameter.shape:
+                raise ValueError(
+                    f"Engram.load_checkpoint: {name} must have shape {list(parameter.shape)}, "
+                    f"got {list(loaded[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(loaded[name])
+
+    def _mask(self, hidden, cu_seqlens, dead) -> torch.Tensor | None:
+        """Tokens whose gate is open: neither dead nor padding, which the convolution finds itself. None: all."""
+        where, tokens, device = "Engram.forward", hidden.shape[:-2], hidden.device
+        mask = None
+        if len(tokens) not in (1, 2):
+            return mask  # which the gate refuses
+        if dead is not None:
+            check_tensor(where, "dead", dead, dtypes=(torch.bool,), shape=tokens, device=device)
+            mask = ~dead
+        if cu_seqlens is not None and not self.config.conv_kernel:
+            check_batch(where, tokens, cu_seqlens, device)
+            inside = torch.arange(tokens[0], device=device) < cu_seqlens[-1]
+            mask = inside if mask is None else mask & inside
+        return mask
+
+    def _qwen_tensors(self, tensors, prefix) -> dict[str, torch.Tensor]:
+        shape = (self.config.branches, self.config.hidden_size)
+        projections = [_tensor(tensors, f"{prefix}{name}_proj.weight") for name in ("key", "value")]
+        loaded = {"wkv.weight": torch.cat(projections)}
+        for ours, theirs in (("q_weight", "query"), ("k_weight", "key"), ("conv_norm", "conv")):
+            norm = _tensor(tensors, f"{prefix}norm_{theirs}.weight")
+            loaded[ours] = norm.float().reshape(shape) + self.config.norm_offset
+        loaded["conv_weight"] = _tensor(tensors, f"{prefix}conv1d.weight").reshape(*shape, -1)
+        return loaded
+
+    def _plan(self, device: torch.device) -> HashPlan:
+        if device not in self._plans:
+            self._plans[device] = next(iter(self._plans.values())).to(device)
+        return self._plans[device]
+
+
+def _tensor(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in tensors:
+        raise ValueError(f"Engram.load_checkpoint: the checkpoint has no tensor {name}")
+    return tensors[name]
+
+
+def _dequantised(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A projection's weight; one in fp8 is multiplied by its scale, one entry per block of rows and columns."""
+    weight = _tensor(tensors, f"{name}.weight")
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight
+    scale = _tensor(tensors, f"{name}.scale")
+    # Blocks are powers of two (32 x 32 as published), and the last of a dimension may be a part of one.
+    blocks = [1 << (-(-size // count) - 1).bit_length() for size, count in zip(weight.shape, scale.shape, strict=True)]
+    expected = [-(-size // block) for size, block in zip(weight.shape, blocks, strict=True)]
+    if list(scale.shape) != expected:
+        raise ValueError(
+            f"Engram.load_checkpoint: {name}.scale must have one entry per block of {name}.weight "
+            f"{list(weight.shape)}, got {list(scale.shape)}"
+        )
+    scale = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
+    for dim, block in enumerate(blocks):
+        scale = scale.to(torch.float32).repeat_interleave(block, dim)
+    return weight.to(torch.float32) * scale[: weight.shape[0], : weight.shape[1]]

@@ -1,0 +1,239 @@
+"""Swap the Engram modules of a model built like the DeepSeek demo for ours.
+
+A module is one of the demo's by its attributes: ``hash_mapping``, ``multi_head_embedding``, ``key_projs``,
+``value_proj``, ``norm1`` (keys), ``norm2`` (queries) and ``short_conv``. Source: the demo published with arXiv
+2601.07372.
+"""
+
+import torch
+from torch import nn
+
+from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.reference.ops.gate import rms_norm
+from engram_kernels.tables.engram import EngramTable
+
+from .engram import Engram
+
+_MODULE = ("hash_mapping", "multi_head_embedding", "key_projs", "value_proj", "norm1", "norm2", "short_conv")
+_NEEDED = (
+    "layer_id",
+    "hash_mapping.compressed_tokenizer.lookup_table",
+    "hash_mapping.pad_id",
+    "hash_mapping.layer_multipliers",
+    "hash_mapping.vocab_size_across_layers",
+    "multi_head_embedding.offsets",
+    "multi_head_embedding.embedding.weight",
+    "key_projs",
+    "value_proj.weight",
+    "norm1",
+    "norm2",
+    "short_conv.conv.weight",
+    "short_conv.norms",
+)
+
+
+class DemoEngram(nn.Module):
+    """Our :class:`Engram` behind the demo's call, ``module(hidden_states=, input_ids=)``: it returns the addend."""
+
+    def __init__(self, engram: Engram):
+        super().__init__()
+        self.engram = engram
+
+    def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[B, S, H, D]`` from hidden_states of that shape and raw ids ``[B, S]``."""
+        return self.engram(hidden_states, input_ids)
+
+
+def replace_engram(model: nn.Module, *, placement: str) -> dict[str, nn.Module]:
+    """Replace every Engram module of the demo's shape in ``model``; returns {name: the module that was there}.
+
+    placement: of the tables, as for :class:`EngramTable`; "cpu" shares the embedding's memory, "device" does where it
+    lies there already, "host" copies it.
+    Weights are shared, not doubled: ours hold the projections and norms of all branches in one tensor each, and the
+    parameters of the modules returned become views of them. Only a weight of another dtype or device than the value
+    projection's is copied.
+    ValueError where a module looks like the demo's and lacks an attribute, or differs in what it computes.
+    """
+    found, replacements = {}, {}
+    # A module that the model holds under two names is replaced under both.
+    for name, module in model.named_modules(remove_duplicate=False):
+        present = [attribute for attribute in _MODULE if hasattr(module, attribute)]
+        if len(present) > len(_MODULE) // 2:
+            found[name] = module
+    if "" in found:
+        raise ValueError("replace_engram: model is itself an Engram module; expected a model that contains some")
+    for name, module in found.items():
+        if module not in replacements:
+            replacements[module] = DemoEngram(_converted(name, module, placement))
+    for name, module in found.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacements[module])
+    return found
+
+
+def _converted(name: str, module: nn.Module, placement: str) -> Engram:
+    for path in _NEEDED:
+        _attribute(name, module, path)
+    config, plan = _geometry(name, module)
+    _check_form(name, module, config, plan)
+    _check_parts(name, module, config)
+    embedding, conv = module.multi_head_embedding.embedding, module.short_conv.conv
+    table = EngramTable.from_tensors(embedding.weight.detach(), placement=placement)
+    weight = module.value_proj.weight
+    engram = Engram(config, module.layer_id, plan, table, residual=False, device="meta", dtype=weight.dtype)
+    projections = [*module.key_projs, module.value_proj]
+    engram.wkv.weight = _joined([projection.weight for projection in projections], torch.cat, weight)
+    if config.projection_bias:
+        engram.wkv.bias = _joined([projection.bias for projection in projections], torch.cat, weight)
+    engram.q_weight = _joined([norm.weight for norm in module.norm2], torch.stack, weight)
+    engram.k_weight = _joined([norm.weight for norm in module.norm1], torch.stack, weight)
+    engram.conv_norm = _joined([norm.weight for norm in module.short_conv.norms], torch.stack, weight)
+    shape = (config.branches, config.hidden_size, config.conv_kernel)
+    engram.conv_weight = nn.Parameter(conv.weight.detach().to(weight).view(shape), conv.weight.requires_grad)
+    return engram.train(module.training)
+
+
+def _geometry(name: str, module: nn.Module) -> tuple[EngramConfig, HashPlan]:
+    mapping, layer = module.hash_mapping, module.layer_id
+    for attribute in ("layer_multipliers", "vocab_size_across_layers"):
+        if layer not in getattr(mapping, attribute):
+            raise ValueError(f"replace_engram: {name}.hash_mapping.{attribute} has nothing for layer_id {layer}")
+    sizes = mapping.vocab_size_across_layers[layer]  # [N - 1][heads]
+    if len({len(order) for order in sizes}) != 1:
+        lengths = [len(order) for order in sizes]
+        raise ValueError(
+            f"replace_engram: {name}.hash_mapping.vocab_size_across_layers[{layer}] must have equally many heads in "
+            f"every order, got {lengths}"
+        )
+    if not len(module.key_projs):
+        raise ValueError(f"replace_engram: {name}.key_projs must have one projection for each branch, got none")
+    embedding = module.multi_head_embedding.embedding.weight
+    try:
+        primes = torch.as_tensor(sizes)
+        plan = HashPlan.from_parts(
+            torch.as_tensor(mapping.layer_multipliers[layer])[None],
+            primes.reshape(1, -1),
+            pad=int(mapping.pad_id),
+            token_map=torch.as_tensor(mapping.compressed_tokenizer.lookup_table),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"replace_engram: {name}.hash_mapping does not make a plan: {error}") from None
+    config = EngramConfig(
+        layers=(layer,),
+        max_ngram=plan.max_ngram,
+        heads=primes.shape[1],
+        row_width=embedding.shape[1],
+        table_sizes=tuple(primes[:, 0].tolist()),
+        hidden_size=module.value_proj.weight.shape[0],
+        branches=len(module.key_projs),
+        raw_vocab_size=plan.vocab_size,
+        vocab_size=int(plan.token_map.max()) + 1,
+        format=str(embedding.dtype).removeprefix("torch."),
+        eps=_shared_eps(name, "norm1 and norm2", [*module.norm1, *module.norm2]),
+        projection_bias=module.value_proj.bias is not None,
+        conv_kernel=module.short_conv.conv.weight.shape[-1],
+        conv_eps=_shared_eps(name, "short_conv.norms", module.short_conv.norms),
+        zero_gate="sign",
+    )
+    return config, plan
+
+
+def _attribute(name: str, module: nn.Module, path: str):
+    value = module
+    for part in path.split("."):
+        if not hasattr(value, part):
+            raise ValueError(f"replace_engram: {name} looks like the demo's Engram but has no attribute {path!r}")
+        value = getattr(value, part)
+    return value
+
+
+def _shared_eps(name: str, which: str, norms) -> float | None:
+    if not all(hasattr(norm, "eps") for norm in norms):
+        raise ValueError(f"replace_engram: {name}: {which} must be RMS norms with an attribute 'eps'")
+    values = {norm.eps for norm in norms}
+    if len(values) != 1:
+        raise ValueError(f"replace_engram: {name}: {which} must share one eps, got {sorted(map(str, values))}")
+    return values.pop()
+
+
+def _check_form(name: str, module: nn.Module, config: EngramConfig, plan: HashPlan) -> None:
+    """ValueError where sizes or options differ from what ours would take them for."""
+    conv, channels = module.short_conv.conv, config.branches * config.hidden_size
+    rows, embedding = plan.rows_per_layer[0], module.multi_head_embedding.embedding
+    checks = (
+        ("norm1", len(module.norm1), config.branches),
+        ("norm2", len(module.norm2), config.branches),
+        ("short_conv.norms", len(module.short_conv.norms), config.branches),
+        ("multi_head_embedding.offsets", module.multi_head_embedding.offsets.tolist(), plan.offsets[0].tolist()),
+        ("multi_head_embedding.embedding.weight", embedding.weight.shape[0], rows),
+        ("multi_head_embedding.embedding.max_norm", getattr(embedding, "max_norm", None), None),
+        ("short_conv.conv.groups", conv.groups, channels),
+        ("short_conv.conv.dilation", tuple(conv.dilation), (config.conv_dilation,)),
+        ("short_conv.conv.padding", tuple(conv.padding), ((config.conv_kernel - 1) * config.conv_dilation,)),
+        ("short_conv.conv.bias", conv.bias, None),
+        ("short_conv.activation", bool(getattr(module.short_conv, "activation", True)), True),
+        ("key_projs", {getattr(one, "bias", None) is not None for one in module.key_projs}, {config.projection_bias}),
+    )
+    for attribute, got, expected in checks:
+        if got != expected:
+            raise ValueError(f"replace_engram: {name}.{attribute} must be {expected}, got {got}")
+
+
+@torch.no_grad()
+def _check_parts(name: str, module: nn.Module, config: EngramConfig) -> None:
+    """ValueError where a part has a weight of another shape, or computes something else with it than ours would.
+
+    A LayerNorm has the attributes of an RMSNorm, and so have norms that use 1 + weight: only a trial tells.
+    """
+    width, hidden_size = config.columns * config.row_width, config.hidden_size
+    short_conv, span = module.short_conv, (config.conv_kernel - 1) * config.conv_dilation
+
+    def trial(attribute, part, shape, x_shape, expected):
+        weight = getattr(part, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.shape != shape:
+            got = list(weight.shape) if isinstance(weight, torch.Tensor) else weight
+            raise ValueError(f"replace_engram: {name}.{attribute}.weight must have shape {list(shape)}, got {got}")
+        numbers = torch.arange(torch.Size(x_shape).numel(), device=weight.device) * 0.618
+        x = (numbers % 1.5 + 0.25).to(weight.dtype).view(x_shape)
+        got, wanted = part(x), expected(x.double(), weight.double())
+        options = dict(rtol=0.05, atol=0.02 * float(wanted.abs().max()), equal_nan=True)
+        if got.shape != wanted.shape or not torch.allclose(got.double(), wanted, **options):
+            raise ValueError(f"replace_engram: {name}.{attribute} computes something else than the demo's")
+
+    def linear(bias):
+        return lambda x, weight: nn.functional.linear(x, weight, None if bias is None else bias.double())
+
+    def norm(eps):
+        return lambda x, weight: rms_norm(x, weight, torch.finfo(torch.float32).eps if eps is None else eps)
+
+    def conv(x, weight):
+        options = dict(padding=span, dilation=config.conv_dilation, groups=len(weight))
+        return nn.functional.conv1d(x, weight, **options)
+
+    for attribute, projections in (("value_proj", [module.value_proj]), ("key_projs", module.key_projs)):
+        for projection in projections:
+            trial(attribute, projection, (hidden_size, width), (1, width), linear(projection.bias))
+    for attribute, norms, eps in (
+        ("norm1", module.norm1, config.eps),
+        ("norm2", module.norm2, config.eps),
+        ("short_conv.norms", short_conv.norms, config.conv_eps),
+    ):
+        for part in norms:
+            trial(attribute, part, (hidden_size,), (1, hidden_size), norm(eps))
+    channels = config.branches * hidden_size
+    trial("short_conv.conv", short_conv.conv, (channels, 1, config.conv_kernel), (1, channels, span + 2), conv)
+    if hasattr(short_conv, "act_fn"):
+        x = torch.linspace(-3, 3, 13)
+        if not torch.allclose(short_conv.act_fn(x), nn.functional.silu(x), atol=1e-3):
+            raise ValueError(f"replace_engram: {name}.short_conv.act_fn computes something else than SiLU")
+
+
+def _joined(parts: list[nn.Parameter], join, like: torch.Tensor) -> nn.Parameter:
+    """One parameter of all ``parts``, which become views of it where they have its dtype and device."""
+    whole = join([part.detach().to(like) for part in parts])
+    views = whole.unbind() if join is torch.stack else whole.split([len(part) for part in parts])
+    for part, view in zip(parts, views, strict=True):
+        if part.dtype == whole.dtype and part.device == whole.device:
+            part.data = view
+    return nn.Parameter(whole, parts[0].requires_grad)

@@ -1,0 +1,113 @@
+"""Kernels compiled before the first request: Triton compiles a variant when it is first launched, in seconds.
+
+A variant depends on the model, on which arguments are given, and in steps on the number of tokens: tiles of the hash
+and of the convolution, rows hashed at once, the read order, and whether each layer is looked up by a launch of its own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from engram_kernels.launching.checks import is_kernel_device
+from engram_kernels.ops.conv_kernels.residual import conv_config
+from engram_kernels.ops.hashing import hash_config
+from engram_kernels.ops.row_kernels.hashed import hash_rows_config
+from engram_kernels.ops.row_kernels.order import choose_order
+from engram_kernels.serving.prefetch import Prefetcher
+from engram_kernels.serving.state import EngramState
+from engram_kernels.tables.engram import EngramTable, view_tables
+
+from .engram import Engram
+
+
+def variant_lengths(engrams: Sequence[Engram], max_tokens: int, prefetcher: Prefetcher | None) -> list[int]:
+    """Numbers of tokens that take every variant between 1 and ``max_tokens``, which is the last."""
+    config, table = engrams[0].config, engrams[0].table
+
+    def variant(tokens: int) -> tuple:
+        if prefetcher is None:
+            view = view_tables((table,), engrams[0].wkv.weight.device)
+            num_rows = tokens * config.columns
+            lookup = choose_order(None, view, num_rows), hash_rows_config(view, num_rows, None)[1]
+        else:
+            lookup = prefetcher.launches(tokens)
+        conv = conv_config(tokens, config.hidden_size, config.branches) if config.conv_kernel else None
+        heads = config.columns // (config.max_ngram - 1)
+        return lookup, conv, hash_config(tokens, heads, len(config.layers))
+
+    first = {}
+    for tokens in range(1, max_tokens + 1):
+        first.setdefault(variant(tokens), tokens)
+    return sorted({*first.values(), max_tokens})
+
+
+def warmup(
+    engrams: Sequence[Engram],
+    max_tokens: int,
+    *,
+    prefetcher: Prefetcher | None = None,
+    state: EngramState | None = None,
+    dead: bool = False,
+    id_dtype: torch.dtype = torch.int64,
+) -> None:
+    """Compile every kernel variant that steps of 1 to ``max_tokens`` packed tokens launch, by launching each once.
+
+    engrams: the model's modules, of one config, where they will run. prefetcher: the one that will look rows up; None
+    is forward passes from token ids. state: the one whose steps they will take, commits of both kinds, reset and
+    restore included; its slots are neither read nor written. dead: whether steps come with dead tokens; False compiles
+    for those without. id_dtype: of token ids.
+    All tokens are padding: no table is read. Call it before memory is measured or a graph captured: the longest step
+    has then been made once, and afterwards nothing is compiled and no memory asked of the driver. On a CPU nothing
+    is to be done.
+    """
+    where = "warmup"
+    engrams = tuple(engrams)
+    if not engrams or not all(isinstance(engram, Engram) for engram in engrams):
+        raise TypeError(f"{where}: engrams must be Engram modules, got {[type(x).__name__ for x in engrams]}")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"{where}: max_tokens must be a positive int, got {max_tokens!r}")
+    if prefetcher is not None and max_tokens > prefetcher.max_tokens:
+        raise ValueError(f"{where}: max_tokens must be at most prefetcher's {prefetcher.max_tokens}, got {max_tokens}")
+    if id_dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{where}: id_dtype must be int32 or int64, got {id_dtype}")
+    if prefetcher is None and not isinstance(engrams[0].table, EngramTable):
+        kind = type(engrams[0].table).__name__
+        raise TypeError(f"{where}: engrams must have an EngramTable where there is no prefetcher, got {kind}")
+    weight = engrams[0].wkv.weight
+    if not is_kernel_device(weight) or weight.dtype == torch.float64:
+        return
+    with torch.no_grad():
+        for tokens in variant_lengths(engrams, max_tokens, prefetcher):
+            _step(engrams, tokens, prefetcher, state, dead, id_dtype)
+        if state is not None:
+            slots = torch.full((1,), -1, dtype=torch.int32, device=weight.device)
+            state.reset(slots)
+            states = state.conv_states(slots) or None
+            ids = torch.zeros(1, dtype=id_dtype, device=weight.device)
+            state.restore(slots, ids, conv_states=states)
+
+
+def _step(engrams, tokens: int, prefetcher, state, dead: bool, id_dtype: torch.dtype) -> None:
+    """One step of ``tokens`` tokens, all of them padding."""
+    weight, config = engrams[0].wkv.weight, engrams[0].config
+    ids = torch.zeros(tokens, dtype=id_dtype, device=weight.device)
+    cu_seqlens = torch.zeros(2, dtype=torch.int32, device=weight.device)
+    options = dict(cu_seqlens=cu_seqlens, dead=ids != 0 if dead else None)
+    hidden = weight.new_zeros(tokens, config.branches, config.hidden_size)
+    step = None
+    if state is not None:
+        slots = torch.full((1,), -1, dtype=torch.int32, device=weight.device)
+        step = state.begin(ids, slots, **options)
+        options = step.options
+    if prefetcher is not None:
+        prefetcher.start(ids, **options)
+    for engram in engrams:
+        rows = None if prefetcher is None else prefetcher.rows(engram.layer)
+        if step is not None:
+            engram(hidden, rows=rows, state=step)
+        else:
+            inputs = dict(token_ids=ids) if rows is None else dict(rows=rows)
+            engram(hidden, **inputs, **(options if rows is None else dict(options, history=None)))
+    if step is not None:
+        step.commit()
+        step.commit(torch.zeros_like(slots))

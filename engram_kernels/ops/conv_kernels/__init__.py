@@ -1,0 +1,1 @@
+"""Kernels of gate_conv_residual: scale, convolution, its state, gradients."""

@@ -1,0 +1,1 @@
+"""Kernels of gate_residual: the gate of a branch, gradients."""

@@ -1,0 +1,1 @@
+"""Kernels of ngram_hash: look-backs, mixes, remainders."""

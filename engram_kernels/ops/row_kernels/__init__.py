@@ -1,0 +1,1 @@
+"""Kernels of lookup and hash_lookup: rows copied and dequantised, the order in which they are read."""

@@ -1,0 +1,69 @@
+"""Arguments of the ops that read rows: tables that they can read, and ids as they walk them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.geometry.row_format import ROW_ALIGNMENT
+from engram_kernels.tables.engram import EngramTable
+
+
+def check_tables(where: str, tables, device: torch.device) -> None:
+    """Tables that one launch can read together on ``device``."""
+    # The flag itself: Dynamo of torch 2.11 folds is_exporting() to True under plain torch.compile.
+    if torch.compiler._is_exporting_flag:
+        raise ValueError(
+            f"{where}: tables must stay out of torch.export, as a program would hold addresses of this process; "
+            "export what takes rows, such as Engram.forward(hidden, rows=rows)"
+        )
+    for table in tables:
+        if not isinstance(table, EngramTable):
+            raise TypeError(f"{where}: expected an EngramTable, got {type(table).__name__}")
+        table.check_readable_on(device, where)
+        if (table.format, table.width) != (tables[0].format, tables[0].width):
+            raise ValueError(f"{where}: tables must share format and width, got {tables[0]!r} and {table!r}")
+        if device.type == "cuda" and table.format.dtype == torch.float64:
+            raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu' and CPU tensors")
+        if not table.aligned and not table.mapped:  # a checkpoint's rows lie where they lie, and a CPU reads them
+            raise ValueError(
+                f"{where}: rows must start at a multiple of {ROW_ALIGNMENT} bytes, scales of 8; {table!r} does not "
+                "(placement 'staged' takes any address)"
+            )
+
+
+def check_tables_of_plan(where: str, plan: HashPlan, tables) -> tuple[EngramTable, ...]:
+    """``tables`` as a tuple; raises unless they are one per layer that a launch on the plan's device can read."""
+    if not isinstance(tables, Sequence):
+        raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
+    tables = tuple(tables)
+    if len(tables) != len(plan.rows_per_layer):
+        raise ValueError(
+            f"{where}: tables must be one per layer of the plan, {len(plan.rows_per_layer)}, got {len(tables)}"
+        )
+    check_tables(where, tables, plan.device)
+    for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
+        if table.rows < rows:
+            raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
+    return tables
+
+
+def forms_of(tables: Sequence[EngramTable]) -> tuple | None:
+    """The part of a call's form (launching/prepared.py) that tables are; None where checks will refuse them."""
+    try:
+        return tuple([table.form for table in tables])
+    except (AttributeError, TypeError):
+        return None
+
+
+def two_dimensional(row_ids: torch.Tensor, keep_columns: bool) -> torch.Tensor:
+    """``row_ids`` as a view ``[T, C]``, or where columns do not matter ``[T * C, 1]``; a copy is made of no tensor."""
+    if row_ids.dim() == 1 or (row_ids.is_contiguous() and not keep_columns):
+        return row_ids.view(-1, 1)
+    try:
+        return row_ids.view(-1, row_ids.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            "lookup: leading dimensions of row_ids must be viewable as one, "
+            f"got shape {list(row_ids.shape)} with strides {list(row_ids.stride())}"
+        ) from None

@@ -1,0 +1,1 @@
+"""Tables over the ranks of a torch.distributed group."""

@@ -1,0 +1,220 @@
+"""Raw ids before each sequence's first token, kept per slot: read for a batch, and moved on by the tokens accepted.
+
+    history  [slots, N - 1]   raw ids, oldest first, -1 for none, int64
+    cursor   [slots]          int32, where the convolution's next entry goes (ops/conv_kernels/slots.py), or None
+
+B sequences, of which each names its slot; a slot outside 0..slots-1 (-1 for padding) is neither read nor written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from engram_kernels.launching.checks import is_kernel_device
+from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
+from engram_kernels.reference.serving import history as reference
+
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "gather_history_kernel": dict(sm_80=(24, 0), sm_90=(24, 0), sm_100=(24, 0), gfx942=(16, 0)),
+    "commit_history_kernel": dict(sm_80=(32, 0), sm_90=(32, 0), sm_100=(32, 0), gfx942=(24, 0)),
+}
+_GATHER_ELEMENTS = 128
+_COMMIT_SEQUENCES = 8
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_slots"])
+def gather_history_kernel(
+    history_ptr, slots_ptr, out_ptr, num_seqs, num_slots, DEPTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK ids of ``out [B, DEPTH]``.
+
+    Grid (cdiv(B * DEPTH, BLOCK),). Relies on contiguous arguments.
+    """
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_seqs * DEPTH
+    slot = tl.load(slots_ptr + offs // DEPTH, mask=mask, other=-1)
+    known = (slot >= 0) & (slot < num_slots)
+    id = tl.load(history_ptr + slot.to(tl.int64) * DEPTH + offs % DEPTH, mask=known, other=-1)
+    tl.store(out_ptr + offs, id, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_slots", "seq_len", "restart"])
+def commit_history_kernel(
+    history_ptr,
+    cursor_ptr,
+    slots_ptr,
+    token_ids_ptr,
+    cu_seqlens_ptr,
+    dead_ptr,
+    accepted_ptr,
+    num_seqs,
+    num_slots,
+    seq_len,
+    restart,
+    DEPTH: tl.constexpr,
+    RING: tl.constexpr,
+    SPAN: tl.constexpr,
+    RESTART: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """New history and cursor of BLOCK_B sequences.
+
+    Grid (cdiv(B, BLOCK_B),). A slot is read and written in place by one program; no two sequences write the same slot.
+    """
+    seq = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    mask_b = seq < num_seqs
+    slot = tl.load(slots_ptr + seq, mask=mask_b, other=-1)
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + seq, mask=mask_b, other=0)
+        length = tl.load(cu_seqlens_ptr + seq + 1, mask=mask_b, other=0) - start
+    else:
+        start, length = seq * seq_len, seq_len + seq * 0
+    taken = length
+    if accepted_ptr is not None:
+        taken = tl.minimum(tl.maximum(tl.load(accepted_ptr + seq, mask=mask_b, other=0), 0), length)
+    writes = (slot >= 0) & (slot < num_slots)
+    if not RESTART:
+        writes = writes & (taken > 0)
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    position = taken - DEPTH + offs_n
+    mask = writes & (offs_n < DEPTH)
+    inside = mask & (position >= 0)
+    token = (start + position).to(tl.int64)
+    id = tl.load(token_ids_ptr + token, mask=inside, other=-1).to(tl.int64)
+    id = tl.where(id == -1, -2, id)  # an invalid id, not a missing one
+    if dead_ptr is not None:
+        id = tl.where(tl.load(dead_ptr + token, mask=inside, other=0) != 0, -1, id)
+    row = slot.to(tl.int64) * DEPTH
+    old = tl.full([BLOCK_B, BLOCK_N], -1, tl.int64)
+    if not RESTART:
+        old = tl.load(history_ptr + row + offs_n + taken, mask=mask & (position < 0), other=-1)
+    moved = restart + slot * 0
+    if cursor_ptr is not None and not RESTART:
+        cursor = tl.load(cursor_ptr + slot, mask=writes, other=0)
+        moved = tl.maximum(cursor + taken - tl.maximum(length - (RING - SPAN), 0), 0)
+        moved = tl.where(moved < RING, moved, RING + moved % RING)  # so that it never wraps
+    tl.debug_barrier()  # every thread has read what another one overwrites
+    tl.store(history_ptr + row + offs_n, tl.where(inside, id, old), mask=mask)
+    if cursor_ptr is not None:
+        tl.store(cursor_ptr + slot, moved, mask=writes)
+
+
+def launch_gather_history(history, slots, out) -> None:
+    """One launch; writes ``out [B, N - 1]``."""
+    if out.numel():
+        with on_device_of(history):
+            gather_history_kernel[(cdiv(out.numel(), _GATHER_ELEMENTS),)](
+                history,
+                slots,
+                out,
+                len(slots),
+                len(history),
+                DEPTH=history.shape[1],
+                BLOCK=_GATHER_ELEMENTS,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+
+
+def launch_commit_history(
+    history, cursor, slots, token_ids, cu_seqlens, dead, accepted, ring: int, span: int, restart: int | None
+) -> None:
+    """One launch; rewrites the slots of ``history``, and of ``cursor`` where it is a tensor, in place."""
+    batch = len(slots)
+    if batch == 0:
+        return
+    with on_device_of(history):
+        commit_history_kernel[(cdiv(batch, _COMMIT_SEQUENCES),)](
+            history,
+            cursor,
+            slots,
+            token_ids,
+            cu_seqlens,
+            dead,
+            accepted,
+            batch,
+            len(history),
+            token_ids.numel() // batch,
+            0 if restart is None else restart,
+            DEPTH=history.shape[1],
+            RING=ring,
+            SPAN=span,
+            RESTART=restart is not None,
+            BLOCK_B=_COMMIT_SEQUENCES,
+            BLOCK_N=next_power_of_2(history.shape[1]),
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+
+
+@torch.library.custom_op("engram::gather_history", mutates_args=(), schema="(Tensor history, Tensor slots) -> Tensor")
+def gather_history_op(history, slots):
+    """:func:`gather_history` for torch.compile."""
+    out = make_gathered(history, slots)
+    launch_gather_history(history, slots, out)
+    return out
+
+
+@gather_history_op.register_fake
+def _(history, slots):
+    return make_gathered(history, slots)
+
+
+@torch.library.custom_op(
+    "engram::commit_history",
+    mutates_args=("history", "cursor"),
+    schema="(Tensor(a!) history, Tensor(b!)? cursor, Tensor slots, Tensor token_ids, Tensor? cu_seqlens, Tensor? dead, "
+    "Tensor? accepted, int ring, int span, int? restart) -> ()",
+)
+def commit_history_op(history, cursor, *options):
+    """:func:`commit_history` for torch.compile."""
+    launch_commit_history(history, cursor, *options)
+
+
+@commit_history_op.register_fake
+def _(history, cursor, *options):
+    return None
+
+
+def make_gathered(history, slots) -> torch.Tensor:
+    """A new tensor for the history of ``slots``."""
+    return history.new_empty(slots.shape[0], history.shape[1])
+
+
+def gather_history(history: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """History ``[B, N - 1]`` of the sequences in ``slots [B]`` int32; -1 throughout for padding."""
+    if not is_kernel_device(history):
+        return reference.gather_history(history, slots)
+    if torch.compiler.is_compiling():
+        return gather_history_op(history, slots)
+    out = make_gathered(history, slots)
+    launch_gather_history(history, slots, out)
+    return out
+
+
+def commit_history(
+    history: torch.Tensor,
+    cursor: torch.Tensor | None,
+    slots: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    dead: torch.Tensor | None = None,
+    accepted: torch.Tensor | None = None,
+    ring: int = 0,
+    span: int = 0,
+    restart: int | None = None,
+) -> None:
+    """Write the newest N - 1 ids of each old history and the first ``accepted [B]`` tokens (None: all) to its slot.
+
+    token_ids, cu_seqlens and dead are those of :func:`ngram_hash`. A dead token becomes -1, and -1 itself, which is no
+    valid id, becomes -2, as invalid as before. The cursor of a ring of ``ring`` entries with a window of ``span`` moves
+    by as much. restart: the old history counts as none, and the cursor is set to this number.
+    """
+    if not is_kernel_device(history):
+        options = dict(cu_seqlens=cu_seqlens, dead=dead, accepted=accepted, ring=ring, span=span, restart=restart)
+        return reference.commit_history(history, cursor, slots, token_ids, **options)
+    run = commit_history_op if torch.compiler.is_compiling() else launch_commit_history
+    run(history, cursor, slots, token_ids, cu_seqlens, dead, accepted, ring, span, restart)

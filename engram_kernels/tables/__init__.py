@@ -1,0 +1,1 @@
+"""``EngramTable``: rows in a format and a placement, loaded, saved, staged and trained."""

@@ -1,0 +1,1 @@
+"""The memory of tables: pages, registration, sharing between processes, mapped files."""

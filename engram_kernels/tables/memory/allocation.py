@@ -1,0 +1,138 @@
+"""The memory of a table's rows and scales, in each placement: made, or attached to."""
+
+from typing import NamedTuple
+
+import torch
+
+from engram_kernels.geometry.row_format import SCALE_GROUP, RowFormat
+
+from .host import HostMapping, RuntimeDriver
+from .pages import HUGE_PAGE, Progress
+from .report import MemoryReport, locked_limit
+from .shared import SharedMapping
+from .shared_file import Geometry
+
+_PAGE = 4096  # the smallest; scales start at one of their own behind the rows
+
+Mapping = HostMapping | SharedMapping
+
+
+class TableMemory(NamedTuple):
+    """Rows, their scales or the table's one, and the mapping that both lie in, where that is the table's own."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    mapping: Mapping | None = None
+
+
+def allocate(
+    rows: int,
+    width: int,
+    fmt: RowFormat,
+    *,
+    placement: str,
+    scale: float,
+    scales: str | None,
+    device: torch.device,
+    name: str | None,
+    progress: Progress | None,
+) -> TableMemory:
+    """Memory for a new table; arguments checked, as for ``EngramTable.empty``."""
+    if placement == "shared":
+        nbytes, geometry = _mapped_bytes(rows, width, fmt), _geometry(rows, width, fmt, scale)
+        mapping = SharedMapping.create(name, nbytes, geometry, _driver(), progress)
+        return _divide(mapping, rows, width, fmt, scale)  # scales move to the GPU when all of them are there
+    if placement == "host":
+        mapping = HostMapping(_mapped_bytes(rows, width, fmt, scales), _driver(), progress=progress)
+        return _divide(mapping, rows, width, fmt, scale, scales)
+    if placement == "staged":
+        return _divide(HostMapping(_mapped_bytes(rows, width, fmt), huge=True), rows, width, fmt, scale)
+    weight = torch.empty(rows, width, dtype=fmt.dtype, device=device)
+    if fmt.scaling != "group":
+        return TableMemory(weight, _table_scale(fmt, scale))
+    return TableMemory(weight, torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=device))
+
+
+def attach(
+    name: str, rows: int, width: int, fmt: RowFormat, *, scale: float | None, scales: str | None, timeout: float
+) -> TableMemory:
+    """The memory of a published table; arguments checked, as for ``EngramTable.attach``."""
+    geometry = _geometry(rows, width, fmt, scale)
+    mapping = SharedMapping.attach(name, _mapped_bytes(rows, width, fmt), geometry, _driver(), timeout)
+    return _divide(mapping, rows, width, fmt, mapping.geometry.scale, scales)
+
+
+def page_bytes(mapping: Mapping | None) -> int:
+    """Size of nearly all pages of a registered mapping; huge where there is none, whose pages cross no link."""
+    if mapping is None or not mapping.registered:
+        return HUGE_PAGE
+    usage = mapping.pages.usage()
+    return HUGE_PAGE if (usage.huge or 0) >= 0.9 * usage.resident else _PAGE
+
+
+def report(placement: str, nbytes: int, parts: list[torch.Tensor], mapping: Mapping | None) -> MemoryReport:
+    """What became of ``parts`` of a table; read back from the kernel where the mapping is the table's own."""
+    device = sum(part.nbytes for part in parts if part.is_cuda)
+    if mapping is None:
+        return MemoryReport(placement, nbytes, device, locked_limit=locked_limit())
+    usage = mapping.pages.usage()
+    share = None if mapping.node is None else mapping.pages.nodes().get(mapping.node, 0) / max(1, usage.resident)
+    return MemoryReport(
+        placement=placement,
+        bytes=nbytes,
+        device=device,
+        resident=usage.resident,
+        huge=usage.huge,
+        chunks=len(mapping.registration.addresses) if mapping.registered else 0,
+        numa_node=mapping.node,
+        numa_share=share,
+        locked_limit=locked_limit(),
+        warnings=tuple(mapping.notes),
+    )
+
+
+def _divide(
+    mapping: Mapping, rows: int, width: int, fmt: RowFormat, scale: float, scales: str | None = None
+) -> TableMemory:
+    """Rows and scales in a mapping, which is closed where that fails."""
+    try:
+        row_bytes = rows * fmt.row_bytes(width)
+        weight = mapping.bytes[:row_bytes].view(fmt.dtype).view(rows, width)
+        if fmt.scaling != "group":
+            return TableMemory(weight, _table_scale(fmt, scale), mapping)
+        at, nbytes = -(-row_bytes // _PAGE) * _PAGE, rows * fmt.scale_bytes(width)
+        mapped = mapping.bytes[at : at + nbytes].view(rows, -1) if at < mapping.nbytes else None
+        if scales == "device":
+            moved = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=_gpu())
+            mapped = moved if mapped is None else moved.copy_(mapped)
+        return TableMemory(weight, mapped, mapping)
+    except BaseException:
+        mapping.close()
+        raise
+
+
+def on_the_gpu(scales: torch.Tensor) -> torch.Tensor:
+    """A copy of the scales of rows in GPU memory."""
+    return torch.empty_like(scales, device=_gpu()).copy_(scales)
+
+
+def _gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _driver() -> RuntimeDriver | None:
+    return RuntimeDriver() if torch.cuda.is_available() else None
+
+
+def _geometry(rows: int, width: int, fmt: RowFormat, scale: float | None) -> Geometry:
+    return Geometry(rows, width, fmt.name, scale if fmt.scaling == "table" else None)
+
+
+def _table_scale(fmt: RowFormat, scale: float) -> torch.Tensor | None:
+    return torch.tensor(float(scale), dtype=torch.float32) if fmt.scaling == "table" else None
+
+
+def _mapped_bytes(rows: int, width: int, fmt: RowFormat, scales: str | None = None) -> int:
+    """Bytes of a mapping for rows and, unless they lie elsewhere, scales."""
+    row_bytes, scale_bytes = rows * fmt.row_bytes(width), rows * fmt.scale_bytes(width)
+    return row_bytes if not scale_bytes or scales == "device" else -(-row_bytes // _PAGE) * _PAGE + scale_bytes

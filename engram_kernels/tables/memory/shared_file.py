@@ -1,0 +1,251 @@
+"""The file that processes share a table through, ``engram-<name>``: its header, its locks, and who removes it.
+
+The file appears under its name with its header complete and both locks held, so that its state can always be told:
+
+    byte 0   locked by the writer: a file that is not complete and has no such lock is dead
+    byte 1   locked, shared, by every process that maps it: the last one to let go removes the file
+
+Locks belong to open files and go with the process, however it ends. What killed processes left behind is removed by
+the next one that creates a table, of any name. It lies on hugetlbfs where the pool has room for all of it, else in
+/dev/shm.
+"""
+
+import fcntl
+import os
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .host import check_room
+from .pages import HUGE_PAGE, Pages
+from .report import available_host_memory
+
+_SHM = Path("/dev/shm")
+_HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+_HEADER = struct.Struct("<16sIIIIQQf16s")  # magic, version, state, writer, width, rows, bytes, scale, format
+_MAGIC, _VERSION = b"engram_kernels\0\0", 1
+_STATE_AT = 20
+_FILLING, _COMPLETE = 1, 2
+_WRITER, _USERS = 0, 1  # bytes of the file that the locks are on
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_ENLARGE = "enlarge it (mount -o remount,size=..., docker run --shm-size=...) or use a smaller table"
+
+#: Where the table begins in the file; the header has a huge page to itself, so that the table's own lie whole.
+DATA_OFFSET = HUGE_PAGE
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a reader must know of a table, and be right about; scale None accepts the writer's."""
+
+    rows: int
+    width: int
+    format: str
+    scale: float | None
+
+
+def create(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path]:
+    """(open file, path) of a new table that is being filled; FileExistsError where a living one has the name."""
+    for leftover in [path for folder in _folders() for path in folder.glob("engram-*")]:
+        remove_unused(leftover)
+    for taken in [folder / f"engram-{name}" for folder in _folders()]:
+        if taken.exists():
+            raise FileExistsError(_taken(name, taken))
+    total = DATA_OFFSET + -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+    folder = next(folder for folder in _folders() if folder == _SHM or _free_huge_pages() >= total)
+    try:
+        if folder == _SHM:
+            check_room(total, _free(folder), str(folder), _ENLARGE)
+            check_room(total, available_host_memory(), "host memory", "free memory or use a smaller table")
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise RuntimeError(f"EngramTable: no shared memory can be made in {folder}: {error.strerror}") from None
+    try:
+        os.ftruncate(fd, total)
+        reserve(fd, folder, DATA_OFFSET)
+        header = (_MAGIC, _VERSION, _FILLING, os.getpid(), geometry.width, geometry.rows, nbytes)
+        scale = 1.0 if geometry.scale is None else geometry.scale
+        _write(fd, 0, _HEADER.pack(*header, scale, geometry.format.encode()))
+        _lock(fd, _WRITER, fcntl.F_WRLCK)
+        _lock(fd, _USERS, fcntl.F_RDLCK)
+        return fd, _link(fd, folder, name)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def reserve(fd: int, folder: Path, nbytes: int) -> None:
+    """Give the first bytes of the file memory: a lack of it is an error here instead of a SIGBUS later."""
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        raise RuntimeError(
+            f"EngramTable: {nbytes:,} bytes do not fit in {folder} ({error.strerror}), {_free(folder):,} are free; "
+            f"{_ENLARGE}"
+        ) from None
+
+
+def is_complete(fd: int) -> bool:
+    return _read_header(fd)[2] == _COMPLETE
+
+
+def complete(fd: int) -> None:
+    """Let readers in."""
+    _write(fd, _STATE_AT, struct.pack("<I", _COMPLETE))
+
+
+def find(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path, Geometry] | str | None:
+    """(open file, path, geometry) of the complete table called ``name``; who is filling it, in words; or None."""
+    for folder in _folders():
+        path = folder / f"engram-{name}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(f"EngramTable.attach: {path} cannot be opened: {error.strerror}") from None
+        found = None
+        try:
+            found = _examine(fd, path, nbytes, geometry)
+            return (fd, path, found) if isinstance(found, Geometry) else found
+        finally:
+            if not isinstance(found, Geometry):
+                os.close(fd)
+    return None
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a table's file that no process holds; False where one does, or where the file is not one of ours."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        if _read_header(fd)[0] != _MAGIC or not _lock(fd, _USERS, fcntl.F_WRLCK):
+            return False
+        if os.fstat(fd).st_nlink:
+            os.unlink(path)
+        return True
+    finally:
+        os.close(fd)
+
+
+def release(fd: int, path: Path) -> None:
+    """Close the file, and with it the locks unless a fork has it open too; remove it where nobody holds it."""
+    os.close(fd)
+    remove_unused(path)
+
+
+def check_name(name, where: str) -> None:
+    """Raise ValueError unless ``name`` can be part of a file's name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{where}: placement 'shared' needs a name of 1 to 128 letters, digits or any of _.-, got {name!r}"
+        )
+
+
+def _folders() -> Iterator[Path]:
+    """Where tables may lie: hugetlbfs mounts of 2 MiB pages that this process can write to, then /dev/shm."""
+    with open("/proc/mounts") as lines:
+        for line in lines:
+            _, folder, kind, options, *_ = line.split()
+            if kind == "hugetlbfs" and "pagesize=2M" in options.split(",") and os.access(folder, os.W_OK):
+                yield Path(folder)
+    yield _SHM
+
+
+def _free_huge_pages() -> int:
+    """Bytes of the hugetlb pool that nobody holds or has reserved."""
+    try:
+        free, reserved = (int((_HUGETLB / f"{name}_hugepages").read_text()) for name in ("free", "resv"))
+    except (OSError, ValueError):
+        return 0
+    return (free - reserved) * HUGE_PAGE
+
+
+def _free(folder: Path) -> int:
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize if stat.f_blocks else sys.maxsize  # tmpfs without a limit has no blocks
+
+
+def _write(fd: int, at: int, data: bytes) -> None:
+    header = Pages(DATA_OFFSET, fd, 0)  # hugetlbfs has no write()
+    header.buffer[at : at + len(data)] = list(data)
+
+
+def _read_header(fd: int) -> tuple:
+    raw = os.pread(fd, _HEADER.size, 0)
+    return _HEADER.unpack(raw) if len(raw) == _HEADER.size else (b"",) * 9
+
+
+def _link(fd: int, folder: Path, name: str) -> Path:
+    """Give the file its name; FileExistsError where a living table has it."""
+    path = folder / f"engram-{name}"
+    while True:
+        try:
+            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+        except FileExistsError:
+            if not remove_unused(path):
+                raise FileExistsError(_taken(name, path)) from None
+            continue
+        # Two processes may have chosen different folders at once: the one in the later folder gives way.
+        for other in _folders():
+            if other == folder:
+                return path
+            if (other / path.name).exists():
+                os.unlink(path)
+                raise FileExistsError(_taken(name, other / path.name))
+
+
+def _taken(name: str, path: Path) -> str:
+    return (
+        f"EngramTable.empty: {path} exists, and is a shared table in use or none of this package's; attach to it "
+        f"(EngramTable.attach({name!r}, ...)) or choose another name"
+    )
+
+
+def _examine(fd: int, path: Path, nbytes: int, wanted: Geometry) -> Geometry | str | None:
+    """The geometry of the table in ``fd``, now locked as in use; who is filling it; None where it is going away."""
+    where = "EngramTable.attach"
+    magic, version, state, writer, width, rows, stored, scale, name = _read_header(fd)
+    if magic != _MAGIC or os.fstat(fd).st_uid != os.geteuid():
+        raise ValueError(f"{where}: {path} is no table of engram_kernels, or another user's")
+    if version != _VERSION:
+        raise ValueError(f"{where}: {path} has version {version} of the layout, this package reads {_VERSION}")
+    found = Geometry(rows, width, name.rstrip(b"\0").decode(), scale)
+    for field in ("rows", "width", "format", "scale"):
+        expected, got = getattr(wanted, field), getattr(found, field)
+        if field == "scale" and expected is not None:
+            (expected,) = struct.unpack("<f", struct.pack("<f", expected))
+        if expected is not None and expected != got:
+            raise ValueError(f"{where}: {path} must have {field} {expected}, got {got}")
+    if stored != nbytes or os.fstat(fd).st_size < DATA_OFFSET + nbytes:
+        raise ValueError(f"{where}: {path} is truncated: {os.fstat(fd).st_size:,} bytes, expected {nbytes:,} and more")
+    if state == _COMPLETE:
+        # Refused while another process looks whether the file is unused, and it may have been removed just now.
+        return found if _lock(fd, _USERS, fcntl.F_RDLCK) and os.fstat(fd).st_nlink else None
+    # State and lock change in this order: a writer that published in between has set the state.
+    if _locked(fd, _WRITER) or _read_header(fd)[2] == _COMPLETE:
+        return f"process {writer} had not published the table in {path}"
+    remove_unused(path)
+    raise RuntimeError(f"{where}: process {writer}, which was filling {path}, died or gave up; the file is removed")
+
+
+def _lock(fd: int, byte: int, kind: int) -> bool:
+    """Lock one byte for this open file; False where another holds it."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _locked(fd: int, byte: int) -> bool:
+    """Whether another open file holds a lock on the byte that excludes readers."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+    return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK

@@ -1,0 +1,55 @@
+"""Where a table's rows and scales are, and which combinations make sense.
+
+    placement   memory                                                  read by
+    device      GPU memory                                              kernels, ordinary loads
+    host        exact-size mapping, registered with the driver          kernels, over UVA
+    shared      one mapping for all processes of a node, registered     kernels, over UVA
+    staged      ordinary memory or a mapped file                        CPU threads, which copy what a kernel reads
+    cpu         ordinary memory or a mapped file                        the reference
+
+Without a GPU host and shared tables are mapped but not registered: the reference reads them.
+"""
+
+import torch
+
+from engram_kernels.geometry.row_format import RowFormat
+
+PLACEMENTS = ("device", "host", "shared", "staged", "cpu")
+#: Placements whose memory a GPU reads where it is.
+REGISTERED = ("host", "shared")
+
+
+def check_placement(
+    where: str, placement: str, fmt: RowFormat, device: torch.device | str | None, name: str | None, scales: str | None
+) -> torch.device:
+    """Raise ValueError unless the options go together; the device of the rows."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"{where}: placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+    if (name is not None) != (placement == "shared"):
+        raise ValueError(f"{where}: placement 'shared' needs a name, and no other takes one, got {name!r}")
+    check_scales(where, placement, fmt, scales)
+    if placement != "device":
+        if device is not None:
+            raise ValueError(f"{where}: device is for placement 'device', got {device} with {placement!r}")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"{where}: placement 'device' needs a GPU, and torch finds none")
+    if fmt.name == "float64":
+        raise ValueError(f"{where}: kernels read no float64 rows; use placement 'cpu', got 'device'")
+    device = torch.device(device or "cuda")
+    return torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
+
+
+def check_scales(where: str, placement: str, fmt: RowFormat, scales: str | None) -> None:
+    """Raise ValueError unless ``scales`` is None (with the rows) or "device", where that is something else."""
+    if scales is None:
+        return
+    if scales != "device":
+        raise ValueError(f"{where}: scales must be None (with the rows) or 'device', got {scales!r}")
+    if placement not in REGISTERED or fmt.scaling != "group":
+        raise ValueError(
+            f"{where}: scales='device' is for format e4m3_ue8m0 in placement 'host' or 'shared', got {fmt.name} in "
+            f"{placement!r}"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(f"{where}: scales='device' needs a GPU, and torch finds none")

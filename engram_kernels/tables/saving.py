@@ -1,0 +1,307 @@
+"""Tables into safetensors files: whole or not at all, in one file or in several with an index.
+
+Files grow under a name of their own in the same folder (``.<name>.partial``), go to the disk (fsync), and take their
+place by rename. Of several files the index comes last: it is what makes them a checkpoint, and their names are new
+every time, so that what the old index tells of stays until the new one is there. What a killed process left is
+recognised by its lock, which went with it, and removed by the next save.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engram_kernels.checkpoints.files import INDEX_SUFFIX, SUFFIX, Checkpoint, CheckpointError
+from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
+from engram_kernels.checkpoints.validate import as_prefix, find_tables
+from engram_kernels.checkpoints.writing import (
+    NewTensor,
+    check_room,
+    checked_metadata,
+    file_path,
+    header_of,
+    locked_file,
+    remove_abandoned,
+    sync_folder,
+    write_all,
+)
+from engram_kernels.geometry.row_format import RowFormat
+
+from .engram import EngramTable
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+def save_table(
+    table: EngramTable,
+    path: str | os.PathLike,
+    *,
+    prefix: str = "",
+    shard_bytes: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """:meth:`EngramTable.save_safetensors`."""
+    weight, scale, fmt = table.weight, table.scale, table.format
+    table.wait_for_steps()
+    shape = dict(format=fmt, rows=table.rows, width=table.width)
+    options = dict(prefix=prefix, scale=float(scale) if fmt.scaling == "table" else None, metadata=metadata)
+    with TableWriter(path, "EngramTable.save_safetensors", **shape, shard_bytes=shard_bytes, **options) as writer:
+
+        def write(chunk: tuple[int, int]) -> int:
+            begin, end = chunk
+            scales = scale[begin:end] if fmt.scaling == "group" else None
+            return writer.write(begin, weight[begin:end], scales)
+
+        rows = max(1, CHUNK // writer.row_bytes)
+        chunks = list(spans(table.rows, rows))
+        run_chunks(chunks, write, threads=THREADS, progress=progress, total=table.rows * writer.row_bytes)
+        return writer.commit()
+
+
+@dataclass
+class _Shard:
+    """One file under way: rows ``[begin, end)`` of the table."""
+
+    final: Path
+    partial: Path
+    begin: int
+    end: int
+    header: bytes
+    offsets: dict[str, int]  #: of the tensors, in the file
+    fd: int = field(default=-1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.offsets["end"]
+
+
+@dataclass
+class RowsFiles:
+    """Files under way and where rows go in them, which another process can open as well."""
+
+    shards: list[_Shard]
+    sizes: tuple[int, int]  #: bytes of a row, of its scales
+
+    def open(self) -> None:
+        """Open the files, in a process that did not make them; all or none."""
+        for shard in self.shards:
+            shard.fd = -1
+        try:
+            for shard in self.shards:
+                shard.fd = os.open(shard.partial, os.O_RDWR | os.O_CLOEXEC)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, begin: int, weight: torch.Tensor, scales: torch.Tensor | None) -> int:
+        """Write rows from ``begin`` on, and their scales; returns the bytes written."""
+        end = begin + len(weight)
+        for shard in self.shards:
+            first, last = max(begin, shard.begin), min(end, shard.end)
+            if first >= last:
+                continue
+            for key, tensor, size in zip(("weight", "scale"), (weight, scales), self.sizes, strict=True):
+                if size:
+                    part = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
+                    write_all(shard.fd, part.numpy(), shard.offsets[key] + (first - shard.begin) * size)
+        return len(weight) * sum(self.sizes)
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        for shard in self.shards:
+            os.fsync(shard.fd)
+
+    def close(self) -> None:
+        """Close what :meth:`open` opened."""
+        for shard in self.shards:
+            if shard.fd >= 0:
+                os.close(shard.fd)
+                shard.fd = -1
+
+
+class TableWriter:
+    """A table's files, written in any order of rows and by any number of threads, then put in place by commit().
+
+    As a context manager it removes what it wrote unless it was committed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        where: str,
+        *,
+        format: RowFormat,
+        rows: int,
+        width: int,
+        prefix: str = "",
+        scale: float | None = None,
+        shard_bytes: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self._format, self._prefix = format, as_prefix(prefix, where)
+        self._sizes = format.row_bytes(width), format.scale_bytes(width)
+        self.row_bytes = sum(self._sizes)
+        self._width, self._committed = width, False
+        self._path = file_path(path, where, f"model{SUFFIX}")
+        self._index = _index_of(self._path)
+        self._metadata = checked_metadata(metadata, where)
+        if shard_bytes is not None and (not isinstance(shard_bytes, int) or shard_bytes < 1):
+            raise ValueError(f"{where}: shard_bytes must be a positive int or None, got {shard_bytes!r}")
+        self._old = _replaceable(self._path, where)
+        _sweep(self._path)
+        self._shards = self._layout(rows, shard_bytes)
+        check_room(self._path.parent, sum(shard.nbytes for shard in self._shards), where)
+        try:
+            for shard in self._shards:
+                shard.fd = locked_file(shard.partial)
+                os.ftruncate(shard.fd, shard.nbytes)
+                write_all(shard.fd, shard.header, 0)
+                if "table" in shard.offsets:
+                    value = torch.tensor([scale], dtype=torch.float32)
+                    write_all(shard.fd, value.numpy().tobytes(), shard.offsets["table"])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def rows_files(self) -> "RowsFiles":
+        """Where rows go, for this process or for others that see the same folder."""
+        return RowsFiles([dataclasses.replace(shard) for shard in self._shards], self._sizes)
+
+    def write(self, begin: int, weight: torch.Tensor, scales: torch.Tensor | None) -> int:
+        """Write rows from ``begin`` on, and their scales; returns the bytes written."""
+        return RowsFiles(self._shards, self._sizes).write(begin, weight, scales)
+
+    def commit(self) -> Path:
+        """Put the files in place; returns the file, or the index of several."""
+        for shard in self._shards:
+            os.fsync(shard.fd)
+        for shard in self._shards:
+            os.rename(shard.partial, shard.final)
+        single = self._shards[0].final == self._path
+        if not single:
+            sync_folder(self._path.parent)
+            self._write_index()
+        self._committed = True
+        sync_folder(self._path.parent)
+        for path in self._old - {shard.final for shard in self._shards} - (set() if single else {self._index}):
+            path.unlink(missing_ok=True)
+        return self._path if single else self._index
+
+    def close(self) -> None:
+        """Let go of the files; what was not committed is removed."""
+        for shard in self._shards:
+            if shard.fd >= 0:
+                if not self._committed:
+                    shard.partial.unlink(missing_ok=True)
+                    if shard.final != self._path:
+                        shard.final.unlink(missing_ok=True)
+                os.close(shard.fd)
+                shard.fd = -1
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _layout(self, rows: int, shard_bytes: int | None) -> list[_Shard]:
+        count = 1 if shard_bytes is None else min(rows, -(-rows * self.row_bytes // shard_bytes))
+        step = -(-rows // count)
+        pieces = list(spans(rows, step))
+        folder, stem, token = self._path.parent, self._path.name.removesuffix(SUFFIX), secrets.token_hex(4)
+        shards = []
+        for number, (begin, end) in enumerate(pieces):
+            partial = folder / f".{stem}-{token}-{number + 1:05d}.partial"
+            final = folder / f"{stem}-{token}-{number + 1:05d}-of-{len(pieces):05d}{SUFFIX}"
+            final = final if len(pieces) > 1 else self._path
+            header, offsets = self._header(number if len(pieces) > 1 else None, end - begin, number == 0)
+            shards.append(_Shard(final, partial, begin, end, header, offsets))
+        return shards
+
+    def _header(self, number: int | None, rows: int, first: bool) -> tuple[bytes, dict[str, int]]:
+        """A file's first bytes, and where its tensors begin."""
+        dtype = _DTYPES.get(self._format.name, "F8_E4M3")
+        stem = self._prefix if number is None else f"{self._prefix}shard_{number}."
+        tensors = {"weight": NewTensor(f"{stem}weight", dtype, (rows, self._width), rows * self._sizes[0])}
+        if self._sizes[1]:
+            shape = (rows, self._sizes[1])
+            tensors["scale"] = NewTensor(f"{stem}scale", "F8_E8M0", shape, rows * self._sizes[1])
+        if self._format.scaling == "table" and first:
+            tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
+        header, places = header_of(list(tensors.values()), self._metadata)
+        return header, dict(zip((*tensors, "end"), places, strict=True))
+
+    def _write_index(self) -> None:
+        names = {}
+        for number, shard in enumerate(self._shards):
+            stem = f"{self._prefix}shard_{number}."
+            for key, name in (("weight", f"{stem}weight"), ("scale", f"{stem}scale")):
+                if key in shard.offsets:
+                    names[name] = shard.final.name
+            if "table" in shard.offsets:
+                names[f"{self._prefix}weight_scale"] = shard.final.name
+        total = sum(shard.nbytes - len(shard.header) for shard in self._shards)
+        content = {"metadata": {"total_size": total, **self._metadata}, "weight_map": names}
+        partial = self._shards[0].partial.with_suffix(".index.partial")
+        fd = locked_file(partial)
+        try:
+            write_all(fd, json.dumps(content, indent=2).encode(), 0)
+            os.fsync(fd)
+            # Once the index may be there, what it tells of has to stay, whatever interrupts this.
+            self._committed = True
+            os.rename(partial, self._index)
+        except OSError:
+            self._committed = False
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+            os.close(fd)
+
+
+def _index_of(path: Path) -> Path:
+    return path.parent / f"{path.name.removesuffix(SUFFIX)}{INDEX_SUFFIX}"
+
+
+def _replaceable(path: Path, where: str) -> set[Path]:
+    """Files of the table that is there now, under the same name; ValueError where they are anything else."""
+    old: set[Path] = set()
+    for file in (path, _index_of(path)):
+        if not file.exists():
+            continue
+        try:
+            with Checkpoint(file, where) as checkpoint:
+                tables, names, paths = find_tables(checkpoint.names), checkpoint.names, checkpoint.paths
+        except CheckpointError as error:
+            raise ValueError(f"{where}: {file} is in the way and cannot be read; remove it first ({error})") from None
+        if len(tables) != 1 or sum(len(members) for members in tables.values()) != len(names):
+            raise ValueError(
+                f"{where}: {file} holds {len(names)} tensors that are not one table's own, and is not replaced; "
+                "save to another folder or file"
+            )
+        old |= {file, *(place for place in paths if _shard_name(path).fullmatch(place.name))}
+    return old
+
+
+def _shard_name(path: Path) -> re.Pattern:
+    """Names that saving to ``path`` gives to files of its own."""
+    stem = re.escape(path.name.removesuffix(SUFFIX))
+    return re.compile(rf"{stem}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what saves to ``path`` left when they were killed: files of theirs that no process holds locked."""
+    index = _index_of(path)
+    referred = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else set()
+    stem = re.escape(path.name.removesuffix(SUFFIX))
+    partial = re.compile(rf"\.{stem}-[0-9a-f]{{8}}-\d{{5}}(\.index)?\.partial")
+    names = os.listdir(path.parent)
+    lost = {name for name in names if _shard_name(path).fullmatch(name)} - referred
+    remove_abandoned(path.parent, lost | set(filter(partial.fullmatch, names)))

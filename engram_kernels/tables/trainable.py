@@ -1,0 +1,100 @@
+"""What makes a table's rows trainable: their place in autograd and the gradient that backward passes leave."""
+
+import torch
+
+from .gradient import RowGradient, row_gradient
+from .placement import REGISTERED
+
+
+class TrainableRows:
+    """The part of :class:`EngramTable` that training is about."""
+
+    _anchor: torch.Tensor | None = None
+    #: Whether another process published the rows, and is the one to write them.
+    attached = False
+    #: Where optimizers take their steps, once the rows were trainable.
+    _steps_on: torch.device | None = None
+    #: What backward passes have left since the last zero_row_grad.
+    row_grad: RowGradient | None = None
+    _changes = 0
+
+    @property
+    def version(self) -> int:
+        """A number that rises whenever the rows change, for what keeps copies of them (:class:`NgramCache`).
+
+        It sees writes by torch to ``weight`` and ``scale``, by optimizers of this package, and :meth:`rows_changed`.
+        """
+        parts = [part for part in (self.weight, self.scale) if part is not None and not part.is_inference()]
+        return self._changes + sum(part._version for part in parts)
+
+    def rows_changed(self) -> None:
+        """Say that rows have been written by other means: a kernel, NumPy, another process."""
+        self._changes += 1
+
+    @property
+    def requires_row_grad(self) -> bool:
+        """Whether autograd follows values that ops read from this table."""
+        return self._anchor is not None
+
+    @property
+    def anchor(self) -> torch.Tensor | None:
+        """A leaf of one element that stands for the rows in autograd, None where they are not trainable.
+
+        It is float32, or float64 for float64 rows. A backward pass fills ``row_grad`` and makes the anchor's gradient
+        that gradient's norm. What scales the one, such as clip_grad_norm_ or a GradScaler, scales the other when an
+        optimizer of this package takes its step.
+        """
+        return self._anchor
+
+    def requires_row_grad_(self, requires: bool = True) -> "TrainableRows":
+        """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged"."""
+        where = "EngramTable.requires_row_grad_"
+        self.check_usable(where)
+        if requires and self._anchor is not None:
+            return self
+        if requires and self.format.scaling != "none":
+            raise ValueError(
+                f"{where}: rows must be float32, bfloat16, float16 or float64, got {self!r}. Steps of training are "
+                "smaller than those of fp8: train a master table in bfloat16 or float32 and convert it"
+            )
+        if requires and self.placement == "staged":
+            raise ValueError(
+                f"{where}: kernels cannot write to placement 'staged'; use 'host' or 'device', got {self!r}"
+            )
+        device = self.weight.device
+        if self.placement in REGISTERED and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        dtype = torch.float64 if self.format.dtype == torch.float64 else torch.float32
+        self._anchor = torch.zeros(1, dtype=dtype, device=device, requires_grad=True) if requires else None
+        self._steps_on = device if requires else self._steps_on
+        self.zero_row_grad()
+        return self
+
+    def accumulate_row_grad(self, row_ids: torch.Tensor, grad: torch.Tensor) -> None:
+        """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]``, as the backward pass of a lookup does."""
+        if self._anchor is None:
+            raise ValueError("EngramTable.accumulate_row_grad: the table is not trainable (requires_row_grad_)")
+        new = row_gradient(row_ids, grad, self.rows)
+        old = self.row_grad if self._anchor.grad is not None else None
+        self.row_grad = new if old is None else old.times(self.row_grad_factor()).plus(new)
+        self._anchor.grad = self.row_grad.norm().to(self._anchor)[None]
+
+    def row_grad_factor(self) -> torch.Tensor:
+        """What the anchor's gradient was multiplied by since the last backward pass, a scalar: that of ``row_grad``.
+
+        1 where that is unknown, since there is no gradient or not a finite one.
+        """
+        norm = self.row_grad.norm()
+        scaled = self._anchor.grad[0].to(norm)
+        return torch.where(torch.isfinite(scaled) & (norm > 0), scaled / norm, 1.0)
+
+    def wait_for_steps(self) -> None:
+        """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""
+        if self._steps_on is not None and self._steps_on.type == "cuda":
+            torch.cuda.synchronize(self._steps_on)
+
+    def zero_row_grad(self) -> None:
+        """Forget the rows' gradient."""
+        self.row_grad = None
+        if self._anchor is not None:
+            self._anchor.grad = None

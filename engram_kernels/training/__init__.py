@@ -1,0 +1,1 @@
+"""Optimizers of rows, their state and their files."""

@@ -1,0 +1,284 @@
+"""Optimizers of tables: a step costs what its distinct rows cost, whatever the size of the table.
+
+    RowAdagrad   one float32 a row
+    RowAdam      two float32 moments per element, and an int32 count of steps a row
+
+The rules are those of reference/training/update.py. Both are torch optimizers over the tables' anchors, so that
+learning rate schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/training.md shows how.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engram_kernels.checkpoints.parallel import THREADS, Progress
+from engram_kernels.launching.checks import takes_kernels
+from engram_kernels.reference.training import update as reference
+from engram_kernels.tables.engram import EngramTable
+
+from . import saving as optimizer_saving
+from .state import RowState
+from .update import launch_row_update
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """What the optimizers of this file share: tables, their states, and the step over both."""
+
+    _arrays: tuple[tuple[str, torch.dtype, bool], ...]  # of the state: name, dtype, whether it is a number an element
+    _rule: Callable  # the reference of a step
+
+    def __init__(
+        self,
+        tables: EngramTable | Sequence[EngramTable],
+        defaults: dict,
+        *,
+        state_placement: str | None,
+        stochastic_rounding: bool,
+        seed: int,
+    ):
+        where = type(self).__name__
+        tables = tuple(tables) if isinstance(tables, Iterable) else (tables,)
+        for table in tables:
+            if not isinstance(table, EngramTable):
+                raise TypeError(f"{where}: tables must be EngramTable objects, got {type(table).__name__}")
+            if not table.requires_row_grad:
+                raise ValueError(f"{where}: {table!r} is not trainable; call requires_row_grad_() on it first")
+            if table.attached:
+                raise ValueError(
+                    f"{where}: {table!r} was attached, and only the process that published it may move rows"
+                )
+        if not tables or len(set(map(id, tables))) != len(tables):
+            raise ValueError(f"{where}: tables must be one or more different tables, got {list(tables)}")
+        self.check_options(where, defaults)
+        super().__init__([table.anchor for table in tables], defaults)
+        self.tables, self.steps = tables, 0
+        self._seed = seed if stochastic_rounding else None
+        self._skipped: dict[torch.device, torch.Tensor] = {}
+        self._skipped_before = 0
+        self._states: list[RowState] = []
+        try:
+            for table in tables:
+                self._states.append(RowState(table, self._arrays, state_placement, where))
+                self.state[table.anchor] = self._states[-1].tensors
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Move every row that has a gradient; the rest of the tables is not touched. Waits for nothing.
+
+        closure: as for torch optimizers. A gradient that was scaled through the table's anchor counts as scaled.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.steps += 1
+        (group,) = self.param_groups
+        for table, state, anchor in zip(self.tables, self._states, group["params"], strict=True):
+            if table.anchor is not anchor:
+                raise ValueError(f"{type(self).__name__}: {table!r} has stopped being trainable since this was made")
+            if table.row_grad is not None and anchor.grad is not None:
+                self._update(table, state, group)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the tables' gradients; ``set_to_none`` is there for torch's sake, and they always are."""
+        for table in self.tables:
+            table.zero_row_grad()
+
+    @property
+    def skipped(self) -> int:
+        """Rows left as they were so far because their gradient was NaN or infinite. Waits for the device."""
+        return self._skipped_before + sum(int(count) for count in self._skipped.values())
+
+    def states(self, index: int = 0) -> dict[str, torch.Tensor]:
+        """The state of table number ``index`` by name, where it lives."""
+        return self._states[index].tensors
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch optimizers: states by table number, not copied; options; and ``facts`` under "row_optimizer".
+
+        Waits for steps that a GPU has yet to take. Tensors of a "host" state are those that later steps write.
+        """
+        self._check_open("state_dict")
+        self.wait_for_steps()
+        return super().state_dict() | {optimizer_saving.KEY: self.facts()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over states, options, seed and counters; ValueError, and no change, unless they fit these tables.
+
+        States are copied to where this optimizer has its own.
+        """
+        self._check_open("load_state_dict")
+        where, groups = f"{type(self).__name__}.load_state_dict", state_dict.get("param_groups") or [None]
+        facts, states = state_dict.get(optimizer_saving.KEY), state_dict.get("state") or {}
+        optimizer_saving.check_facts(where, facts, self)
+        group = optimizer_saving.check_group(where, groups[0], self)
+        given = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
+        own = {f"{i}.{name}": value for i in range(len(self.tables)) for name, value in self.states(i).items()}
+        optimizer_saving.check_tensors(where, {name: optimizer_saving.form_of(x) for name, x in given.items()}, own)
+        self.wait_for_steps()
+        for name, value in own.items():
+            value.copy_(given[name])
+        self.restore(facts, group)
+
+    def save_safetensors(
+        self,
+        path: "str | os.PathLike",
+        *,
+        metadata: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> "Path":
+        """Write what :meth:`state_dict` tells as ``path`` (``*.safetensors``, or a folder); returns the file.
+
+        States go there in chunks, with progress(bytes done, bytes in all). One that is there is replaced at once and as
+        a whole; until then it stays what it was, also where saving fails or is killed. A file that is no optimizer's is
+        never replaced. metadata: texts for the file's header. Gradients are not saved: save between a step and the next
+        backward pass. Needs the extra ``hf``.
+        """
+        return optimizer_saving.save_states(self, path, metadata=metadata, progress=progress)
+
+    def load_safetensors(
+        self, path: "str | os.PathLike", *, threads: int = THREADS, progress: Progress | None = None
+    ) -> None:
+        """:meth:`load_state_dict` from a file of :meth:`save_safetensors`, ``threads`` chunks at once.
+
+        What the header tells is checked before a state is touched. An error after that leaves the optimizer closed.
+        """
+        self._check_open("load_safetensors")
+        optimizer_saving.load_states(self, path, threads=threads, progress=progress)
+
+    def facts(self) -> dict[str, Any]:
+        """What a saved state is good for and has counted, in plain numbers; ``version`` is that of the form."""
+        tables = [dict(rows=table.rows, width=table.width, format=table.format.name) for table in self.tables]
+        named = dict(version=1, optimizer=type(self).__name__, tables=tables)
+        return named | dict(steps=self.steps, skipped=self.skipped, seed=self._seed)
+
+    def restore(self, facts: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+        """Take over counters, seed and options; states are there already."""
+        self.steps, self._seed = facts["steps"], facts["seed"]
+        self._skipped_before, self._skipped = facts["skipped"], {}
+        self.param_groups[0].update(group)
+
+    @staticmethod
+    def check_options(where: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError where a rate or another hyper-parameter is out of range."""
+        for name in ("lr", "eps", "weight_decay"):
+            _check_number(where, name, options[name], 0, None)
+        for beta in options.get("betas", ()):
+            _check_number(where, "betas", beta, 0, 1)
+
+    def wait_for_steps(self) -> None:
+        """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""
+        for table in self.tables:
+            table.wait_for_steps()
+
+    def add_param_group(self, param_group: dict) -> None:
+        """All tables are one group; ValueError for another. Rates by table take an optimizer each."""
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__}: tables are one group; use an optimizer of its own for other options"
+            )
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            f"{type(self).__name__}: an optimizer of tables is neither copied nor pickled; use state_dict()"
+        )
+
+    def close(self) -> None:
+        """Release the states' memory; closing again is no error."""
+        self.state.clear()
+        for state in self._states:
+            state.close()
+
+    def _check_open(self, method: str) -> None:
+        if not self.state:
+            raise ValueError(f"{type(self).__name__}.{method}: the optimizer is closed")
+
+    def _update(self, table: EngramTable, state: RowState, group: dict) -> None:
+        gradient = table.row_grad
+        device = gradient.values.device
+        state.check_readable_on(device, type(self).__name__)
+        table.check_readable_on(device, type(self).__name__)
+        factor = table.row_grad_factor()
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay") if name in group}
+        options |= dict(lr=float(group["lr"]), seed=self._seed, step=self.steps)
+        table.rows_changed()
+        arguments = table.weight, tuple(state.tensors.values()), gradient
+        if not takes_kernels(device) or table.weight.dtype == torch.float64:
+            self._skipped[device] += type(self)._rule(*arguments, factor=factor, **options)
+        else:
+            launch_row_update(*arguments, factor[None], self._skipped[device], **options)
+
+
+class RowAdagrad(RowOptimizer):
+    """Row-wise Adagrad: a row's rate falls with the sum, over its own steps, of its gradient's mean square.
+
+    tables: one or more trainable tables. weight_decay: what a row loses per step and lr, of the rows that have a
+    gradient alone. state_placement: "device", "host" or "cpu", where the states live; None is the table's ("host" for a
+    shared one, which one process writes).
+    stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
+    """
+
+    _arrays = (("sums", torch.float32, False),)
+    _rule = staticmethod(reference.row_adagrad)
+
+    def __init__(
+        self,
+        tables: EngramTable | Sequence[EngramTable],
+        *,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        state_placement: str | None = None,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ):
+        defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay)
+        options = dict(state_placement=state_placement, stochastic_rounding=stochastic_rounding, seed=seed)
+        super().__init__(tables, defaults, **options)
+
+
+class RowAdam(RowOptimizer):
+    """Adam with two moments per element, corrected for bias by the number of steps that a row has taken itself.
+
+    A row that has no gradient keeps its moments as they are. tables, weight_decay, state_placement,
+    stochastic_rounding and seed are those of :class:`RowAdagrad`.
+    """
+
+    _arrays = (("first", torch.float32, True), ("second", torch.float32, True), ("steps", torch.int32, False))
+    _rule = staticmethod(reference.row_adam)
+
+    def __init__(
+        self,
+        tables: EngramTable | Sequence[EngramTable],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        state_placement: str | None = None,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ):
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        options = dict(state_placement=state_placement, stochastic_rounding=stochastic_rounding, seed=seed)
+        super().__init__(tables, defaults, **options)
+
+
+def _check_number(where: str, name: str, value, low: float, high: float | None) -> None:
+    if not isinstance(value, (int, float, torch.Tensor)):
+        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
+    if not low <= value < (float("inf") if high is None else high):
+        bound = f"at least {low}" if high is None else f"within {low} <= {name} < {high}"
+        raise ValueError(f"{where}: {name} must be a finite number {bound}, got {value!r}")

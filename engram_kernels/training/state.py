@@ -1,0 +1,66 @@
+"""What an optimizer keeps per row of a table, zero at the start, in the memory of a placement."""
+
+from collections.abc import Sequence
+
+import torch
+
+from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.memory.host import HostMapping, RuntimeDriver
+
+PLACEMENTS = ("device", "host", "cpu")
+
+
+class RowState:
+    """Arrays ``[rows]`` or ``[rows, R]`` beside a table.
+
+    arrays: of each, its name, its dtype, and whether it has a number per element. placement: None is the table's,
+    "host" for a shared table.
+    """
+
+    def __init__(
+        self,
+        table: EngramTable,
+        arrays: Sequence[tuple[str, torch.dtype, bool]],
+        placement: str | None,
+        where: str,
+    ):
+        if placement is None:
+            # A shared table has one writer, whose state no other process needs.
+            placement = "host" if table.placement == "shared" else table.placement
+        if placement not in PLACEMENTS:
+            raise ValueError(f"{where}: state_placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+        if placement == "device" and not torch.cuda.is_available():
+            raise ValueError(f"{where}: state_placement 'device' needs a GPU, and torch finds none")
+        self.placement, self._mappings, self.tensors = placement, [], {}
+        wide = torch.float64 if table.format.dtype == torch.float64 else None
+        try:
+            for name, dtype, per_element in arrays:
+                shape = (table.rows, table.width) if per_element else (table.rows,)
+                dtype = wide if wide and dtype == torch.float32 else dtype
+                self.tensors[name] = self._zeros(shape, dtype, table.anchor.device)
+        except BaseException:
+            self.close()
+            raise
+
+    def check_readable_on(self, device: torch.device, where: str) -> None:
+        """Raise ValueError unless a step on ``device`` can read and write this state."""
+        if not self.tensors:
+            raise ValueError(f"{where}: the optimizer is closed")
+        where_it_is = next(iter(self.tensors.values())).device
+        mapped = self.placement == "host" and all(mapping.registered for mapping in self._mappings)
+        if where_it_is != device and not mapped:
+            raise ValueError(f"{where}: a step on {device} needs its state there or in registered host memory")
+
+    def close(self) -> None:
+        """Release the memory."""
+        self.tensors = {}
+        for mapping in self._mappings:
+            mapping.close()
+        self._mappings = []
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if self.placement != "host":
+            return torch.zeros(shape, dtype=dtype, device=device if self.placement == "device" else "cpu")
+        driver = RuntimeDriver() if torch.cuda.is_available() else None
+        self._mappings.append(HostMapping(torch.Size(shape).numel() * dtype.itemsize, driver))
+        return self._mappings[-1].bytes.view(dtype).view(shape)

@@ -1,0 +1,1 @@
+"""Reference of the n-gram cache."""

@@ -1,0 +1,1 @@
+"""Reference of state by slot."""

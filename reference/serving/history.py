@@ -1,0 +1,55 @@
+"""Raw ids before each sequence's first token, kept per slot: read for a batch, and moved on by the tokens accepted.
+
+    history  [slots, N - 1]   raw ids, oldest first, -1 for none
+    cursor   [slots]          where the next entry of the convolution's ring goes (ops/conv_kernels/slots.py), or None
+
+B sequences, of which each names its slot; a slot outside 0..slots-1 (-1 for padding) is neither read nor written.
+"""
+
+import torch
+
+
+def gather_history(history, slots):
+    """History ``[B, N - 1]`` of the sequences in ``slots [B]``; -1 throughout for padding."""
+    known = (slots >= 0) & (slots < len(history))
+    return torch.where(known[:, None], history[torch.where(known, slots, 0).long()], -1)
+
+
+def commit_history(
+    history, cursor, slots, token_ids, *, cu_seqlens=None, dead=None, accepted=None, ring=0, span=0, restart=None
+):
+    """Write the newest N - 1 ids of each old history and the first ``accepted [B]`` tokens (None: all) to its slot.
+
+    A dead token becomes -1, and -1 itself, which is no valid id, becomes -2, as invalid as before. The cursor of a ring
+    of ``ring`` entries with a window of ``span`` moves by as much. restart: the old history counts as none, and the
+    cursor is set to this number.
+    """
+    if cu_seqlens is None:
+        length = token_ids.numel() // max(1, len(slots))
+        start = torch.arange(len(slots), device=slots.device) * length
+        length = torch.full_like(start, length)
+    else:
+        start, length = cu_seqlens[:-1].long(), cu_seqlens.long().diff()
+    taken = length if accepted is None else torch.minimum(accepted.long().clamp(min=0), length)
+    writes = (slots >= 0) & (slots < len(history))
+    if restart is None:
+        writes = writes & (taken > 0)
+    slots, start, length, taken = slots[writes].long(), start[writes], length[writes], taken[writes]
+    ids = token_ids.reshape(-1).long()
+    ids = torch.where(ids == -1, -2, ids)
+    if dead is not None:
+        ids = ids.masked_fill(dead.reshape(-1), -1)
+    depth = history.shape[1]
+    position = taken[:, None] - depth + torch.arange(depth, device=history.device)
+    inside = position >= 0
+    old = torch.full_like(position, -1)
+    if restart is None:
+        old = history[slots[:, None], torch.where(inside, 0, position + depth)]
+    if len(ids):
+        old = torch.where(inside, ids[torch.where(inside, start[:, None] + position, 0)], old)
+    history[slots] = old
+    if cursor is not None and restart is not None:
+        cursor[slots] = restart
+    elif cursor is not None:
+        moved = cursor[slots] + taken - (length - (ring - span)).clamp(min=0)
+        cursor[slots] = torch.where(moved < ring, moved.clamp(min=0), ring + moved % ring).to(cursor.dtype)

@@ -1,0 +1,294 @@
+"""Step cost and matmuls beside a lookup: toy decoders on a CPU, streams and graphs of a GPU simulated."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import plots, report, suite, timing
+from bench.cases import Workbench
+from bench.serving import interference, step, step_report
+from engram_kernels import ngram_hash, reference
+from tests.support.simulated_gpu import Simulation
+
+from .test_bench import CPU, MACHINE, ROOFS, Clock, FakeTimer
+
+LIMIT = 1 << 22
+TOY = step.Decoder(3, 64, 96, 48, 32, engram=(0, 1), paper=0.0192)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with Workbench(CPU, LIMIT, LIMIT, say=lambda line: None) as workbench:
+        yield workbench
+
+
+class Timer(FakeTimer):
+    """Everything takes a millisecond; graphs are the steps themselves."""
+
+    def record(self, call):
+        return call
+
+    def rounds(self, calls, count, before):
+        for number, call in enumerate(calls):
+            before(number)
+            call()
+        return [[1e-3 * (1 + index)] * count for index in range(len(calls))]
+
+    def beside(self, call, other, side):
+        call()
+        other()
+        return 1.5e-3, 1e-3
+
+
+def finals(at, number):
+    """Mode -> what the step makes of set ``number``; rows are poisoned before those that fetch."""
+    found = {}
+    for mode in (*step.FETCHING, "ready", "plain"):
+        at.choose(number)
+        if mode in step.FETCHING:
+            step.poison(at.rows)
+        at.run(mode)
+        assert mode not in step.FETCHING or at.check(number) is None
+        found[mode] = at.final.clone()
+    return found
+
+
+def check_modes(workbench, batch):
+    at = step.StandIn(TOY, workbench).at(batch)
+    found = finals(at, 3)
+    assert all(torch.equal(found[mode], found["inline"]) for mode in ("side", "by_layer", "ready"))
+    assert not torch.equal(found["plain"], found["ready"]), "the layers change the stream"
+    return at, found
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_all_modes_make_the_same_step(bench, batch):
+    at, found = check_modes(bench, batch)
+    assert not torch.equal(finals(at, 4)["inline"], found["inline"]), "token ids change the stream"
+
+
+@pytest.mark.kernel
+def test_all_modes_make_the_same_step_in_kernels(device):
+    with Workbench(device, LIMIT, LIMIT, say=lambda line: None) as workbench:
+        check_modes(workbench, 2)
+
+
+def test_a_step_is_the_matmuls_and_the_gated_rows(bench):
+    at = step.StandIn(TOY, bench).at(4)
+    at.choose(1)
+    at.run("inline")
+    plan, of = bench.plan("v41", "host"), at.of
+    stream = at.hidden
+    for layer in range(TOY.layers):
+        if layer < 2:
+            row_ids = reference.ngram_hash(at.ids, plan, cu_seqlens=at.cu_seqlens, history=at.history)[:, layer]
+            kv = reference.lookup(of.table, row_ids).flatten(1) @ of.wkv[layer]
+            key, value = kv[:, None, : TOY.hidden], kv[:, TOY.hidden :]
+            stream = reference.gate_residual(stream[:, None], key, value, *of.norms, eps=1e-6)[:, 0]
+        into_heads, out_of_heads, up, down = of.weights[layer]
+        stream = stream + (stream @ into_heads)[:, :48] @ out_of_heads
+        stream = stream + (stream @ up)[:, :96] @ down
+    torch.testing.assert_close(at.final, stream, rtol=0.05, atol=0.05)
+
+
+def test_windows_are_places_of_the_text(bench):
+    windows = [bench.windows(6, 4, number) for number in range(3)]
+    assert windows[0].shape == (6, 4) and windows[0].dtype == torch.int32
+    assert len({tuple(row.tolist()) for window in windows for row in window}) == 18
+    text = bench._text.tolist()
+    assert windows[1][2].tolist() == text[8 * 104_729 % (len(text) - 4) :][:4]
+    at = step.StandIn(TOY, bench).at(6)
+    plan, window = bench.plan("v41", "host"), at.sets[1]
+    whole = windows[1]
+    assert torch.equal(window[0], whole[:, -1])
+    decoded = ngram_hash(window[0], plan, cu_seqlens=at.cu_seqlens, history=window[1])
+    assert torch.equal(decoded, ngram_hash(whole, plan)[:, -1]), "history is what came before, oldest first"
+
+
+@pytest.mark.parametrize("spoil", ["last element", "nothing read", "read early"])
+def test_a_wrong_step_has_no_time(bench, monkeypatch, spoil):
+    correct = step.hash_lookup
+
+    def spoilt(*arguments, out, **options):
+        if spoil != "nothing read":
+            correct(*arguments, out=out, **options)
+        if spoil == "last element":
+            out[-1, -1, -1, -1] += 1
+        return out
+
+    monkeypatch.setattr(step, "hash_lookup", spoilt)
+    if spoil == "read early":
+        monkeypatch.setattr(step.StepAt, "_engram", lambda self, stream, index: stream * float("nan"))
+    record = step.Steps(bench, Timer(), {"toy": TOY}).measure("step/toy/B=2")
+    assert record["status"] == "failed" and "seconds" not in record
+    assert {"read early": "not finite"}.get(spoil, "differ from the reference") in record["reason"]
+
+
+def test_exposed_and_cost_are_paired_differences(bench):
+    record = step.Steps(bench, Timer(), {"toy": TOY}, rounds=3).measure("step/toy/B=2")
+    assert record["status"] == "ok" and record["batch"] == 2 and record["distinct_layers"] == 3
+    # Modes take 1 to 5 milliseconds in their order.
+    assert record["exposed"] == pytest.approx(dict(inline=1e-3, side=2e-3, by_layer=3e-3))
+    assert record["cost"] == pytest.approx(dict(ready=1 / 2, inline=2 / 3, side=3 / 4, by_layer=4 / 5))
+    assert record["seconds"]["plain"]["samples"] == 3
+    assert record["weight_bytes"] == 3 * 2 * (64 * 80 + 48 * 64 + 64 * 192 + 96 * 64)
+
+
+def test_decoders_are_those_of_4_and_8_billion():
+    for name, billions, paper in (("4b", 3.6, 0.0192), ("8b", 6.9, 0.0278)):
+        decoder = step.DECODERS[name]
+        assert decoder.layer_bytes * decoder.layers / 2e9 == pytest.approx(billions, abs=0.1)
+        assert decoder.paper == paper
+    assert step.step_names(False)[:2] == ["step/4b/B=1", "step/8b/B=1"] and len(step.step_names(True)) == 20
+
+
+def test_layers_share_weights_where_they_do_not_fit(bench):
+    assert len(step.StandIn(TOY, bench, free_bytes=5 * TOY.layer_bytes).weights) == 2
+    assert len(step.StandIn(TOY, bench, free_bytes=0).weights) == 1
+
+
+def test_a_matmul_beside_a_lookup(bench, monkeypatch):
+    monkeypatch.setattr(interference, "SAMPLES", 2)
+    pair = interference.Interference(bench, Timer(), widths=(64, 96), tokens=9)
+    record = pair.measure("interference/decode/programs=8")
+    # The chain alone is the first of one call in turn: a millisecond.
+    assert record["slowdown"] == pytest.approx(0.5) and record["matmuls"] == 1 and record["programs"] == 8
+    assert not record["covered"] and record["lookup_bytes"] == 2 * 9 * 24 * 264
+    monkeypatch.setattr(interference, "hash_lookup", lambda *arguments, out, **options: out)
+    wrong = pair.measure("interference/prefill/programs=4")
+    assert wrong["status"] == "failed" and "differ" in wrong["reason"]
+    names = interference.interference_names()
+    assert len(set(names)) == 12 and names[0] in (
+        "interference/prefill/programs=16",
+        "interference/prefill/programs=32",
+    )
+
+
+def test_each_is_measured_within_its_time_and_once(tmp_path):
+    clock = Clock()
+
+    def measure(name):
+        clock.now += 4.0
+        if name == "b":
+            raise RuntimeError("no\nroom")
+        return dict(value=name)
+
+    results = suite.ResultFile(tmp_path / "r.json", dict(MACHINE))
+    suite.run_each("steps", list("abcd"), measure, timing.Budget(13.0, clock), results, 5.0, CPU)
+    kept = json.loads(results.path.read_text())
+    assert kept["left_out"] == ["d"] and [record["name"] for record in kept["steps"]] == list("abc")
+    assert kept["steps"][1] == dict(name="b", status="failed", reason="RuntimeError: no room") and results.failed
+    again = suite.ResultFile.resume(results.path, dict(MACHINE))
+    suite.run_each("steps", list("abcd"), measure, timing.Budget(99.0, clock), again, 5.0, CPU)
+    assert [record["name"] for record in again.content["steps"]] == list("acbd")
+
+
+STEP = dict(name="step/4b/B=8", status="ok", decoder="4b", batch=8, paper=0.0192)
+STEP |= dict(seconds=dict(plain=dict(median=2.5e-3)), exposed=dict(inline=2e-5, side=1e-6, by_layer=5e-7))
+STEP |= dict(cost=dict(ready=0.01, inline=0.02, side=0.011, by_layer=0.0105))
+PAIR = dict(name="interference/decode/programs=8", status="ok", kind="decode", programs=8, matmuls=12, alone=1e-3)
+PAIR |= dict(beside=1.1e-3, slowdown=0.1, lookup_alone=2e-3, lookup_beside=2.5e-3, lookup_bytes=1e8, covered=True)
+
+
+def test_tables_and_plots_come_from_json_alone(tmp_path):
+    failed = dict(name="step/8b/B=8", status="failed", reason="why")
+    content = dict(environment=dict(MACHINE), roofs=ROOFS, cases=[], left_out=[], finished=True)
+    content |= dict(steps=[failed, STEP, STEP | dict(name="step/4b/B=1", batch=1)], interference=[PAIR])
+    small = dict(bytes=1 << 30, pages="small", huge_share=0.0, linear=3e10, round_trip=2e-6)
+    huge = dict(bytes=1 << 30, pages="huge", huge_share=0.98, linear=5e10, round_trip=1e-6)
+    content["roofs"] = ROOFS | dict(footprints=[huge, huge | dict(bytes=1 << 34), small])
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(content))
+    assert command.main(["--report", str(path)]) == 0
+    words = path.with_suffix(".md").read_text()
+    assert "| 4b | 8 | 2,500.0 | 20.00 | 1.00 | 0.50 | 1.00% | 2.00% | 1.10% | 1.05% | 1.92% |" in words
+    assert "| decode x 12 | 8 | 10.0% | 1,000.0 | 1,100.0 | 50.0 | 40.0 |" in words
+    assert "| step/8b/B=8 | FAILED: why |" in words and "- step/8b/B=8 failed: why" in words
+    assert "huge pages, 98% found huge: 1 GiB: 50.0 GB/s, 1.00 us; 16 GiB" in words and "small pages, 0%" in words
+    assert words.index("| 4b | 1 |") < words.index("| 4b | 8 |") and "## Cases" not in words
+    pytest.importorskip("matplotlib")
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["gpu-footprint.png", "gpu-step.png"]
+    assert plots.write_plots(dict(content, steps=[failed], roofs=None), tmp_path / "none") == []
+    assert "the lookup ended before" in report.flags(dict(content, interference=[PAIR | dict(covered=False)]), "")[-1]
+
+
+def test_what_a_run_says_of_each():
+    assert step_report.record_text(STEP) == "1.00 us exposed on a second stream, throughput lost 1.10%"
+    assert step_report.record_text(PAIR) == "matmul slowed by 10.0%"
+    assert step_report.record_text(dict(status="failed", reason="why")) == "FAILED: why"
+
+
+def test_a_run_measures_steps_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "all_roofs", lambda *arguments: ROOFS)
+    monkeypatch.setattr(command, "Steps", partial(step.Steps, decoders=dict.fromkeys(step.DECODERS, TOY), rounds=2))
+    monkeypatch.setattr(command, "Interference", partial(interference.Interference, widths=(64, 96), tokens=9))
+    chosen = command.parse(["--only", "*[Bs]=8", "--out", str(tmp_path)])
+    machine = dict(MACHINE, host_table_bytes=LIMIT, device_table_bytes=LIMIT)
+    assert command.measure(chosen, timing.Budget(1e9), CPU, machine, Timer()) == 0
+    content = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert [record["name"] for record in content["steps"]] == ["step/4b/B=8", "step/8b/B=8"]
+    assert [record["programs"] for record in content["interference"]] == [8, 8] and content["finished"]
+    assert "step/4b/B=8: " in capsys.readouterr().err
+
+
+class Simulated(timing.GpuTimer):
+    """A graph's replay is the step itself, so that its streams are seen at work."""
+
+    def record(self, call):
+        return call
+
+
+@pytest.fixture
+def simulation(monkeypatch):
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 64)
+    return Simulation(monkeypatch)
+
+
+def test_gpu_times(simulation):
+    timer = timing.GpuTimer(CPU, samples=6)
+    work = [partial(simulation.spend, 1e-3), partial(simulation.spend, 3e-3)]
+    assert timer.measure(work).median == pytest.approx(2e-3) and timer.measure(work).samples == 6
+    assert timer.graph(work) == pytest.approx(0.25 / timing.GRAPH_CALLS)
+    first = simulation.log.index("main waits for side")
+    assert simulation.log[first - 1] == "work on side", "warmed up on another stream"
+    assert simulation.log[first + 1 : first + 3] == ["synchronize", "capture"]
+    seen = []
+    assert timer.rounds(work, 3, seen.append) == [pytest.approx([1e-3] * 3), pytest.approx([3e-3] * 3)]
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert timer.host(work) >= 0
+
+
+def test_work_beside_work_starts_with_it(simulation):
+    timer, side = timing.GpuTimer(CPU), timing.SideStream(torch.device("cuda"))
+    simulation.spend(5.0)
+    taken = timer.beside(partial(simulation.spend, 2e-3), partial(simulation.spend, 7e-3), side)
+    assert taken == pytest.approx((2e-3, 7e-3))
+    assert simulation.current.now == pytest.approx(5.007), "the stream goes on when both are done"
+
+
+@pytest.mark.parametrize("lookup, exposed", [(1e-3, (2e-3, 1e-3, 0)), (9e-3, (18e-3, 17e-3, 16e-3))])
+def test_a_lookup_is_exposed_where_other_work_does_not_hide_it(simulation, bench, monkeypatch, lookup, exposed):
+    # Layers of a millisecond: the first Engram layer comes after one of them, the second after two.
+    decoder = step.Decoder(4, 64, 96, 48, 32, engram=(1, 2))
+    original = step.StepAt._layer
+
+    def layer(self, stream, number):
+        simulation.spend(1e-3, "layer")
+        return original(self, stream, number)
+
+    def look_up(ids, plan, tables, *, out, **options):
+        simulation.spend(lookup * len(tables), "lookup")
+        return reference.hash_lookup(
+            ids, plan, tables, out=out, cu_seqlens=options["cu_seqlens"], history=options["history"]
+        )
+
+    monkeypatch.setattr(step.StepAt, "_layer", layer)
+    monkeypatch.setattr(step, "hash_lookup", look_up)
+    monkeypatch.setattr(step, "SideStream", lambda device: timing.SideStream(torch.device("cuda")))
+    record = step.Steps(bench, Simulated(CPU), {"toy": decoder}, rounds=2).measure("step/toy/B=2")
+    assert record["status"] == "ok", record
+    assert record["seconds"]["plain"]["median"] == pytest.approx(4e-3)
+    assert [record["exposed"][mode] for mode in step.FETCHING] == pytest.approx(exposed, abs=1e-9)

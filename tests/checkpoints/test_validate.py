@@ -1,0 +1,217 @@
+"""What from_safetensors refuses, before it asks for memory: files, indices, names, dtypes, shapes and row counts."""
+
+import sys
+
+import pytest
+import torch
+
+from engram_kernels import EngramTable
+from engram_kernels.checkpoints.files import CheckpointError
+from tests.support import checkpoints
+from tests.support.checkpoints import QWEN_TABLE, V41, by_hand, save
+
+load = EngramTable.from_safetensors
+E4M3, E8M0, U8 = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint8
+ROWS = V41.rows_per_layer[0]
+
+
+def zeros(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype) if dtype.itemsize > 1 else torch.zeros(shape, dtype=U8).view(dtype)
+
+
+def fp8(*shape):
+    return zeros(*shape, dtype=E4M3)
+
+
+def table(prefix="layers.1.engram.embed.", **tensors):
+    """Tensors under a prefix; two underscores stand for a dot."""
+    return {prefix + name.replace("__", "."): tensor for name, tensor in tensors.items()}
+
+
+# what is wrong -> tensors, words of the error, and arguments
+FAULTS = {
+    "no table": ({"norm.weight": zeros(3), "b": zeros(2)}, "no Engram table; the 2 tensors are b, norm.weight", {}),
+    "another layer": (table(weight=zeros(4, 64)), r"no Engram table of layer 2; there is layers\.1\.", {"layer": 2}),
+    "two tables": (
+        table(weight=zeros(4, 64)) | table("layers.2.engram.embed.", weight=zeros(4, 64)),
+        r"2 tables \(choose by layer= or prefix=\); there is layers.1",
+        {},
+    ),
+    "no such prefix": (table(weight=zeros(4, 64)), "no tensor em.weight or em.shard_0.weight; there", {"prefix": "em"}),
+    "no scale": (
+        table(weight=fp8(4, 64)),
+        r"F8_E4M3 \[4, 64\] has no scale: expected .*embed.scale, one ue8m0 .* or .*embed.weight_scale, one float",
+        {},
+    ),
+    "float scales of groups": (
+        table(weight=fp8(4, 64), scale=zeros(4, 2)),
+        r"must be F8_E8M0 or U8 \[4, 2\], or one float for the table, got .*scale BF16 \[4, 2\]$",
+        {},
+    ),
+    "scales of other groups": (table(weight=fp8(4, 64), scale=zeros(4, 1, dtype=E8M0)), r"got .*F8_E8M0 \[4, 1\]", {}),
+    "a scale per row": (
+        table(weight=fp8(4, 64), weight_scale=zeros(4, 1)),
+        "one scale per row is none of our formats: load the model's fp8 or bfloat16 checkpoint instead",
+        {},
+    ),
+    "scales of some parts": (
+        table(shard_0__weight=fp8(4, 64), shard_0__scale=zeros(4, 2, dtype=U8), shard_1__weight=fp8(4, 64)),
+        "shard_1.scale is missing, where other parts have one",
+        {},
+    ),
+    "two kinds of scale": (
+        table(weight=fp8(4, 64), scale=zeros(4, 2, dtype=U8), weight_scale=zeros(1)),
+        "expected one kind of scale, got .*embed.scale, .*embed.weight_scale",
+        {},
+    ),
+    "a scale of 0": (table(weight=fp8(4, 64), weight_scale=zeros(1)), "must be a positive number, got 0.0", {}),
+    "a scale of dense rows": (table(weight=zeros(4, 64), scale=zeros(1)), "takes no scale, got .*embed.scale", {}),
+    "integers": (table(weight=zeros(4, 64, dtype=torch.int32)), "a table of packed or integer elements, I32", {}),
+    "e5m2": (table(weight=zeros(4, 64, dtype=torch.float8_e5m2)), "rows must be of dtype F8_E4M3, F32, .*F8_E5M2", {}),
+    "nvfp4": (
+        table(
+            QWEN_TABLE, shard_0__weight=zeros(4, 32, dtype=U8), shard_0__weight_scale=fp8(4, 4), weight_scale_2=zeros(1)
+        ),
+        "is an nvfp4 table .* none of our formats, .*: load the model's fp8 or bfloat16 checkpoint instead, or write",
+        {},
+    ),
+    "nf4": (
+        table(QWEN_TABLE, shard_0__weight=zeros(4, 36, dtype=U8)),
+        "is an nf4 table .* none of our formats.* `python -m engram_kernels table convert`",
+        {},
+    ),
+    "nf4 of bitsandbytes": (
+        table(weight=zeros(128, 1, dtype=U8), weight__absmax=zeros(4), weight__quant_state=zeros(9)),
+        "an nf4 table",
+        {},
+    ),
+    "packed": (table(weight_packed=zeros(4, 48, dtype=U8), weight_scale=zeros(4, 2)), "packed or integer", {}),
+    "a part is missing": (
+        table(shard_0__weight=zeros(4, 64), shard_2__weight=zeros(4, 64)),
+        r"shard_\{k\}.weight is missing for 1 k, 1 the",
+        {},
+    ),
+    "parts of two widths": (
+        table(shard_0__weight=zeros(4, 64), shard_1__weight=zeros(4, 32)),
+        "must be alike in all parts",
+        {},
+    ),
+    "parts of two types": (
+        table(shard_0__weight=zeros(4, 64), shard_1__weight=zeros(4, 64).half()),
+        "must be alike in all parts",
+        {},
+    ),
+    "whole and in parts": (table(weight=zeros(4, 64), shard_0__weight=zeros(4, 64)), "expected either .* got both", {}),
+    "scales alone": (table(scale=zeros(4, 2, dtype=U8)), "expected either .* got neither", {}),
+    "no rows": (table(weight=zeros(0, 64)), "has no rows", {}),
+    "a vector": (table(weight=zeros(64)), r"must be alike in all parts, \[rows, width\]", {}),
+    "a width of no kernel": (
+        table(weight=zeros(4, 20)),
+        "bytes of a row must be a multiple of 16, got 20 x bfloat16",
+        {},
+    ),
+    "rows of another model": (
+        table(weight=zeros(4, 64)),
+        rf"layer 1: {ROWS} rows expected, got 4 in 1",
+        {"config": V41},
+    ),
+    "width of another model": (
+        table(weight=zeros(ROWS, 32)),
+        "layer 1: rows of 64 elements expected, got 32",
+        {"config": V41},
+    ),
+    "a layer the config has not": (
+        table(weight=zeros(4, 64)),
+        r"layer must be one of the config's, \(1, 4\), got 2",
+        {"config": V41, "layer": 2},
+    ),
+    "a table of a layer the config has not": (
+        table("layers.9.engram.embed.", weight=zeros(4, 64)),
+        r"one of the config's, \(1, 4\), for layers\.9",
+        {"config": V41},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_tables(tmp_path, case, monkeypatch):
+    tensors, expected, options = FAULTS[case]
+    monkeypatch.setattr(EngramTable, "empty", lambda *_, **__: pytest.fail("asked for memory"))
+    path = save(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"^EngramTable.from_safetensors: .*{expected}"):
+        load(path, placement="cpu", **options)
+
+
+def test_files(tmp_path):
+    whole = save(tmp_path / "whole.safetensors", {"weight": torch.ones(8, 64)}).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    entry = dict(dtype="F32", shape=[8, 65], data_offsets=[0, 2048])
+    cases = {
+        f"is truncated: its header tells of {len(whole):,} bytes, and it has {len(whole) - 1:,} ": whole[:-1],
+        f"is truncated: its header takes {8 + length} bytes, and it has 40 ": whole[:40],
+        "has 1 bytes behind the last tensor": whole + b"0",
+        "is no safetensors file, in 0 bytes": b"",
+        "is no safetensors file, in 22 bytes": b"<html>404 not found</h",
+        "is a Git LFS pointer, not the file itself: git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid",
+        "has a header that cannot be read": whole[:8] + b"{" * length + whole[8 + length :],
+        "has a header that contradicts itself": by_hand(tmp_path / "b", {"weight": entry}, bytes(2048)).read_bytes(),
+    }
+    path = tmp_path / "a.safetensors"
+    for expected, content in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"^EngramTable.from_safetensors: .*a\.safetensors {expected}"):
+            load(path, placement="cpu")
+
+
+def test_paths_and_arguments(tmp_path):
+    first = save(tmp_path / "a.safetensors", checkpoints.v41_tensors(1))
+    with pytest.raises(FileNotFoundError, match="no such file: .*nope"):
+        load(tmp_path / "nope.safetensors", placement="cpu")
+    with pytest.raises(TypeError, match="paths must be a file, a folder, an index, or a list of them, got 3"):
+        load(3, placement="cpu")
+    with pytest.raises(ValueError, match="paths must name at least one file, got none"):
+        load([], placement="cpu")
+    with pytest.raises(CheckpointError, match="empty holds no .safetensors file"):
+        (tmp_path / "empty").mkdir()
+        load(tmp_path / "empty", placement="cpu")
+    with pytest.raises(CheckpointError, match="two files hold layers.1"):
+        load([first, save(tmp_path / "twice.safetensors", checkpoints.v41_tensors(1))], placement="cpu")
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        load(first, placement="cpu", threads=0)
+    with pytest.raises(TypeError, match="config must be an EngramConfig, got dict"):
+        load(first, placement="cpu", config={})
+    with pytest.raises(TypeError, match="prefix must be a text, got int"):
+        load(first, placement="cpu", prefix=1)
+    with pytest.raises(ValueError, match="placement must be one of device, host, shared, staged, cpu"):
+        load(first, placement="pinned")
+
+
+def test_indices(tmp_path):
+    """Files that are not asked for need not be there; those that are, do, and hold what the index says."""
+    folder, _ = checkpoints.v41_folder(tmp_path / "v41")
+    _, second = sorted(folder.glob("*.safetensors"))
+    index, other = (folder / f"{name}.safetensors.index.json" for name in ("model", "other"))
+    second.unlink()
+    load(folder, placement="cpu", layer=1).close()
+    with pytest.raises(FileNotFoundError, match=f"no such file: {second}"):
+        load(folder, placement="cpu", layer=4)
+    save(second, {"weight": torch.ones(2, 64)})
+    with pytest.raises(CheckpointError, match="the index places layers.4.engram.embed.weight in .* does not hold"):
+        load(folder, placement="cpu", layer=4)
+    other.write_text("{}")
+    load(folder, placement="cpu", layer=1).close()
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match="index.json is no JSON"):
+        load(folder, placement="cpu", layer=1)
+    index.rename(folder / "third.safetensors.index.json")
+    with pytest.raises(CheckpointError, match=r"more than one index \(other.safetensors.index.json, third"):
+        load(folder, placement="cpu")
+    with pytest.raises(CheckpointError, match="other.safetensors.index.json has no 'weight_map'"):
+        load(other, placement="cpu")
+
+
+def test_the_extra_is_named(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.safetensors", {"weight": torch.ones(2, 64)})
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"safetensors files need the extra 'hf': pip install 'engram_kernels\[hf\]'"):
+        load(path, placement="cpu")

@@ -1,0 +1,228 @@
+"""The Engram module in every form, against its ops called by hand, and loading from checkpoint tensors."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, hash_lookup, reference
+
+SMALL = dict(
+    max_ngram=3, heads=2, row_width=8, table_sizes=(30, 50), hidden_size=24, branches=2, raw_vocab_size=40, eps=1e-6
+)
+FORMS = {
+    "v41": EngramConfig(layers=(1, 4), vocab_size=40, format="float32", **SMALL),
+    "paper": EngramConfig(
+        layers=(1, 4), vocab_size=40, format="float32", projection_bias=True, conv_kernel=4, conv_eps=0.05, **SMALL
+    ),
+    "qwen": EngramConfig(
+        layers=(1,),
+        window="eos",
+        eos_id=7,
+        multiplier_rule="splitmix64",
+        format="float32",
+        conv_kernel=3,
+        conv_eps=1e-6,
+        norm_offset=1.0,
+        zero_gate="sign",
+        **SMALL,
+    ),
+}
+FORMS_WITHOUT_CONV = {"biased": dataclasses.replace(FORMS["v41"], projection_bias=True)}
+NAMES = {
+    "v41": {"wkv.weight", "q_weight", "k_weight"},
+    "paper": {"wkv.weight", "wkv.bias", "q_weight", "k_weight", "conv_norm", "conv_weight"},
+    "qwen": {"wkv.weight", "q_weight", "k_weight", "conv_norm", "conv_weight"},
+}
+
+
+def built(form, device=None, **options):
+    config = (FORMS | FORMS_WITHOUT_CONV)[form]
+    plan = HashPlan.build(config, None if config.window == "eos" else torch.arange(40))
+    placement = "device" if device is not None and device.type == "cuda" else "cpu"
+    tables = [
+        EngramTable.from_tensors(torch.randn(rows, 8, device=device), placement=placement)
+        for rows in plan.rows_per_layer
+    ]
+    module = Engram(config, config.layers[-1], plan, tables[-1], device=device, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / 2 + 0.5)
+    return module, plan if device is None else plan.to(device), tables
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("residual", [True, False])
+def test_forward_is_the_ops_by_hand(form, residual):
+    module, plan, tables = built(form, residual=residual)
+    assert set(module.state_dict()) == NAMES[form]
+    hidden, ids = torch.randn(9, 2, 24), torch.randint(0, 40, (9,))
+    packed = dict(cu_seqlens=torch.tensor([0, 4, 9], dtype=torch.int32), history=torch.randint(0, 40, (2, 2)))
+    dead = torch.arange(9) == 6
+    rows = hash_lookup(ids, plan, tables, **packed, dead=dead)[-1].flatten(1)
+    kv = rows @ module.wkv.weight.T + (0 if module.wkv.bias is None else module.wkv.bias)
+    config = module.config
+    options = dict(eps=config.eps, zero_gate=config.zero_gate, residual=residual, mask=~dead)
+    inputs = hidden, kv[:, :48].view(9, 2, 24), kv[:, 48:], module.q_weight, module.k_weight
+    if config.conv_kernel:
+        options |= dict(dilation=3, conv_eps=config.conv_eps, cu_seqlens=packed["cu_seqlens"])
+        expected = reference.gate_conv_residual(*inputs, module.conv_norm, module.conv_weight, **options)
+    else:
+        expected = reference.gate_residual(*inputs, **options)
+    torch.testing.assert_close(module(hidden, ids, **packed, dead=dead), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_looked_up_before(form):
+    module, plan, tables = built(form)
+    hidden, ids = torch.randn(2, 5, 2, 24), torch.randint(0, 40, (2, 5))
+    rows = hash_lookup(ids, plan, tables)[-1]
+    assert torch.equal(module(hidden, rows=rows), module(hidden, ids))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "biased"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_padding_and_dead_tokens_pass_unchanged(form, residual):
+    """Bit for bit, -0.0 and NaN included, from tokens or from rows, and they change no other token. To a dead one the
+    convolution of the tokens before it is added, in the forms that have one.
+    """
+    module, plan, tables = built(form, residual=residual)
+    ids, dead = torch.randint(0, 40, (8,)), torch.tensor([0, 0, 1, 0, 0, 0, 0, 0]).bool()
+    options = dict(cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32), dead=dead)
+    untouched = [6, 7] if module.config.conv_kernel else [2, 6, 7]
+    hidden = torch.randn(8, 2, 24)
+    calm = module(hidden, ids, **options)
+    hidden[untouched, 0, :3] = torch.tensor([-0.0, float("nan"), float("inf")])
+    out = module(hidden, ids, **options)
+    kept = hidden[untouched] if residual else torch.zeros(len(untouched), 2, 24)
+    assert torch.equal(out[untouched].view(torch.int32), kept.view(torch.int32))
+    others = [token for token in range(8) if token not in untouched]
+    assert torch.equal(out[others], calm[others]) and calm[others].ne(hidden[others]).any()
+    rows = hash_lookup(ids, plan, tables, **options)[-1]
+    assert torch.equal(module(hidden, rows=rows, **options).view(torch.int32), out.view(torch.int32))
+    with pytest.raises(ValueError, match=r"^Engram.forward: dead must have shape \[8\], got \[7\]"):
+        module(hidden, rows=rows, dead=dead[1:])
+    with pytest.raises(ValueError, match=r"hidden must have shape \[T, H, D\] or \[B, S, H, D\], got \[8, 48\]"):
+        module(hidden.flatten(1), rows=rows, **options)
+
+
+def test_conv_state_makes_chunks_equal_the_whole():
+    module, _, _ = built("paper")
+    hidden, ids = torch.randn(8, 2, 24), torch.randint(0, 40, (8,))
+    whole = module(hidden, ids)
+    first, state = module(hidden[:5], ids[:5], conv_state=module.new_conv_state(1))
+    second, _ = module(hidden[5:], ids[5:], history=ids[None, 3:5], conv_state=state)
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_every_weight_trains():
+    module, _, _ = built("paper")
+    module(torch.randn(6, 2, 24), torch.randint(0, 40, (6,))).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(dtype):
+    module, _, _ = built("paper")
+    module = module.to(dtype)
+    hidden = torch.randn(4, 2, 24, dtype=dtype)
+    out, state = module(hidden, torch.randint(0, 40, (4,)), conv_state=module.new_conv_state(1))
+    assert out.dtype == dtype and state[0].dtype == dtype
+
+
+def test_state_dict_round_trip():
+    module, plan, tables = built("paper")
+    other = Engram(module.config, 4, plan, tables[-1])
+    other.load_state_dict(module.state_dict())
+    hidden, ids = torch.randn(4, 2, 24), torch.randint(0, 40, (4,))
+    assert torch.equal(other(hidden, ids), module(hidden, ids))
+
+
+def v41_checkpoint(module, scaled):
+    """The layer's tensors under a checkpoint's names; scaled: wkv in fp8 with one ue8m0 scale per 8 x 4 block."""
+    prefix = "layers.4.engram."
+    tensors = {prefix + name: torch.randn(2, 24) for name in ("q_weight", "k_weight")}
+    weight = torch.randn(72, 32)
+    tensors[prefix + "wkv.weight"] = weight
+    if scaled:
+        scale = torch.randint(120, 134, (9, 8), dtype=torch.uint8)
+        tensors[prefix + "wkv.weight"] = weight.to(torch.float8_e4m3fn)
+        tensors[prefix + "wkv.scale"] = scale.view(torch.float8_e8m0fnu)
+        factor = torch.exp2(scale.float() - 127)
+        blocks = weight.to(torch.float8_e4m3fn).float().view(9, 8, 8, 4)
+        weight = (blocks * factor[:, None, :, None]).reshape(72, 32)
+    return prefix, tensors, weight
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_load_deepseek_checkpoint(scaled):
+    module, _, _ = built("v41")
+    prefix, tensors, weight = v41_checkpoint(module, scaled)
+    module.load_checkpoint(tensors, prefix)
+    assert torch.equal(module.wkv.weight, weight)
+    assert torch.equal(module.q_weight, tensors[prefix + "q_weight"])
+    assert torch.equal(module.k_weight, tensors[prefix + "k_weight"])
+
+
+def qwen_checkpoint():
+    tensors = {"ple.key_proj.weight": torch.randn(48, 32), "ple.value_proj.weight": torch.randn(24, 32)}
+    tensors |= {f"ple.norm_{name}.weight": torch.randn(48) for name in ("query", "key", "conv")}
+    return tensors | {"ple.conv1d.weight": torch.randn(48, 1, 3)}
+
+
+def test_load_qwen_checkpoint():
+    module, _, _ = built("qwen")
+    tensors = qwen_checkpoint()
+    module.load_checkpoint(tensors, "ple.")
+    assert torch.equal(module.wkv.weight[:48], tensors["ple.key_proj.weight"])
+    assert torch.equal(module.wkv.weight[48:], tensors["ple.value_proj.weight"])
+    assert torch.equal(module.q_weight.flatten(), tensors["ple.norm_query.weight"] + 1)
+    assert torch.equal(module.conv_norm.flatten(), tensors["ple.norm_conv.weight"] + 1)
+    assert torch.equal(module.conv_weight.flatten(0, 1), tensors["ple.conv1d.weight"][:, 0])
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing():
+    module, _, _ = built("qwen")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for name in qwen_checkpoint():
+        tensors = qwen_checkpoint()
+        del tensors[name]
+        with pytest.raises(ValueError, match=name if "key_proj" not in name else "expected ple.wkv.weight"):
+            module.load_checkpoint(tensors, "ple.")
+    tensors = qwen_checkpoint() | {"ple.conv1d.weight": torch.randn(48, 1, 4)}
+    with pytest.raises(ValueError, match=r"conv_weight must have shape \[2, 24, 3\], got \[2, 24, 4\]"):
+        module.load_checkpoint(tensors, "ple.")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_bad_arguments():
+    module, plan, tables = built("v41")
+    config = module.config
+    with pytest.raises(ValueError, match=r"layer must be one of the config's, \(1, 4\), got 2"):
+        Engram(config, 2, plan, tables[0])
+    with pytest.raises(ValueError, match="plan must have 1 or 2 layers of 4 columns, got 2 of 2"):
+        Engram(config, 1, plan.select(columns=[0, 1]), tables[0])
+    with pytest.raises(ValueError, match="table must have rows of 16 elements, got 8"):
+        Engram(dataclasses.replace(config, row_width=16), 1, plan, tables[0])
+    hidden, ids = torch.randn(3, 2, 24), torch.tensor([1, 2, 3])
+    with pytest.raises(ValueError, match="either token_ids or rows, got both or neither"):
+        module(hidden)
+    with pytest.raises(ValueError, match="either token_ids or rows, got both or neither"):
+        module(hidden, ids, rows=torch.zeros(3, 4, 8))
+    with pytest.raises(ValueError, match="has no convolution and takes no conv_state"):
+        module(hidden, ids, conv_state=module.new_conv_state(1))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels(device, form):
+    """The same module on kernels, with the same bits where autograd records, and on the references."""
+    module, plan, tables = built(form, device)
+    hidden, ids = torch.randn(6, 2, 24, device=device), torch.randint(0, 40, (6,), device=device)
+    rows = hash_lookup(ids, plan, tables)[-1]
+    with torch.no_grad():
+        result = module(hidden, ids)
+    recorded = module(hidden, ids)
+    assert recorded.requires_grad and torch.equal(result, recorded)
+    exact = module.double().cpu()(hidden.double().cpu(), rows=rows.double().cpu())
+    torch.testing.assert_close(result.double().cpu(), exact, rtol=1e-5, atol=1e-5)

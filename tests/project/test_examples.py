@@ -1,0 +1,128 @@
+"""The programs under examples/ run as they are, in a process of their own, and the README's ten lines nearly so."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+
+from engram_kernels import EngramConfig, EngramState, ngram_hash
+from engram_kernels.serving.state import EngramStep
+from tests.support import oracles, tables
+from tests.support.patience import HANG
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(name):
+    """Output of one example. It sees no GPU: there its tables would be pinned, beside those of other tests."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    environment["OMP_NUM_THREADS"] = "1"  # small tensors, and other tests beside it
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_quickstart():
+    lines = run("quickstart.py").splitlines()
+    assert len([line for line in lines if line.startswith("EngramTable(") and "x 32 bfloat16, cpu" in line]) == 2
+    assert lines[2:] == [
+        "rows   [2, 6, 8, 32] = layers, tokens, columns, row width",
+        "hidden [6, 4, 256] = tokens, branches, hidden size",
+    ]
+
+
+def test_replace_demo():
+    replaced, difference = run("replace_demo.py").splitlines()
+    assert replaced == "replaced: engrams.1, engrams.3"
+    assert float(re.match(r"largest difference: (\S+) at outputs up to \d", difference)[1]) < 1e-4
+
+
+def test_tensor_parallel():
+    """Ranks' rows are the whole's bit for bit, and fp8 rows go to the projection as they are."""
+    rows, projected = run("tensor_parallel.py").splitlines()
+    assert rows == "4 ranks of 4 columns: rows equal the whole's"
+    assert float(re.match(r"layer 1's key and value from fp8 rows: largest error (\S+) of", projected)[1]) < 1e-5
+
+
+def test_serve():
+    """A small engine, with drafts right and wrong, gives the tokens of generation without any state."""
+    first, drafts, share, same = run("serve.py").splitlines()
+    assert re.fullmatch(r"7 requests, 476 tokens in \S+ s on cpu: \d+ tokens/s", first)
+    taken, drafted = map(int, re.fullmatch(r"drafts: (\d+) of (\d+) accepted", drafts).groups())
+    assert 0 < taken < drafted
+    assert re.fullmatch(r"Engram's share of a step of \d+ tokens: -?\d+%", share)
+    assert same == "the tokens of one-shot generation: 7 of 7 requests"
+
+
+@pytest.mark.parametrize("method", ["commit", "reset"])
+def test_serve_needs_its_state(method, monkeypatch):
+    """Negative control: where slots are never moved on, or never emptied, tokens are others."""
+    serve, threads = serving_example(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(EngramStep if method == "commit" else EngramState, method, lambda *_: None)
+    with torch.inference_mode():
+        model = serve.Transformer()
+        requests = [serve.Request([number, 2, 3], 9) for number in range(6)]
+        serve.Engine(model).serve(requests)
+        expected = [serve.one_shot(model, [number, 2, 3], 9) for number in range(6)]
+    torch.set_num_threads(threads)
+    assert all(len(request.tokens) == 9 for request in requests)
+    assert [request.tokens for request in requests] != expected
+
+
+def serving_example():
+    """examples/serve.py as a module."""
+    spec = importlib.util.spec_from_file_location("serve", ROOT / "examples" / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["serve"] = module  # where its dataclass looks
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_ten_lines(tmp_path):
+    """As they stand, but for the device, on a checkpoint of the documented names and a tokenizer of 60 words."""
+    sizes = dict(max_ngram=4, heads=2, row_width=32, table_sizes=(40,) * 3, hidden_size=16, branches=2)
+    rows = EngramConfig(layers=(1, 4), raw_vocab_size=60, format="e4m3_ue8m0", **sizes).rows_per_layer
+    engram = dict(layer_ids=[1, 4], num_embeddings=list(rows), max_ngram_size=4, n_heads=2, head_dim=32, vocab_size=40)
+    engram |= dict(compressed_vocab_size=60, pad_token_id=2)
+    config = {f"engram_{name}": value for name, value in engram.items()}
+    config |= dict(hidden_size=16, hc_mult=2, vocab_size=60, rms_norm_eps=1e-6)
+    names = dict(
+        checkpoint_config=config,
+        tokenizer=Tokenizer(models.WordLevel({f"word {n}": n for n in range(60)}, unk_token="word 0")),
+        token_ids=torch.randint(0, 60, (7,)),
+        hidden=torch.randn(7, 2, 16).bfloat16(),
+        wkv=torch.randn(48, 192).bfloat16(),
+        query_norm=torch.rand(2, 16),
+        key_norm=torch.rand(2, 16),
+        layer=1,
+        H=2,
+        D=16,
+    )
+    parts = [tables.random_parts(count, 32, "e4m3_ue8m0") for count in rows]
+    before, given = names["hidden"], [(w.view(torch.uint8) & 0x3F, s & 0x7F) for w, s in parts]
+    weights = [(weight.view(torch.float8_e4m3fn), scale) for weight, scale in given]
+    names["folder"] = tmp_path
+    stored = {}
+    for number, (weight, scale) in zip([1, 4], weights, strict=True):
+        embed = f"layers.{number}.engram.embed"
+        stored |= {f"{embed}.weight": weight, f"{embed}.scale": scale.view(torch.float8_e8m0fnu)}
+    save_file(stored, tmp_path / "model.safetensors")
+    code = re.search(r"## In ten lines\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert '"cuda"' in code
+    exec(code.replace('"cuda"', '"cpu"'), names)
+    row_ids = ngram_hash(names["token_ids"], names["plan"])[:, 1]
+    expected = tables.rounded(tables.expected_values(*weights[1], row_ids), torch.bfloat16)
+    assert torch.equal(names["rows"][1], expected)
+    read = (before, *(names[name] for name in ("key", "value", "query_norm", "key_norm")))
+    exact = torch.from_numpy(oracles.gated(*(x.double().numpy() for x in read), eps=1e-6))
+    torch.testing.assert_close(names["hidden"].double(), exact, rtol=2**-7, atol=1e-2)

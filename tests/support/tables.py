@@ -1,0 +1,67 @@
+"""Tables for tests: every byte pattern the format has, NaN, subnormals and infinite products among them."""
+
+import numpy as np
+import torch
+
+from engram_kernels import EngramTable
+from engram_kernels.geometry.row_format import FORMATS
+
+from . import oracles
+
+TABLE_SCALE = 0.37
+
+
+def place(weight, scale, device, placement=None):
+    """A table that ops on ``device`` can read: on it, or where ``placement`` says."""
+    placement = placement or ("cpu" if device.type == "cpu" else "device")
+    if placement == "device" and isinstance(scale, torch.Tensor):
+        scale = scale.to(device)
+    return EngramTable.from_tensors(weight.to(device) if placement == "device" else weight, scale, placement=placement)
+
+
+def random_parts(rows, width, name, seed=0) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """(weight, scale) on the CPU. fp8 rows hold every byte; ue8m0 scales are mostly moderate, some extreme."""
+    generator = torch.Generator().manual_seed(seed + rows * 2000 + width)
+    dtype = FORMATS[name].dtype
+    if FORMATS[name].scaling == "none":
+        return torch.randn(rows, width, generator=generator).to(dtype), None
+    weight = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8).view(dtype)
+    if FORMATS[name].scaling == "table":
+        return weight, TABLE_SCALE * (seed + 1)
+    scale = torch.randint(110, 140, (rows, width // 32), generator=generator, dtype=torch.uint8)
+    extreme = scale.view(-1)[:: max(1, scale.numel() // 7)]
+    extreme.copy_(torch.tensor([0, 1, 255, 254, 127], dtype=torch.uint8).repeat(len(extreme))[: len(extreme)])
+    return weight, scale
+
+
+def expected_values(weight, scale, ids):
+    """Rows ``ids`` in float64, by the oracle; zeros outside the table."""
+    if weight.dtype == torch.float8_e4m3fn:
+        scales = scale.numpy() if isinstance(scale, torch.Tensor) else float(np.float32(scale))
+        return oracles.fp8_rows(weight.view(torch.uint8).numpy(), scales, ids.numpy())
+    values = weight.double()[ids.clamp(0, len(weight) - 1).long()]
+    return values.masked_fill(((ids < 0) | (ids >= len(weight)))[..., None], 0).numpy()
+
+
+def rounded(values, dtype):
+    """float64 values through one float32 product (exact here but for the table scale) to ``dtype``."""
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(values.astype(np.float32)).to(dtype)
+
+
+def same_bits(result, expected, *, truncated):
+    """Equal, NaN equal to NaN. ``truncated``: bfloat16 by the interpreter, which cuts where hardware rounds and
+    converts subnormals wrongly; equal to one ulp then, subnormals left to the float32 cases.
+    """
+    result, expected = result.cpu(), expected.cpu()
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return False
+    nan = torch.isnan(expected.float())
+    if not torch.equal(torch.isnan(result.float()), nan):
+        return False
+    if not truncated:
+        return torch.equal(result.masked_fill(nan, 0), expected.masked_fill(nan, 0))
+    # Sign and magnitude: neighbours differ by one in their bits, and truncation only lowers the magnitude.
+    normal = ~nan & (expected.float().abs() >= 2.0**-126)
+    bits, wanted = (x[normal].view(torch.int16).int() for x in (result, expected))
+    return bool(((wanted - bits == 0) | (wanted - bits == 1)).all())
