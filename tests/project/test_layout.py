@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,14 @@ def test_the_name_of_a_file_does_not_repeat_that_of_its_room():
     for room in rooms()[1:]:
         for entry in entries(room):
             assert not words(entry) & words(room.name), room.relative_to(ROOT) / entry
+
+
+def test_imports_run_one_way():
+    """The contract in pyproject.toml, imports for type checkers and within functions included."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("op", OPS)
