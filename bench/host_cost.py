@@ -28,12 +28,12 @@ from engram_kernels import (
     ngram_hash,
 )
 from engram_kernels.launching import checks as arguments
-from engram_kernels.launching.prepared import Prepared
-from engram_kernels.ops import gate, gate_conv, hash_rows, hashing
+from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
 
 from .report import print_table
 
 TOKENS = 4
+OPS = (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV)
 
 
 class _Driver:
@@ -77,12 +77,14 @@ def launching_nothing() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compile_nothing))
             stack.enter_context(mock.patch.object(arguments, "CPU_TAKES_KERNELS", True))
-            for module in (gate, gate_conv):  # what is prepared there is not for CPU tensors
-                stack.enter_context(mock.patch.object(module, "_PREPARED", Prepared()))
             for module in (hash_rows, hashing):
                 stack.enter_context(mock.patch.object(module, "check_token_values", lambda *_: None))
+            for op in OPS:  # what was kept is not for CPU tensors
+                op.forget()
             yield
     finally:
+        for op in OPS:
+            op.forget()
         driver._active = previous
         for function in used:
             function.device_caches.clear()

@@ -19,12 +19,14 @@ from unittest import mock
 
 import torch
 
-from engram_kernels.launching.prepared import Prepared
-from engram_kernels.ops import gate, hashing, rows
 from engram_kernels.ops.conv_kernels import backward as gate_conv_backward
 from engram_kernels.ops.conv_kernels import residual as conv_residual
 from engram_kernels.ops.conv_kernels import scale as gate_scale
 from engram_kernels.ops.gate_kernels import backward as gate_backward
+from engram_kernels.ops.gate_kernels import residual as gate_residual
+from engram_kernels.ops.hash_kernels import row_ids
+from engram_kernels.ops.op import Op
+from engram_kernels.ops.row_kernels import by_id
 from engram_kernels.ops.row_kernels import hashed as hashed_rows
 
 from .cases import Case, Workbench, load_cases
@@ -50,13 +52,13 @@ class Sweep:
 SWEEPS = {
     "hash": Sweep(
         "hash_config",
-        (hashing,),
+        (row_ids,),
         ("ngram_hash/v41/uniform/T=1", "ngram_hash/v41/uniform/T=8192"),
         grid(block_t=(1, 4, 8, 16, 32), num_warps=(1, 2, 4)),
     ),
     "rows": Sweep(
         "rows_config",
-        (rows, hashed_rows),
+        (by_id, hashed_rows),
         (
             "hash_lookup/v41/host/uniform/T=1",
             "hash_lookup/v41/host/uniform/T=8192",
@@ -67,13 +69,13 @@ SWEEPS = {
     ),
     "programs": Sweep(
         "rows_config",
-        (rows, hashed_rows),
+        (by_id, hashed_rows),
         ("hash_lookup/v41/host/uniform/T=8192", "hash_lookup/v41/device/uniform/T=8192"),
         grid(programs=(8, 16, 32, 66, 132, 264, 528, 1056, 2112)),
     ),
     "gate": Sweep(
         "gate_config",
-        (gate, gate_scale),
+        (gate_residual, gate_scale),
         ("gate_residual/v41/T=1", "gate_residual/v41/T=8192"),
         (
             *grid(block_d=(512, 1024, 2048), num_warps=(2, 4, 8)),
@@ -114,7 +116,7 @@ def configured(sweep: Sweep, changes: dict) -> Iterator[None]:
     for module in sweep.modules:
         setattr(module, sweep.function, changed)
     try:
-        with mock.patch.object(Prepared, "launch", lambda *_: None):  # launches were prepared with the original
+        with mock.patch.object(Op, "_kept_launch", lambda *_: None):  # launches were prepared with the original
             yield
     finally:
         for module in sweep.modules:

@@ -20,7 +20,7 @@ import torch
 
 from bench.cases import Case, InTurn, Prepared, Workbench, poison, spread_tokens, tensor_bytes, wrong_rows
 from engram_kernels import HashPlan, NgramCache, hash_lookup, reference
-from engram_kernels.cache.lookup import COUNTS
+from engram_kernels.cache.store import COUNTS
 from engram_kernels.commands.size import layer_traffic
 from engram_kernels.reference.cache.simulator import CacheSimulator, ngram_keys
 

@@ -11,8 +11,10 @@ import torch
 
 from bench.cases import Case, Prepared, Workbench, poison, spread_tokens, tensor_bytes
 from engram_kernels import hash_lookup, reference
-from engram_kernels.ops.hash_rows import launch_hash_lookup
+from engram_kernels.launching.tokens import Tokens
+from engram_kernels.ops.row_kernels.hashed import prepare_hash_lookup
 from engram_kernels.ops.row_kernels.order import ORDERS
+from engram_kernels.ops.row_kernels.output import Reading
 from engram_kernels.tables.engram import EngramTable, view_tables
 
 TOKENS, ALL_TOKENS = (2048, 8192), (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
@@ -95,7 +97,8 @@ def _with_scales_on_device(tables: tuple[EngramTable, ...], plan, out: torch.Ten
     view = view._replace(descriptors=descriptors)
 
     def call(token_ids: torch.Tensor, kept: torch.Tensor = scales) -> torch.Tensor:
-        launch_hash_lookup(token_ids, plan, view, None, None, None, out, False, programs, order)
+        tokens = Tokens(token_ids)
+        prepare_hash_lookup(tokens, plan, view, Reading(False, programs, order))(tokens, out)
         return out
 
     return call

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ops.rows import lookup
 from engram_kernels.reference.cache.simulator import set_of, unscramble
 
-if TYPE_CHECKING:
-    from .ngram import NgramCache
+from .store import CacheStore
 
 _FORMAT = 1
 _SLOTS_AT_ONCE = 1 << 20
@@ -72,7 +70,7 @@ def _combined(counts, others) -> list[list[int]]:
     return [[a - b for a, b in zip(*layers, strict=True)] for layers in zip(counts, others, strict=True)]
 
 
-def read_stats(cache: "NgramCache") -> CacheStats:
+def read_stats(cache: CacheStore) -> CacheStats:
     """The counts as they are now; waits for the device."""
     with cache.in_order() as state:
         counts = torch.cat([state.counts, (state.stamps > 0).sum(dim=(1, 2))[None]])
@@ -80,7 +78,7 @@ def read_stats(cache: "NgramCache") -> CacheStats:
     return CacheStats(*per_layer, entries=cache.entries, entry_bytes=cache.entry_bytes)
 
 
-def warm_up(cache: "NgramCache", token_ids: torch.Tensor, progress: Callable[[int, int], object] | None) -> None:
+def warm_up(cache: CacheStore, token_ids: torch.Tensor, progress: Callable[[int, int], object] | None) -> None:
     """Look ``token_ids`` up, 2,048 at a time, for what stays in the cache; counts are put back afterwards."""
     where = "NgramCache.warm"
     check_tensor(where, "token_ids", token_ids, dtypes=(torch.int32, torch.int64), device=cache.plan.device)
@@ -105,7 +103,7 @@ def warm_up(cache: "NgramCache", token_ids: torch.Tensor, progress: Callable[[in
             state.counts.copy_(counts)
 
 
-def save_keys(cache: "NgramCache", path: str | Path) -> Path:
+def save_keys(cache: CacheStore, path: str | Path) -> Path:
     """Write the keys in use to ``path``, whole or not at all."""
     path = Path(path)
     with cache.in_order() as state:
@@ -124,7 +122,7 @@ def save_keys(cache: "NgramCache", path: str | Path) -> Path:
     return path
 
 
-def load_keys(cache: "NgramCache", path: str | Path) -> None:
+def load_keys(cache: CacheStore, path: str | Path) -> None:
     """Hold the keys of a file, the most recently used ones where there are more than fit; rows come from the tables."""
     where = "NgramCache.load"
     names = ("format", "plan", "clock", "group", "key", "stamp")
@@ -156,7 +154,7 @@ def load_keys(cache: "NgramCache", path: str | Path) -> None:
         state.stamps.copy_(torch.from_numpy(stamps.reshape(shape)))
 
 
-def _read_entries(cache: "NgramCache", state, keys: np.ndarray, stamps: np.ndarray) -> None:
+def _read_entries(cache: CacheStore, state, keys: np.ndarray, stamps: np.ndarray) -> None:
     """Rows of all keys in use, from the tables to their entries."""
     if not state.rows.numel():
         return

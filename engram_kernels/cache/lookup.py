@@ -15,47 +15,29 @@ hold all of it; where nothing was missed, programs of the later launches end at 
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import triton
 from triton.runtime import driver
 
-from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import FORMATS
-from engram_kernels.launching.checks import describe, processors
+from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, on_device_of
-from engram_kernels.ops.hashing import hash_arguments
+from engram_kernels.launching.tokens import Tokens
+from engram_kernels.ops.hash_kernels.row_ids import hash_arguments
 from engram_kernels.ops.row_kernels.copy import RowsConfig, row_constants, rows_config
 from engram_kernels.ops.row_kernels.order import copy_config, scale_words
-from engram_kernels.ops.row_kernels.output import kernel_out
+from engram_kernels.ops.row_kernels.output import Reading, kernel_out
 from engram_kernels.tables.engram import TableView
 
 from .misses import keep_missed_kernel, read_missed_kernel
 from .probe import probe_cache_kernel
-
-#: What is counted for each group, in this order: n-grams asked for and hits of these, distinct missed ones read from
-#: the tables, those of them that were kept, and entries that they took from others.
-COUNTS = ("asked", "hits", "read", "inserted", "evicted")
-
+from .store import CacheStore
 
 # Registers a thread. Eight programs of the probe, of two warps each, fit a multiprocessor with 128; where it decodes
 # rows it stays below that without being told. Of the read launch a multiprocessor has one program for tables on the
 # host, which then takes 13 K of 64 K registers.
 PROBE_REGISTERS, READ_REGISTERS = 128, 208
-
-#: Bytes over the link from which a call is worth a cache's launches.
-_PAYS_FROM = 6 << 20
-
-
-def fewest_tokens(token_bytes: int) -> int:
-    """The fewest tokens of a call, of ``token_bytes`` in all layers, that a cache makes shorter rather than longer.
-
-    Arithmetic, not measured: three launches more than the direct order has take about 15 us, the sort of some 10,000
-    keys 40. A link of 52 GB/s brings 3 MB in that time, and where every other row is spared, as the simulator says of
-    prose (docs/cache_size.md), a call of 6 MB is spared as many. For V4.1 on two layers that is 497 tokens.
-    """
-    return max(1, -(-_PAYS_FROM // token_bytes))
 
 
 def tagged_config(config: RowsConfig, ways: int, most_rows: int = 32) -> RowsConfig:
@@ -73,53 +55,21 @@ def given_registers(number: int) -> dict:
     return dict(maxnreg=number)
 
 
-def check_cache(where: str, cache, plan: HashPlan, tables, num_rows: int) -> None:
-    """Raise unless ``cache`` is None or one for this plan and these tables, in a call for ``num_rows`` rows."""
-    from .ngram import NgramCache
-
-    if cache is None:
-        return
-    if torch.compiler.is_compiling():
-        raise ValueError(f"{where}: cache must be None under torch.compile, which cannot see that a cache changes")
-    if not isinstance(cache, NgramCache):
-        raise TypeError(f"{where}: cache must be an NgramCache, got {describe(cache)}")
-    same = len(tables) == len(cache.tables) and all(map(lambda a, b: a is b, tables, cache.tables))
-    if plan is not cache.plan or not same:
-        raise ValueError(f"{where}: cache must be made for this very plan and these tables, got {cache!r} of others")
-    if num_rows >= 2**31:
-        raise ValueError(f"{where}: with a cache L * T * C must be below 2^31, got {num_rows}")
-
-
-class CacheState(NamedTuple):
-    """The tensors of a cache, and its lag."""
-
-    keys: torch.Tensor  #: int64 ``[G, S, W]``
-    stamps: torch.Tensor  #: int64 ``[G, S, W]``, when it was last used; 0 is an empty way, whatever its key
-    clock: torch.Tensor  #: int64 ``[1]``, tokens so far, behind a start of ``lag``
-    counts: torch.Tensor  #: int64 ``[5, G]``, in the order of COUNTS
-    rows: torch.Tensor  #: ``[G * S * W * E, R]`` in the table's type, fp8 as bytes
-    scales: torch.Tensor | None  #: uint8 ``[G * S * W * E, R / 32]`` where the format has them
-    descriptor: torch.Tensor  #: int64 ``[4]`` of rows and scales, as in a TableView
-    lag: int  #: how much older than now a new entry counts
-
-
-def launch_cached_lookup(
-    cache, plan: HashPlan, view: TableView, storage, programs, order, token_ids, cu_seqlens, history, dead, out
-) -> None:
-    """One call through ``cache`` for all layers; ``order`` other than "direct" reads head by head."""
-    state = cache.state
+def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, reading: Reading, out) -> None:
+    """One call through ``cache`` for all layers; an order other than "direct" reads head by head."""
+    plan, state, (storage, programs, order) = cache.plan, cache.state, reading
     num_groups, num_sets, ways = state.keys.shape
     num_layers, num_columns = plan.primes.shape
     num_orders = num_groups // num_layers
     num_heads = num_columns // num_orders
-    num_tokens, device = token_ids.numel(), token_ids.device
+    num_tokens, device = tokens.token_ids.numel(), tokens.token_ids.device
     num_entries = num_groups * num_tokens
     missed, now = (torch.empty(size, dtype=torch.int64, device=device) for size in ((num_groups, num_tokens), 1))
     sources, targets = (torch.empty(num_entries, dtype=torch.int32, device=device) for _ in range(2))
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
     row_format = FORMATS[view.format]
     itemsize, decoded = row_format.dtype.itemsize, row_format.scaling != "none" and not storage
-    known = hash_arguments(token_ids, plan, cu_seqlens)
+    known = hash_arguments(tokens, plan)
     columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr", "NON_NEGATIVE", "NUM_LAYERS")
     columns = {name: known[name] for name in columns}
     mixing = ("token_map_ptr", "multipliers_ptr", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos")
@@ -127,15 +77,15 @@ def launch_cached_lookup(
     shared = dict(num_tokens=num_tokens, now_ptr=now, stamps_ptr=state.stamps)
     reading = dict(tables_ptr=view.descriptors, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, counts_ptr=state.counts)
     reading |= dict(num_sets=num_sets, NUM_HEADS=num_heads, WAYS=ways, **columns)
-    with on_device_of(token_ids), cache.in_order():
+    with on_device_of(tokens.token_ids), cache.in_order():
         config = rows_config(view.width, itemsize, num_entries, processors(device), "device")
         # Where mixes wrap some come from the tables: with 32 rows the probe takes 162 registers.
         config = tagged_config(config, ways, 32 if plan.non_negative else 16)
         probe_cache_kernel[(programs or config.programs,)](
-            token_ids_ptr=token_ids,
-            cu_seqlens_ptr=cu_seqlens,
-            history_ptr=history,
-            dead_ptr=dead,
+            token_ids_ptr=tokens.token_ids,
+            cu_seqlens_ptr=tokens.cu_seqlens,
+            history_ptr=tokens.history,
+            dead_ptr=tokens.dead,
             missed_ptr=missed,
             keys_ptr=state.keys,
             clock_ptr=state.clock,
@@ -148,8 +98,8 @@ def launch_cached_lookup(
             enable_fp_fusion=False,
             **({} if decoded else given_registers(PROBE_REGISTERS)),
         )
-        missed, tokens = torch.sort(missed, stable=True)
-        entries = dict(missed_ptr=missed, tokens_ptr=tokens, sources_ptr=sources, targets_ptr=targets)
+        missed, sorted_tokens = torch.sort(missed, stable=True)
+        entries = dict(missed_ptr=missed, tokens_ptr=sorted_tokens, sources_ptr=sources, targets_ptr=targets)
         entries |= dict(NUM_ORDERS=num_orders, **shared)
         copies = copy_config(num_heads * view.width, out_ptr.element_size())
         words = None if out_scale_ptr is None else scale_words(out_scale_ptr)

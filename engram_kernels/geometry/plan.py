@@ -6,12 +6,9 @@ row ``floor_mod(mix_n, primes[l, c]) + offsets[l, c]``. Source: arXiv 2601.07372
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
-
-from engram_kernels.launching.prepared import Prepared
 
 from .config import EngramConfig
 
@@ -147,31 +144,6 @@ class HashPlan:
         """Every field in order, for registered ops, which take tensors and numbers alone."""
         tensors = (self.multipliers, self.primes, self.offsets, self.reciprocals, self.orders, self.token_map)
         return (*tensors, self.pad, self.eos, self.vocab_size, list(self.rows_per_layer), self.non_negative, self.heads)
-
-    @cached_property
-    def kernel_arguments(self) -> dict:
-        """What every hashing kernel is told of the plan."""
-        return dict(
-            token_map_ptr=self.token_map,
-            multipliers_ptr=self.multipliers,
-            primes_ptr=self.primes,
-            offsets_ptr=self.offsets,
-            reciprocals_ptr=self.reciprocals,
-            orders_ptr=self.orders,
-            vocab_size=_INT64_MAX if self.vocab_size is None else self.vocab_size,
-            pad=self.pad,
-            eos=-1 if self.eos is None else self.eos,
-            NUM_LAYERS=self.primes.shape[0],
-            NUM_COLUMNS=self.primes.shape[1],
-            MAX_NGRAM=self.max_ngram,
-            HAS_EOS=self.eos is not None,
-            NON_NEGATIVE=self.non_negative,
-        )
-
-    @cached_property
-    def prepared(self) -> Prepared:
-        """Launches of ops that hash with this plan."""
-        return Prepared()
 
     @property
     def max_ngram(self) -> int:

@@ -7,14 +7,10 @@ eager calls on the CPU only: on a GPU a check would wait for it, and the kernels
 import torch
 import triton
 
-from engram_kernels.geometry.plan import HashPlan
-
 # Whether kernels are Triton's interpreter's; read once, as Triton itself does when it decorates a kernel.
 INTERPRETING = triton.knobs.runtime.interpret
 # Whether CPU tensors take the kernels' path. Only the functions below ask, so that a stand-in for a GPU sets it here.
 CPU_TAKES_KERNELS = INTERPRETING
-_ID_DTYPES = (torch.int32, torch.int64)
-_MAX_TOKENS = 2**31 - 1
 
 
 def is_kernel_device(tensor: torch.Tensor) -> bool:
@@ -79,69 +75,3 @@ def check_bound(where, name, number) -> None:
 def check_programs(where, programs) -> None:
     if programs is not None and (isinstance(programs, bool) or not isinstance(programs, int) or programs < 1):
         raise ValueError(f"{where}: programs must be a positive int or None, got {programs!r}")
-
-
-def check_batch(where, shape, cu_seqlens, device) -> int:
-    """Number of sequences B of tokens of ``shape`` ``[T]`` or ``[B, S]``; raises where cu_seqlens does not fit."""
-    if cu_seqlens is None:
-        return shape[0] if len(shape) == 2 else 1
-    if len(shape) == 2:
-        raise ValueError(f"{where}: cu_seqlens is for packed tokens [T]; with {list(shape)} each row is a sequence")
-    check_tensor(where, "cu_seqlens", cu_seqlens, dtypes=(torch.int32,), device=device)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(f"{where}: cu_seqlens must have shape [B + 1] with B >= 1, got {list(cu_seqlens.shape)}")
-    check_ends(where, cu_seqlens, shape[0])
-    return len(cu_seqlens) - 1
-
-
-def check_ends(where, cu_seqlens, num_tokens: int) -> None:
-    """On the CPU: cu_seqlens rise from 0 to at most T."""
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or any(a > b for a, b in zip(ends, ends[1:], strict=False)) or ends[-1] > num_tokens:
-        raise ValueError(
-            f"{where}: cu_seqlens must rise from 0 to at most T = {num_tokens}, got {describe_values(ends)}"
-        )
-
-
-def describe_values(values: list) -> str:
-    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:12]))}, ...]"
-
-
-def check_tokens(where, token_ids, plan, cu_seqlens, history, dead) -> None:
-    """Types, shapes and devices of what a hash reads."""
-    check_tensor(where, "token_ids", token_ids, dtypes=_ID_DTYPES)
-    if token_ids.dim() not in (1, 2) or token_ids.numel() > _MAX_TOKENS:
-        raise ValueError(
-            f"{where}: token_ids must have shape [T] or [B, S], below 2^31 ids, got {list(token_ids.shape)}"
-        )
-    if not isinstance(plan, HashPlan):
-        raise TypeError(f"{where}: plan must be a HashPlan, got {type(plan).__name__}")
-    if plan.device != token_ids.device:
-        raise ValueError(f"{where}: plan must be on {token_ids.device} (plan.to(...)), got {plan.device}")
-    batch = check_batch(where, token_ids.shape, cu_seqlens, token_ids.device)
-    if history is not None:
-        shape = (batch, plan.max_ngram - 1)
-        check_tensor(where, "history", history, dtypes=_ID_DTYPES, shape=shape, device=token_ids.device)
-    if dead is not None:
-        check_tensor(where, "dead", dead, dtypes=(torch.bool,), shape=token_ids.shape, device=token_ids.device)
-
-
-def check_token_values(where, token_ids, plan, cu_seqlens, history, dead) -> None:
-    """On the CPU: every id that is neither dead nor padding, and all history but -1, is in the vocabulary."""
-    if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if cu_seqlens is not None:
-        check_ends(where, cu_seqlens, token_ids.shape[0])
-    live = token_ids if cu_seqlens is None else token_ids[: int(cu_seqlens[-1])]
-    if dead is not None:
-        live = live[~dead[: len(live)]]
-    past = None if history is None else history[history != -1]
-    for name, ids in (("token_ids", live), ("history", past)):
-        if ids is None or not ids.numel():
-            continue
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or (plan.vocab_size is not None and high >= plan.vocab_size):
-            limit = "" if plan.vocab_size is None else f" < {plan.vocab_size}"
-            raise ValueError(f"{where}: {name} must be valid ids, 0 <= id{limit}, got {low if low < 0 else high}")

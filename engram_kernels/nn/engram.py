@@ -22,7 +22,8 @@ from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Path
 from engram_kernels.checkpoints.validate import module_prefix
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.launching.checks import check_batch, check_tensor
+from engram_kernels.launching.checks import check_tensor
+from engram_kernels.launching.tokens import check_batch
 from engram_kernels.ops.gate import gate_residual
 from engram_kernels.ops.gate_conv import gate_conv_residual
 from engram_kernels.ops.gate_kernels.gradients import split_kv

@@ -10,7 +10,7 @@ import torch
 
 from engram_kernels.launching.checks import is_kernel_device
 from engram_kernels.ops.conv_kernels.residual import conv_config
-from engram_kernels.ops.hashing import hash_config
+from engram_kernels.ops.hash_kernels.row_ids import hash_config
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
 from engram_kernels.ops.row_kernels.order import choose_order
 from engram_kernels.serving.prefetch import Prefetcher

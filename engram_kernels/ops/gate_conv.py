@@ -17,100 +17,141 @@ from collections.abc import Callable
 import torch
 
 from engram_kernels import reference
-from engram_kernels.launching.checks import check_ends, is_kernel_device, records_gradient
+from engram_kernels.launching.checks import is_kernel_device, records_gradient
 from engram_kernels.launching.device import on_device_of
-from engram_kernels.launching.prepared import Prepared, form_of
-from engram_kernels.ops.conv_kernels.backward import gate_conv_formula, save_gate_conv
-from engram_kernels.ops.conv_kernels.residual import prepare_conv_residual
-from engram_kernels.ops.conv_kernels.scale import prepare_gate_scale
-from engram_kernels.ops.conv_kernels.slots import ConvSlots, launch_store_conv
-from engram_kernels.ops.conv_kernels.state import check_conv, launch_advance_state
-from engram_kernels.ops.gate_kernels.branch import flatten_tokens
-from engram_kernels.ops.hash_kernels.sequences import sequence_arguments
+from engram_kernels.launching.tokens import check_ends
 
-from .gate import check_gate, check_gate_out, make_recorded
+from .conv_kernels.arguments import ConvCall, check_conv
+from .conv_kernels.backward import gate_conv_formula, save_gate_conv
+from .conv_kernels.residual import prepare_conv_residual
+from .conv_kernels.scale import prepare_gate_scale
+from .conv_kernels.slots import ConvSlots, launch_store_conv
+from .conv_kernels.state import launch_advance_state
+from .gate_kernels.arguments import check_gate, flatten_tokens
+from .gate_kernels.gradients import make_recorded
+from .hash_kernels.sequences import sequence_arguments
+from .op import Op, empty_of, form_of, registered, writes_alone
 
-_PREPARED = Prepared()
 
+def prepare_gate_conv_residual(call: ConvCall, out: torch.Tensor) -> Callable[..., None]:
+    """The launches for tensors such as these: two, and a third where there is a state.
 
-def prepare_gate_conv_residual(
-    tensors, dilation, eps, conv_eps, clamp, zero_gate, residual, cu_seqlens, state, out
-) -> Callable[..., None]:
-    """The launches for tensors such as these, hidden to conv_weight: two, and a third where there is a state.
-
-    They are of (tensors, mask, cu_seqlens, state, out), new_state and recorded. Tokens ``[T]`` or ``[B, S]`` whose
-    dimensions view as one.
-    state: None, (value, scale), from which new_state comes, or slots, which the third launch writes to.
+    They are of (call, out, new_state, recorded). Leading dimensions of hidden, key, value and out view as one.
+    new_state: (value, scale), to be written from a dense state; slots are written by the third launch.
     recorded: gate, scale ``[..., H]`` and scalars ``[..., 3, H]``, all float32, for the backward pass.
     """
-    where, (hidden, key, value, _, _, _, conv_weight) = "gate_conv_residual", tensors
-    shape, span = hidden.shape[:-2], (conv_weight.shape[2] - 1) * dilation
-    hidden, key, out = (
-        flatten_tokens(where, name, tensor, 2) for name, tensor in (("hidden", hidden), ("key", key), ("out", out))
-    )
-    value = flatten_tokens(where, "value", value, 1)
-    num_tokens, branches, _ = hidden.shape
-    sequences, in_slots = sequence_arguments(shape, cu_seqlens), isinstance(state, ConvSlots)
+    where, shape, span = "gate_conv_residual", call.hidden.shape[:-2], call.span
+    gate_call = call.of_gate.flattened(where)
+    flat = call._replace(hidden=gate_call.hidden, key=gate_call.key, value=gate_call.value)
+    num_tokens, branches, _ = flat.hidden.shape
+    sequences = sequence_arguments(shape, call.cu_seqlens)
     if num_tokens:
-        options = (eps, conv_eps, clamp, zero_gate, sequences["num_seqs"])
-        launch_scale = prepare_gate_scale(hidden, key, value, *options)
-        options = (dilation, residual, sequences, state if in_slots else None)
-        launch_residual = prepare_conv_residual(hidden, value, conv_weight, out, *options)
+        launch_scale = prepare_gate_scale(flat, sequences["num_seqs"])
+        launch_residual = prepare_conv_residual(flat, flatten_tokens(where, "out", out, 2), sequences)
 
-    def launch(tensors, mask, cu_seqlens, state, out, new_state=None, recorded=None):
-        hidden, key, value, query_norm, key_norm, conv_norm, conv_weight = tensors
+    def launch(call, out, new_state=None, recorded=None):
         if recorded is None:
             # Two tensors: halves of one would be aligned for some T and not for others, each a variant of the kernels.
-            gate = torch.empty((num_tokens, branches), dtype=torch.float32, device=hidden.device)
+            gate = torch.empty((num_tokens, branches), dtype=torch.float32, device=out.device)
             recorded = gate, torch.empty_like(gate), None
         gate, scale, scalars = recorded
-        if in_slots:
-            parts = (state.value, state.scale, state.slots, state.cursor)
-        else:
-            parts = (*(state or (None, None)), None, None)
-        with on_device_of(hidden):
+        with on_device_of(out):
             if num_tokens:
-                launch_scale(hidden, key, value, query_norm, key_norm, mask, cu_seqlens, scalars, gate, scale)
-                launch_residual(hidden, value, gate, scale, conv_norm, conv_weight, mask, cu_seqlens, *parts, out)
-            if in_slots:
-                launch_store_conv(state, flatten_tokens(where, "value", value, 1), scale, mask, cu_seqlens, span)
-            elif state is not None:
-                rows = flatten_tokens(where, "value", value, 1)
-                launch_advance_state(rows, scale, mask, cu_seqlens, shape, span, state, new_state)
+                launch_scale(call, gate, scale, scalars)
+                launch_residual(call, gate, scale, out)
+            if call.state is not None:
+                value, tokens = flatten_tokens(where, "value", call.value, 1), (call.mask, call.cu_seqlens)
+                if call.slots is not None:
+                    launch_store_conv(call.state, value, scale, *tokens, span)
+                else:
+                    launch_advance_state(value, scale, *tokens, shape, span, call.state, new_state)
 
     return launch
 
 
-def launch_gate_conv_residual(
-    hidden,
-    key,
-    value,
-    query_norm,
-    key_norm,
-    conv_norm,
-    conv_weight,
-    dilation,
-    eps,
-    conv_eps,
-    clamp,
-    mask,
-    zero_gate,
-    residual,
-    cu_seqlens,
-    state_value,
-    state_scale,
-    out,
-    new_value,
-    new_scale,
-    recorded=None,
-    ring: ConvSlots | None = None,
-) -> None:
-    """What :func:`prepare_gate_conv_residual` launches. ring: the state by slot, in place of the others."""
-    tensors = (hidden, key, value, query_norm, key_norm, conv_norm, conv_weight)
-    state = ring if state_value is None else (state_value, state_scale)
-    options = (dilation, eps, conv_eps, clamp, zero_gate, residual, cu_seqlens, state, out)
-    launch = prepare_gate_conv_residual(tensors, *options)
-    launch(tensors, mask, cu_seqlens, state, out, (new_value, new_scale), recorded)
+class GateConv(Op):
+    """:func:`gate_conv_residual`."""
+
+    name = "gate_conv_residual"
+
+    def signature(self, call, out):
+        if call.state is not call.slots:  # a dense state is another one in every call
+            return None
+        form = form_of(*call[:7], call.mask, call.cu_seqlens, out, *(call.state or ()))
+        return form, out is call.hidden, *call[7:11], call.zero_gate, call.residual
+
+    def check(self, call, out):
+        check_gate(self.name, call.of_gate, out)
+        check_conv(self.name, call)
+
+    def recheck(self, call, known):
+        if known and call.cu_seqlens is not None:
+            check_ends(self.name, call.cu_seqlens, call.hidden.shape[0])
+        return call
+
+    def on_kernels(self, call):
+        return is_kernel_device(call.hidden) and call.hidden.dtype != torch.float64
+
+    def records(self, call):
+        return records_gradient(*call[:7]) and self.on_kernels(call)
+
+    def record(self, call, out):
+        if call.state is not None:
+            return self.reference(call, out)
+        result, *_ = gate_conv_residual_scalars_op(*call.arguments)
+        return result if out is None else out.copy_(result)
+
+    def reference(self, call, out):
+        options = dict(dilation=call.dilation, eps=call.eps, conv_eps=call.conv_eps, clamp=call.clamp, mask=call.mask)
+        options |= dict(zero_gate=call.zero_gate, residual=call.residual, cu_seqlens=call.cu_seqlens)
+        return reference.gate_conv_residual(*call[:7], **options, conv_state=call.state, out=out)
+
+    def compiled(self, call, out):
+        ring, state = call.slots, (None, None) if call.state is call.slots else call.state
+        new_state = ()
+        if out is not None:
+            _, *new_state = results = _results(call, out)
+            gate_conv_residual_out_op(*call.arguments, *state, *results, *(ring or (None,) * 4))
+        elif ring is not None:
+            out = gate_conv_residual_slots_op(*call.arguments, *ring)
+        else:
+            out, *new_state = gate_conv_residual_op(*call.arguments, *state)
+        return _with_state(call, out, new_state)
+
+    def allocate(self, call):
+        return torch.empty_like(call.hidden, memory_format=torch.contiguous_format)
+
+    def launcher(self, call, out):
+        return prepare_gate_conv_residual(call, empty_of(call.hidden) if out is None else out)
+
+    def prepare(self, call, out):
+        launch = self.launcher(call, out)
+
+        def run(call, out):
+            out, *new_state = _results(call, out)
+            launch(call, out, new_state)
+            return _with_state(call, out, new_state)
+
+        return run
+
+
+GATE_CONV = GateConv()
+
+
+def _results(call: ConvCall, out):
+    """The output (``out`` where it is given) and a new dense state (None, None where there is none)."""
+    if out is None:
+        out = GATE_CONV.allocate(call)
+    if call.state is call.slots:
+        return out, None, None
+    return out, *(torch.empty_like(part, memory_format=torch.contiguous_format) for part in call.state)
+
+
+def _with_state(call: ConvCall, out, new_state):
+    """What the caller sees: the output, and the state after these tokens where there was one before them."""
+    if call.state is None:
+        return out
+    return out, tuple(new_state) if call.slots is None else call.state
 
 
 _SCHEMA = (
@@ -121,70 +162,66 @@ _SCHEMA = (
 _STATE = "Tensor? state_value, Tensor? state_scale"
 
 
-@torch.library.custom_op("engram::gate_conv_residual", mutates_args=(), schema=f"{_SCHEMA}, {_STATE}) -> Tensor[]")
-def gate_conv_residual_op(hidden, *options):
+def _dense_call(arguments) -> ConvCall:
+    """The call of a registered op that ends with a dense state, or with None for both of its parts."""
+    *arguments, value, scale = arguments
+    return ConvCall(*arguments, None if value is None else (value, scale))
+
+
+def _new_results(*arguments):
+    return [result for result in _results(_dense_call(arguments), None) if result is not None]
+
+
+@registered("gate_conv_residual", f"{_SCHEMA}, {_STATE}) -> Tensor[]", _new_results)
+def gate_conv_residual_op(*arguments):
     """:func:`gate_conv_residual` for torch.compile: [out], or [out, new value, new scale] where there is a state."""
-    results = make_conv_out(hidden, *options[-2:])
-    launch_gate_conv_residual(hidden, *options, *results)
+    call = _dense_call(arguments)
+    out, *new_state = results = _results(call, None)
+    prepare_gate_conv_residual(call, out)(call, out, new_state)
     return [result for result in results if result is not None]
 
 
-@gate_conv_residual_op.register_fake
-def _(hidden, *options):
-    return [result for result in make_conv_out(hidden, *options[-2:]) if result is not None]
-
-
-@torch.library.custom_op(
-    "engram::gate_conv_residual_slots",
-    mutates_args=("ring_value", "ring_scale"),
-    schema=f"{_SCHEMA}, Tensor(a!) ring_value, Tensor(b!) ring_scale, Tensor cursor, Tensor slots) -> Tensor",
+@registered(
+    "gate_conv_residual_slots",
+    f"{_SCHEMA}, Tensor(a!) ring_value, Tensor(b!) ring_scale, Tensor cursor, Tensor slots) -> Tensor",
+    lambda *arguments: GATE_CONV.allocate(ConvCall(*arguments[:-4])),
+    mutates=("ring_value", "ring_scale"),
 )
-def gate_conv_residual_slots_op(hidden, *options):
+def gate_conv_residual_slots_op(*arguments):
     """:func:`gate_conv_residual` for torch.compile where the state lies in slots."""
-    out, *_ = make_conv_out(hidden, None, None)
-    ring = ConvSlots(*options[-4:])
-    launch_gate_conv_residual(hidden, *options[:-4], None, None, out, None, None, ring=ring)
+    call = ConvCall(*arguments[:-4], ConvSlots(*arguments[-4:]))
+    out = GATE_CONV.allocate(call)
+    prepare_gate_conv_residual(call, out)(call, out)
     return out
 
 
-@gate_conv_residual_slots_op.register_fake
-def _(hidden, *options):
-    return make_conv_out(hidden, None, None)[0]
-
-
-@torch.library.custom_op(
-    "engram::gate_conv_residual_out",
-    mutates_args=("out", "new_value", "new_scale", "ring_value", "ring_scale"),
-    schema=f"{_SCHEMA}, {_STATE}, Tensor(a!) out, Tensor(b!)? new_value, Tensor(c!)? new_scale, "
+@registered(
+    "gate_conv_residual_out",
+    f"{_SCHEMA}, {_STATE}, Tensor(a!) out, Tensor(b!)? new_value, Tensor(c!)? new_scale, "
     "Tensor(d!)? ring_value, Tensor(e!)? ring_scale, Tensor? cursor, Tensor? slots) -> ()",
+    writes_alone,
+    mutates=("out", "new_value", "new_scale", "ring_value", "ring_scale"),
 )
 def gate_conv_residual_out_op(*arguments):
     """:func:`gate_conv_residual` for torch.compile, into ``out``, with a dense state, slots or neither."""
-    *arguments, ring_value, ring_scale, cursor, slots = arguments
-    ring = None if ring_value is None else ConvSlots(ring_value, ring_scale, cursor, slots)
-    launch_gate_conv_residual(*arguments, ring=ring)
+    *arguments, out, new_value, new_scale, ring_value, ring_scale, cursor, slots = arguments
+    call = _dense_call(arguments)
+    if ring_value is not None:
+        call = call._replace(state=ConvSlots(ring_value, ring_scale, cursor, slots))
+    prepare_gate_conv_residual(call, out)(call, out, (new_value, new_scale))
 
 
-@gate_conv_residual_out_op.register_fake
-def _(*_):
-    return None
-
-
-@torch.library.custom_op(
-    "engram::gate_conv_residual_scalars",
-    mutates_args=(),
-    schema=f"{_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+@registered(
+    "gate_conv_residual_scalars",
+    f"{_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda hidden, *_: make_conv_recorded(hidden),
 )
-def gate_conv_residual_scalars_op(hidden, *options):
+def gate_conv_residual_scalars_op(*arguments):
     """:func:`gate_conv_residual` where autograd records it: the same bits, and what the backward pass reads."""
-    out, *recorded = make_conv_recorded(hidden)
-    launch_gate_conv_residual(hidden, *options, None, None, out, None, None, recorded)
+    call = ConvCall(*arguments)
+    out, *recorded = make_conv_recorded(call.hidden)
+    prepare_gate_conv_residual(call, out)(call, out, None, recorded)
     return out, *recorded
-
-
-@gate_conv_residual_scalars_op.register_fake
-def _(hidden, *options):
-    return make_conv_recorded(hidden)
 
 
 gate_conv_residual_scalars_op.register_autograd(gate_conv_formula, setup_context=save_gate_conv)
@@ -194,15 +231,6 @@ def make_conv_recorded(hidden):
     """The output, gate and scale ``[..., H]``, and the scalars ``[..., 3, H]`` of both norms."""
     out, scalars = make_recorded(hidden)
     return out, *(hidden.new_empty(hidden.shape[:-1], dtype=torch.float32) for _ in range(2)), scalars
-
-
-def make_conv_out(hidden, state_value, state_scale, out=None):
-    """The output (``out`` where it is given) and the new state (None, None where there is none)."""
-    if out is None:
-        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    if state_value is None:
-        return out, None, None
-    return out, *(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (state_value, state_scale))
 
 
 def gate_conv_residual(
@@ -240,45 +268,6 @@ def gate_conv_residual(
     Gradients come from kernels too (ops/conv_kernels/backward.py), but with conv_state from the reference, as does the
     output.
     """
-    where, compiling, launch = "gate_conv_residual", torch.compiler.is_compiling(), None
     tensors = (hidden, key, value, query_norm, key_norm, conv_norm, conv_weight)
-    ring = conv_state if isinstance(conv_state, ConvSlots) else None
-    if not compiling and conv_state is ring:
-        form = (form_of(*tensors, mask, cu_seqlens, out, *(ring or ())), out is hidden)
-        form += (dilation, eps, conv_eps, clamp, zero_gate, residual)
-        launch = _PREPARED.launch(form)
-    if launch is None:
-        options = dict(eps=eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
-        check_gate(where, hidden, key, value, query_norm, key_norm, **options)
-        check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state)
-        check_gate_out(where, hidden, out)
-    elif cu_seqlens is not None:
-        check_ends(where, cu_seqlens, hidden.shape[0])
-    recorded = records_gradient(*tensors)
-    on_reference = launch is None and (not is_kernel_device(hidden) or hidden.dtype == torch.float64)
-    if on_reference or (recorded and conv_state is not None):
-        options = dict(dilation=dilation, eps=eps, conv_eps=conv_eps, clamp=clamp, mask=mask, zero_gate=zero_gate)
-        options |= dict(residual=residual, cu_seqlens=cu_seqlens, conv_state=conv_state, out=out)
-        return reference.gate_conv_residual(*tensors, **options)
-    state = (None, None) if conv_state is None or ring is not None else conv_state
-    if recorded or compiling:
-        options = (dilation, eps, conv_eps, float(clamp), mask, zero_gate, residual, cu_seqlens)
-        if recorded:
-            result, *_ = gate_conv_residual_scalars_op(*tensors, *options)
-            return result if out is None else out.copy_(result)
-        if out is not None:
-            _, *new_state = results = make_conv_out(hidden, *state, out)
-            gate_conv_residual_out_op(*tensors, *options, *state, *results, *(ring or (None,) * 4))
-        elif ring is not None:
-            out = gate_conv_residual_slots_op(*tensors, *options, *ring)
-        else:
-            out, *new_state = gate_conv_residual_op(*tensors, *options, *state)
-    else:
-        out, *new_state = make_conv_out(hidden, *state, out)
-        if launch is None:
-            options = (dilation, eps, conv_eps, clamp, zero_gate, residual, cu_seqlens, conv_state, out)
-            launch = prepare_gate_conv_residual(tensors, *options)
-            if conv_state is ring:
-                _PREPARED.keep(form, launch)
-        launch(tensors, mask, cu_seqlens, conv_state, out, new_state)
-    return out if conv_state is None else (out, tuple(new_state) if ring is None else ring)
+    options = (dilation, eps, conv_eps, clamp, mask, zero_gate, residual, cu_seqlens, conv_state)
+    return GATE_CONV(ConvCall(*tensors, *options), out)

@@ -1,25 +1,33 @@
 """Hash and lookup in one launch: the rows of every n-gram that ends at each token, for all layers of a plan.
 
-The kernel is in ops/row_kernels/hashed.py. T tokens, L layers, C columns, R elements a row.
+The kernel is in row_kernels/hashed.py. T tokens, L layers, C columns, R elements a row.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 
 from engram_kernels import reference
-from engram_kernels.cache.lookup import check_cache, launch_cached_lookup
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
-from engram_kernels.launching.checks import check_programs, check_token_values, check_tokens, is_kernel_device
-from engram_kernels.launching.prepared import form_of
-from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan, forms_of
-from engram_kernels.ops.row_kernels.hashed import launch_hash_lookup, prepare_hash_lookup
-from engram_kernels.ops.row_kernels.order import check_order, choose_order
-from engram_kernels.ops.row_kernels.output import (
+from engram_kernels.launching.checks import check_programs, is_kernel_device
+from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
+from engram_kernels.tables.engram import EngramTable, TableView, view_tables
+from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
+from engram_kernels.tables.staging import check_stageable, stage
+
+from .hashing import ngram_hash
+from .op import Op, form_of, registered, writes_alone
+from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
+from .row_kernels.by_id import prepare_lookup
+from .row_kernels.caching import RowCache, check_cache
+from .row_kernels.hashed import prepare_hash_lookup
+from .row_kernels.order import check_order, choose_order
+from .row_kernels.output import (
     VIEW_SCHEMA,
+    Reading,
     check_row_out,
     make_row_out,
     make_view_out,
@@ -28,18 +36,127 @@ from engram_kernels.ops.row_kernels.output import (
     out_parts,
     split_view,
 )
-from engram_kernels.tables.engram import EngramTable, TableView, view_tables
-from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.staging import check_stageable, stage
-
-from .hashing import ngram_hash
-from .rows import launch_lookup
-
-if TYPE_CHECKING:
-    from engram_kernels.cache.ngram import NgramCache
 
 
-def launch_layers(row_ids, tables: Sequence[EngramTable], out, storage: bool, programs: int | None) -> None:
+class HashLookupCall(NamedTuple):
+    """Tokens, the plan to hash them with, a table for each of its layers, and how rows are wanted."""
+
+    tokens: Tokens
+    plan: HashPlan
+    tables: Sequence[EngramTable]
+    out_dtype: torch.dtype | None
+    out_format: str
+    programs: int | None
+    order: str | None
+    cache: RowCache | None
+
+    @property
+    def storage(self) -> bool:
+        return self.out_format == "storage"
+
+    @property
+    def ids_shape(self) -> tuple[int, ...]:
+        """Shape of the rows' ids, layers first: ``[L, T, C]`` or ``[L, B, S, C]``."""
+        return _ids_shape(self.tokens.token_ids, self.plan)
+
+
+class HashLookup(Op):
+    """:func:`hash_lookup`."""
+
+    name = "hash_lookup"
+
+    def signature(self, call, out):
+        if call.cache is not None:
+            return None
+        return form_of(*call.tokens, *out_parts(out)), identities(call.tables), call[3:]
+
+    def owner(self, call):
+        return call.plan
+
+    def check(self, call, out):
+        where, (tokens, plan, tables, out_dtype, out_format, programs, order, cache) = self.name, call
+        check_tokens(where, tokens, plan)
+        check_tables_of_plan(where, plan, tables)
+        num_tokens, num_columns, num_rows = tokens.token_ids.numel(), plan.primes.shape[1], prod(call.ids_shape)
+        if num_tokens * num_columns >= 2**31:
+            raise ValueError(f"{where}: T * C must be below 2^31, got {num_tokens} * {num_columns}")
+        check_programs(where, programs)
+        check_order(where, order, num_rows)
+        shape = (*call.ids_shape, tables[0].width)
+        check_row_out(where, tables[0], shape, tokens.token_ids.device, out, out_dtype, out_format)
+        check_cache(where, cache, plan, tables, num_rows)
+
+    def recheck(self, call, known):
+        if known:
+            for table in call.tables:
+                table.check_usable(self.name)
+        check_token_values(self.name, call.tokens, call.plan)
+        if call.cache is not None and not call.cache.takes(call.tokens.token_ids.numel()):
+            return call._replace(cache=None)
+        return call
+
+    def records(self, call):
+        return records_rows(call.tables, call.out_format)
+
+    def record(self, call, out):
+        check_recordable(self.name, out)
+        with torch.no_grad():
+            rows = self(call)
+        return record_rows(rows, call.tables, partial(_layer_gradients, call.plan), *call.tokens)
+
+    def on_kernels(self, call):
+        return is_kernel_device(call.tokens.token_ids) and call.tables[0].format.dtype != torch.float64
+
+    def reference(self, call, out):
+        options = dict(out=out, out_dtype=call.out_dtype, out_format=call.out_format)
+        options |= dict(cache=None if call.cache is None else call.cache.simulator, **call.tokens.options)
+        return reference.hash_lookup(call.tokens.token_ids, call.plan, call.tables, **options)
+
+    def compiled(self, call, out):
+        device = call.tokens.token_ids.device
+        if any(is_staged(table, device) for table in call.tables):
+            check_stageable(self.name)
+        options = (call.storage, call.programs, call.order, *call.plan.parts())
+        view = view_tables(call.tables, device)
+        if out is None:
+            out = op_out(hash_lookup_op(*call.tokens, *view, call.out_dtype, *options), call.storage)
+        else:
+            hash_lookup_out_op(*call.tokens, *view, *out_parts(out), *options)
+        return _with_table_scales(call, out)
+
+    def allocate(self, call):
+        shape = (*call.ids_shape, call.tables[0].width)
+        return make_row_out(call.tables[0].format, shape, call.tokens.token_ids.device, call.out_dtype, call.storage)
+
+    def launcher(self, call, out):
+        device = call.tokens.token_ids.device
+        if any(is_staged(table, device) for table in call.tables):
+            return self._launch_layers
+        view = view_tables(call.tables, device)
+        reading = Reading(call.storage, call.programs, choose_order(call.order, view, prod(call.ids_shape)))
+        if call.cache is not None:
+            return lambda call, out: call.cache.look_up(call.tokens, view, reading, out)
+        launch = prepare_hash_lookup(call.tokens, call.plan, view, reading)
+        return lambda call, out: launch(call.tokens, out)
+
+    def prepare(self, call, out):
+        run = super().prepare(call, out)
+        return (lambda call, out: _with_table_scales(call, run(call, out))) if call.storage else run
+
+    def _launch_layers(self, call, out):
+        check_stageable(self.name)
+        row_ids = ngram_hash(call.tokens.token_ids, call.plan, **call.tokens.options)
+        launch_layers(row_ids, call.tables, out, Reading(call.storage, call.programs))
+
+
+HASH_LOOKUP = HashLookup()
+
+
+def _ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
+    return (plan.primes.shape[0], *token_ids.shape, plan.primes.shape[1])
+
+
+def launch_layers(row_ids: torch.Tensor, tables: Sequence[EngramTable], out, reading: Reading) -> None:
     """A launch per layer, where some tables are staged: row ids ``[..., L, C]`` come to the CPU once for all."""
     host_ids = row_ids.cpu()
     for layer, table in enumerate(tables):
@@ -48,64 +165,63 @@ def launch_layers(row_ids, tables: Sequence[EngramTable], out, storage: bool, pr
             ids, view = stage(table, ids, "hash_lookup", host_ids[..., layer, :])
         else:
             view = view_tables((table,), ids.device)
-        target = tuple(part if part is None else part[layer] for part in out) if storage else out[layer]
-        launch_lookup(ids, view, target, storage, programs)
+        target = tuple(part if part is None else part[layer] for part in out) if reading.storage else out[layer]
+        prepare_lookup(ids, view, reading)(ids, target)
 
 
-@torch.library.custom_op(
-    "engram::hash_lookup",
-    mutates_args=(),
-    schema=f"(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, {VIEW_SCHEMA}, "
-    f"ScalarType? out_dtype, bool storage, int? programs, str? order, {PLAN_SCHEMA}) -> Tensor[]",
-)
-def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
-    """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
-    view, (out_dtype, storage, programs, order), plan = _parts(rest)
-    out = make_view_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
-    order = choose_order(order, view, prod(ids_shape(token_ids, plan)))
-    launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
-    return op_result(out)
+def _layer_gradients(plan: HashPlan, grad, *tokens):
+    """Row ids and their gradient for each layer, from the gradient of :func:`hash_lookup`'s rows."""
+    row_ids = ngram_hash(tokens[0], plan, **Tokens(*tokens).options)
+    return [(row_ids[..., layer, :], part) for layer, part in enumerate(grad)]
 
 
-@hash_lookup_op.register_fake
-def _(token_ids, cu_seqlens, history, dead, *rest):
-    view, (out_dtype, storage, *_), plan = _parts(rest)
-    return op_result(make_view_out(view, ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
+def _with_table_scales(call: HashLookupCall, out):
+    """Storage output of format e4m3 comes with the tables' scales, which no kernel writes."""
+    if call.storage and call.tables[0].format.scaling == "table":
+        return out[0], torch.stack([table.scale for table in call.tables])
+    return out
 
 
-@torch.library.custom_op(
-    "engram::hash_lookup_out",
-    mutates_args=("out", "out_scales"),
-    schema=f"(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, {VIEW_SCHEMA}, Tensor(a!) out, "
-    f"Tensor(b!)? out_scales, bool storage, int? programs, str? order, {PLAN_SCHEMA}) -> ()",
-)
-def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, *rest):
-    """:func:`hash_lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
-    view, (out, *out_scales, storage, programs, order), plan = _parts(rest, 5)
-    out, order = (out, *out_scales) if storage else out, choose_order(order, view, prod(ids_shape(token_ids, plan)))
-    launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order)
-
-
-@hash_lookup_out_op.register_fake
-def _(*_):
-    return None
-
-
-def _parts(rest, options: int = 4) -> tuple[TableView, tuple, HashPlan]:
-    """The registered op's arguments after the tokens: view, ``options`` of them such as order, plan."""
+def _split(rest, options: int) -> tuple[TableView, tuple, HashPlan]:
+    """A registered op's arguments after the tokens: view, so many options, plan."""
     view, rest = split_view(rest)
     return view, rest[:options], HashPlan(*rest[options:])
 
 
-def ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
-    """Shape of the rows' ids, layers first: ``[L, T, C]`` or ``[L, B, S, C]``."""
-    return (plan.primes.shape[0], *token_ids.shape, plan.primes.shape[1])
+def _launch(tokens: Tokens, plan: HashPlan, view: TableView, out, storage, programs, order) -> None:
+    order = choose_order(order, view, prod(_ids_shape(tokens.token_ids, plan)))
+    prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, order))(tokens, out)
 
 
-def _layer_gradients(plan: HashPlan, names, grad, token_ids, *tokens):
-    """Row ids and their gradient for each layer, from the gradient of :func:`hash_lookup`'s rows."""
-    row_ids = ngram_hash(token_ids, plan, **dict(zip(names, tokens, strict=True)))
-    return [(row_ids[..., layer, :], part) for layer, part in enumerate(grad)]
+def _new_values(token_ids, cu_seqlens, history, dead, *rest):
+    view, (out_dtype, storage, *_), plan = _split(rest, 4)
+    return op_result(make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
+
+
+_TOKENS = "Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead"
+_OPTIONS = f"bool storage, int? programs, str? order, {PLAN_SCHEMA}"
+
+
+@registered("hash_lookup", f"({_TOKENS}, {VIEW_SCHEMA}, ScalarType? out_dtype, {_OPTIONS}) -> Tensor[]", _new_values)
+def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
+    """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
+    view, (out_dtype, storage, programs, order), plan = _split(rest, 4)
+    out = make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
+    _launch(Tokens(token_ids, cu_seqlens, history, dead), plan, view, out, storage, programs, order)
+    return op_result(out)
+
+
+@registered(
+    "hash_lookup_out",
+    f"({_TOKENS}, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, {_OPTIONS}) -> ()",
+    writes_alone,
+    mutates=("out", "out_scales"),
+)
+def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, *rest):
+    """:func:`hash_lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
+    view, (out, out_scales, storage, programs, order), plan = _split(rest, 5)
+    out = (out, out_scales) if storage else out
+    _launch(Tokens(token_ids, cu_seqlens, history, dead), plan, view, out, storage, programs, order)
 
 
 def hash_lookup(
@@ -121,7 +237,7 @@ def hash_lookup(
     out_format: str = "values",
     programs: int | None = None,
     order: str | None = None,
-    cache: "NgramCache | None" = None,
+    cache: RowCache | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, in one launch unless rows are sorted.
 
@@ -135,76 +251,5 @@ def hash_lookup(
     Where a table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows; the
     backward pass hashes once more rather than keep the ids.
     """
-    where, form, launch = "hash_lookup", None, None
-    if cache is None and not torch.compiler.is_compiling() and isinstance(plan, HashPlan):
-        form = (where, form_of(token_ids, cu_seqlens, history, dead, *out_parts(out)), forms_of(tables))
-        form += (out_dtype, out_format, programs, order)
-        launch = plan.prepared.launch(form)
-    if launch is None:
-        check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
-        tables = check_tables_of_plan(where, plan, tables)
-    else:
-        for table in tables:
-            table.check_usable(where)
-    row_format, shape = tables[0].format, (*ids_shape(token_ids, plan), tables[0].width)
-    if launch is None:
-        _check_options(where, token_ids, plan, tables, shape, out, out_dtype, out_format, programs, order, cache)
-    check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
-    if cache is not None and not cache.takes(token_ids.numel()):
-        cache = None
-    if records_rows(tables, out_format):
-        check_recordable(where, out)
-        tokens = dict(cu_seqlens=cu_seqlens, history=history, dead=dead)
-        with torch.no_grad():
-            options = dict(out_dtype=out_dtype, programs=programs, order=order, cache=cache)
-            rows = hash_lookup(token_ids, plan, tables, **tokens, **options)
-        return record_rows(rows, tables, partial(_layer_gradients, plan, list(tokens)), token_ids, *tokens.values())
-    sources, storage = (token_ids, cu_seqlens, history, dead), out_format == "storage"
-    if launch is None:
-        if not is_kernel_device(token_ids) or row_format.dtype == torch.float64:
-            options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, out=out, out_dtype=out_dtype)
-            options |= dict(out_format=out_format, cache=None if cache is None else cache.simulator)
-            return reference.hash_lookup(token_ids, plan, tables, **options)
-        if token_ids.is_cuda and any(table.placement == "staged" for table in tables):
-            check_stageable(where)
-            row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)
-            if out is None:
-                out = make_row_out(row_format, shape, token_ids.device, out_dtype, storage)
-            launch_layers(row_ids, tables, out, storage, programs)
-            return _with_table_scales(out, tables, storage)
-        view = view_tables(tables, token_ids.device)
-        if torch.compiler.is_compiling():
-            options = (storage, programs, order, *plan.parts())
-            if out is None:
-                out = op_out(hash_lookup_op(*sources, *view, out_dtype, *options), storage)
-            else:
-                hash_lookup_out_op(*sources, *view, *out_parts(out), *options)
-            return _with_table_scales(out, tables, storage)
-        order = choose_order(order, view, prod(shape[:-1]))
-        if cache is not None:
-            launch = partial(launch_cached_lookup, cache, plan, view, storage, programs, order)
-        else:
-            launch = prepare_hash_lookup(token_ids, plan, view, cu_seqlens, storage, programs, order)
-            if form is not None:
-                plan.prepared.keep(form, launch)
-    if out is None:
-        out = make_row_out(row_format, shape, token_ids.device, out_dtype, storage)
-    launch(*sources, out)
-    return _with_table_scales(out, tables, storage)
-
-
-def _check_options(where, token_ids, plan, tables, shape, out, out_dtype, out_format, programs, order, cache) -> None:
-    """What is asked for fits tokens, plan and tables, which do fit each other."""
-    if token_ids.numel() * plan.primes.shape[1] >= 2**31:
-        raise ValueError(f"{where}: T * C must be below 2^31, got {token_ids.numel()} * {plan.primes.shape[1]}")
-    check_programs(where, programs)
-    check_order(where, order, prod(shape[:-1]))
-    check_row_out(where, tables[0], shape, token_ids.device, out, out_dtype, out_format)
-    check_cache(where, cache, plan, tables, prod(shape[:-1]))
-
-
-def _with_table_scales(out, tables, storage: bool):
-    """Storage output of format e4m3 comes with the tables' scales, which no kernel writes."""
-    if storage and tables[0].format.scaling == "table":
-        return out[0], torch.stack([table.scale for table in tables])
-    return out
+    tokens = Tokens(token_ids, cu_seqlens, history, dead)
+    return HASH_LOOKUP(HashLookupCall(tokens, plan, tables, out_dtype, out_format, programs, order, cache), out)

@@ -20,7 +20,8 @@ import torch
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import RowFormat, format_of, row_format
-from engram_kernels.launching.checks import check_tensor, check_token_values, check_tokens
+from engram_kernels.launching.checks import check_tensor
+from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
 from engram_kernels.ops.hashing import ngram_hash
 from engram_kernels.ops.row_kernels.output import check_row_out
 from engram_kernels.ops.rows import lookup
@@ -244,9 +245,9 @@ class ShardedTable:
         plan: of all the config's layers, or of this one alone. Other arguments are those of :func:`hash_lookup`.
         """
         where = "ShardedTable.hash_lookup"
-        check_tokens(where, token_ids, plan, cu_seqlens, history, dead)
+        check_tokens(where, Tokens(token_ids, cu_seqlens, history, dead), plan)
         plan = self._own_plan(plan, where)
-        check_token_values(where, token_ids, plan, cu_seqlens, history, dead)
+        check_token_values(where, Tokens(token_ids, cu_seqlens, history, dead), plan)
         row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)[..., 0, :]
         return self.lookup(row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
 

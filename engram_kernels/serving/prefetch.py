@@ -9,22 +9,20 @@ reader is done. docs/prefetch.md has the argument, and recipes for CUDA graphs.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from engram_kernels.cache.lookup import check_cache
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.launching.checks import check_programs, check_token_values, check_tokens
-from engram_kernels.ops.hash_rows import check_tables_of_plan, hash_lookup
+from engram_kernels.launching.checks import check_programs, processors
+from engram_kernels.launching.streams import streams_of
+from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
+from engram_kernels.ops.hash_rows import hash_lookup
+from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
+from engram_kernels.ops.row_kernels.caching import RowCache, check_cache
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
 from engram_kernels.ops.row_kernels.order import check_order, choose_order
 from engram_kernels.ops.row_kernels.output import check_row_out
-from engram_kernels.ops.rows import processors
 from engram_kernels.tables.engram import EngramTable, view_tables
-
-if TYPE_CHECKING:
-    from engram_kernels.cache.ngram import NgramCache
 
 _LAUNCH_BYTES = {"device": 32 << 20}  # of other placements:
 _LINK_BYTES = 512 << 10
@@ -40,70 +38,6 @@ def layers_apart(layer_bytes: int, placement: str) -> bool:
     return layer_bytes >= _LAUNCH_BYTES.get(placement, _LINK_BYTES)
 
 
-class CudaStreams:
-    """The side stream of one GPU and what orders it against others. Tests pass a Prefetcher one of their own."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self.side = torch.cuda.Stream(device)
-        #: Whether events can order work across captures; ROCm's can since 7.0.
-        self.external = torch.version.hip is None or int(torch.version.hip.split(".")[0]) >= 7
-
-    def current(self) -> Hashable:
-        return torch.cuda.current_stream(self._device)
-
-    def capturing(self, stream) -> bool:
-        with torch.cuda.stream(stream):
-            return torch.cuda.is_current_stream_capturing()
-
-    def event(self, external: bool = False):
-        return torch.cuda.Event(external=external and self.external)
-
-    def record(self, event, stream) -> None:
-        with torch.cuda.stream(stream):  # an event goes by the capture of the current stream
-            event.record(stream)
-
-    def wait(self, stream, event) -> None:
-        with torch.cuda.stream(stream):
-            event.wait(stream)
-
-    def run(self, stream, work) -> None:
-        with torch.cuda.stream(stream):
-            work()
-
-    def keep(self, tensors: Sequence[torch.Tensor], stream) -> None:
-        """Freed tensors are not reused before ``stream`` is done with what it was given until then."""
-        for tensor in tensors:
-            tensor.record_stream(stream)
-
-
-class NoStreams:
-    """On a CPU: everything happens where it is called."""
-
-    side, external = None, False
-
-    def current(self) -> None:
-        return None
-
-    def capturing(self, stream) -> bool:
-        return False
-
-    def event(self, external: bool = False) -> None:
-        return None
-
-    def record(self, event, stream) -> None:
-        pass
-
-    def wait(self, stream, event) -> None:
-        pass
-
-    def run(self, stream, work) -> None:
-        work()
-
-    def keep(self, tensors, stream) -> None:
-        pass
-
-
 class Prefetcher:
     """Looks rows up ahead of the layers that read them, for at most ``max_tokens`` tokens at a time.
 
@@ -117,8 +51,8 @@ class Prefetcher:
     model. order, out_dtype: as for :func:`hash_lookup`.
     max_sequences: most sequences of one start; None is max_tokens.
     layers: what :meth:`rows` calls the plan's layers, such as ``config.layers``; None is 0, 1, and so on.
-    streams: what work is ordered with; None is a stream of the plan's GPU. On a CPU start() does all the work.
     cache: as for :func:`hash_lookup`. With one the rows of all layers come at once.
+    Lookups run on a stream of the plan's GPU; on a CPU start() does all the work.
 
     Keep it, like any buffer, for as long as a CUDA graph that holds its work is replayed. Not for two threads at once.
     """
@@ -134,8 +68,7 @@ class Prefetcher:
         out_dtype: torch.dtype | None = None,
         max_sequences: int | None = None,
         layers: Sequence[int] | None = None,
-        streams: CudaStreams | NoStreams | None = None,
-        cache: "NgramCache | None" = None,
+        cache: RowCache | None = None,
     ):
         where = "Prefetcher"
         if not isinstance(plan, HashPlan):
@@ -172,9 +105,7 @@ class Prefetcher:
         self._view: torch.Tensor | None = None  # [L, T, C, R] of the last start
         self._start_captured = False
 
-        if streams is None:
-            streams = CudaStreams(plan.device) if plan.device.type == "cuda" else NoStreams()
-        self._streams = streams
+        self._streams = streams = streams_of(plan.device)
         self._copied = streams.event()
         # A layer's rows are there: for waits within the capture that start() was in, and for all others. The latter
         # are external, so that in a capture they become nodes of the graph and outside remain what they are.
@@ -215,18 +146,20 @@ class Prefetcher:
         The arguments are copied in the current stream's order, and may be overwritten by what follows on it.
         """
         where = "Prefetcher.start"
-        check_tokens(where, token_ids, self._plan, cu_seqlens, history, dead)
+        sources = Tokens(token_ids, cu_seqlens, history, dead)
+        check_tokens(where, sources, self._plan)
         sequences = max(0 if cu_seqlens is None else len(cu_seqlens) - 1, 0 if history is None else len(history))
         for name, count in (("tokens", token_ids.numel()), ("sequences", sequences)):
             if count > (most := getattr(self, f"max_{name}")):
                 raise ValueError(f"{where}: token_ids must be at most max_{name} = {most} {name}, got {count}")
-        check_token_values(where, token_ids, self._plan, cu_seqlens, history, dead)
-        sources = (token_ids, cu_seqlens, history, dead)
+        check_token_values(where, sources, self._plan)
         buffers = (self._ids, self._cu_seqlens, self._history, self._dead)
-        inputs = [
-            None if source is None else buffer[: source.numel()].view(source.shape)
-            for source, buffer in zip(sources, buffers, strict=True)
-        ]
+        inputs = Tokens(
+            *(
+                None if source is None else buffer[: source.numel()].view(source.shape)
+                for source, buffer in zip(sources, buffers, strict=True)
+            )
+        )
 
         def copy() -> None:
             for target, source in zip(inputs, sources, strict=True):
@@ -302,10 +235,9 @@ class Prefetcher:
                 self._streams.record(event, stream)
                 self._readers[captured][stream] = event
 
-    def _look_up(self, inputs: list, captured: bool) -> None:
+    def _look_up(self, inputs: Tokens, captured: bool) -> None:
         """Give the lookups to the side stream, each followed by the events of its layers."""
-        token_ids, cu_seqlens, history, dead = inputs
-        options = dict(self._options, cu_seqlens=cu_seqlens, history=history, dead=dead)
+        token_ids, options = inputs.token_ids, self._options | inputs.options
         num_layers, num_columns = self._plan.primes.shape
         shape = (num_layers, *token_ids.shape, num_columns, self._tables[0].width)
         view = self._rows[: torch.Size(shape).numel()].view(shape)

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 import torch
 
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.launching.checks import check_batch, check_tensor, is_kernel_device
+from engram_kernels.launching.checks import check_tensor, is_kernel_device
+from engram_kernels.launching.tokens import ID_DTYPES, check_batch
 from engram_kernels.ops.conv_kernels.slots import ConvSlots, launch_store_conv
-from engram_kernels.ops.gate import FLOAT_DTYPES
+from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.reference.ops import conv_slots as reference
 
 from .history import commit_history, gather_history
-
-_ID_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +212,7 @@ class EngramState:
         return slots
 
     def _check_tokens(self, where, token_ids, cu_seqlens, dead) -> int:
-        check_tensor(where, "token_ids", token_ids, dtypes=_ID_DTYPES, device=self.device)
+        check_tensor(where, "token_ids", token_ids, dtypes=ID_DTYPES, device=self.device)
         if token_ids.dim() not in (1, 2) or token_ids.numel() >= 2**31:
             shape = list(token_ids.shape)
             raise ValueError(f"{where}: token_ids must have shape [T] or [B, S], below 2^31 ids, got {shape}")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat, format_of, row_format
-from engram_kernels.launching.prepared import Prepared
 from engram_kernels.tables.memory.mapped_file import MappedFile
 from engram_kernels.tables.memory.pages import Progress
 from engram_kernels.tables.memory.report import MemoryReport, size
@@ -65,7 +64,7 @@ class EngramTable(TrainableRows):
         #: every call.
         self.page_bytes = table_memory.page_bytes(self._mapping)
         #: Launches of lookup; for those that read several tables what stands for all that this table is now.
-        self.prepared, self.form = Prepared(), object()
+        self.identity = object()
 
     @classmethod
     def empty(
@@ -305,7 +304,6 @@ class EngramTable(TrainableRows):
         """
         self._weight = self._scale = None
         self._kept_views.clear()
-        self.prepared.clear()
         for part in (*self.rings.values(), *self.files, *([self._mapping] if self._mapping else [])):
             part.close()
         self.rings.clear()

@@ -77,6 +77,10 @@ class CacheSimulator:
         self.lag = self.clock = LAG * sets * ways
         self.asked, self.hits, self.read, self.inserted, self.evicted = np.zeros((5, groups), dtype=np.int64)
 
+    def look_up_tokens(self, token_ids, plan, **options) -> np.ndarray:
+        """:meth:`look_up` of the n-grams of ``token_ids``; options as of :func:`ngram_keys`."""
+        return self.look_up(ngram_keys(token_ids, plan, **options))
+
     def look_up(self, keys: np.ndarray) -> np.ndarray:
         """One call with keys ``[G, T]``; bool ``[G, T]``, which of them were hits."""
         self.clock += keys.shape[1]

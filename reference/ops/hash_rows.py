@@ -2,7 +2,6 @@
 
 import torch
 
-from ..cache.simulator import ngram_keys
 from .hashing import ngram_hash
 from .rows import lookup
 
@@ -26,9 +25,10 @@ def hash_lookup(
 
     cache: a ``CacheSimulator``, which says what a cache would have had; the rows come from the tables all the same.
     """
-    row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)
+    options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead)
+    row_ids = ngram_hash(token_ids, plan, **options)
     if cache is not None:
-        cache.look_up(ngram_keys(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead))
+        cache.look_up_tokens(token_ids, plan, **options)
     per_layer = [
         lookup(table, row_ids[..., layer, :], out_dtype=out_dtype, out_format=out_format)
         for layer, table in enumerate(tables)

@@ -6,7 +6,7 @@ import torch
 
 from engram_kernels import HashPlan, NgramCache, hash_lookup, reference
 from engram_kernels.cache import lookup as cache_lookup
-from engram_kernels.cache.lookup import COUNTS
+from engram_kernels.cache.store import COUNTS
 from engram_kernels.ops import hash_rows
 from engram_kernels.reference.cache.simulator import CacheSimulator, ngram_keys, scramble
 from tests.ops.test_hash_rows import parts_of

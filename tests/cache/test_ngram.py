@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from engram_kernels import HashPlan, NgramCache, Prefetcher, RowAdagrad, hash_lookup, reference
-from engram_kernels.cache.lookup import fewest_tokens
+from engram_kernels.cache.policy import fewest_tokens
 from engram_kernels.reference.cache.simulator import ngram_keys
 from tests.ops.test_hashing import ragged, small_plan
 from tests.support import tables
 from tests.support.fake_streams import FakeStreams
+from tests.support.ordering import ordered_by
 
 from .test_lookup import CPU, Pair, stream
 
@@ -118,7 +119,8 @@ def run_order(dropped, captured, first):
     """Two calls of two steps each, on streams of their own; then one more on the first."""
     streams, log = FakeStreams("one", dropped), []
     pair = Pair(CPU, small_plan(), 8, "float32")
-    cache = NgramCache(pair.moved, pair.tables, entries=8, streams=streams)
+    with ordered_by(streams):
+        cache = NgramCache(pair.moved, pair.tables, entries=8)
 
     def call(stream):
         with streams.stream(stream), cache.in_order():

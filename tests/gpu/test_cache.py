@@ -10,6 +10,7 @@ import torch
 from engram_kernels import NgramCache, hash_lookup
 from engram_kernels.reference.cache.simulator import CacheSimulator, ngram_keys
 from tests.ops.test_registration import same
+from tests.support.ordering import ordered_by
 
 from .test_kernels import graph_of
 from .test_prefetch import LONG, TOKENS, Dropping, batches, setting, values
@@ -88,7 +89,8 @@ def test_streams_take_turns(device, dropped):
     plan, placed = setting(device)
     early, late = torch.cuda.Stream(), torch.cuda.Stream()
     streams = Dropping(device, dropped, {early: "early", late: "late"})
-    cache, given = cache_of(plan, placed, streams=streams), batches(device, 2)
+    with ordered_by(streams):
+        cache, given = cache_of(plan, placed), batches(device, 2)
     cache.warm(given[0])  # compiled
     cache.clear()
     cache.state.clock.fill_(cache.state.lag)

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from engram_kernels import Engram, EngramConfig, HashPlan, Prefetcher, hash_lookup, lookup, ngram_hash
+from engram_kernels.launching.streams import CudaStreams
 from engram_kernels.serving import prefetch
-from engram_kernels.serving.prefetch import CudaStreams
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
 from tests.serving.test_prefetch import BLOCKS
 from tests.support import tables
+from tests.support.ordering import ordered_by
 
 from .test_kernels import graph_of
 
@@ -131,7 +132,8 @@ def test_each_order_is_needed(device, apart, dropped, sleeper, monkeypatch):
     expected = [values(ids, plan, placed, out_dtype=torch.float32) for ids in given]
     caller, model = torch.cuda.Stream(), torch.cuda.Stream()
     streams = Dropping(device, dropped, {caller: "caller", model: "model"})
-    prefetcher = Prefetcher(plan, placed, TOKENS, out_dtype=torch.float32, streams=streams)
+    with ordered_by(streams):
+        prefetcher = Prefetcher(plan, placed, TOKENS, out_dtype=torch.float32)
     for ids in given:  # compiled, and every buffer filled with what a later step does not want
         prefetcher.start(ids.flip(0))
     ids = torch.zeros(TOKENS, dtype=torch.int64, device=device)

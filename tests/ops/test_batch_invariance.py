@@ -14,7 +14,7 @@ import torch
 import triton
 
 from engram_kernels import gate_conv_residual, gate_residual
-from engram_kernels.ops.gate import launch_gate_residual
+from tests.support.launches import launch_gate_residual
 
 from .test_gate import inputs
 from .test_gate_conv import conv_inputs

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_residual, hash_lookup, lookup, reference
-from engram_kernels.ops.conv_kernels.scale import prepare_gate_scale
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.ops.conv_kernels.state import launch_advance_state
 from engram_kernels.tables.memory.host import HostMapping
@@ -15,6 +14,7 @@ from tests.ops.conv_kernels.test_backward import check_gradients as check_conv_g
 from tests.ops.conv_kernels.test_backward import exact_gradients as exact_conv_gradients
 from tests.ops.gate_kernels.test_backward import backward, check_gradients, gradient_of
 from tests.support.guards import Guarded
+from tests.support.launches import launch_gate_scale
 from tests.support.tolerances import assert_within
 
 from .test_gate import EPS, check, inputs
@@ -159,9 +159,9 @@ def test_gates_and_scales_stay_in_bounds(device):
     """Five tokens, in tiles of two: a sixth would lie outside."""
     hidden, key, value, *norms = (x.to(device) for x in inputs(5, 3, 80))
     gate, scale = (Guarded((5, 3), torch.float32, device) for _ in range(2))
-    launch = prepare_gate_scale(hidden, key, value, EPS, CONV_EPS, 1e-6, "copysign", 0)
     live = torch.arange(5) != 2
-    launch(hidden, key, value, *norms, live.to(device), None, None, gate.tensor, scale.tensor)
+    options = (EPS, CONV_EPS, 1e-6, live.to(device), "copysign")
+    launch_gate_scale(hidden, key, value, *norms, *options, gate.tensor, scale.tensor)
     assert 0 < gate.check()[live].min() and gate.check().max() < 1
     assert scale.check()[live].ne(0).all() and scale.check().isfinite().all()
     assert gate.check()[2].eq(0).all() and scale.check()[2].eq(0).all()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from engram_kernels import gate_residual, reference
-from engram_kernels.ops.gate_kernels.branch import gate_config, rows_aligned
+from engram_kernels.ops.gate_kernels.arguments import rows_aligned
+from engram_kernels.ops.gate_kernels.branch import gate_config
 from tests.conftest import recent
 from tests.support import oracles, tolerances
 from tests.support.guards import Guarded

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from engram_kernels import EngramConfig, HashPlan, ngram_hash, reference
-from engram_kernels.ops.hashing import HashConfig, hash_config, launch_ngram_hash
+from engram_kernels.ops.hash_kernels.row_ids import HashConfig, hash_config
 from tests.support import oracles
 from tests.support.guards import Guarded
+from tests.support.launches import launch_ngram_hash
 
 DATA = Path(__file__).parents[1] / "data"
 WRAPPING = [2**61 + 5, 2**60 + 7, 2**62 + 9]

@@ -8,11 +8,11 @@ import triton
 from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.ops.row_kernels.copy import rows_config
-from engram_kernels.ops.rows import launch_lookup
 from engram_kernels.tables.engram import view_tables
 from tests.conftest import recent
 from tests.support import tables
 from tests.support.guards import Guarded
+from tests.support.launches import launch_lookup
 
 # Widths: no power of two, more than one chunk, odd numbers of scale groups, one scale word of each size.
 CASES = [

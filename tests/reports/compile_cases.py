@@ -10,20 +10,23 @@ from unittest import mock
 import torch
 
 from engram_kernels import EngramConfig, EngramTable, HashPlan, NgramCache
-from engram_kernels.cache.lookup import launch_cached_lookup
-from engram_kernels.ops.conv_kernels.backward import launch_gate_conv_backward, make_conv_gradients
+from engram_kernels.ops.conv_kernels.backward import make_conv_gradients
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
-from engram_kernels.ops.gate import launch_gate_residual
-from engram_kernels.ops.gate_conv import launch_gate_conv_residual
-from engram_kernels.ops.gate_kernels.backward import launch_gate_backward
 from engram_kernels.ops.gate_kernels.gradients import make_gate_gradients
-from engram_kernels.ops.hash_rows import launch_hash_lookup
-from engram_kernels.ops.hashing import launch_ngram_hash
-from engram_kernels.ops.rows import launch_lookup
 from engram_kernels.serving.history import launch_commit_history, launch_gather_history
 from engram_kernels.tables.engram import view_tables
 from engram_kernels.tables.gradient import RowGradient, launch_row_gradient
 from engram_kernels.training.update import launch_row_update
+from tests.support.launches import (
+    launch_cached_lookup,
+    launch_gate_backward,
+    launch_gate_conv_backward,
+    launch_gate_conv_residual,
+    launch_gate_residual,
+    launch_hash_lookup,
+    launch_lookup,
+    launch_ngram_hash,
+)
 
 TOKENS = 2048
 CPU = torch.device("cpu")
@@ -93,7 +96,7 @@ def cached_case(chosen, width, row_format, full=False, storage=False, order="dir
     cache = NgramCache(chosen, layers * chosen.primes.shape[0], entries=64, ways=ways)
     ids, *rest = tokens(full)
     out = row_out(layers[0], (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
-    launch_cached_lookup(cache, chosen, view_tables(cache.tables, CPU), storage, None, order, ids, *rest, out)
+    launch_cached_lookup(cache, view_tables(cache.tables, CPU), storage, None, order, ids, *rest, out)
 
 
 def cached_lookup_case(model, **options):

@@ -16,6 +16,7 @@ from tests.ops.test_hashing import ragged, small_plan
 from tests.ops.test_registration import same
 from tests.support import tables
 from tests.support.fake_streams import FakeStreams
+from tests.support.ordering import ordered_by
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "prefetch.md").read_text(), re.S)
 SCHEDULES = [list(names) for names in itertools.permutations(("main", "model", "side"))]
@@ -101,7 +102,8 @@ class Model:
     def __init__(self, dropped=None, reading="model"):
         self.plan, self.tables = setting()
         self.streams = FakeStreams(dropped=dropped)
-        self.prefetcher = Prefetcher(self.plan, self.tables, 8, streams=self.streams)
+        with ordered_by(self.streams):
+            self.prefetcher = Prefetcher(self.plan, self.tables, 8)
         self.ids, self.reading, self.seen = torch.zeros(6, dtype=torch.int64), reading, []
 
     def start(self, batch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, hash_lookup, lookup
-from engram_kernels.ops.rows import launch_lookup, make_view_out
+from engram_kernels.ops.row_kernels.output import make_view_out
 from engram_kernels.tables.engram import view_tables
 from engram_kernels.tables.memory import allocation as table_memory
 from tests.ops.test_hash_rows import parts_of, wanted
@@ -15,6 +15,7 @@ from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_rows import ids_around
 from tests.support import tables
 from tests.support.drivers import FakeDriver
+from tests.support.launches import launch_lookup
 from tests.support.sharing import attach, made
 
 ROWS = 301

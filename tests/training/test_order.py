@@ -13,6 +13,7 @@ from tests.gpu.test_prefetch import setting as setting_on_gpu
 from tests.nn.test_engram import built
 from tests.serving.test_prefetch import setting
 from tests.support.fake_streams import FakeStreams
+from tests.support.ordering import ordered_by
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 SCHEDULES = [list(names) for names in itertools.permutations(("main", "side"))]
@@ -43,7 +44,8 @@ def train(setup, streams, sleep=lambda stream: None):
     ``streams`` runs the work: on FakeStreams it has run after drain(). ``sleep``: what stands before each part.
     """
     plan, placed, optimizer, ids = setup
-    prefetcher = Prefetcher(plan, placed, len(ids), out_dtype=torch.float32, streams=streams)
+    with ordered_by(streams):
+        prefetcher = Prefetcher(plan, placed, len(ids), out_dtype=torch.float32)
     prefetcher.start(ids)  # every buffer is filled, so that what may be wrong are the rows alone
     yield
     seen = []

@@ -23,7 +23,7 @@ from engram_kernels.commands.console import gib, print_sections, track
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.token_map import build_token_map
 from engram_kernels.launching.checks import INTERPRETING
-from engram_kernels.ops.hashing import ngram_hash_kernel
+from engram_kernels.ops.hash_kernels.row_ids import ngram_hash_kernel
 
 from .checks import distinct_ngrams
 from .run import GPU_CALLS, DemoError, Run, Stages

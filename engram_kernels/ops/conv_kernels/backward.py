@@ -32,16 +32,21 @@ import triton.language as tl
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
 from engram_kernels.launching.sums import ordered_sum
+from engram_kernels.ops.gate_kernels.arguments import flatten_tokens, float32_eps
 from engram_kernels.ops.gate_kernels.backward import ConvParts, launch_gate_backward
-from engram_kernels.ops.gate_kernels.branch import flatten_tokens, float32_eps, widen
+from engram_kernels.ops.gate_kernels.branch import widen
 from engram_kernels.ops.gate_kernels.gradients import (
     arrange_gradients,
+    given,
     make_gate_gradients,
     readable,
     refuse_second_derivative,
 )
 from engram_kernels.ops.gate_kernels.weights import launch_conv_gradient
 from engram_kernels.ops.hash_kernels.sequences import find_sequence, sequence_arguments
+from engram_kernels.ops.op import registered
+
+from .arguments import ConvCall
 
 
 @dataclass(frozen=True)
@@ -194,36 +199,19 @@ def make_conv_gradients(hidden, query_norm, key_norm, conv_norm, conv_weight, ne
     )
 
 
-def launch_gate_conv_backward(
-    grad,
-    hidden,
-    key,
-    value,
-    query_norm,
-    key_norm,
-    conv_norm,
-    conv_weight,
-    gate,
-    scale,
-    scalars,
-    dilation,
-    conv_eps,
-    clamp,
-    mask,
-    zero_gate,
-    residual,
-    cu_seqlens,
-    needs,
-    gradients,
-) -> None:
-    """Two to four launches; writes ``gradients``, which :func:`make_conv_gradients` made."""
+def launch_gate_conv_backward(grad, call: ConvCall, gate, scale, scalars, needs, gradients) -> None:
+    """Two to four launches; writes ``gradients``, which :func:`make_conv_gradients` made.
+
+    gate, scale, scalars: what the forward pass left.
+    """
     *of_gate, grad_conv_norm, grad_conv_weight = gradients
-    if hidden.numel() == 0:
+    if call.hidden.numel() == 0:
         for gradient in gradients[2:]:
             if gradient is not None:
                 gradient.zero_()
         return
-    grad, flat_value = readable(grad), flatten_tokens("gate_conv_residual_backward", "value", value, 1)
+    hidden, conv_norm, conv_weight, cu_seqlens = call.hidden, call.conv_norm, call.conv_weight, call.cu_seqlens
+    grad, flat_value = readable(grad), flatten_tokens("gate_conv_residual_backward", "value", call.value, 1)
     num_tokens, branches, hidden_size = grad.shape
     num_taps = conv_weight.shape[2]
     config = conv_backward_config(branches, hidden_size, num_taps, num_tokens, processors(hidden.device))
@@ -241,7 +229,7 @@ def launch_gate_conv_backward(
             gate,
             scale,
             weight,
-            mask,
+            call.mask,
             cu_seqlens,
             sums,
             value_part,
@@ -255,7 +243,7 @@ def launch_gate_conv_backward(
             NUM_BRANCHES=branches,
             HIDDEN_SIZE=hidden_size,
             NUM_TAPS=num_taps,
-            DILATION=dilation,
+            DILATION=call.dilation,
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,
             BLOCK_H=next_power_of_2(branches),
@@ -266,29 +254,29 @@ def launch_gate_conv_backward(
         if product is not None:
             launch_conv_gradient(product, conv_norm, conv_weight, grad_conv_norm, grad_conv_weight)
     if sums is not None:
-        conv = ConvParts(scale, sums, value_part, float32_eps(conv_eps), cu_seqlens)
-        inputs = (hidden, key, value, query_norm, key_norm)
-        launch_gate_backward(grad, *inputs, scalars, clamp, mask, zero_gate, residual, needs[:5], of_gate, conv)
+        conv = ConvParts(scale, sums, value_part, float32_eps(call.conv_eps), cu_seqlens)
+        launch_gate_backward(grad, call.of_gate, scalars, needs[:5], of_gate, conv)
 
 
-@torch.library.custom_op(
-    "engram::gate_conv_residual_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, "
+def _new_gradients(grad, hidden, key, value, *options):
+    return given(make_conv_gradients(hidden, *options[:4], options[-1]))
+
+
+@registered(
+    "gate_conv_residual_backward",
+    "(Tensor grad, Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, "
     "Tensor conv_norm, Tensor conv_weight, Tensor gate, Tensor scale, Tensor scalars, int dilation, float? conv_eps, "
     "float clamp, Tensor? mask, str zero_gate, bool residual, Tensor? cu_seqlens, bool[] needs) -> Tensor[]",
+    _new_gradients,
 )
-def gate_conv_residual_backward_op(grad, hidden, key, value, *options):
+def gate_conv_residual_backward_op(grad, *arguments):
     """Gradients that ``needs`` asks for, in the order of the op's tensors, key and value in one tensor."""
-    gradients = make_conv_gradients(hidden, *options[:4], options[-1])
-    launch_gate_conv_backward(grad, hidden, key, value, *options, gradients)
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-@gate_conv_residual_backward_op.register_fake
-def _(grad, hidden, key, value, *options):
-    gradients = make_conv_gradients(hidden, *options[:4], options[-1])
-    return [gradient for gradient in gradients if gradient is not None]
+    *arguments, needs = arguments
+    tensors, recorded, (dilation, *options) = arguments[:7], arguments[7:10], arguments[10:]
+    gradients = make_conv_gradients(tensors[0], *tensors[3:], needs)
+    call = ConvCall(*tensors, dilation, None, *options)
+    launch_gate_conv_backward(grad, call, *recorded, needs, gradients)
+    return given(gradients)
 
 
 gate_conv_residual_backward_op.register_autograd(refuse_second_derivative("gate_conv_residual"))

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 
 from engram_kernels.launching.device import cdiv, next_power_of_2
 from engram_kernels.ops.hash_kernels.sequences import find_sequence
 
-from .slots import ConvSlots, slot_cursor
+from .arguments import ConvCall
+from .slots import slot_cursor
 
 FEW_TOKENS = 32  # of as many, one program for all branches leaves multiprocessors idle
 
@@ -149,14 +151,12 @@ def conv_residual_kernel(
         tl.store(out_tile, result, mask=mask)
 
 
-def prepare_conv_residual(
-    hidden, value, conv_weight, out, dilation: int, residual: bool, sequences: dict, ring: ConvSlots | None
-) -> Callable[..., None]:
+def prepare_conv_residual(call: ConvCall, out: torch.Tensor, sequences: dict) -> Callable[..., None]:
     """The launch for tensors such as these; hidden and out ``[T, H, D]``, value ``[T, D]``, T at least 1.
 
-    It is one of (hidden, value, gate, scale, conv_norm, conv_weight, mask, cu_seqlens, state_value, state_scale, slots,
-    cursor, out). sequences: what :func:`sequence_arguments` says of the tokens. ring: the state, where it is in slots.
+    It is one of (call, gate, scale, out). sequences: what :func:`sequence_arguments` says of the tokens.
     """
+    hidden, value, conv_weight, ring = call.hidden, call.value, call.conv_weight, call.slots
     num_tokens, branches, hidden_size = hidden.shape
     config = conv_config(num_tokens, hidden_size, branches)
     strides = (*hidden.stride()[:2], value.stride(0), *conv_weight.stride(), *out.stride()[:2])
@@ -166,8 +166,8 @@ def prepare_conv_residual(
         NUM_BRANCHES=branches,
         HIDDEN_SIZE=hidden_size,
         NUM_TAPS=conv_weight.shape[2],
-        DILATION=dilation,
-        RESIDUAL=residual,
+        DILATION=call.dilation,
+        RESIDUAL=call.residual,
         RING=0 if ring is None else ring.value.shape[1],
         BLOCK_T=config.block_t,
         BLOCK_D=config.block_d,
@@ -177,4 +177,14 @@ def prepare_conv_residual(
         grid=(cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d) * (branches // config.branches),),
         warmup=False,
     )
-    return lambda *tensors: conv_residual_kernel.run(*tensors, *strides, num_tokens, **options)
+
+    def launch(call, gate, scale, out):
+        ring = call.slots
+        if ring is None:
+            state = (*(call.state or (None, None)), None, None)
+        else:
+            state = (ring.value, ring.scale, ring.slots, ring.cursor)
+        inputs = (call.hidden, call.value, gate, scale, call.conv_norm, call.conv_weight, call.mask, call.cu_seqlens)
+        conv_residual_kernel.run(*inputs, *state, out, *strides, num_tokens, **options)
+
+    return launch

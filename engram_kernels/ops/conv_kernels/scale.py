@@ -14,20 +14,20 @@ import triton.language as tl
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import warp_size
 from engram_kernels.launching.sums import ordered_sum
+from engram_kernels.ops.gate_kernels.arguments import addresses_aligned, float32_eps, strides_aligned
 from engram_kernels.ops.gate_kernels.branch import (
-    addresses_aligned,
     branch_gate,
     branch_sums,
-    float32_eps,
     gate_config,
     norm_parts,
     row_part,
     row_parts,
     store_scalars,
-    strides_aligned,
     token_rows,
     widen,
 )
+
+from .arguments import ConvCall
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -118,17 +118,18 @@ def gate_scale_kernel(
                 store_scalars(scalars_ptr, token, branch, 0.0, 0.0, 0.0, NUM_BRANCHES)
 
 
-def prepare_gate_scale(hidden, key, value, eps, conv_eps, clamp, zero_gate, num_seqs: int) -> Callable[..., None]:
+def prepare_gate_scale(call: ConvCall, num_seqs: int) -> Callable[..., None]:
     """The launch for tensors such as these; hidden and key ``[T, H, D]``, value ``[T, D]``, T at least 1.
 
-    It is one of (hidden, key, value, query_norm, key_norm, mask, cu_seqlens, scalars, gate, scale), and writes gate and
-    scale ``[T, H]``, and ``scalars [T, 3, H]`` for the backward pass where they are not None.
+    It is one of (call, gate, scale, scalars), and writes gate and scale ``[T, H]``, and ``scalars [T, 3, H]`` for the
+    backward pass where they are not None.
     """
+    hidden, key, value = call[:3]
     num_tokens, branches, hidden_size = hidden.shape
     config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
     strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0))
-    numbers = (*strides, num_tokens, num_seqs, float32_eps(eps), float32_eps(conv_eps), float(clamp))
-    numbers += (branches, hidden_size, zero_gate == "copysign")
+    numbers = (*strides, num_tokens, num_seqs, float32_eps(call.eps), float32_eps(call.conv_eps), float(call.clamp))
+    numbers += (branches, hidden_size, call.zero_gate == "copysign")
     aligned = strides_aligned(hidden, key, value)
     options = dict(
         BLOCK_D=config.block_d,
@@ -139,8 +140,9 @@ def prepare_gate_scale(hidden, key, value, eps, conv_eps, clamp, zero_gate, num_
         warmup=False,
     )
 
-    def launch(*tensors):
-        aligned_now = aligned and addresses_aligned(*tensors[:3])
+    def launch(call, gate, scale, scalars):
+        aligned_now = aligned and addresses_aligned(*call[:3])
+        tensors = (*call[:5], call.mask, call.cu_seqlens, scalars, gate, scale)
         gate_scale_kernel.run(*tensors, *numbers, ALIGNED=aligned_now, **options)
 
     return launch

@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import next_power_of_2, on_device_of
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -130,19 +129,3 @@ def launch_store_conv(ring: ConvSlots, value, scale, mask, cu_seqlens, span: int
             num_warps=4,
             enable_fp_fusion=False,
         )
-
-
-def check_conv_slots(where, ring: ConvSlots, batch, span, hidden) -> None:
-    """Raise unless ``ring`` holds slots of ``batch`` sequences for an op on ``hidden [..., H, D]``."""
-    branches, hidden_size = hidden.shape[-2:]
-    scale_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    slots, capacity = (len(ring.cursor), ring.value.shape[1]) if ring.value.dim() == 3 else (0, 0)
-    if capacity < 2 * span:
-        raise ValueError(f"{where}: conv_state must hold at least {2 * span} tokens a slot, got {capacity}")
-    for name, tensor, dtype, shape in (
-        ("value", ring.value, hidden.dtype, (slots, capacity, hidden_size)),
-        ("scale", ring.scale, scale_dtype, (slots, capacity, branches)),
-        ("cursor", ring.cursor, torch.int32, (slots,)),
-        ("slots", ring.slots, torch.int32, (batch,)),
-    ):
-        check_tensor(where, f"conv_state.{name}", tensor, dtypes=(dtype,), shape=shape, device=hidden.device)

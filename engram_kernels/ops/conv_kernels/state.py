@@ -7,17 +7,10 @@ S = (K-1) * dilation entries, oldest first, zeros before a sequence's start. ``v
 the convolution reads (ops/gate_conv.py), so the state needs no ``[S, H, D]``.
 """
 
-from math import prod
-
-import torch
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.checks import check_batch, check_bound, check_tensor
 from engram_kernels.launching.device import next_power_of_2
-from engram_kernels.ops.gate import FLOAT_DTYPES
-
-from .slots import ConvSlots, check_conv_slots
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -102,37 +95,3 @@ def launch_advance_state(value, scale, mask, cu_seqlens, shape, span, conv_state
         num_warps=4,
         enable_fp_fusion=False,
     )
-
-
-def check_conv_state(where, conv_state, batch, span, hidden) -> None:
-    """Raise unless ``conv_state`` is the state of ``batch`` sequences for an op on ``hidden [..., H, D]``."""
-    if not isinstance(conv_state, tuple) or len(conv_state) != 2:
-        raise TypeError(f"{where}: conv_state must be a pair (value, scale), got {type(conv_state).__name__}")
-    branches, hidden_size = hidden.shape[-2:]
-    scale_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    for part, dtype, last in ((0, hidden.dtype, hidden_size), (1, scale_dtype, branches)):
-        name, expected = f"conv_state[{part}]", (batch, span, last)
-        check_tensor(where, name, conv_state[part], dtypes=(dtype,), shape=expected, device=hidden.device)
-
-
-def check_conv(where, hidden, conv_norm, conv_weight, dilation, conv_eps, cu_seqlens, conv_state) -> None:
-    """Types, shapes and devices of what the convolution reads beyond the gate."""
-    *tokens, branches, hidden_size = hidden.shape
-    device = hidden.device
-    if prod(tokens) >= 2**31:
-        raise ValueError(f"{where}: hidden must have below 2^31 tokens, got {list(hidden.shape)}")
-    batch = check_batch(where, tokens, cu_seqlens, device)
-    check_tensor(where, "conv_norm", conv_norm, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=device)
-    check_tensor(where, "conv_weight", conv_weight, dtypes=FLOAT_DTYPES, device=device, contiguous=False)
-    if conv_weight.dim() != 3 or conv_weight.shape[:2] != (branches, hidden_size) or conv_weight.shape[2] < 1:
-        raise ValueError(
-            f"{where}: conv_weight must have shape [H, D, K] = [{branches}, {hidden_size}, K >= 1], "
-            f"got {list(conv_weight.shape)}"
-        )
-    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
-        raise ValueError(f"{where}: dilation must be a positive int, got {dilation!r}")
-    if conv_eps is not None:
-        check_bound(where, "conv_eps", conv_eps)
-    if conv_state is not None:
-        check_state = check_conv_slots if isinstance(conv_state, ConvSlots) else check_conv_state
-        check_state(where, conv_state, batch, (conv_weight.shape[2] - 1) * dilation, hidden)

@@ -27,9 +27,11 @@ import triton.language as tl
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
 from engram_kernels.launching.sums import ordered_sum
+from engram_kernels.ops.op import registered
 
-from .branch import flatten_tokens, gate_of, rows_aligned, token_rows, widen
-from .gradients import arrange_gradients, make_gate_gradients, readable, refuse_second_derivative, split_gradient
+from .arguments import GateCall, rows_aligned
+from .branch import gate_of, token_rows, widen
+from .gradients import arrange_gradients, given, make_gate_gradients, readable, refuse_second_derivative, split_gradient
 from .weights import launch_norm_gradient
 
 
@@ -257,33 +259,17 @@ class ConvParts:
     cu_seqlens: torch.Tensor | None
 
 
-def launch_gate_backward(
-    grad,
-    hidden,
-    key,
-    value,
-    query_norm,
-    key_norm,
-    scalars,
-    clamp,
-    mask,
-    zero_gate,
-    residual,
-    needs,
-    gradients,
-    conv: ConvParts | None = None,
-) -> None:
+def launch_gate_backward(grad, call: GateCall, scalars, needs, gradients, conv: ConvParts | None = None) -> None:
     """Two launches, the second for the norms; writes ``gradients``, which :func:`make_gate_gradients` made."""
-    branches, hidden_size = hidden.shape[-2:]
+    branches, hidden_size = call.hidden.shape[-2:]
     grad_hidden, grad_kv, grad_query_norm, grad_key_norm = gradients
-    if hidden.numel() == 0:
+    if call.hidden.numel() == 0:
         for gradient in (grad_query_norm, grad_key_norm):
             if gradient is not None:
                 gradient.zero_()
         return
-    where = "gate_residual_backward"
-    hidden, key = (flatten_tokens(where, name, x, 2) for name, x in (("hidden", hidden), ("key", key)))
-    grad, value = readable(grad), flatten_tokens(where, "value", value, 1)
+    call, grad = call.flattened("gate_residual_backward"), readable(grad)
+    hidden, key, value, query_norm, key_norm, *_ = call
     grad_key = grad_value = None
     if grad_kv is not None:
         grad_key, grad_value = split_gradient(grad_kv.view(-1, grad_kv.shape[-1]), branches, hidden_size, needs)
@@ -303,7 +289,7 @@ def launch_gate_backward(
             query_norm,
             key_norm,
             scalars,
-            mask,
+            call.mask,
             conv and conv.cu_seqlens,
             conv and conv.scale,
             conv and conv.sums,
@@ -324,12 +310,12 @@ def launch_gate_backward(
             0 if grad_value is None else grad_value.stride(0),
             num_tokens,
             0 if conv is None or conv.cu_seqlens is None else len(conv.cu_seqlens) - 1,
-            float(clamp),
+            float(call.clamp),
             0.0 if conv is None else conv.conv_eps,
             NUM_BRANCHES=branches,
             HIDDEN_SIZE=hidden_size,
-            COPYSIGN=zero_gate == "copysign",
-            RESIDUAL=residual,
+            COPYSIGN=call.zero_gate == "copysign",
+            RESIDUAL=call.residual,
             ALIGNED=rows_aligned(grad, hidden, key, value, *given),
             NUM_CHUNKS=chunks,
             BLOCK_C=next_power_of_2(chunks),
@@ -343,23 +329,23 @@ def launch_gate_backward(
             launch_norm_gradient(product, query_norm, key_norm, grad_query_norm, grad_key_norm)
 
 
-@torch.library.custom_op(
-    "engram::gate_residual_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor scalars, "
+def _new_gradients(grad, hidden, key, value, query_norm, key_norm, *options):
+    return given(make_gate_gradients(hidden, query_norm, key_norm, options[-1]))
+
+
+@registered(
+    "gate_residual_backward",
+    "(Tensor grad, Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor scalars, "
     "float clamp, Tensor? mask, str zero_gate, bool residual, bool[] needs) -> Tensor[]",
+    _new_gradients,
 )
-def gate_residual_backward_op(grad, hidden, key, value, query_norm, key_norm, *options):
+def gate_residual_backward_op(grad, hidden, key, value, query_norm, key_norm, scalars, *options):
     """Gradients that ``needs`` asks for (hidden, key, value, query_norm, key_norm), key and value in one tensor."""
-    gradients = make_gate_gradients(hidden, query_norm, key_norm, options[-1])
-    launch_gate_backward(grad, hidden, key, value, query_norm, key_norm, *options, gradients)
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-@gate_residual_backward_op.register_fake
-def _(grad, hidden, key, value, query_norm, key_norm, *options):
-    gradients = make_gate_gradients(hidden, query_norm, key_norm, options[-1])
-    return [gradient for gradient in gradients if gradient is not None]
+    *options, needs = options
+    gradients = make_gate_gradients(hidden, query_norm, key_norm, needs)
+    call = GateCall(hidden, key, value, query_norm, key_norm, None, *options)
+    launch_gate_backward(grad, call, scalars, needs, gradients)
+    return given(gradients)
 
 
 gate_residual_backward_op.register_autograd(refuse_second_derivative("gate_residual"))

@@ -9,7 +9,6 @@ in float32. The scales of hidden and key are rsqrt(mean(x^2) + eps). T tokens, H
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 
@@ -238,40 +237,3 @@ def store_scalars(scalars_ptr, token, branch, d, hidden_scale, key_scale, NUM_BR
     tl.store(scalars, d)
     tl.store(scalars + NUM_BRANCHES, hidden_scale)
     tl.store(scalars + 2 * NUM_BRANCHES, key_scale)
-
-
-def rows_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether every row of every tensor starts at a multiple of 16 bytes."""
-    return strides_aligned(*tensors) and addresses_aligned(*tensors)
-
-
-def strides_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether the rows of every tensor are multiples of 16 bytes apart."""
-    return all(stride * tensor.element_size() % 16 == 0 for tensor in tensors for stride in tensor.stride()[:-1])
-
-
-def addresses_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether every tensor starts at a multiple of 16 bytes."""
-    misaligned = 0  # a bit below 16 is set where it is set in any address
-    for tensor in tensors:
-        misaligned |= tensor.data_ptr()
-    return misaligned % 16 == 0
-
-
-def float32_eps(eps: float | None) -> float:
-    """What the kernels add inside a norm: None is the machine epsilon, as in torch.nn.RMSNorm."""
-    return torch.finfo(torch.float32).eps if eps is None else float(eps)
-
-
-def flatten_tokens(where: str, name: str, tensor: torch.Tensor, kept: int) -> torch.Tensor:
-    """``tensor`` with all but its last ``kept`` dimensions viewed as one; ValueError where that would take a copy."""
-    if tensor.dim() == kept + 1:
-        return tensor
-    shape = tensor.shape[tensor.dim() - kept :]
-    try:
-        return tensor.view(-1 if tensor.numel() else 0, *shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{where}: leading dimensions of {name} must be viewable as one, "
-            f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
-        ) from None

@@ -19,6 +19,12 @@ def readable(grad: torch.Tensor) -> torch.Tensor:
     return grad.reshape(-1, *grad.shape[-2:])
 
 
+def make_recorded(hidden):
+    """The output, and the scalars ``[..., 3, H]`` that :func:`store_scalars` writes."""
+    *tokens, branches, _ = hidden.shape
+    return hidden.new_empty(hidden.shape), hidden.new_empty(*tokens, 3, branches, dtype=torch.float32)
+
+
 def make_gate_gradients(hidden, query_norm, key_norm, needs):
     """Gradients to be written, None where ``needs`` has False: of hidden, of key and value in one, of both norms.
 
@@ -33,6 +39,11 @@ def make_gate_gradients(hidden, query_norm, key_norm, needs):
         query_norm.new_empty(query_norm.shape) if needs[3] else None,
         key_norm.new_empty(key_norm.shape) if needs[4] else None,
     )
+
+
+def given(gradients) -> list[torch.Tensor]:
+    """Those gradients that are wanted, as backward ops return them."""
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def split_gradient(grad_kv, branches, hidden_size, needs):

@@ -6,7 +6,8 @@ import torch
 
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT
-from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.engram import EngramTable, TableView, view_tables
+from engram_kernels.tables.staging import stage
 
 
 def check_tables(where: str, tables, device: torch.device) -> None:
@@ -48,12 +49,29 @@ def check_tables_of_plan(where: str, plan: HashPlan, tables) -> tuple[EngramTabl
     return tables
 
 
-def forms_of(tables: Sequence[EngramTable]) -> tuple | None:
-    """The part of a call's form (launching/prepared.py) that tables are; None where checks will refuse them."""
+def identities(tables: Sequence[EngramTable]) -> tuple | None:
+    """What stands for tables in a signature, and keeps none alive; None where checks will refuse them."""
     try:
-        return tuple([table.form for table in tables])
+        return tuple([table.identity for table in tables])
     except (AttributeError, TypeError):
         return None
+
+
+def is_staged(table: EngramTable, device: torch.device) -> bool:
+    """Whether rows for ``device`` are gathered by CPU threads."""
+    return table.placement == "staged" and device.type != "cpu"
+
+
+def view_rows(
+    table: EngramTable, row_ids: torch.Tensor, where: str, host_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, TableView]:
+    """Ids and the view to look them up in: the table's own, or of a staged one a copy of the rows asked for.
+
+    host_ids: the same ids on the CPU, where the caller has them.
+    """
+    if is_staged(table, row_ids.device):
+        return stage(table, row_ids, where, host_ids)
+    return row_ids, view_tables((table,), row_ids.device)
 
 
 def two_dimensional(row_ids: torch.Tensor, keep_columns: bool) -> torch.Tensor:

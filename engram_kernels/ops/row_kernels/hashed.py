@@ -14,14 +14,15 @@ from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, on_device_of
+from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.hash_kernels.mix import ngram_rows
-from engram_kernels.ops.hashing import hash_arguments, prepare_ngram_hash
-from engram_kernels.ops.rows import launch_sorted
+from engram_kernels.ops.hash_kernels.row_ids import hash_arguments, prepare_ngram_hash
 from engram_kernels.tables.engram import TableView
 
+from .by_id import launch_sorted
 from .copy import RowsConfig, copy_rows, row_constants, rows_config
 from .order import key_range
-from .output import kernel_out
+from .output import Reading, kernel_out
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -160,60 +161,51 @@ def hash_lookup_kernel(
             )
 
 
-def prepare_hash_lookup(
-    token_ids, plan: HashPlan, view: TableView, cu_seqlens, storage: bool, programs: int | None, order: str = "direct"
-) -> Callable[..., None]:
-    """The launch for tensors such as these, of (token_ids, cu_seqlens, history, dead, out): all layers at once.
+def prepare_hash_lookup(tokens: Tokens, plan: HashPlan, view: TableView, reading: Reading) -> Callable[..., None]:
+    """The launch for tokens such as these, of (tokens, out): all layers at once.
 
     In address order there is one that hashes, and those of :func:`launch_sorted`.
     """
     num_layers, num_columns = plan.primes.shape
-    num_rows = token_ids.numel() * num_columns
+    num_tokens = tokens.token_ids.numel()
+    num_rows = num_tokens * num_columns
     if num_rows == 0:
         return lambda *_: None
-    if order == "address":
-        return _prepare_sorted(token_ids, plan, view, cu_seqlens, storage, programs)
-    config, block_hash = hash_rows_config(view, num_layers * num_rows, programs)
-    steps = num_columns * cdiv(token_ids.numel(), block_hash) if order == "head" else cdiv(num_rows, block_hash)
+    if reading.order == "address":
+        return _prepare_sorted(tokens, plan, view, reading)
+    config, block_hash = hash_rows_config(view, num_layers * num_rows, reading.programs)
+    by_head = reading.order == "head"
+    steps = num_columns * cdiv(num_tokens, block_hash) if by_head else cdiv(num_rows, block_hash)
     options = dict(
-        hash_arguments(token_ids, plan, cu_seqlens),
+        hash_arguments(tokens, plan),
         tables_ptr=view.descriptors,
-        **row_constants(view, storage, config),
-        HEAD_MAJOR=order == "head",
+        **row_constants(view, reading.storage, config),
+        HEAD_MAJOR=by_head,
         BLOCK_HASH=block_hash,
         ROW_ID=tl.int32 if plan.index_dtype == torch.int32 else tl.int64,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
-        grid=(min(programs or config.programs, num_layers * steps),),
+        grid=(min(reading.programs or config.programs, num_layers * steps),),
         warmup=False,
     )
 
-    def launch(token_ids, cu_seqlens, history, dead, out):
-        out_ptr, out_scale_ptr = kernel_out(out, view, storage)
-        outputs = dict(out_ptr=out_ptr, out_scale_ptr=out_scale_ptr)
-        with on_device_of(token_ids):
-            hash_lookup_kernel.run(token_ids, cu_seqlens, history, dead, **outputs, **options)
+    def launch(tokens: Tokens, out):
+        out_ptr, out_scale_ptr = kernel_out(out, view, reading.storage)
+        with on_device_of(out_ptr):
+            hash_lookup_kernel.run(*tokens, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, **options)
 
     return launch
 
 
-def _prepare_sorted(token_ids, plan: HashPlan, view: TableView, cu_seqlens, storage: bool, programs: int | None):
+def _prepare_sorted(tokens: Tokens, plan: HashPlan, view: TableView, reading: Reading) -> Callable[..., None]:
     num_layers, num_columns = plan.primes.shape
-    num_rows = token_ids.numel() * num_columns
+    num_rows, device = tokens.token_ids.numel() * num_columns, tokens.token_ids.device
     dtype, key_stride = key_range(num_layers, max(plan.rows_per_layer))
-    launch_hash = prepare_ngram_hash(token_ids, plan, cu_seqlens, key_stride)
+    launch_hash = prepare_ngram_hash(tokens, plan, key_stride)
 
-    def launch(token_ids, cu_seqlens, history, dead, out):
-        keys = torch.empty(num_layers, num_rows, dtype=dtype, device=token_ids.device)
-        launch_hash(token_ids, cu_seqlens, history, dead, keys)
-        launch_sorted(keys, key_stride, view, out, storage, programs)
+    def launch(tokens: Tokens, out):
+        keys = torch.empty(num_layers, num_rows, dtype=dtype, device=device)
+        launch_hash(tokens, keys)
+        launch_sorted(keys, key_stride, view, out, reading)
 
     return launch
-
-
-def launch_hash_lookup(
-    token_ids, plan: HashPlan, view: TableView, cu_seqlens, history, dead, out, storage, programs, order="direct"
-):
-    """What :func:`prepare_hash_lookup` launches."""
-    launch = prepare_hash_lookup(token_ids, plan, view, cu_seqlens, storage, programs, order)
-    launch(token_ids, cu_seqlens, history, dead, out)

@@ -1,5 +1,7 @@
 """Outputs of the ops that read rows: values, or for "storage" the raw rows and their scales."""
 
+from typing import NamedTuple
+
 import torch
 
 from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP, RowFormat
@@ -9,6 +11,14 @@ from engram_kernels.tables.engram import EngramTable, TableView
 #: A TableView in the schema of a registered op.
 VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement, int link_bytes, int page_bytes"
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Reading(NamedTuple):
+    """What a launch is told of how rows are wanted."""
+
+    storage: bool  #: as they are stored, rather than as values
+    programs: int | None = None  #: of the persistent grid; None is what the multiprocessors hold
+    order: str = "direct"  #: one of order.ORDERS
 
 
 def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype, out_format) -> None:

@@ -7,12 +7,13 @@ import torch
 
 from engram_kernels import gate_residual, reference
 from engram_kernels.ops.gate_kernels import backward as gate_backward
-from engram_kernels.ops.gate_kernels.backward import gate_backward_config, launch_gate_backward
+from engram_kernels.ops.gate_kernels.backward import gate_backward_config
 from engram_kernels.ops.gate_kernels.gradients import split_gradient, split_kv
 from tests.ops.test_gate import EPS, doubles, inputs
 from tests.ops.test_registration import same
 from tests.support import tolerances
 from tests.support.guards import Guarded
+from tests.support.launches import launch_gate_backward
 
 NAMES = ("hidden", "key", "value", "query_norm", "key_norm")
 

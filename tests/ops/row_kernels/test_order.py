@@ -8,8 +8,8 @@ import torch
 import triton
 
 from engram_kernels import EngramTable, HashPlan, hash_lookup, lookup, reference
-from engram_kernels.ops import hashing, rows
-from engram_kernels.ops.hash_rows import launch_hash_lookup
+from engram_kernels.ops.hash_kernels import row_ids
+from engram_kernels.ops.row_kernels import by_id
 from engram_kernels.ops.row_kernels import copy as row_copy
 from engram_kernels.ops.row_kernels import order as read_order_file
 from engram_kernels.ops.row_kernels.order import (
@@ -21,7 +21,6 @@ from engram_kernels.ops.row_kernels.order import (
     read_order,
     scale_words,
 )
-from engram_kernels.ops.rows import launch_lookup
 from engram_kernels.tables.engram import TableView, view_tables
 from engram_kernels.tables.memory.host import HUGE_PAGE
 from tests.ops.test_hash_rows import parts_of, wanted
@@ -29,6 +28,7 @@ from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_rows import truncating
 from tests.support import tables
 from tests.support.guards import Guarded
+from tests.support.launches import launch_hash_lookup, launch_lookup
 
 CPU = torch.device("cpu")
 V41_LAYER = 384_006_168 * 264
@@ -120,11 +120,11 @@ def test_sorting_waits_for_nothing(monkeypatch):
         def __getitem__(self, grid):
             return lambda *_, **__: self.run(grid=grid)
 
-    for module in (hashing, rows, read_order_file):
+    for module in (row_ids, by_id, read_order_file):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(rows, "processors", lambda _: 100)
+    monkeypatch.setattr(by_id, "processors", lambda _: 100)
     monkeypatch.setattr(row_copy, "converts_e4m3", lambda storage: True)
     plan = small_plan()
     ids = torch.empty(50, dtype=torch.int64, device="meta")

@@ -1,17 +1,17 @@
-"""Calls of a form that came before: checked no more than they may be, and no less; launched as the first was."""
+"""Calls of a signature that came before: checked no more than they may be, and no less; launched as the first was."""
 
 import copy
 import dataclasses
-import pickle
+import gc
 
 import pytest
 import torch
 
 import engram_kernels
 from engram_kernels import EngramTable, gate_residual, hash_lookup, lookup
-from engram_kernels.launching.prepared import Prepared, form_of
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
+from engram_kernels.ops.op import MOST_KEPT, Op, form_of
 from tests.conftest import launches, recent
 
 from . import test_arguments, test_arguments_gate
@@ -57,8 +57,8 @@ def counted(monkeypatch):
             return original(*args, **options)
 
         monkeypatch.setattr(module, name, check)
-    for module in (gate, gate_conv):
-        monkeypatch.setattr(module, "_PREPARED", Prepared())
+    for op in (gate.GATE, gate_conv.GATE_CONV):
+        op.forget()
     return calls
 
 
@@ -73,15 +73,66 @@ def test_forms():
     assert form_of(x, [1.0]) is form_of(3) is None
 
 
-def test_launches_by_form():
-    prepared, launch = Prepared(), print
-    assert prepared.launch(("a", 1)) is None
-    assert prepared.keep(("a", 1), launch) is launch is prepared.launch(("a", 1))
-    assert prepared.launch(("a", 2)) is None and prepared.launch(("a", [2])) is None
-    assert copy.deepcopy(prepared) == copy.copy(prepared) == pickle.loads(pickle.dumps(prepared)) == {}
+class Owner:
+    """What launches are kept for."""
+
+
+class Doubled(Op):
+    """A call is (owner, number); what is done is noted."""
+
+    name = "doubled"
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def owner(self, call):
+        return call[0]
+
+    def signature(self, call, out):
+        return call[1]
+
+    def check(self, call, out):
+        self.done.append("check")
+
+    def on_kernels(self, call):
+        return True
+
+    def reference(self, call, out):
+        raise AssertionError
+
+    compiled = allocate = reference
+
+    def launcher(self, call, out):
+        self.done.append("prepare")
+        return lambda call, out: out.append(2 * call[1])
+
+
+def test_launches_are_kept_for_their_owner():
+    op, owner, out = Doubled(), Owner(), []
+    assert op((owner, 3), out) is op((owner, 3), out) is out == [6, 6] and op.done == ["check", "prepare"]
+    op((Owner(), 3), out)
+    assert op.done == ["check", "prepare"] * 2 and len(op._kept) == 1, "the other owner is gone, and its launches"
+    op((owner, 4), out)
+    assert op.done == ["check", "prepare"] * 3
     for number in range(5000):
-        prepared.keep(("b", number), launch)
-        assert prepared.launch(("b", number)) is launch and len(prepared) <= 1024
+        op((owner, number), out)
+        assert len(op._kept[owner]) <= MOST_KEPT
+    op.forget()
+    del op.done[:]
+    op((owner, 4999), out)
+    assert op.done == ["check", "prepare"]
+
+
+def test_calls_without_a_signature_are_prepared_every_time():
+    op, owner, out = Doubled(), Owner(), []
+    op.signature = lambda call, out: None
+    for _ in range(2):
+        op((owner, 3), out)
+    assert op.done == ["check", "prepare"] * 2
+    op.signature = lambda call, out: [call[1]]  # cannot be hashed, which checks are to refuse
+    with pytest.raises(TypeError, match="unhashable"):
+        op((owner, 3), out)
 
 
 @pytest.mark.kernel
@@ -165,8 +216,23 @@ def test_tables_that_change(device):
         with pytest.raises(ValueError, match="the table is closed"):
             call()
     given["tables"] = [tables[0], on(device, test_arguments.table_of())]
-    assert torch.equal(hash_lookup(**given), whole) and len(plan.prepared) == 2
-    assert dataclasses.replace(plan).prepared == copy.deepcopy(plan).prepared == {}
+    kept = hash_rows.HASH_LOOKUP._kept
+    assert torch.equal(hash_lookup(**given), whole) and len(kept[plan]) == 2
+    assert dataclasses.replace(plan) not in kept and copy.deepcopy(plan) not in kept
+
+
+@pytest.mark.kernel
+def test_launches_go_with_what_they_are_for(device):
+    kept = hash_rows.HASH_LOOKUP._kept, rows.LOOKUP._kept
+    gc.collect()
+    before = [len(launches_of) for launches_of in kept]
+    given = {name: on(device, x) for name, x in test_arguments.valid("hash_lookup").items()}
+    hash_lookup(**given)
+    lookup(given["tables"][0], torch.arange(4, device=device))
+    assert [len(launches_of) for launches_of in kept] == [count + 1 for count in before]
+    del given
+    gc.collect()
+    assert [len(launches_of) for launches_of in kept] == before
 
 
 @pytest.mark.kernel
@@ -223,9 +289,9 @@ def test_slots_of_a_state(device, counted):
         out, after = engram_kernels.gate_conv_residual(**given, conv_state=ring(slot))
         results.append((out, after.value))
     assert counted["gate_conv_residual"] == 2 and not torch.equal(results[0][0], without)
-    gate_conv._PREPARED.clear()
+    gate_conv.GATE_CONV.forget()
     for slot, (out, value) in zip((0, 1), results, strict=False):
         fresh, after = engram_kernels.gate_conv_residual(**given, conv_state=ring(slot))
         assert torch.equal(fresh, out) and torch.equal(after.value, value)
-        gate_conv._PREPARED.clear()
+        gate_conv.GATE_CONV.forget()
     assert torch.equal(results[0][0], results[2][0]) and not torch.equal(results[0][0], results[1][0])

@@ -1,0 +1,74 @@
+"""Streams and what orders work on them: a GPU's, and nothing on a CPU, where work is done where it is called."""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+
+
+class CudaStreams:
+    """The side stream of one GPU and what orders it against others."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.side = torch.cuda.Stream(device)
+        #: Whether events can order work across captures; ROCm's can since 7.0.
+        self.external = torch.version.hip is None or int(torch.version.hip.split(".")[0]) >= 7
+
+    def current(self) -> Hashable:
+        return torch.cuda.current_stream(self._device)
+
+    def capturing(self, stream) -> bool:
+        with torch.cuda.stream(stream):
+            return torch.cuda.is_current_stream_capturing()
+
+    def event(self, external: bool = False):
+        return torch.cuda.Event(external=external and self.external)
+
+    def record(self, event, stream) -> None:
+        with torch.cuda.stream(stream):  # an event goes by the capture of the current stream
+            event.record(stream)
+
+    def wait(self, stream, event) -> None:
+        with torch.cuda.stream(stream):
+            event.wait(stream)
+
+    def run(self, stream, work) -> None:
+        with torch.cuda.stream(stream):
+            work()
+
+    def keep(self, tensors: Sequence[torch.Tensor], stream) -> None:
+        """Freed tensors are not reused before ``stream`` is done with what it was given until then."""
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+
+class NoStreams:
+    """On a CPU: everything happens where it is called."""
+
+    side, external = None, False
+
+    def current(self) -> None:
+        return None
+
+    def capturing(self, stream) -> bool:
+        return False
+
+    def event(self, external: bool = False) -> None:
+        return None
+
+    def record(self, event, stream) -> None:
+        pass
+
+    def wait(self, stream, event) -> None:
+        pass
+
+    def run(self, stream, work) -> None:
+        work()
+
+    def keep(self, tensors, stream) -> None:
+        pass
+
+
+def streams_of(device: torch.device) -> CudaStreams | NoStreams:
+    """What orders work on ``device``. Tests put streams of their own here."""
+    return CudaStreams(device) if device.type == "cuda" else NoStreams()

@@ -1,0 +1,170 @@
+"""The way of every call: check the arguments, choose where they run, prepare the launch once per signature, launch.
+
+A call is a structure of tensors, objects and options. Its signature is all that checks and launches depend on but for
+addresses and contents: the shapes, strides, types and devices of its tensors, its objects, its options. A bare launch
+costs the host 10 us, and checking arguments as much again, so both are done for the first call of a signature alone.
+
+    class Twice(Op):                                       a template
+        name = "twice"
+
+        def signature(self, call, out):
+            return form_of(call.x, out), call.scale
+        def check(self, call, out):
+            check_tensor(self.name, "x", call.x, dtypes=(torch.float32,))
+        def on_kernels(self, call):
+            return is_kernel_device(call.x)
+        def reference(self, call, out):
+            return reference.twice(call.x, scale=call.scale, out=out)
+        def compiled(self, call, out):
+            return twice_op(*call) if out is None else twice_out_op(*call, out)
+        def allocate(self, call):
+            return torch.empty_like(call.x)
+        def launcher(self, call, out):
+            return prepare_twice(call)                     a function of (call, out)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+#: Launches kept for one owner. All are forgotten then: no serving engine repeats as many lengths.
+MOST_KEPT = 1024
+
+
+class Op(ABC):
+    """One op; an instance is called with a call and its output, None for a new one. See the head of this file."""
+
+    name: str
+
+    def __init__(self):
+        # Kept with what they are for, as long as that lives: a launch holds tensors of a plan, and addresses of tables.
+        self._kept: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+
+    def __call__(self, call, out=None):
+        compiling, launch = torch.compiler.is_compiling(), None
+        if not compiling:
+            signature = self.signature(call, out)
+            launch = self._kept_launch(call, signature)
+        if launch is None:
+            self.check(call, out)
+        call = self.recheck(call, launch is not None)
+        if self.records(call):
+            return self.record(call, out)
+        if launch is None:
+            if not self.on_kernels(call):
+                return self.reference(call, out)
+            if compiling:
+                return self.compiled(call, out)
+            launch = self.prepare(call, out)
+            if signature is not None:
+                self._keep(call, signature, launch)
+        return launch(call, out)
+
+    @abstractmethod
+    def signature(self, call, out) -> Hashable:
+        """What calls that may share a launch have in common; None where none may."""
+
+    def owner(self, call) -> object:
+        """What a kept launch lives as long as: a plan, a table, or the op itself."""
+        return self
+
+    @abstractmethod
+    def check(self, call, out) -> None:
+        """Raise unless the arguments fit each other: once per signature."""
+
+    def recheck(self, call, known: bool):
+        """The call as it is made; raises where what a signature does not tell is wrong. ``known``: not check()ed."""
+        return call
+
+    def records(self, call) -> bool:
+        """Whether autograd is to follow the result."""
+        return False
+
+    def record(self, call, out):
+        """The result, for autograd to follow."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def on_kernels(self, call) -> bool:
+        """Whether kernels compute it; else the reference does."""
+
+    @abstractmethod
+    def reference(self, call, out):
+        """The result by the reference."""
+
+    @abstractmethod
+    def compiled(self, call, out):
+        """The result by the registered op, for torch.compile."""
+
+    @abstractmethod
+    def allocate(self, call):
+        """A new output."""
+
+    @abstractmethod
+    def launcher(self, call, out) -> Callable[..., None]:
+        """The launches, a function of (call, out), for every call of this signature."""
+
+    def prepare(self, call, out) -> Callable:
+        """What computes the result of (call, out), for every call of this signature."""
+        launch, allocate = self.launcher(call, out), self.allocate
+
+        def run(call, out):
+            if out is None:
+                out = allocate(call)
+            launch(call, out)
+            return out
+
+        return run
+
+    def forget(self) -> None:
+        """Drop the launches that were kept."""
+        self._kept.clear()
+
+    def _kept_launch(self, call, signature) -> Callable | None:
+        try:
+            return self._kept[self.owner(call)].get(signature)
+        except (KeyError, TypeError):  # the first call, or an argument that checks will refuse
+            return None
+
+    def _keep(self, call, signature, launch: Callable) -> None:
+        kept = self._kept.setdefault(self.owner(call), {})
+        if len(kept) >= MOST_KEPT:
+            kept.clear()
+        kept[signature] = launch
+
+
+def form_of(*tensors: torch.Tensor | None) -> tuple | None:
+    """The part of a signature that tensors are; None where something else is among them, which checks will refuse."""
+    form = []
+    try:
+        for x in tensors:
+            if x is None:
+                form.append(None)
+            else:
+                form += x.shape, x.stride(), x.dtype, x.device
+    except AttributeError:
+        return None
+    return tuple(form)
+
+
+def empty_of(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor without memory that is like ``x`` otherwise: what a launch may know of a new output."""
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
+def registered(name: str, schema: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
+    """Make a function the registered op ``engram::name``, for torch.compile; ``fake`` gives its outputs' shapes."""
+
+    def register(function):
+        op = torch.library.custom_op(f"engram::{name}", mutates_args=mutates, schema=schema)(function)
+        op.register_fake(fake)
+        return op
+
+    return register
+
+
+def writes_alone(*_) -> None:
+    """The fake of a registered op that returns nothing."""

@@ -1,0 +1,48 @@
+"""What hash_lookup may look in before it reads tables."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.launching.checks import describe
+from engram_kernels.launching.tokens import Tokens
+from engram_kernels.tables.engram import EngramTable, TableView
+
+from .output import Reading
+
+
+class RowCache(ABC):
+    """Rows of some n-grams, nearer than their tables: :class:`NgramCache`. For one plan and its tables alone."""
+
+    plan: HashPlan
+    tables: Sequence[EngramTable]
+
+    @abstractmethod
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a call of so many tokens goes through it."""
+
+    @abstractmethod
+    def look_up(self, tokens: Tokens, view: TableView, reading: Reading, out) -> None:
+        """Launch what reads the rows of ``tokens``, from here or from the tables of ``view``, into ``out``."""
+
+    @property
+    @abstractmethod
+    def simulator(self):
+        """On a CPU: what the reference tells of the n-grams that it looks up."""
+
+
+def check_cache(where: str, cache, plan: HashPlan, tables, num_rows: int) -> None:
+    """Raise unless ``cache`` is None or one for this plan and these tables, in a call for ``num_rows`` rows."""
+    if cache is None:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{where}: cache must be None under torch.compile, which cannot see that a cache changes")
+    if not isinstance(cache, RowCache):
+        raise TypeError(f"{where}: cache must be an NgramCache, got {describe(cache)}")
+    same = len(tables) == len(cache.tables) and all(map(lambda a, b: a is b, tables, cache.tables))
+    if plan is not cache.plan or not same:
+        raise ValueError(f"{where}: cache must be made for this very plan and these tables, got {cache!r} of others")
+    if num_rows >= 2**31:
+        raise ValueError(f"{where}: with a cache L * T * C must be below 2^31, got {num_rows}")
