@@ -25,6 +25,7 @@ import torch
 import triton
 
 from engram_kernels import EngramConfig, HashPlan
+from engram_kernels.launching.launch import Launch
 from tests.support import gpu_results, sharing
 from tests.support.processes import Peer
 
@@ -119,10 +120,22 @@ def _count_launches():
         @functools.wraps(run)
         def counted(self, *args, _run=run, **kwargs):
             launches[self.fn.__name__] += 1
-            recent[self.fn.__name__] = {k: v for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
+            given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            recent[self.fn.__name__] = {k: v for k, v in given.items() if not isinstance(v, torch.Tensor)}
             return _run(self, *args, **kwargs)
 
         kind.run = counted
+    again = Launch.again
+
+    @functools.wraps(again)
+    def counted_again(self, compiled, values):
+        name = self.kernel.fn.__name__
+        launches[name] += 1
+        known = dict(zip(self.kernel.arg_names, values, strict=True), grid=self.grid)
+        recent[name] = {k: v for k, v in known.items() if not isinstance(v, torch.Tensor)}
+        again(self, compiled, values)
+
+    Launch.again = counted_again
 
 
 @pytest.hookimpl(wrapper=True)

@@ -53,6 +53,7 @@ class NgramCache(CacheStore):
         load_keys(self, path)
 
     def look_up(self, tokens, view, reading, out) -> None:
+        """Launch what reads the rows of ``tokens`` into ``out``; :func:`hash_lookup` calls it."""
         launch_cached_lookup(self, tokens, view, reading, out)
 
     def __repr__(self) -> str:

@@ -37,7 +37,7 @@ class Gate(Op):
         return is_kernel_device(call.hidden) and call.hidden.dtype != torch.float64
 
     def records(self, call):
-        return records_gradient(*call[:5]) and self.on_kernels(call)
+        return torch.is_grad_enabled() and records_gradient(*call[:5]) and self.on_kernels(call)
 
     def record(self, call, out):
         result, _ = gate_residual_scalars_op(*call.arguments)
@@ -75,16 +75,14 @@ def _options(call: GateCall) -> dict:
 @registered("gate_residual", f"{_SCHEMA} -> Tensor", lambda *arguments: GATE.allocate(GateCall(*arguments)))
 def gate_residual_op(*arguments):
     """:func:`gate_residual` for torch.compile."""
-    call = GateCall(*arguments)
-    return GATE.prepare(call, None)(call, None)
+    return GATE.launch(GateCall(*arguments))
 
 
 @registered("gate_residual_out", f"{_SCHEMA[:-1]}, Tensor(a!) out) -> ()", writes_alone, mutates=("out",))
 def gate_residual_out_op(*arguments):
     """:func:`gate_residual` for torch.compile, into ``out``."""
     *arguments, out = arguments
-    call = GateCall(*arguments)
-    prepare_gate_residual(call, out)(call, out)
+    GATE.launch(GateCall(*arguments), out)
 
 
 @registered("gate_residual_scalars", f"{_SCHEMA} -> (Tensor, Tensor)", lambda hidden, *_: make_recorded(hidden))

@@ -84,16 +84,16 @@ class GateConv(Op):
         check_gate(self.name, call.of_gate, out)
         check_conv(self.name, call)
 
-    def recheck(self, call, known):
-        if known and call.cu_seqlens is not None:
+    def repeats(self, call):
+        if call.cu_seqlens is not None:
             check_ends(self.name, call.cu_seqlens, call.hidden.shape[0])
-        return call
+        return not self.records(call)
 
     def on_kernels(self, call):
         return is_kernel_device(call.hidden) and call.hidden.dtype != torch.float64
 
     def records(self, call):
-        return records_gradient(*call[:7]) and self.on_kernels(call)
+        return torch.is_grad_enabled() and records_gradient(*call[:7]) and self.on_kernels(call)
 
     def record(self, call, out):
         if call.state is not None:
@@ -189,10 +189,7 @@ def gate_conv_residual_op(*arguments):
 )
 def gate_conv_residual_slots_op(*arguments):
     """:func:`gate_conv_residual` for torch.compile where the state lies in slots."""
-    call = ConvCall(*arguments[:-4], ConvSlots(*arguments[-4:]))
-    out = GATE_CONV.allocate(call)
-    prepare_gate_conv_residual(call, out)(call, out)
-    return out
+    return GATE_CONV.launch(ConvCall(*arguments[:-4], ConvSlots(*arguments[-4:])))[0]
 
 
 @registered(

@@ -85,12 +85,15 @@ class HashLookup(Op):
         shape = (*call.ids_shape, tables[0].width)
         check_row_out(where, tables[0], shape, tokens.token_ids.device, out, out_dtype, out_format)
         check_cache(where, cache, plan, tables, num_rows)
+        check_token_values(where, tokens, plan)
 
-    def recheck(self, call, known):
-        if known:
-            for table in call.tables:
-                table.check_usable(self.name)
+    def repeats(self, call):
+        for table in call.tables:
+            table.check_usable(self.name)
         check_token_values(self.name, call.tokens, call.plan)
+        return not self.records(call)
+
+    def settled(self, call):
         if call.cache is not None and not call.cache.takes(call.tokens.token_ids.numel()):
             return call._replace(cache=None)
         return call

@@ -29,6 +29,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.compiler import is_compiling
 
 #: Launches kept for one owner. All are forgotten then: no serving engine repeats as many lengths.
 MOST_KEPT = 1024
@@ -44,23 +45,26 @@ class Op(ABC):
         self._kept: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
     def __call__(self, call, out=None):
-        compiling, launch = torch.compiler.is_compiling(), None
+        compiling = is_compiling()
         if not compiling:
             signature = self.signature(call, out)
             launch = self._kept_launch(call, signature)
-        if launch is None:
-            self.check(call, out)
-        call = self.recheck(call, launch is not None)
+            if launch is not None and self.repeats(call):
+                return launch(call, out)
+        self.check(call, out)
+        call = self.settled(call)
         if self.records(call):
             return self.record(call, out)
-        if launch is None:
-            if not self.on_kernels(call):
-                return self.reference(call, out)
-            if compiling:
-                return self.compiled(call, out)
-            launch = self.prepare(call, out)
-            if signature is not None:
-                self._keep(call, signature, launch)
+        if not self.on_kernels(call):
+            return self.reference(call, out)
+        if compiling:
+            return self.compiled(call, out)
+        return self._prepare(call, out, signature)(call, out)
+
+    def launch(self, call, out=None):
+        """The result of a call that fits, by kernels: for registered ops, whose arguments were checked."""
+        signature = self.signature(call, out)
+        launch = self._kept_launch(call, signature) or self._prepare(call, out, signature)
         return launch(call, out)
 
     @abstractmethod
@@ -73,10 +77,14 @@ class Op(ABC):
 
     @abstractmethod
     def check(self, call, out) -> None:
-        """Raise unless the arguments fit each other: once per signature."""
+        """Raise unless the arguments fit each other."""
 
-    def recheck(self, call, known: bool):
-        """The call as it is made; raises where what a signature does not tell is wrong. ``known``: not check()ed."""
+    def repeats(self, call) -> bool:
+        """Whether the launch that was kept does for a call of its signature; raises where its contents are wrong."""
+        return not self.records(call)
+
+    def settled(self, call):
+        """The call as it is made, once it was checked."""
         return call
 
     def records(self, call) -> bool:
@@ -129,11 +137,14 @@ class Op(ABC):
         except (KeyError, TypeError):  # the first call, or an argument that checks will refuse
             return None
 
-    def _keep(self, call, signature, launch: Callable) -> None:
-        kept = self._kept.setdefault(self.owner(call), {})
-        if len(kept) >= MOST_KEPT:
-            kept.clear()
-        kept[signature] = launch
+    def _prepare(self, call, out, signature) -> Callable:
+        launch = self.prepare(call, out)
+        if signature is not None:
+            kept = self._kept.setdefault(self.owner(call), {})
+            if len(kept) >= MOST_KEPT:
+                kept.clear()
+            kept[signature] = launch
+        return launch
 
 
 def form_of(*tensors: torch.Tensor | None) -> tuple | None:

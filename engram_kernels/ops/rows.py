@@ -70,10 +70,9 @@ class Lookup(Op):
             raise ValueError(f"{self.name}: row_ids must have shape [..., C], below 2^31 ids, got {shape}")
         check_row_out(self.name, table, (*row_ids.shape, table.width), row_ids.device, out, out_dtype, out_format)
 
-    def recheck(self, call, known):
-        if known:
-            call.table.check_usable(self.name)
-        return call
+    def repeats(self, call):
+        call.table.check_usable(self.name)
+        return not self.records(call)
 
     def records(self, call):
         return records_rows((call.table,), call.out_format)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from engram_kernels.launching.device import cdiv, next_power_of_2
+from engram_kernels.launching.launch import Launch
+from engram_kernels.ops.gate_kernels.arguments import row_strides
 from engram_kernels.ops.hash_kernels.sequences import find_sequence
 
 from .arguments import ConvCall
@@ -151,6 +153,23 @@ def conv_residual_kernel(
         tl.store(out_tile, result, mask=mask)
 
 
+_TENSORS = (
+    "hidden_ptr",
+    "value_ptr",
+    "gate_ptr",
+    "scale_ptr",
+    "conv_norm_ptr",
+    "conv_weight_ptr",
+    "mask_ptr",
+    "cu_seqlens_ptr",
+    "state_value_ptr",
+    "state_scale_ptr",
+    "slots_ptr",
+    "cursor_ptr",
+    "out_ptr",
+)
+
+
 def prepare_conv_residual(call: ConvCall, out: torch.Tensor, sequences: dict) -> Callable[..., None]:
     """The launch for tensors such as these; hidden and out ``[T, H, D]``, value ``[T, D]``, T at least 1.
 
@@ -159,9 +178,14 @@ def prepare_conv_residual(call: ConvCall, out: torch.Tensor, sequences: dict) ->
     hidden, value, conv_weight, ring = call.hidden, call.value, call.conv_weight, call.slots
     num_tokens, branches, hidden_size = hidden.shape
     config = conv_config(num_tokens, hidden_size, branches)
-    strides = (*hidden.stride()[:2], value.stride(0), *conv_weight.stride(), *out.stride()[:2])
+    stride_h, stride_d, stride_k = conv_weight.stride()
     options = dict(
         sequences,
+        **row_strides(hidden=hidden, value=value, out=out),
+        stride_weight_h=stride_h,
+        stride_weight_d=stride_d,
+        stride_weight_k=stride_k,
+        num_tokens=num_tokens,
         num_slots=0 if ring is None else len(ring.cursor),
         NUM_BRANCHES=branches,
         HIDDEN_SIZE=hidden_size,
@@ -174,9 +198,9 @@ def prepare_conv_residual(call: ConvCall, out: torch.Tensor, sequences: dict) ->
         BRANCHES=config.branches,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
-        grid=(cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d) * (branches // config.branches),),
-        warmup=False,
     )
+    grid = (cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d) * (branches // config.branches),)
+    start = Launch(conv_residual_kernel, grid, _TENSORS, options)
 
     def launch(call, gate, scale, out):
         ring = call.slots
@@ -185,6 +209,6 @@ def prepare_conv_residual(call: ConvCall, out: torch.Tensor, sequences: dict) ->
         else:
             state = (ring.value, ring.scale, ring.slots, ring.cursor)
         inputs = (call.hidden, call.value, gate, scale, call.conv_norm, call.conv_weight, call.mask, call.cu_seqlens)
-        conv_residual_kernel.run(*inputs, *state, out, *strides, num_tokens, **options)
+        start(*inputs, *state, out)
 
     return launch

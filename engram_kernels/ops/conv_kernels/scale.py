@@ -14,7 +14,7 @@ import triton.language as tl
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import warp_size
 from engram_kernels.launching.sums import ordered_sum
-from engram_kernels.ops.gate_kernels.arguments import addresses_aligned, float32_eps, strides_aligned
+from engram_kernels.ops.gate_kernels.arguments import RowLaunch, float32_eps, row_strides
 from engram_kernels.ops.gate_kernels.branch import (
     branch_gate,
     branch_sums,
@@ -118,6 +118,20 @@ def gate_scale_kernel(
                 store_scalars(scalars_ptr, token, branch, 0.0, 0.0, 0.0, NUM_BRANCHES)
 
 
+_TENSORS = (
+    "hidden_ptr",
+    "key_ptr",
+    "value_ptr",
+    "query_norm_ptr",
+    "key_norm_ptr",
+    "mask_ptr",
+    "cu_seqlens_ptr",
+    "scalars_ptr",
+    "gate_ptr",
+    "scale_ptr",
+)
+
+
 def prepare_gate_scale(call: ConvCall, num_seqs: int) -> Callable[..., None]:
     """The launch for tensors such as these; hidden and key ``[T, H, D]``, value ``[T, D]``, T at least 1.
 
@@ -127,22 +141,24 @@ def prepare_gate_scale(call: ConvCall, num_seqs: int) -> Callable[..., None]:
     hidden, key, value = call[:3]
     num_tokens, branches, hidden_size = hidden.shape
     config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
-    strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0))
-    numbers = (*strides, num_tokens, num_seqs, float32_eps(call.eps), float32_eps(call.conv_eps), float(call.clamp))
-    numbers += (branches, hidden_size, call.zero_gate == "copysign")
-    aligned = strides_aligned(hidden, key, value)
     options = dict(
+        **row_strides(hidden=hidden, key=key, value=value),
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        eps=float32_eps(call.eps),
+        conv_eps=float32_eps(call.conv_eps),
+        clamp=float(call.clamp),
+        NUM_BRANCHES=branches,
+        HIDDEN_SIZE=hidden_size,
+        COPYSIGN=call.zero_gate == "copysign",
         BLOCK_D=config.block_d,
         KEEP=config.keep,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
-        grid=(config.programs * branches,),
-        warmup=False,
     )
+    start = RowLaunch(gate_scale_kernel, (config.programs * branches,), _TENSORS, options, (hidden, key, value))
 
     def launch(call, gate, scale, scalars):
-        aligned_now = aligned and addresses_aligned(*call[:3])
-        tensors = (*call[:5], call.mask, call.cu_seqlens, scalars, gate, scale)
-        gate_scale_kernel.run(*tensors, *numbers, ALIGNED=aligned_now, **options)
+        start(*call[:5], call.mask, call.cu_seqlens, scalars, gate, scale)
 
     return launch

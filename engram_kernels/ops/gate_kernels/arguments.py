@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from engram_kernels.launching.checks import check_bound, check_choice, check_out, check_tensor
+from engram_kernels.launching.launch import Launch
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_BRANCHES, MAX_HIDDEN_SIZE = 8, 16_384
@@ -111,3 +112,26 @@ def flatten_tokens(where: str, name: str, tensor: torch.Tensor, kept: int) -> to
             f"{where}: leading dimensions of {name} must be viewable as one, "
             f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
         ) from None
+
+
+def row_strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """What kernels are told of tensors ``[T, H, D]`` and ``[T, D]``: ``stride_<name>_t`` and ``stride_<name>_h``."""
+    strides = {}
+    for name, tensor in tensors.items():
+        for dimension, stride in zip("th", tensor.stride()[:-1], strict=False):
+            strides[f"stride_{name}_{dimension}"] = stride
+    return strides
+
+
+class RowLaunch:
+    """A :class:`Launch` of a kernel that is told whether all rows that it reads are ALIGNED to 16 bytes.
+
+    rows: tensors such as those with these rows, which are the first of ``tensors``.
+    """
+
+    def __init__(self, kernel, grid, tensors: tuple[str, ...], fixed: dict, rows: tuple[torch.Tensor, ...]):
+        self._count, self._aligned = len(rows), strides_aligned(*rows)
+        self._launches = [Launch(kernel, grid, tensors, dict(fixed, ALIGNED=aligned)) for aligned in (False, True)]
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        self._launches[self._aligned and addresses_aligned(*tensors[: self._count])](*tensors)

@@ -9,7 +9,7 @@ import triton.language as tl
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import on_device_of, warp_size
 
-from .arguments import GateCall, addresses_aligned, flatten_tokens, float32_eps, strides_aligned
+from .arguments import GateCall, RowLaunch, flatten_tokens, float32_eps, row_strides
 from .branch import (
     branch_gate,
     branch_sums,
@@ -136,6 +136,18 @@ def gate_residual_kernel(
                 store_part(out_row, begin, unchanged, HIDDEN_SIZE, BLOCK_D)
 
 
+_TENSORS = (
+    "hidden_ptr",
+    "key_ptr",
+    "value_ptr",
+    "out_ptr",
+    "query_norm_ptr",
+    "key_norm_ptr",
+    "mask_ptr",
+    "scalars_ptr",
+)
+
+
 def prepare_gate_residual(call: GateCall, out: torch.Tensor) -> Callable[..., None]:
     """The launch for tensors such as these, of (call, out, scalars).
 
@@ -149,24 +161,25 @@ def prepare_gate_residual(call: GateCall, out: torch.Tensor) -> Callable[..., No
     if num_tokens == 0:
         return lambda *_: None
     config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
-    strides = (*hidden.stride()[:2], *key.stride()[:2], value.stride(0), *out.stride()[:2])
-    numbers = (*strides, num_tokens, float32_eps(call.eps), float(call.clamp))
-    numbers += (branches, hidden_size, call.zero_gate == "copysign", call.residual)
-    aligned = strides_aligned(hidden, key, value, out)
     options = dict(
+        **row_strides(hidden=hidden, key=key, value=value, out=out),
+        num_tokens=num_tokens,
+        eps=float32_eps(call.eps),
+        clamp=float(call.clamp),
+        NUM_BRANCHES=branches,
+        HIDDEN_SIZE=hidden_size,
+        COPYSIGN=call.zero_gate == "copysign",
+        RESIDUAL=call.residual,
         BLOCK_D=config.block_d,
         KEEP=config.keep,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
-        grid=(config.programs * branches,),
-        warmup=False,
     )
+    start = RowLaunch(gate_residual_kernel, (config.programs * branches,), _TENSORS, options, (hidden, key, value, out))
 
     def launch(call, out, scalars=None):
         hidden, key, value, query_norm, key_norm, _, _, mask, _, _ = call
-        aligned_now = aligned and addresses_aligned(hidden, key, value, out)
-        pointers = (hidden, key, value, query_norm, key_norm, mask, scalars, out)
         with on_device_of(hidden):
-            gate_residual_kernel.run(*pointers, *numbers, ALIGNED=aligned_now, **options)
+            start(hidden, key, value, out, query_norm, key_norm, mask, scalars)
 
     return launch

@@ -9,12 +9,15 @@ import triton.language as tl
 
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
+from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
 
 from .mix import look_back, mix_rows, ngram_rows
 from .sequences import find_sequence, sequence_arguments
 
 _INT64_MAX = 2**63 - 1
+#: Parameters of every hashing kernel that tokens are.
+TOKENS = ("token_ids_ptr", "cu_seqlens_ptr", "history_ptr", "dead_ptr")
 
 
 @dataclass(frozen=True)
@@ -257,12 +260,12 @@ def prepare_ngram_hash(tokens: Tokens, plan: HashPlan, key_stride: int | None = 
         STORES_LAST=config.stores_last,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
-        grid=(cdiv(num_tokens, config.block_t), num_layers // config.block_l),
-        warmup=False,
     )
+    grid = (cdiv(num_tokens, config.block_t), num_layers // config.block_l)
+    start = Launch(ngram_hash_kernel, grid, (*TOKENS, "out_ptr"), options)
 
     def launch(tokens: Tokens, out):
         with on_device_of(out):
-            ngram_hash_kernel.run(*tokens, out_ptr=out, **options)
+            start(*tokens, out)
 
     return launch

@@ -9,6 +9,7 @@ import triton.language as tl
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, on_device_of
+from engram_kernels.launching.launch import Launch
 from engram_kernels.tables.engram import TableView
 
 from .arguments import two_dimensional
@@ -124,11 +125,13 @@ def prepare_lookup(row_ids: torch.Tensor, view: TableView, reading: Reading) -> 
     options = dict(num_rows=num_rows, num_columns=num_columns, first_entry=0, first_key=0)
     options |= dict(stride_ids_t=ids.stride(0), stride_ids_c=ids.stride(1))
     options |= dict(HEAD_MAJOR=reading.order == "head" and num_columns is not None)
-    options |= _row_options(view, reading, num_rows)
+    grid, fixed = _tiles(view, reading, num_rows)
+    options |= dict(places_ptr=None, table_ptr=view.descriptors, **fixed)
+    start = Launch(lookup_kernel, grid, ("row_ids_ptr", "out_ptr", "out_scale_ptr"), options)
 
     def launch(row_ids, out):
         with on_device_of(row_ids):
-            lookup_kernel.run(row_ids, None, view.descriptors, *kernel_out(out, view, reading.storage), **options)
+            start(row_ids, *kernel_out(out, view, reading.storage))
 
     return launch
 
@@ -139,24 +142,21 @@ def launch_sorted(keys, key_stride: int, view: TableView, out, reading: Reading)
     keys, places = torch.sort(keys.view(-1))
     out_ptr, out_scale_ptr = kernel_out(out, view, reading.storage)
     options = dict(num_rows=num_rows, num_columns=None, stride_ids_t=0, stride_ids_c=0, HEAD_MAJOR=False)
-    options |= _row_options(view, reading, num_rows)
+    grid, fixed = _tiles(view, reading, num_rows)
+    options |= dict(fixed, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr)
     with on_device_of(keys):
         for layer in range(num_layers):
             options |= dict(first_entry=layer * num_rows, first_key=layer * key_stride)
-            lookup_kernel.run(keys, places, view.descriptors[layer], out_ptr, out_scale_ptr, **options)
+            lookup_kernel[grid](keys, places, view.descriptors[layer], **options)
     for part in (out_ptr, None if out_scale_ptr is None else scale_words(out_scale_ptr)):
         if part is not None:
             launch_copy_duplicates(keys, places, part, reading.programs or 8 * processors(keys.device))
 
 
-def _row_options(view: TableView, reading: Reading, num_rows: int) -> dict:
-    """What lookup_kernel is told of tables and tiles."""
+def _tiles(view: TableView, reading: Reading, num_rows: int) -> tuple[tuple[int, ...], dict]:
+    """The grid, and what lookup_kernel is told of tables and tiles."""
     itemsize = FORMATS[view.format].dtype.itemsize
     config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.placement)
-    return dict(
-        row_constants(view, reading.storage, config),
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-        grid=(min(reading.programs or config.programs, cdiv(num_rows, config.block_rows)),),
-        warmup=False,
-    )
+    grid = (min(reading.programs or config.programs, cdiv(num_rows, config.block_rows)),)
+    constants = row_constants(view, reading.storage, config)
+    return grid, dict(constants, num_warps=config.num_warps, enable_fp_fusion=False)

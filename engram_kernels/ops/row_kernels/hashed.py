@@ -14,9 +14,10 @@ from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, on_device_of
+from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.hash_kernels.mix import ngram_rows
-from engram_kernels.ops.hash_kernels.row_ids import hash_arguments, prepare_ngram_hash
+from engram_kernels.ops.hash_kernels.row_ids import TOKENS, hash_arguments, prepare_ngram_hash
 from engram_kernels.tables.engram import TableView
 
 from .by_id import launch_sorted
@@ -185,14 +186,14 @@ def prepare_hash_lookup(tokens: Tokens, plan: HashPlan, view: TableView, reading
         ROW_ID=tl.int32 if plan.index_dtype == torch.int32 else tl.int64,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
-        grid=(min(reading.programs or config.programs, num_layers * steps),),
-        warmup=False,
     )
+    grid = (min(reading.programs or config.programs, num_layers * steps),)
+    start = Launch(hash_lookup_kernel, grid, (*TOKENS, "out_ptr", "out_scale_ptr"), options)
 
     def launch(tokens: Tokens, out):
         out_ptr, out_scale_ptr = kernel_out(out, view, reading.storage)
         with on_device_of(out_ptr):
-            hash_lookup_kernel.run(*tokens, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, **options)
+            start(*tokens, out_ptr, out_scale_ptr)
 
     return launch
 

@@ -111,8 +111,8 @@ def test_sorting_waits_for_nothing(monkeypatch):
     launched = []
 
     class Kernel:
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, name, kernel):
+            self.name, self.arg_names = name, kernel.arg_names
 
         def run(self, *_, grid, **__):
             launched.append((self.name, grid))
@@ -122,7 +122,7 @@ def test_sorting_waits_for_nothing(monkeypatch):
 
     for module in (row_ids, by_id, read_order_file):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Kernel(name))
+            monkeypatch.setattr(module, name, Kernel(name, getattr(module, name)))
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(by_id, "processors", lambda _: 100)
     monkeypatch.setattr(row_copy, "converts_e4m3", lambda storage: True)

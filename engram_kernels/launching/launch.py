@@ -1,0 +1,41 @@
+"""One kernel with all that is fixed, launched again and again with other tensors."""
+
+import torch
+from triton.compiler import CompiledKernel
+
+
+class Launch:
+    """A launch of ``kernel`` over ``grid``, of the tensors that ``tensors`` names; ``fixed`` is all else that it takes.
+
+    For each launch Triton looks at every argument to find the compiled kernel that they ask for, which takes the host most
+    of the 10 us of a launch. Of what it looks at only the tensors' addresses may change here: whether they are
+    multiples of 16 bytes. Compiled kernels are kept by that, and launched as they are. Types and devices must not
+    change, nor which tensors are None.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], tensors: tuple[str, ...], fixed: dict):
+        names = kernel.arg_names
+        self.kernel, self.grid = kernel, grid
+        self._values = [fixed.get(name) for name in names]
+        self._places = [names.index(name) for name in tensors]
+        self._options = {name: value for name, value in fixed.items() if name not in names}
+        self._compiled: dict[int, CompiledKernel] = {}
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        values, misaligned = self._values.copy(), 0  # a bit for each tensor
+        for place, tensor in zip(self._places, tensors, strict=True):
+            values[place] = tensor
+            misaligned <<= 1
+            if tensor is not None and tensor.data_ptr() % 16:
+                misaligned |= 1
+        compiled = self._compiled.get(misaligned)
+        if compiled is not None:
+            self.again(compiled, values)
+            return
+        compiled = self.kernel.run(*values, grid=self.grid, warmup=False, **self._options)
+        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            self._compiled[misaligned] = compiled
+
+    def again(self, compiled: CompiledKernel, values: list) -> None:
+        """Launch what was compiled; ``values`` of all parameters, in their order."""
+        compiled[(*self.grid, 1, 1)[:3]](*values)
