@@ -3,7 +3,7 @@
     ranks/sharding.py                which rows are whose
     ranks/lookup.py          distinct ids to their owners, stored rows back
     ranks/gradient.py   gradients to the owners, in the order of the global batch
-    ranks/saving.py          one checkpoint whatever the number of ranks
+    ranks/checkpoint.py      one checkpoint whatever the number of ranks
     ranks/nodes.py             groups of the ranks of a node, and across nodes
 
 Constructors, lookups, backward passes and saving are collective: all ranks of the group take part, in the same order.
@@ -174,7 +174,7 @@ class ShardedTable:
         every rank has said that its rows are on the disk. Where one fails or dies nothing changes there. Of several
         groups with the same rows one saves.
         """
-        from .saving import save_sharded
+        from .checkpoint import save_sharded
 
         return save_sharded(self, path, prefix=prefix, shard_bytes=shard_bytes, metadata=metadata)
 
