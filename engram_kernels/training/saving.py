@@ -85,7 +85,7 @@ def tensors_of(state: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[str, tor
 
 
 def layout_of(tensors: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a file's header would say of the tensors: dtypes and shapes. Other optimizers' states may hold no tensors."""
+    """What a file's header would say of the tensors; also of other values, which a foreign state_dict may hold."""
     found = {}
     for name, value in tensors.items():
         dtype = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
