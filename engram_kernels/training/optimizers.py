@@ -100,9 +100,9 @@ class RowOptimizer(torch.optim.Optimizer):
         return self._states[index].tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch optimizers: states by table number, not copied; options; and ``facts`` under "row_optimizer".
+        """As of torch optimizers: states by table number, options, and :meth:`facts` under "row_optimizer".
 
-        Waits for steps that a GPU has yet to take. Tensors of a "host" state are those that later steps write.
+        Waits for steps that a GPU has yet to take. The tensors are no copies: later steps change them.
         """
         self._open("state_dict")
         self.wait_for_steps()
@@ -111,7 +111,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over states, options, seed and counters; ValueError, and no change, unless they fit these tables.
 
-        States are copied to where this optimizer has its own. An error while they are leaves the optimizer closed.
+        States are copied to where this optimizer has its own. An error in copying leaves the optimizer closed.
         """
         where = self._open("load_state_dict")
         given = tensors_of(state_dict.get("state") or {})
@@ -225,9 +225,9 @@ class RowOptimizer(torch.optim.Optimizer):
 class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: a row's rate falls with the sum, over its own steps, of its gradient's mean square.
 
-    tables: one or more trainable tables. weight_decay: what a row loses per step and lr, of the rows that have a
-    gradient alone. state_placement: "device", "host" or "cpu", where the states live; None is the table's ("host" for a
-    shared one, which one process writes).
+    tables: one or more trainable tables. weight_decay: times lr, the fraction of itself that a row loses in each step
+    in which it has a gradient. state_placement: "device", "host" or "cpu", where the states are; None is the table's
+    ("host" for a shared one, which one process writes).
     stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
     """
 

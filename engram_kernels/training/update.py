@@ -8,9 +8,9 @@ Per distinct row, with g its gradient times ``factor``, in float32:
               row = (1 - lr * decay) * row - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 t counts the row's own steps. Tables and states are read and written where they are, over UVA where that is the host.
-One program owns a row, and has read all of a step's rows and states before it writes any: what is smaller than a step's
-tile is loaded by every warp and stored by one, whose result the others must not find. Rounding and sources:
-reference/training/update.py. R elements a row.
+A row belongs to one program, which reads all rows and states of a block before it writes any of them: of data smaller
+than a tile every warp loads a copy and one warp stores, and no warp may load what another has stored. Rounding and
+sources: reference/training/update.py. R elements a row.
 """
 
 import math
@@ -31,7 +31,7 @@ from .state import StateArray
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """Rows per step of a program, elements of a row (a power of two), and warps."""
+    """Rows per block of a program, elements of a row (a power of two), and warps."""
 
     block_rows: int
     block_r: int
@@ -39,7 +39,7 @@ class UpdateConfig:
 
 
 def update_config(width: int, arrays: int) -> UpdateConfig:
-    """Tiles of 2,048 elements, of 1,024 where moments come with them: both keep 8 to 12 KiB in flight a program."""
+    """Tiles of 2,048 elements, and of 1,024 where moments are loaded too: 8 to 12 KiB in flight a program either way."""
     block_r, tile = next_power_of_2(width), 2048 if arrays == 1 else 1024
     return UpdateConfig(max(1, min(16, tile // block_r)), block_r, 4)
 
