@@ -39,7 +39,7 @@ class UpdateConfig:
 
 
 def update_config(width: int, arrays: int) -> UpdateConfig:
-    """Tiles of 2,048 elements, and of 1,024 where moments are loaded too: 8 to 12 KiB in flight a program either way."""
+    """Tiles of 2,048 elements, of 1,024 where moments are loaded too: either way 8 to 12 KiB in flight a program."""
     block_r, tile = next_power_of_2(width), 2048 if arrays == 1 else 1024
     return UpdateConfig(max(1, min(16, tile // block_r)), block_r, 4)
 
