@@ -11,8 +11,8 @@ t counts the row's own steps, so that the correction for bias fits a row that is
 is not finite keeps its bits and its state, and is counted.
 
 Rounding to bfloat16 is stochastic where asked: the upper 16 bits of ``bits + u``, with u the low 16 bits of SplitMix64
-at counter ``(step * rows + row) * R + element``. R elements a row. Sources: Duchi et al. 2011; Kingma and Ba 2015; Steele,
-Lea and Flood 2014.
+at counter ``(step * rows + row) * R + element``. R elements a row. Sources: Duchi et al. 2011; Kingma and Ba 2015;
+Steele, Lea and Flood 2014.
 """
 
 import torch
