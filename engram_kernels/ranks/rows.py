@@ -18,7 +18,11 @@ _WHERE = "ShardedTable"
 
 
 class ShardedRows:
-    """The rows of a :class:`ShardedTable`, whose arguments these are."""
+    """The rows of a :class:`ShardedTable`, made from its arguments.
+
+    ranks, replicas: the groups, as this rank sees them. sharding: which rows are whose. part: this rank's shard. rows,
+    width and format are those of the whole table.
+    """
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ sources: reference/training/update.py. R elements a row.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -239,58 +240,58 @@ def row_adam_kernel(
         store_rows(weight_row, moved, row, mask, seed, step64, num_table_rows, STOCHASTIC, WIDTH, offs_r)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How an optimizer moves rows: what it keeps of each, the kernel of a step, and the step in plain PyTorch."""
+def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **options) -> None:
+    """One launch, of the rule whose state this is. Adds the rows left out to ``skipped``."""
+    rows, width = weight.shape
+    config = update_config(width, len(state))
+    grid = (min(8 * processors(factor.device), cdiv(len(gradient.ids), config.block_rows)),)
+    lr, seed = options["lr"], options["seed"]
+    common = dict(
+        ids_ptr=gradient.ids,
+        values_ptr=gradient.values,
+        squares_ptr=gradient.squares,
+        count_ptr=gradient.count,
+        factor_ptr=factor,
+        skipped_ptr=skipped,
+        weight_address=weight.data_ptr(),
+        num_table_rows=rows,
+        seed=seed or 0,
+        step=options["step"],
+        lr=lr,
+        eps=options["eps"],
+        keep=1 - lr * options["weight_decay"],
+        ELEMENT=POINTEE[weight.dtype],
+        STOCHASTIC=seed is not None and weight.dtype == torch.bfloat16,
+        WIDTH=width,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_R=config.block_r,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+    addresses = [tensor.data_ptr() for tensor in state]
+    with on_device_of(factor):
+        if len(state) == len(ADAGRAD.state):
+            row_adagrad_kernel[grid](**common, sums_address=addresses[0])
+            return
+        for i, beta in enumerate(options["betas"], 1):
+            common |= {f"rate_{i}": 1 - beta, f"log_beta_{i}": math.log(beta) if beta else -math.inf}
+        first, second, steps = addresses
+        row_adam_kernel[grid](**common, first_address=first, second_address=second, steps_address=steps)
+
+
+class Rule(NamedTuple):
+    """How an optimizer moves rows: what it keeps of each, and its step in plain PyTorch."""
 
     state: tuple[StateArray, ...]
-    kernel: Callable
     reference: Callable
 
 
-ADAGRAD = Rule((StateArray("sums", torch.float32, False),), row_adagrad_kernel, reference.row_adagrad)
+ADAGRAD = Rule((StateArray("sums", torch.float32, False),), reference.row_adagrad)
 ADAM = Rule(
     (
         StateArray("first", torch.float32, True),
         StateArray("second", torch.float32, True),
         StateArray("steps", torch.int32, False),
     ),
-    row_adam_kernel,
     reference.row_adam,
 )
-
-
-def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **options) -> None:
-    """One launch, of the rule that keeps such a state. Adds the rows left out to ``skipped``."""
-    rule = ADAGRAD if len(state) == len(ADAGRAD.state) else ADAM
-    rows, width = weight.shape
-    config = update_config(width, len(state))
-    grid = (min(8 * processors(factor.device), cdiv(len(gradient.ids), config.block_rows)),)
-    lr, seed = options["lr"], options["seed"]
-    own = {f"{array.name}_address": tensor.data_ptr() for array, tensor in zip(rule.state, state, strict=True)}
-    for i, beta in enumerate(options.get("betas", ()), 1):
-        own |= {f"rate_{i}": 1 - beta, f"log_beta_{i}": math.log(beta) if beta else -math.inf}
-    with on_device_of(factor):
-        rule.kernel[grid](
-            ids_ptr=gradient.ids,
-            values_ptr=gradient.values,
-            squares_ptr=gradient.squares,
-            count_ptr=gradient.count,
-            factor_ptr=factor,
-            skipped_ptr=skipped,
-            weight_address=weight.data_ptr(),
-            num_table_rows=rows,
-            seed=seed or 0,
-            step=options["step"],
-            lr=lr,
-            eps=options["eps"],
-            keep=1 - lr * options["weight_decay"],
-            ELEMENT=POINTEE[weight.dtype],
-            STOCHASTIC=seed is not None and weight.dtype == torch.bfloat16,
-            WIDTH=width,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_R=config.block_r,
-            num_warps=config.num_warps,
-            enable_fp_fusion=False,
-            **own,
-        )
