@@ -1,6 +1,7 @@
 """Collectives of torch.distributed over the ranks of a group, with errors that name the step and the rank.
 
-In every method ``where`` is the public function that is running and ``what`` its step, both for errors.
+In every method ``where`` is the public function that is running and ``what`` its step, both for errors. Annotations are
+texts, since torch can be built without torch.distributed, and the package is imported with such builds too.
 
 A rank that dies, hangs, or makes another call shows up in its peers' next collective: at once with Gloo where a
 connection breaks, within the group's time-out otherwise.

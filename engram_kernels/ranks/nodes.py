@@ -11,7 +11,7 @@ from .exchange import Ranks
 _WHERE = "ShardedTable.node_groups"
 
 
-def make_node_groups(group: dist.ProcessGroup | None, node: str | None, timeout: timedelta | None):
+def make_node_groups(group: "dist.ProcessGroup | None", node: str | None, timeout: timedelta | None):
     """:meth:`ShardedTable.node_groups`."""
     ranks = Ranks(group, _WHERE)
     if node is None:  # containers of one running system share its boot id, and have host names of their own
