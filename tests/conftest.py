@@ -43,7 +43,7 @@ LAUNCHING = ("interpret", "machine", "gpu")  # lanes in which every kernel has t
 BUDGETS = {"cpu": 420, "interpret": 420, "machine": 300, "compile": 240}  # seconds, on two cores with no other work
 PARTS = {  # of the cpu lane's: the wheel and the demo, one after the other; real processes under Gloo
     ("tests/project/test_packaging.py", "tests/commands/test_demo.py"): 120,
-    ("tests/ranks/test_sharded.py", "tests/ranks/test_saving.py", "tests/ranks/test_faults.py"): 120,
+    ("tests/ranks/test_sharded.py", "tests/ranks/test_checkpoint.py", "tests/ranks/test_faults.py"): 120,
 }
 STARTED, MACHINE = pytest.StashKey(), pytest.StashKey()
 launches = Counter()  # kernel name -> launches in this process

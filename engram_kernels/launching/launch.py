@@ -7,10 +7,10 @@ from triton.compiler import CompiledKernel
 class Launch:
     """A launch of ``kernel`` over ``grid``, of the tensors that ``tensors`` names; ``fixed`` is all else that it takes.
 
-    For each launch Triton looks at every argument to find the compiled kernel that they ask for, which takes the host most
-    of the 10 us of a launch. Of what it looks at only the tensors' addresses may change here: whether they are
-    multiples of 16 bytes. Compiled kernels are kept by that, and launched as they are. Types and devices must not
-    change, nor which tensors are None.
+    For each launch Triton looks at every argument to find the compiled kernel that they ask for, most of the 10 us that
+    a launch takes the host. Of what it looks at only the tensors' addresses may change here: whether they are multiples
+    of 16 bytes. Compiled kernels are kept by that, and launched as they are. Types and devices must not change, nor
+    which tensors are None.
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], tensors: tuple[str, ...], fixed: dict):

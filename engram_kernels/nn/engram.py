@@ -1,16 +1,16 @@
-"""The Engram module of one layer: rows, projection, gate and, in the paper's form, the short convolution.
+"""The Engram module of one layer: rows, projection, gate and, where the config has one, the short convolution.
 
     rows  = hash_lookup(token_ids)                      [T, C, R]
     kv    = wkv(rows)                                   keys of all branches, then the value: [T, (H + 1) * D]
     out   = gate_residual | gate_conv_residual          [T, H, D]
 
-State dict, the same for every form (bias and conv entries where the config has them):
+State dict, for every config (bias and conv entries where it has them):
 
     wkv.weight   [(H + 1) * D, C * R]    wkv.bias  [(H + 1) * D]
     q_weight, k_weight, conv_norm  [H, D]          conv_weight  [H, D, K]
 
-The table is not in it: it has a life of its own (:class:`EngramTable`). Checkpoints name these tensors differently;
-:meth:`Engram.load_checkpoint` knows how.
+The table is not in it, but saved and loaded by itself (:class:`EngramTable`). :meth:`Engram.load_checkpoint` reads
+checkpoints in which these tensors have other names.
 """
 
 from collections.abc import Mapping
@@ -92,9 +92,9 @@ class Engram(nn.Module):
 
         token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history and dead as for :func:`ngram_hash`; or rows
         ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before.
-        state: a step of :class:`EngramState`, which stands for all of them but rows; the result is out alone.
-        Padding tokens come back as hidden, and so do dead ones (in DeepSeek-V4.1 those of images), to which a form with
-        a convolution still adds that of earlier tokens.
+        state: a step of :class:`EngramState`, in place of all of them but rows; the result is out alone.
+        Padding tokens come back as hidden, and so do dead ones (in DeepSeek-V4.1 those of images), to which a
+        convolution, where there is one, still adds what it makes of earlier tokens.
         Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
         """
         if state is not None:
@@ -188,7 +188,7 @@ class Engram(nn.Module):
         where, tokens, device = "Engram.forward", hidden.shape[:-2], hidden.device
         mask = None
         if len(tokens) not in (1, 2):
-            return mask  # which the gate refuses
+            return None  # the gate refuses such a hidden
         if dead is not None:
             check_tensor(where, "dead", dead, dtypes=(torch.bool,), shape=tokens, device=device)
             mask = ~dead

@@ -1,9 +1,11 @@
 """Swap the Engram modules of a model built like the DeepSeek demo for ours.
 
-A module is one of the demo's by its attributes: ``hash_mapping``, ``multi_head_embedding``, ``key_projs``,
-``value_proj``, ``norm1`` (keys), ``norm2`` (queries) and ``short_conv``. Source: the demo published with arXiv
-2601.07372.
+A module counts as the demo's if it has most of these attributes: ``hash_mapping``, ``multi_head_embedding``,
+``key_projs``, ``value_proj``, ``norm1`` (keys), ``norm2`` (queries) and ``short_conv``. Source: the demo published with
+arXiv 2601.07372.
 """
+
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -46,10 +48,10 @@ class DemoEngram(nn.Module):
 
 
 def replace_engram(model: nn.Module, *, placement: str) -> dict[str, nn.Module]:
-    """Replace every Engram module of the demo's shape in ``model``; returns {name: the module that was there}.
+    """Replace every Engram module like the demo's in ``model``; returns {name: the module that was replaced}.
 
     placement: of the tables, as for :class:`EngramTable`; "cpu" shares the embedding's memory, "device" does where it
-    lies there already, "host" copies it.
+    is on that device already, "host" copies it.
     Weights are shared, not doubled: ours hold the projections and norms of all branches in one tensor each, and the
     parameters of the modules returned become views of them. Only a weight of another dtype or device than the value
     projection's is copied.
@@ -74,10 +76,14 @@ def replace_engram(model: nn.Module, *, placement: str) -> dict[str, nn.Module]:
 
 def _converted(name: str, module: nn.Module, placement: str) -> Engram:
     for path in _NEEDED:
-        _attribute(name, module, path)
+        try:
+            attrgetter(path)(module)
+        except AttributeError:
+            text = f"replace_engram: {name} looks like the demo's Engram but has no attribute {path!r}"
+            raise ValueError(text) from None
     config, plan = _geometry(name, module)
-    _check_form(name, module, config, plan)
-    _check_parts(name, module, config)
+    _check_options(name, module, config, plan)
+    _check_results(name, module, config)
     embedding, conv = module.multi_head_embedding.embedding, module.short_conv.conv
     table = EngramTable.from_tensors(embedding.weight.detach(), placement=placement)
     weight = module.value_proj.weight
@@ -139,15 +145,6 @@ def _geometry(name: str, module: nn.Module) -> tuple[EngramConfig, HashPlan]:
     return config, plan
 
 
-def _attribute(name: str, module: nn.Module, path: str):
-    value = module
-    for part in path.split("."):
-        if not hasattr(value, part):
-            raise ValueError(f"replace_engram: {name} looks like the demo's Engram but has no attribute {path!r}")
-        value = getattr(value, part)
-    return value
-
-
 def _shared_eps(name: str, which: str, norms) -> float | None:
     if not all(hasattr(norm, "eps") for norm in norms):
         raise ValueError(f"replace_engram: {name}: {which} must be RMS norms with an attribute 'eps'")
@@ -157,8 +154,8 @@ def _shared_eps(name: str, which: str, norms) -> float | None:
     return values.pop()
 
 
-def _check_form(name: str, module: nn.Module, config: EngramConfig, plan: HashPlan) -> None:
-    """ValueError where sizes or options differ from what ours would take them for."""
+def _check_options(name: str, module: nn.Module, config: EngramConfig, plan: HashPlan) -> None:
+    """ValueError where sizes or options are not those that ours will have."""
     conv, channels = module.short_conv.conv, config.branches * config.hidden_size
     rows, embedding = plan.rows_per_layer[0], module.multi_head_embedding.embedding
     checks = (
@@ -181,22 +178,22 @@ def _check_form(name: str, module: nn.Module, config: EngramConfig, plan: HashPl
 
 
 @torch.no_grad()
-def _check_parts(name: str, module: nn.Module, config: EngramConfig) -> None:
-    """ValueError where a part has a weight of another shape, or computes something else with it than ours would.
+def _check_results(name: str, module: nn.Module, config: EngramConfig) -> None:
+    """ValueError where a submodule has a weight of another shape, or computes something else with it than ours would.
 
-    A LayerNorm has the attributes of an RMSNorm, and so have norms that use 1 + weight: only a trial tells.
+    A LayerNorm has the attributes of an RMSNorm, and so have norms that use 1 + weight: only a trial tells them apart.
     """
     width, hidden_size = config.columns * config.row_width, config.hidden_size
     short_conv, span = module.short_conv, (config.conv_kernel - 1) * config.conv_dilation
 
-    def trial(attribute, part, shape, x_shape, expected):
-        weight = getattr(part, "weight", None)
+    def trial(attribute, submodule, shape, x_shape, expected):
+        weight = getattr(submodule, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.shape != shape:
             got = list(weight.shape) if isinstance(weight, torch.Tensor) else weight
             raise ValueError(f"replace_engram: {name}.{attribute}.weight must have shape {list(shape)}, got {got}")
         numbers = torch.arange(torch.Size(x_shape).numel(), device=weight.device) * 0.618
         x = (numbers % 1.5 + 0.25).to(weight.dtype).view(x_shape)
-        got, wanted = part(x), expected(x.double(), weight.double())
+        got, wanted = submodule(x), expected(x.double(), weight.double())
         options = dict(rtol=0.05, atol=0.02 * float(wanted.abs().max()), equal_nan=True)
         if got.shape != wanted.shape or not torch.allclose(got.double(), wanted, **options):
             raise ValueError(f"replace_engram: {name}.{attribute} computes something else than the demo's")
@@ -219,8 +216,8 @@ def _check_parts(name: str, module: nn.Module, config: EngramConfig) -> None:
         ("norm2", module.norm2, config.eps),
         ("short_conv.norms", short_conv.norms, config.conv_eps),
     ):
-        for part in norms:
-            trial(attribute, part, (hidden_size,), (1, hidden_size), norm(eps))
+        for each in norms:
+            trial(attribute, each, (hidden_size,), (1, hidden_size), norm(eps))
     channels = config.branches * hidden_size
     trial("short_conv.conv", short_conv.conv, (channels, 1, config.conv_kernel), (1, channels, span + 2), conv)
     if hasattr(short_conv, "act_fn"):
@@ -229,11 +226,11 @@ def _check_parts(name: str, module: nn.Module, config: EngramConfig) -> None:
             raise ValueError(f"replace_engram: {name}.short_conv.act_fn computes something else than SiLU")
 
 
-def _joined(parts: list[nn.Parameter], join, like: torch.Tensor) -> nn.Parameter:
-    """One parameter of all ``parts``, which become views of it where they have its dtype and device."""
-    whole = join([part.detach().to(like) for part in parts])
-    views = whole.unbind() if join is torch.stack else whole.split([len(part) for part in parts])
-    for part, view in zip(parts, views, strict=True):
-        if part.dtype == whole.dtype and part.device == whole.device:
-            part.data = view
-    return nn.Parameter(whole, parts[0].requires_grad)
+def _joined(parameters: list[nn.Parameter], join, like: torch.Tensor) -> nn.Parameter:
+    """One parameter of all ``parameters``, which become views of it where they have its dtype and device."""
+    whole = join([each.detach().to(like) for each in parameters])
+    views = whole.unbind() if join is torch.stack else whole.split([len(each) for each in parameters])
+    for each, view in zip(parameters, views, strict=True):
+        if each.dtype == whole.dtype and each.device == whole.device:
+            each.data = view
+    return nn.Parameter(whole, parameters[0].requires_grad)

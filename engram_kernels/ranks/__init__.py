@@ -1,1 +1,5 @@
-"""Tables over the ranks of a torch.distributed group."""
+"""Tables over the ranks of a torch.distributed group.
+
+A shard is what one rank holds of a table: some of its rows, in the table's order, as an EngramTable of its own
+(``ShardedTable.part``). Replicas are ranks that hold the same shard. A row's position is its number within its shard.
+"""

@@ -1,17 +1,18 @@
-"""What ranks of a group say to each other, by torch.distributed, with errors that name the step and the rank.
+"""Collectives of torch.distributed over the ranks of a group, with errors that name the step and the rank.
+
+In every method ``where`` is the public function that is running and ``what`` its step, both for errors. Annotations are
+texts, since torch can be built without torch.distributed, and the package is imported with such builds too.
 
 A rank that dies, hangs, or makes another call shows up in its peers' next collective: at once with Gloo where a
 connection breaks, within the group's time-out otherwise.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+import torch.distributed as dist
 
 Result = TypeVar("Result")
 
@@ -20,19 +21,10 @@ class RankError(RuntimeError):
     """A step that all ranks of a group take together failed on some rank."""
 
 
-def attempt_everywhere(ranks: "Ranks", replicas: "Ranks | None", where: str, what: str, work: Callable):
-    """:meth:`Ranks.attempt` in a group, and through the groups of its ranks' replicas in all groups beside it."""
-    if replicas is None:
-        return ranks.attempt(where, what, work)
-    return replicas.attempt(where, what, lambda: ranks.attempt(where, what, work))
-
-
 class Ranks:
-    """A process group seen from one of its ranks; None is the world. ``what`` names it in errors."""
+    """A process group seen from one of its ranks; None is the world."""
 
-    def __init__(self, group: "ProcessGroup | None", where: str):
-        import torch.distributed as dist
-
+    def __init__(self, group: "dist.ProcessGroup | None", where: str):
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError(f"{where}: torch.distributed must be initialised first (init_process_group)")
         if group is not None and not isinstance(group, dist.ProcessGroup):
@@ -48,16 +40,14 @@ class Ranks:
     @property
     def members(self) -> list[int]:
         """Ranks of the world, in the group's order."""
-        import torch.distributed as dist
-
         return dist.get_process_group_ranks(self.group)
 
     def exchange(
-        self, send: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], where: str, what: str
+        self, send: torch.Tensor, send_counts: list[int], receive_counts: list[int], where: str, what: str
     ) -> torch.Tensor:
-        """``send [n, ...]``, of which ``send_counts`` entries go to each rank, for what the ranks have for this one."""
+        """What the ranks send this one, in their order; ``send [n, ...]`` has ``send_counts[r]`` entries for rank r."""
         received = send.new_empty(sum(receive_counts), *send.shape[1:])
-        return self.exchange_into(received, send, where, what, list(receive_counts), list(send_counts))
+        return self.exchange_into(received, send, where, what, receive_counts, send_counts)
 
     def exchange_into(
         self,
@@ -68,22 +58,18 @@ class Ranks:
         receive_counts: list[int] | None = None,
         send_counts: list[int] | None = None,
     ) -> torch.Tensor:
-        """The same into a tensor of the caller's; without counts every rank gets an equal share."""
-        import torch.distributed as dist
-
+        """The same into the tensor ``received``; without counts every rank gets an equal share."""
         with self._together(where, what):
             dist.all_to_all_single(received, send, receive_counts, send_counts, group=self.group)
         return received
 
     def exchange_counts(self, counts: torch.Tensor, where: str, what: str) -> tuple[list[int], list[int]]:
-        """(counts as given, what each rank has for this one) of int64 ``counts [W]``. Waits for the device."""
+        """Both as lists: int64 ``counts [W]`` of entries for each rank, and what they have for this one. Waits."""
         received = self.exchange_into(torch.empty_like(counts), counts, where, f"the number of {what}")
         return counts.tolist(), received.tolist()
 
     def sum(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
         """The sum of ``value [1]`` over the ranks, added in their order: the same bits on every rank."""
-        import torch.distributed as dist
-
         values = value.new_empty(self.size)
         with self._together(where, what):
             dist.all_gather(list(values.split(1)), value, group=self.group)
@@ -91,8 +77,6 @@ class Ranks:
 
     def gather(self, value: Any, where: str, what: str) -> list[Any]:
         """Every rank's ``value``, in the order of ranks."""
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.size
         with self._together(where, what):
             dist.all_gather_object(values, value, group=self.group)
@@ -105,12 +89,8 @@ class Ranks:
             result = work()
         except Exception as failure:
             error = failure
-        self.report(error, where, what)
-        return result
-
-    def report(self, error: Exception | None, where: str, what: str) -> None:
-        """Tell the others how ``what`` went here, and raise where it failed anywhere."""
-        texts = self.gather(None if error is None else f"{type(error).__name__}: {error}", where, f"report on {what}")
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        texts = self.gather(text, where, f"report on {what}")
         if error is not None:
             raise error
         failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
@@ -118,6 +98,7 @@ class Ranks:
             rank, text = failed[0]
             others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise RankError(f"{where}: {what} failed on rank {rank} of {self.size}{others}: {text}")
+        return result
 
     def check_equal(self, facts: Mapping[str, Any], where: str) -> None:
         """Raise ValueError on every rank unless all of them have the same facts."""
@@ -140,3 +121,28 @@ class Ranks:
                 f"{where}: {what} failed on rank {self.rank} of {self.size}: a rank has died, has not come within the "
                 f"group's time-out, or made another call ({reason[:300]})"
             ) from error
+
+
+class Groups:
+    """The groups that one rank of a table is in.
+
+    ranks: those that hold the shards of one table. node: those that share this rank's shard in memory, or None.
+    replicas: those whose shards have the same rows; the node unless given.
+    """
+
+    def __init__(
+        self,
+        group: "dist.ProcessGroup | None",
+        node: "dist.ProcessGroup | None",
+        replicas: "dist.ProcessGroup | None",
+        where: str,
+    ):
+        self.ranks = Ranks(group, where)
+        self.node = None if node is None else Ranks(node, where)
+        self.replicas = self.node if replicas is None else Ranks(replicas, where)
+
+    def attempt(self, where: str, what: str, work: Callable[[], Result]) -> Result:
+        """:meth:`Ranks.attempt` over the ranks and all replicas of theirs."""
+        if self.replicas is None:
+            return self.ranks.attempt(where, what, work)
+        return self.replicas.attempt(where, what, lambda: self.ranks.attempt(where, what, work))

@@ -1,103 +1,62 @@
-"""The table of one Engram layer over the ranks of a torch.distributed group; each holds a part of the rows.
+"""The table of one Engram layer over the ranks of a torch.distributed group; each holds a shard of the rows.
 
-    ranks/sharding.py                which rows are whose
-    ranks/lookup.py          distinct ids to their owners, stored rows back
-    ranks/gradient.py   gradients to the owners, in the order of the global batch
-    ranks/saving.py          one checkpoint whatever the number of ranks
-    ranks/nodes.py             groups of the ranks of a node, and across nodes
+    ranks/sharding.py     which rows are whose
+    ranks/rows.py         what one rank knows of the table, and its shard
+    ranks/lookup.py       distinct ids to the ranks that hold them, stored rows back
+    ranks/gradient.py     gradients to the ranks that hold the rows, in the order of the global batch
+    ranks/checkpoint.py   one checkpoint whatever the number of ranks
+    ranks/nodes.py        groups of the ranks of a node, and across nodes
 
 Constructors, lookups, backward passes and saving are collective: all ranks of the group take part, in the same order.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
+from engram_kernels.checkpoints.files import Paths
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.geometry.row_format import RowFormat, format_of, row_format
+from engram_kernels.geometry.row_format import format_of
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
 from engram_kernels.ops.hashing import ngram_hash
 from engram_kernels.ops.row_kernels.output import check_row_out
 from engram_kernels.ops.rows import lookup
-from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 
-from .exchange import Ranks, attempt_everywhere
-from .gradient import PartGradient, gather_row_gradients
+from .checkpoint import load_sharded, save_sharded
+from .exchange import Groups
+from .gradient import ShardGradient, gather_row_gradients
 from .lookup import FixedExchange, received_rows
-from .sharding import Sharding, ShardMap, shard_rows
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from engram_kernels.checkpoints.files import Paths
-
-Fill = Callable[[EngramTable, Sequence[tuple[int, int]]], object]
+from .nodes import make_node_groups
+from .rows import ShardedRows, layer_index
 
 
-class ShardedTable:
+class ShardedTable(ShardedRows):
     """Rows of model layer ``layer`` over the ranks of ``group`` (None: the world); the module :class:`Engram` takes it.
 
-    placement, scale and options: of this rank's part, an :class:`EngramTable` (``part``), as for its ``empty``; format:
-    None is the config's.
-    split: "columns" gives each rank whole columns of every order, strided; where the ranks do not divide them it is as
-    "rows", a range of every column's rows. ``sharding`` says what became of it.
-    fill: called with the part and the ranges ``[(begin, end), ...]`` of the table's rows that it holds one after the
+    placement, scale and options: of this rank's shard ``part``, as for :meth:`EngramTable.empty`. format: None is the
+    config's.
+    split: "columns" gives each rank whole columns of every order, strided; "rows" a range of every column's rows, as
+    does "columns" where the ranks do not divide the columns. ``sharding.split`` says which it is.
+    fill: called with the shard and the ranges ``[(begin, end), ...]`` of the table's rows that it holds one after the
     other, to write them. Without it the rows are what ``empty`` leaves.
     capacity: distinct rows that a rank may ask of another in one lookup. Sizes are fixed then, and a lookup can be
     captured in a CUDA graph; see :meth:`check_capacity`. None exchanges exact sizes, for which the host waits.
-    node: group of the ranks that share one part, with placement "shared": its first rank makes it, the others attach
-    (:meth:`node_groups`). replicas: group of the ranks that hold the same part for other groups, whose row gradients
+    node: group of the ranks that share one shard, with placement "shared": its first rank makes it, the others attach
+    (:meth:`node_groups`). replicas: group of the ranks that hold the same shard in other groups, whose row gradients
     are added as well; None is ``node``.
 
     Arguments that differ between ranks, and an error on one of them, are errors on all.
     """
 
-    def __init__(
-        self,
-        config: EngramConfig,
-        layer: int,
-        group: "ProcessGroup | None" = None,
-        *,
-        placement: str,
-        split: str = "columns",
-        format: str | None = None,
-        scale: float = 1.0,
-        fill: Fill | None = None,
-        capacity: int | None = None,
-        node: "ProcessGroup | None" = None,
-        replicas: "ProcessGroup | None" = None,
-        **options,
-    ):
-        where = "ShardedTable"
-        self.ranks = Ranks(group, where)
-        self._node = None if node is None else Ranks(node, where)
-        self.replicas = replicas_of(dict(node=node, replicas=replicas), where)
-        facts = self._everywhere(where, "checking its arguments", lambda: facts_of(config, layer, format, capacity))
-        facts |= {"split": split, "table's scale": scale, "shared by a node": node is not None}
-        self._everywhere(where, "comparing arguments", lambda: self.ranks.check_equal(facts, where))
-        if self.replicas is not None:
-            facts |= {"number of ranks": self.ranks.size, "part": self.ranks.rank}
-            self.replicas.check_equal(facts, where)
-            sources = self.replicas.gather(self.ranks.members, where, "the exchange of groups")
-            #: Rank of the world behind each (replica, rank of its group).
-            self.source_ranks = [rank for members in sources for rank in members]
-        index = config.layers.index(layer)
-        self.config, self.layer, self.capacity = config, layer, capacity
-        self.format: RowFormat = row_format(format or config.format, where)
-        self.placement, self.rows, self.width = placement, config.rows_per_layer[index], config.row_width
-        make = lambda: shard_rows(config.primes[index], self.rows, self.ranks.size, split)  # noqa: E731
-        self.sharding: Sharding = self._everywhere(where, "dividing the table", make)
-        self._maps: dict[torch.device, ShardMap] = {}
-        self._fixed: dict[torch.device, FixedExchange] = {}
-        self._plan: tuple[HashPlan, HashPlan] | None = None
-        self._make_part(scale, fill, options)
+    #: The last plan that hash_lookup was given, and the plan of this layer alone.
+    _plan: tuple[HashPlan, HashPlan] | None = None
 
     @classmethod
     def from_tensors(
@@ -107,32 +66,30 @@ class ShardedTable:
         *,
         config: EngramConfig,
         layer: int,
-        group: "ProcessGroup | None" = None,
+        group: "dist.ProcessGroup | None" = None,
         placement: str,
         **options,
     ) -> "ShardedTable":
-        """Each rank gives the whole table ``weight [rows, width]`` and its scale, and keeps its part."""
+        """Each rank gives the whole table ``weight [rows, width]`` and its scale, and keeps its shard."""
         where = "ShardedTable.from_tensors"
 
         def check():
-            facts_of(config, layer, None, None)
-            fmt, kept = format_of(weight, scale, where)
-            rows = config.rows_per_layer[config.layers.index(layer)]
-            if tuple(weight.shape) != (rows, config.row_width):
-                raise ValueError(
-                    f"{where}: weight must have shape {[rows, config.row_width]}, got {list(weight.shape)}"
-                )
-            return fmt, kept
+            shape = [config.rows_per_layer[layer_index(config, layer)], config.row_width]
+            found = format_of(weight, scale, where)
+            if list(weight.shape) != shape:
+                raise ValueError(f"{where}: weight must have shape {shape}, got {list(weight.shape)}")
+            return found
 
-        ranks, replicas = Ranks(group, where), replicas_of(options, where)
-        fmt, kept = attempt_everywhere(ranks, replicas, where, "checking its tensors", check)
+        groups = Groups(group, options.get("node"), options.get("replicas"), where)
+        fmt, kept = groups.attempt(where, "checking its tensors", check)
 
-        def fill(part: EngramTable, ranges) -> None:
-            for source, target in ((weight, part.weight), (kept, part.scale))[: 2 if fmt.scaling == "group" else 1]:
-                at = 0
+        def fill(shard, ranges) -> None:
+            for source, target in ((weight, shard.weight), (kept, shard.scale))[: 2 if fmt.scaling == "group" else 1]:
+                position = 0
                 for begin, end in ranges:
-                    target[at : at + end - begin].view(torch.uint8).copy_(source[begin:end].view(torch.uint8))
-                    at += end - begin
+                    rows = target[position : position + end - begin]
+                    rows.view(torch.uint8).copy_(source[begin:end].view(torch.uint8))
+                    position += len(rows)
 
         value = float(kept) if fmt.scaling == "table" else 1.0
         return cls(config, layer, group, placement=placement, format=fmt.name, scale=value, fill=fill, **options)
@@ -140,11 +97,11 @@ class ShardedTable:
     @classmethod
     def from_safetensors(
         cls,
-        paths: "Paths",
+        paths: Paths,
         *,
         config: EngramConfig,
         layer: int,
-        group: "ProcessGroup | None" = None,
+        group: "dist.ProcessGroup | None" = None,
         placement: str,
         prefix: str | None = None,
         threads: int = 8,
@@ -156,8 +113,6 @@ class ShardedTable:
         The checkpoint is one of any number of ranks, or of none. paths, prefix, threads and progress are those of
         :meth:`EngramTable.from_safetensors`; options those of :class:`ShardedTable`.
         """
-        from .loading import load_sharded
-
         reading = dict(prefix=prefix, threads=threads, progress=progress)
         return load_sharded(cls, paths, config, layer, group, reading, placement=placement, **options)
 
@@ -175,23 +130,19 @@ class ShardedTable:
         every rank has said that its rows are on the disk. Where one fails or dies nothing changes there. Of several
         groups with the same rows one saves.
         """
-        from .saving import save_sharded
-
-        return save_sharded(self, path, prefix=prefix, shard_bytes=shard_bytes, metadata=metadata)
+        return save_sharded(self, path, dict(prefix=prefix, shard_bytes=shard_bytes, metadata=metadata))
 
     @staticmethod
     def node_groups(
-        group: "ProcessGroup | None" = None, *, node: str | None = None, timeout: timedelta | None = None
-    ) -> "tuple[ProcessGroup, ProcessGroup]":
-        """(ranks of this node, ranks in the same place on all nodes) of ``group``, as new groups; collective.
+        group: "dist.ProcessGroup | None" = None, *, node: str | None = None, timeout: timedelta | None = None
+    ) -> "tuple[dist.ProcessGroup, dist.ProcessGroup]":
+        """(ranks of this node, ranks with this one's number on their nodes) of ``group``, as new groups; collective.
 
         node: this rank's name for its node; None is the host's name and boot id. timeout: of the new groups.
-        A table over nodes, a part per node: group=across, node=inside. A copy per node needs ``EngramTable.attach``
+        A table over nodes, a shard per node: group=across, node=inside. A copy per node needs ``EngramTable.attach``
         alone; to train it, a group of this rank only, node=inside and the world as replicas.
         """
-        from .nodes import make_node_groups
-
-        return make_node_groups(Ranks(group, "ShardedTable.node_groups"), node, timeout)
+        return make_node_groups(group, node, timeout)
 
     def lookup(
         self,
@@ -219,14 +170,14 @@ class ShardedTable:
                 rows = self.lookup(row_ids, out_dtype=out_dtype)
             return record_rows(rows, (self,), lambda grad, ids: ((ids, grad),), row_ids)
         if self.capacity is None:
-            received, places = received_rows(self, row_ids)
+            received, ids = received_rows(self, row_ids)
         else:
             if row_ids.device not in self._fixed:
                 self._fixed[row_ids.device] = FixedExchange(self, row_ids.device)
-            received, places = self._fixed[row_ids.device].rows(self, row_ids)
+            received, ids = self._fixed[row_ids.device].rows(self, row_ids)
             if row_ids.device.type == "cpu":
                 self.check_capacity()
-        return lookup(received, places, out=out, out_dtype=out_dtype, out_format=out_format)
+        return lookup(received, ids, out=out, out_dtype=out_dtype, out_format=out_format)
 
     def hash_lookup(
         self,
@@ -265,12 +216,6 @@ class ShardedTable:
                     f"in one lookup, got {self.capacity}; rows beyond it were read as NaN"
                 )
 
-    def map(self, device: torch.device) -> ShardMap:
-        """The sharding as tensors on ``device``."""
-        if device not in self._maps:
-            self._maps[device] = ShardMap(self.sharding, device)
-        return self._maps[device]
-
     @property
     def default_out_dtype(self) -> torch.dtype:
         """The table's own dtype where that is dense, bfloat16 for fp8."""
@@ -283,7 +228,7 @@ class ShardedTable:
 
     @property
     def anchor(self) -> torch.Tensor | None:
-        """The part's place in autograd; its gradient is the norm over all ranks' rows, the same on each."""
+        """What stands for the rows in autograd; its gradient is the norm over all ranks' rows, the same on each."""
         return self.part.anchor
 
     def requires_row_grad_(self, requires: bool = True) -> "ShardedTable":
@@ -295,7 +240,7 @@ class ShardedTable:
         """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]`` where these live; collective."""
         ids, entries = gather_row_gradients(self, row_ids, grad)
         self.part.accumulate_row_grad(ids, entries)
-        gradient = PartGradient.of(self.part.row_grad, self.ranks)
+        gradient = ShardGradient.of(self.part.row_grad, self.ranks)
         self.part.row_grad = gradient
         self.part.anchor.grad = gradient.norm().to(self.part.anchor)[None]
 
@@ -308,7 +253,7 @@ class ShardedTable:
         return self.part.closed
 
     def close(self) -> None:
-        """Release this rank's part; not collective."""
+        """Release this rank's shard; not collective."""
         self._fixed.clear()
         self.part.close()
 
@@ -319,42 +264,13 @@ class ShardedTable:
         self.close()
 
     def __repr__(self) -> str:
-        place = f"rank {self.ranks.rank} of {self.ranks.size}"
-        return f"ShardedTable({self.rows:,} x {self.width} by {self.sharding.split}, {place}: {self.part!r})"
+        rank = f"rank {self.ranks.rank} of {self.ranks.size}"
+        return f"ShardedTable({self.rows:,} x {self.width} by {self.sharding.split}, {rank}: {self.part!r})"
 
-    def _everywhere(self, where: str, what: str, work: Callable):
-        """``work()``, which fails on all ranks of the group and of their replicas where it fails on one."""
-        return attempt_everywhere(self.ranks, self.replicas, where, what, work)
-
-    def _make_part(self, scale: float, fill: Fill | None, options: dict) -> None:
-        where, node, ranges = "ShardedTable", self._node, self.sharding.ranges(self.ranks.rank)
-        # A rank without rows keeps one that nobody asks for, so that a part is a table on every rank.
-        shape = (max(1, self.sharding.part_rows[self.ranks.rank]), self.width, self.format.name)
-        made: list[EngramTable] = []
-
-        def make() -> None:
-            made.append(EngramTable.empty(*shape, placement=self.placement, scale=scale, **options))
-            if fill is not None:
-                fill(made[0], ranges)
-            if self.placement == "shared":
-                made[0].publish()
-
-        def share() -> None:
-            if self.placement != "shared":
-                raise ValueError(f"{where}: node is for placement 'shared', got {self.placement!r}")
-            node.attempt(where, "making the node's part", make if node.rank == 0 else lambda: None)
-            if not made:
-                kept = {name: options[name] for name in ("scales",) if name in options}
-                kept |= {"scale": scale} if self.format.scaling == "table" else {}
-                made.append(EngramTable.attach(options.get("name"), *shape, timeout=60.0, **kept))
-
-        try:
-            self._everywhere(where, "making its part", make if node is None else share)
-        except BaseException:
-            for part in made:
-                part.close()
-            raise
-        self.part = made[0]
+    @cached_property
+    def _fixed(self) -> dict[torch.device, FixedExchange]:
+        """Buffers of lookups with a capacity, by device."""
+        return {}
 
     def _own_plan(self, plan: HashPlan, where: str) -> HashPlan:
         """The plan of this layer alone."""
@@ -370,23 +286,3 @@ class ShardedTable:
                 raise ValueError(f"{where}: plan must fit {self.rows} rows, got {own.rows_per_layer[0]}")
             self._plan = (plan, own)
         return self._plan[1]
-
-
-def replicas_of(options: Mapping[str, Any], where: str) -> Ranks | None:
-    """The group that holds the same part, of a table's options."""
-    group = options.get("replicas")
-    group = options.get("node") if group is None else group
-    return None if group is None else Ranks(group, where)
-
-
-def facts_of(config, layer, format, capacity) -> dict:
-    """What has to be the same on all ranks; raises where it is wrong."""
-    where = "ShardedTable"
-    if not isinstance(config, EngramConfig):
-        raise TypeError(f"{where}: config must be an EngramConfig, got {type(config).__name__}")
-    if layer not in config.layers:
-        raise ValueError(f"{where}: layer must be one of the config's, {config.layers}, got {layer}")
-    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
-        raise ValueError(f"{where}: capacity must be a positive int or None, got {capacity!r}")
-    fields = {f"config's {name}": value for name, value in dataclasses.asdict(config).items()}
-    return fields | {"layer": layer, "format": format or config.format, "capacity": capacity}

@@ -1,1 +1,1 @@
-"""Optimizers of rows, their state and their files."""
+"""Optimizers of a table's rows, and what they keep of each row: their state, in memory and in files."""

@@ -7,40 +7,37 @@ The rules are those of reference/training/update.py. Both are torch optimizers o
 learning rate schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/training.md shows how.
 """
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from engram_kernels.checkpoints.parallel import THREADS, Progress
+from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.launching.checks import takes_kernels
-from engram_kernels.reference.training import update as reference
 from engram_kernels.tables.engram import EngramTable
 
-from . import saving as optimizer_saving
+from .saving import KEY, Content, fill_states, layout_of, open_states, save_states, tensors_of
 from .state import RowState
-from .update import launch_row_update
-
-if TYPE_CHECKING:
-    import os
-    from pathlib import Path
+from .update import ADAGRAD, ADAM, Rule, launch_row_update
 
 
 class RowOptimizer(torch.optim.Optimizer):
     """What the optimizers of this file share: tables, their states, and the step over both."""
 
-    _arrays: tuple[tuple[str, torch.dtype, bool], ...]  # of the state: name, dtype, whether it is a number an element
-    _rule: Callable  # the reference of a step
+    _rule: Rule
 
     def __init__(
         self,
         tables: EngramTable | Sequence[EngramTable],
-        defaults: dict,
-        *,
+        defaults: dict[str, Any],
         state_placement: str | None,
-        stochastic_rounding: bool,
-        seed: int,
+        seed: int | None,
     ):
+        """defaults: hyper-parameters. seed: of stochastic rounding; None rounds to nearest."""
         where = type(self).__name__
         tables = tuple(tables) if isinstance(tables, Iterable) else (tables,)
         for table in tables:
@@ -54,16 +51,16 @@ class RowOptimizer(torch.optim.Optimizer):
                 )
         if not tables or len(set(map(id, tables))) != len(tables):
             raise ValueError(f"{where}: tables must be one or more different tables, got {list(tables)}")
-        self.check_options(where, defaults)
+        _check_numbers(where, defaults)
         super().__init__([table.anchor for table in tables], defaults)
         self.tables, self.steps = tables, 0
-        self._seed = seed if stochastic_rounding else None
+        self._seed = seed
         self._skipped: dict[torch.device, torch.Tensor] = {}
         self._skipped_before = 0
         self._states: list[RowState] = []
         try:
             for table in tables:
-                self._states.append(RowState(table, self._arrays, state_placement, where))
+                self._states.append(RowState(table, self._rule.state, state_placement, where))
                 self.state[table.anchor] = self._states[-1].tensors
         except BaseException:
             self.close()
@@ -103,77 +100,64 @@ class RowOptimizer(torch.optim.Optimizer):
         return self._states[index].tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch optimizers: states by table number, not copied; options; and ``facts`` under "row_optimizer".
+        """As of torch optimizers: states by table number, options, and :meth:`facts` under "row_optimizer".
 
-        Waits for steps that a GPU has yet to take. Tensors of a "host" state are those that later steps write.
+        Waits for steps that a GPU has yet to take. The tensors are no copies: later steps change them.
         """
-        self._check_open("state_dict")
+        self._open("state_dict")
         self.wait_for_steps()
-        return super().state_dict() | {optimizer_saving.KEY: self.facts()}
+        return super().state_dict() | {KEY: self.facts()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over states, options, seed and counters; ValueError, and no change, unless they fit these tables.
 
-        States are copied to where this optimizer has its own.
+        States are copied to where this optimizer has its own. An error in copying leaves the optimizer closed.
         """
-        self._check_open("load_state_dict")
-        where, groups = f"{type(self).__name__}.load_state_dict", state_dict.get("param_groups") or [None]
-        facts, states = state_dict.get(optimizer_saving.KEY), state_dict.get("state") or {}
-        optimizer_saving.check_facts(where, facts, self)
-        group = optimizer_saving.check_group(where, groups[0], self)
-        given = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
-        own = {f"{i}.{name}": value for i in range(len(self.tables)) for name, value in self.states(i).items()}
-        optimizer_saving.check_tensors(where, {name: optimizer_saving.form_of(x) for name, x in given.items()}, own)
-        self.wait_for_steps()
-        for name, value in own.items():
-            value.copy_(given[name])
-        self.restore(facts, group)
+        where = self._open("load_state_dict")
+        given = tensors_of(state_dict.get("state") or {})
+        groups = state_dict.get("param_groups") or [None]
+
+        def copy(own: Mapping[str, torch.Tensor]) -> None:
+            for name, value in own.items():
+                value.copy_(given[name])
+
+        self._take_over(where, Content(state_dict.get(KEY), groups[0], layout_of(given)), copy)
 
     def save_safetensors(
         self,
-        path: "str | os.PathLike",
+        path: str | os.PathLike,
         *,
         metadata: Mapping[str, str] | None = None,
         progress: Progress | None = None,
-    ) -> "Path":
+    ) -> Path:
         """Write what :meth:`state_dict` tells as ``path`` (``*.safetensors``, or a folder); returns the file.
 
-        States go there in chunks, with progress(bytes done, bytes in all). One that is there is replaced at once and as
-        a whole; until then it stays what it was, also where saving fails or is killed. A file that is no optimizer's is
+        States go there in chunks, with progress(bytes done, bytes in all). An older file is replaced at once and as a
+        whole; until then it stays what it was, also where saving fails or is killed. A file that is no optimizer's is
         never replaced. metadata: texts for the file's header. Gradients are not saved: save between a step and the next
         backward pass. Needs the extra ``hf``.
         """
-        return optimizer_saving.save_states(self, path, metadata=metadata, progress=progress)
+        where = f"{type(self).__name__}.save_safetensors"
+        return save_states(self.state_dict(), path, where, metadata=metadata, progress=progress)
 
     def load_safetensors(
-        self, path: "str | os.PathLike", *, threads: int = THREADS, progress: Progress | None = None
+        self, path: str | os.PathLike, *, threads: int = THREADS, progress: Progress | None = None
     ) -> None:
         """:meth:`load_state_dict` from a file of :meth:`save_safetensors`, ``threads`` chunks at once.
 
         What the header tells is checked before a state is touched. An error after that leaves the optimizer closed.
         """
-        self._check_open("load_safetensors")
-        optimizer_saving.load_states(self, path, threads=threads, progress=progress)
+        where = self._open("load_safetensors")
+        check_threads(threads, where)
+        with open_states(path, where) as (checkpoint, content):
+            fill = partial(fill_states, checkpoint=checkpoint, threads=threads, progress=progress)
+            self._take_over(where, content, fill)
 
     def facts(self) -> dict[str, Any]:
-        """What a saved state is good for and has counted, in plain numbers; ``version`` is that of the form."""
+        """What was counted, and of which optimizer and tables, in plain numbers; ``version`` is that of the file."""
         tables = [dict(rows=table.rows, width=table.width, format=table.format.name) for table in self.tables]
-        named = dict(version=1, optimizer=type(self).__name__, tables=tables)
-        return named | dict(steps=self.steps, skipped=self.skipped, seed=self._seed)
-
-    def restore(self, facts: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-        """Take over counters, seed and options; states are there already."""
-        self.steps, self._seed = facts["steps"], facts["seed"]
-        self._skipped_before, self._skipped = facts["skipped"], {}
-        self.param_groups[0].update(group)
-
-    @staticmethod
-    def check_options(where: str, options: Mapping[str, Any]) -> None:
-        """Raise ValueError where a rate or another hyper-parameter is out of range."""
-        for name in ("lr", "eps", "weight_decay"):
-            _check_number(where, name, options[name], 0, None)
-        for beta in options.get("betas", ()):
-            _check_number(where, "betas", beta, 0, 1)
+        counted = dict(steps=self.steps, skipped=self.skipped, seed=self._seed)
+        return dict(version=1, optimizer=type(self).__name__, tables=tables) | counted
 
     def wait_for_steps(self) -> None:
         """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""
@@ -199,39 +183,55 @@ class RowOptimizer(torch.optim.Optimizer):
         for state in self._states:
             state.close()
 
-    def _check_open(self, method: str) -> None:
+    def _open(self, method: str) -> str:
+        """The method's name for errors; ValueError where the optimizer is closed."""
+        where = f"{type(self).__name__}.{method}"
         if not self.state:
-            raise ValueError(f"{type(self).__name__}.{method}: the optimizer is closed")
+            raise ValueError(f"{where}: the optimizer is closed")
+        return where
+
+    def _take_over(self, where: str, content: Content, fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """Become what was saved, once it is found to fit; ``fill`` writes the states, given by their names in files."""
+        own = tensors_of({i: state.tensors for i, state in enumerate(self._states)})
+        group = content.check(where, Content(self.facts(), self.defaults, layout_of(own)))
+        _check_numbers(where, group)
+        self.wait_for_steps()
+        try:
+            fill(own)
+        except BaseException:
+            self.close()  # some states are the saved ones and some are not: no step may follow
+            raise
+        self.steps, self._seed = content.facts["steps"], content.facts["seed"]
+        self._skipped_before, self._skipped = content.facts["skipped"], {}
+        self.param_groups[0].update(group)
 
     def _update(self, table: EngramTable, state: RowState, group: dict) -> None:
-        gradient = table.row_grad
-        device = gradient.values.device
-        state.check_readable_on(device, type(self).__name__)
-        table.check_readable_on(device, type(self).__name__)
+        where, device = type(self).__name__, table.row_grad.values.device
+        state.check_readable_on(device, where)
+        table.check_readable_on(device, where)
         factor = table.row_grad_factor()
         if device not in self._skipped:
             self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
-        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay") if name in group}
+        options = {name: group[name] for name in self.defaults}
         options |= dict(lr=float(group["lr"]), seed=self._seed, step=self.steps)
         table.rows_changed()
-        arguments = table.weight, tuple(state.tensors.values()), gradient
-        if not takes_kernels(device) or table.weight.dtype == torch.float64:
-            self._skipped[device] += type(self)._rule(*arguments, factor=factor, **options)
-        else:
+        arguments = table.weight, tuple(state.tensors.values()), table.row_grad
+        if takes_kernels(device) and table.weight.dtype != torch.float64:
             launch_row_update(*arguments, factor[None], self._skipped[device], **options)
+        else:
+            self._skipped[device] += self._rule.reference(*arguments, factor=factor, **options)
 
 
 class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: a row's rate falls with the sum, over its own steps, of its gradient's mean square.
 
-    tables: one or more trainable tables. weight_decay: what a row loses per step and lr, of the rows that have a
-    gradient alone. state_placement: "device", "host" or "cpu", where the states live; None is the table's ("host" for a
-    shared one, which one process writes).
+    tables: one or more trainable tables. weight_decay: times lr, the fraction of itself that a row loses in each step
+    in which it has a gradient. state_placement: "device", "host" or "cpu", where the states are; None is the table's
+    ("host" for a shared one, which one process writes).
     stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
     """
 
-    _arrays = (("sums", torch.float32, False),)
-    _rule = staticmethod(reference.row_adagrad)
+    _rule = ADAGRAD
 
     def __init__(
         self,
@@ -245,8 +245,7 @@ class RowAdagrad(RowOptimizer):
         seed: int = 0,
     ):
         defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay)
-        options = dict(state_placement=state_placement, stochastic_rounding=stochastic_rounding, seed=seed)
-        super().__init__(tables, defaults, **options)
+        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None)
 
 
 class RowAdam(RowOptimizer):
@@ -256,8 +255,7 @@ class RowAdam(RowOptimizer):
     stochastic_rounding and seed are those of :class:`RowAdagrad`.
     """
 
-    _arrays = (("first", torch.float32, True), ("second", torch.float32, True), ("steps", torch.int32, False))
-    _rule = staticmethod(reference.row_adam)
+    _rule = ADAM
 
     def __init__(
         self,
@@ -272,13 +270,16 @@ class RowAdam(RowOptimizer):
         seed: int = 0,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        options = dict(state_placement=state_placement, stochastic_rounding=stochastic_rounding, seed=seed)
-        super().__init__(tables, defaults, **options)
+        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None)
 
 
-def _check_number(where: str, name: str, value, low: float, high: float | None) -> None:
-    if not isinstance(value, (int, float, torch.Tensor)):
-        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
-    if not low <= value < (float("inf") if high is None else high):
-        bound = f"at least {low}" if high is None else f"within {low} <= {name} < {high}"
-        raise ValueError(f"{where}: {name} must be a finite number {bound}, got {value!r}")
+def _check_numbers(where: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError where a rate or another hyper-parameter is out of range."""
+    numbers = [(name, options[name], math.inf) for name in ("lr", "eps", "weight_decay")]
+    numbers += [("betas", beta, 1) for beta in options.get("betas", ())]
+    for name, value, end in numbers:
+        if not isinstance(value, (int, float, torch.Tensor)):
+            raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
+        if not 0 <= value < end:
+            bound = "at least 0" if end == math.inf else f"within 0 <= {name} < {end}"
+            raise ValueError(f"{where}: {name} must be a finite number {bound}, got {value!r}")

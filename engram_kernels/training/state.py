@@ -1,6 +1,7 @@
 """What an optimizer keeps per row of a table, zero at the start, in the memory of a placement."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -10,20 +11,18 @@ from engram_kernels.tables.memory.host import HostMapping, RuntimeDriver
 PLACEMENTS = ("device", "host", "cpu")
 
 
+class StateArray(NamedTuple):
+    """One array of a state: ``[rows, R]`` if it is per element, else ``[rows]``; float32 is float64 for such rows."""
+
+    name: str
+    dtype: torch.dtype
+    per_element: bool
+
+
 class RowState:
-    """Arrays ``[rows]`` or ``[rows, R]`` beside a table.
+    """Arrays beside a table. placement: None is the table's, "host" for a shared table."""
 
-    arrays: of each, its name, its dtype, and whether it has a number per element. placement: None is the table's,
-    "host" for a shared table.
-    """
-
-    def __init__(
-        self,
-        table: EngramTable,
-        arrays: Sequence[tuple[str, torch.dtype, bool]],
-        placement: str | None,
-        where: str,
-    ):
+    def __init__(self, table: EngramTable, arrays: Sequence[StateArray], placement: str | None, where: str):
         if placement is None:
             # A shared table has one writer, whose state no other process needs.
             placement = "host" if table.placement == "shared" else table.placement
@@ -32,11 +31,10 @@ class RowState:
         if placement == "device" and not torch.cuda.is_available():
             raise ValueError(f"{where}: state_placement 'device' needs a GPU, and torch finds none")
         self.placement, self._mappings, self.tensors = placement, [], {}
-        wide = torch.float64 if table.format.dtype == torch.float64 else None
         try:
             for name, dtype, per_element in arrays:
                 shape = (table.rows, table.width) if per_element else (table.rows,)
-                dtype = wide if wide and dtype == torch.float32 else dtype
+                dtype = table.anchor.dtype if dtype == torch.float32 else dtype
                 self.tensors[name] = self._zeros(shape, dtype, table.anchor.device)
         except BaseException:
             self.close()
@@ -46,9 +44,8 @@ class RowState:
         """Raise ValueError unless a step on ``device`` can read and write this state."""
         if not self.tensors:
             raise ValueError(f"{where}: the optimizer is closed")
-        where_it_is = next(iter(self.tensors.values())).device
         mapped = self.placement == "host" and all(mapping.registered for mapping in self._mappings)
-        if where_it_is != device and not mapped:
+        if next(iter(self.tensors.values())).device != device and not mapped:
             raise ValueError(f"{where}: a step on {device} needs its state there or in registered host memory")
 
     def close(self) -> None:

@@ -8,13 +8,15 @@ Per distinct row, with g its gradient times ``factor``, in float32:
               row = (1 - lr * decay) * row - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 t counts the row's own steps. Tables and states are read and written where they are, over UVA where that is the host.
-One program owns a row, and has read all of a step's rows and states before it writes any: what is smaller than a step's
-tile is loaded by every warp and stored by one, whose result the others must not find. Rounding and sources:
-reference/training/update.py. R elements a row.
+A row belongs to one program, which reads all rows and states of a block before it writes any of them: of data smaller
+than a tile every warp loads a copy and one warp stores, and no warp may load what another has stored. Rounding and
+sources: reference/training/update.py. R elements a row.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,12 +24,15 @@ import triton.language as tl
 
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
+from engram_kernels.reference.training import update as reference
 from engram_kernels.tables.gradient import RowGradient
+
+from .state import StateArray
 
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """Rows per step of a program, elements of a row (a power of two), and warps."""
+    """Rows per block of a program, elements of a row (a power of two), and warps."""
 
     block_rows: int
     block_r: int
@@ -35,7 +40,7 @@ class UpdateConfig:
 
 
 def update_config(width: int, arrays: int) -> UpdateConfig:
-    """Tiles of 2,048 elements, of 1,024 where moments come with them: both keep 8 to 12 KiB in flight a program."""
+    """Tiles of 2,048 elements, of 1,024 where moments are loaded too: either way 8 to 12 KiB in flight a program."""
     block_r, tile = next_power_of_2(width), 2048 if arrays == 1 else 1024
     return UpdateConfig(max(1, min(16, tile // block_r)), block_r, 4)
 
@@ -236,11 +241,11 @@ def row_adam_kernel(
 
 
 def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **options) -> None:
-    """One launch; the state tells the rule: (sums,) Adagrad, (m, v, t) Adam. Adds the rows left out to ``skipped``."""
+    """One launch, of the rule whose state this is. Adds the rows left out to ``skipped``."""
     rows, width = weight.shape
     config = update_config(width, len(state))
     grid = (min(8 * processors(factor.device), cdiv(len(gradient.ids), config.block_rows)),)
-    seed = options["seed"]
+    lr, seed = options["lr"], options["seed"]
     common = dict(
         ids_ptr=gradient.ids,
         values_ptr=gradient.values,
@@ -252,9 +257,9 @@ def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **o
         num_table_rows=rows,
         seed=seed or 0,
         step=options["step"],
-        lr=options["lr"],
+        lr=lr,
         eps=options["eps"],
-        keep=1 - options["lr"] * options["weight_decay"],
+        keep=1 - lr * options["weight_decay"],
         ELEMENT=POINTEE[weight.dtype],
         STOCHASTIC=seed is not None and weight.dtype == torch.bfloat16,
         WIDTH=width,
@@ -263,18 +268,30 @@ def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **o
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
+    addresses = [tensor.data_ptr() for tensor in state]
     with on_device_of(factor):
-        if len(state) == 1:
-            row_adagrad_kernel[grid](**common, sums_address=state[0].data_ptr())
+        if len(state) == len(ADAGRAD.state):
+            row_adagrad_kernel[grid](**common, sums_address=addresses[0])
             return
-        beta_1, beta_2 = options["betas"]
-        row_adam_kernel[grid](
-            **common,
-            first_address=state[0].data_ptr(),
-            second_address=state[1].data_ptr(),
-            steps_address=state[2].data_ptr(),
-            rate_1=1 - beta_1,
-            rate_2=1 - beta_2,
-            log_beta_1=math.log(beta_1) if beta_1 else -math.inf,
-            log_beta_2=math.log(beta_2) if beta_2 else -math.inf,
-        )
+        for i, beta in enumerate(options["betas"], 1):
+            common |= {f"rate_{i}": 1 - beta, f"log_beta_{i}": math.log(beta) if beta else -math.inf}
+        first, second, steps = addresses
+        row_adam_kernel[grid](**common, first_address=first, second_address=second, steps_address=steps)
+
+
+class Rule(NamedTuple):
+    """How an optimizer moves rows: what it keeps of each, and its step in plain PyTorch."""
+
+    state: tuple[StateArray, ...]
+    reference: Callable
+
+
+ADAGRAD = Rule((StateArray("sums", torch.float32, False),), reference.row_adagrad)
+ADAM = Rule(
+    (
+        StateArray("first", torch.float32, True),
+        StateArray("second", torch.float32, True),
+        StateArray("steps", torch.int32, False),
+    ),
+    reference.row_adam,
+)

@@ -7,12 +7,12 @@ Per distinct row, with g its gradient times ``factor``, in float32 (float64 for 
     Adam      t += 1,  m += (1 - b1) (g - m),  v += (1 - b2) (g^2 - v)
               row = (1 - lr * decay) * row - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-t counts the row's own steps: a row that is seldom read is corrected for the steps that it has taken, not for those of
-the others. A row whose sum of squares is not finite keeps its bits and its state, and is counted.
+t counts the row's own steps, so that the correction for bias fits a row that is seldom read. A row whose sum of squares
+is not finite keeps its bits and its state, and is counted.
 
-Rounding to bfloat16 is stochastic where asked: ``bits + u`` cut to 16 bits, u the low 16 bits of SplitMix64 at counter
-``(step * rows + row) * R + element``. R elements a row. Sources: Duchi et al. 2011; Kingma and Ba 2015; Steele, Lea and
-Flood 2014.
+Rounding to bfloat16 is stochastic where asked: the upper 16 bits of ``bits + u``, with u the low 16 bits of SplitMix64
+at counter ``(step * rows + row) * R + element``. R elements a row. Sources: Duchi et al. 2011; Kingma and Ba 2015;
+Steele, Lea and Flood 2014.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Launch: what Triton compiled is launched again as it is, and compiled anew where addresses ask for another variant."""
+"""Launch: what Triton compiled is launched again as it is, compiled anew where addresses ask for another variant."""
 
 import pytest
 import torch

@@ -48,7 +48,7 @@ def test_a_config_that_differs(world):
 
 
 def test_rows_that_cannot_be_written(world):
-    """A fill that fails on one rank; the parts of the others are closed as well."""
+    """A fill that fails on one rank; the shards of the others are closed as well."""
     errors = world.errors("construct_filled", Each([False, False, True]))
     assert errors[2] == "KeyError: 'no rows here'"
     assert all("making its part failed on rank 2 of 3: KeyError: 'no rows here'" in error for error in errors[:2])

@@ -8,7 +8,7 @@ from engram_kernels import EngramTable, RowAdagrad, ShardedTable, hash_lookup, l
 from tests.gpu.test_kernels import graph_of
 from tests.support.rank_cases import config_of, plan_of, same, whole
 
-WHERE = {"cpu": "cpu", "cuda": "host"}  # where a part lies, by the device of the ids
+WHERE = {"cpu": "cpu", "cuda": "host"}  # where a shard lies, by the device of the ids
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def group(device, tmp_path):
 
 def both(config, device, **options):
     """The table over one rank, and in one piece."""
-    parts, place = whole(config, 4), WHERE[device.type]
-    table = ShardedTable.from_tensors(*parts, config=config, layer=4, placement=place, **options)
-    return table, EngramTable.from_tensors(*parts, placement=place)
+    rows, placement = whole(config, 4), WHERE[device.type]
+    table = ShardedTable.from_tensors(*rows, config=config, layer=4, placement=placement, **options)
+    return table, EngramTable.from_tensors(*rows, placement=placement)
 
 
 @pytest.mark.kernel

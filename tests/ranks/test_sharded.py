@@ -109,9 +109,9 @@ def four(tmp_path_factory):
     made.close()
 
 
-@pytest.mark.parametrize("copies", [False, True], ids=["parts", "copies"])
+@pytest.mark.parametrize("copies", [False, True], ids=["shards", "copies"])
 def test_shared_memory_of_two_nodes(four, shared_name, tmp_path, copies):
-    """Two nodes of two ranks: one part or one table each, and one writer per node whose steps both ranks see."""
+    """Two nodes of two ranks: one shard or one table each, and one writer per node whose steps both ranks see."""
     config = config_of("wide", "float32")
     answers = four.run("nodes", shared_name, "adagrad", str(tmp_path), copies)
     for rank, (members, equal, seen, trained) in enumerate(answers):
@@ -129,7 +129,7 @@ def test_a_mesh_of_data_and_table(four):
 def test_bytes_of_replicas_are_those_of_the_traffic_model(four):
     answers = four.run("traffic", "wide", meshed=True)
     for rank, (_, backward, _, entries) in enumerate(answers):
-        column, pair = rank % 2, [rank // 2 * 2, rank // 2 * 2 + 1]  # its place in the table's group; that group
+        column, pair = rank % 2, [rank // 2 * 2, rank // 2 * 2 + 1]  # its rank in the table's group; that group
         received = sum(answers[other][3][column] for other in pair)
         mine = gradient_exchange(2, entries[1 - column], ENTRY, ID)
         assert tuple(backward) == (*mine, *replica_exchange(2, 2, received, ENTRY, ID))

@@ -20,14 +20,14 @@ CASES = [
 
 @pytest.mark.parametrize("split", ["columns", "rows"])
 @pytest.mark.parametrize("columns, rows, ranks", CASES)
-def test_every_row_has_one_owner_and_one_place(columns, rows, ranks, split):
+def test_every_row_has_one_owner_and_one_position(columns, rows, ranks, split):
     sharding = shard_rows(columns, rows, ranks, split)
     assert sharding.rows == rows and sum(sharding.part_rows) == rows and len(sharding.part_rows) == ranks
     keys = {}
     for rank in range(ranks):
         held = [row for begin, end in sharding.ranges(rank) for row in range(begin, end)]
         assert held == sorted(held) and len(held) == sharding.part_rows[rank]
-        keys |= {row: rank * sharding.key_stride + place for place, row in enumerate(held)}
+        keys |= {row: rank * sharding.key_stride + position for position, row in enumerate(held)}
     assert sorted(keys) == list(range(rows)) and len(set(keys.values())) == rows
     ids = torch.arange(-2, rows + 2, dtype=torch.int32)
     found = ShardMap(sharding, torch.device("cpu")).keys(ids, -7)
@@ -56,7 +56,7 @@ def test_otherwise_every_rank_has_a_range_of_every_column(ranks, split):
     assert all(a.end == b.begin for a, b in pairwise(sharding.pieces))
 
 
-def test_ids_are_as_narrow_as_a_part_allows():
+def test_ids_are_as_narrow_as_a_shard_allows():
     assert shard_rows([2**31], 2**31, 1).id_dtype == torch.int64
     sharding = shard_rows([2**32], 2**32 + 1, 4)
     assert sharding.id_dtype == torch.int32 and sharding.pieces[-1].end == 2**32 + 1

@@ -57,14 +57,14 @@ def plan_of(config):
     return HashPlan.build(config)
 
 
-def whole(config, layer, seed=0):
+def whole(config, layer):
     """(weight, scale) of the layer's table."""
-    return tables.random_parts(config.rows_per_layer[config.layers.index(layer)], WIDTH, config.format, seed)
+    return tables.random_parts(config.rows_per_layer[config.layers.index(layer)], WIDTH, config.format)
 
 
-def sharded(config, layer=4, group=None, seed=0, **options):
+def sharded(config, **options):
     options = dict(placement="cpu") | options
-    return ShardedTable.from_tensors(*whole(config, layer, seed), config=config, layer=layer, group=group, **options)
+    return ShardedTable.from_tensors(*whole(config, 4), config=config, layer=4, **options)
 
 
 @contextlib.contextmanager
@@ -86,15 +86,15 @@ def counted_bytes():
         dist.all_to_all_single = original
 
 
-def lookups(kind, format, tokens, split="columns", capacity=None, index_dtype=torch.int64):
-    """Whether every form of output has the bits of one process; the table is padded, and some ids are outside."""
-    config, layer = config_of(kind, format), 4
-    expected = EngramTable.from_tensors(*whole(config, layer), placement="cpu")
+def lookups(kind, format, tokens, split="columns", capacity=None):
+    """Whether every kind of output has the bits of one process; the table is padded, and some ids are outside."""
+    config = config_of(kind, format)
+    expected = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
     own = batches(dist.get_world_size(), tokens)[dist.get_rank()]
-    row_ids = ngram_hash(own, plan_of(config))[:, 1].to(index_dtype)
+    row_ids = ngram_hash(own, plan_of(config))[:, 1]
     ids = torch.cat([row_ids, torch.tensor([[-1], [expected.rows - 1], [expected.rows]]).expand(3, config.columns)])
     found = {}
-    with sharded(config, layer, split=split, capacity=capacity) as table:
+    with sharded(config, split=split, capacity=capacity) as table:
         for name, options in (("default", {}), ("float32", dict(out_dtype=torch.float32))):
             found[name] = same(table.lookup(ids, **options), lookup(expected, ids, **options))
         stored = [
@@ -109,8 +109,7 @@ def lookups(kind, format, tokens, split="columns", capacity=None, index_dtype=to
         found["strided"] = same(table.lookup(ids.T), lookup(expected, ids.T.contiguous()))
         rows = table.hash_lookup(own, plan_of(config))
         found["hashed"] = same(rows, hash_lookup(own, plan_of(config).select(layers=[1]), [expected])[0])
-        parts = (table.sharding.split, table.sharding.part_rows)
-    return found, parts
+        return found, (table.sharding.split, table.sharding.part_rows)
 
 
 def traffic(kind, capacity=None, tokens=300, meshed=False):
@@ -152,6 +151,11 @@ def documented(blocks, folder, name):
     return shapes, hidden.grad is not None
 
 
+def held_rows(table, rows):
+    """Of ``rows [all, ...]`` those that this rank holds, one range after the other."""
+    return torch.cat([rows[:0], *(rows[begin:end] for begin, end in table.sharding.ranges(table.ranks.rank))])
+
+
 def _by_owner(table, row_ids):
     """The ids that each rank holds, by its ranges alone."""
     for rank in range(table.ranks.size):
@@ -184,16 +188,16 @@ def overflow():
             return message, str(error), fits, lost, again
 
 
-def train(optimizer, tokens, split="columns", format="float32", steps=3, clip=None, table=None):
+def train(optimizer, tokens, split="columns", format="float32", clip=None, table=None):
     """Steps over all ranks' batches, against one process over the batches one after the other; what differs."""
-    config, layer, size = config_of("wide", format), 4, dist.get_world_size()
-    table = (sharded(config, layer, split=split) if table is None else table).requires_row_grad_()
-    alone = EngramTable.from_tensors(*whole(config, layer), placement="cpu").requires_row_grad_()
+    config, size = config_of("wide", format), dist.get_world_size()
+    table = (sharded(config, split=split) if table is None else table).requires_row_grad_()
+    alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu").requires_row_grad_()
     options = dict(lr=0.1, weight_decay=0.01, stochastic_rounding=False)
     made = {it: OPTIMIZERS[optimizer](it, **options) for it in (table.part, alone) if not it.attached}
     ours, theirs = made.get(table.part), made[alone]
     plan, norms = plan_of(config), []
-    for step in range(steps):
+    for step in range(3):
         every = batches(size, tokens, seed=step)
         ends = torch.tensor([0, *(len(part) for part in every)]).cumsum(0).to(torch.int32)
         row_ids = ngram_hash(torch.cat(every), plan, cu_seqlens=ends)[:, 1].clone()
@@ -216,12 +220,11 @@ def train(optimizer, tokens, split="columns", format="float32", steps=3, clip=No
             ours.step()
         theirs.step()
         dist.barrier()
-    parts = torch.cat([alone.weight[a:b] for a, b in table.sharding.ranges(table.ranks.rank)] or [alone.weight[:0]])
-    moved = table.part.weight[: len(parts)]
-    untouched = EngramTable.from_tensors(*whole(config, layer), placement="cpu")
-    changed = not torch.equal(untouched.weight, alone.weight)
-    result = dict(equal=same(moved, parts), norms=norms, changed=changed)
-    result["furthest"] = float((moved.float() - parts.float()).abs().amax()) if len(parts) else 0.0
+    expected = held_rows(table, alone.weight)
+    moved = table.part.weight[: len(expected)]
+    changed = not torch.equal(whole(config, 4)[0], alone.weight)
+    result = dict(equal=same(moved, expected), norms=norms, changed=changed)
+    result["furthest"] = float((moved.float() - expected.float()).abs().amax()) if len(expected) else 0.0
     for it in (*made.values(), table):
         it.close()
     return result
@@ -233,7 +236,7 @@ def module():
     own = batches(dist.get_world_size(), "uneven")[dist.get_rank()]
     plan, outputs = plan_of(config), []
     alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
-    with sharded(config, 4) as table:
+    with sharded(config) as table:
         for it in (table, alone):
             torch.manual_seed(1)
             engram = Engram(config, 4, plan, it.requires_row_grad_())
@@ -250,7 +253,7 @@ def save(path, kind, format, split="columns", fault=None, struck=1, **options):
         strike = dict(error=_no_space, death=lambda *_: os._exit(9), hang=lambda *_: time.sleep(3600))[fault]
         original, table_saving.RowsFiles.write = table_saving.RowsFiles.write, strike
     try:
-        with sharded(config_of(kind, format), 4, split=split) as table:
+        with sharded(config_of(kind, format), split=split) as table:
             return str(table.save_safetensors(path, **options))
     finally:
         if fault and dist.get_rank() == struck:
@@ -261,17 +264,17 @@ def _no_space(*_):
     raise OSError(28, "No space left on device")
 
 
-def load(path, kind, format, split="columns", layer=4, **options):
-    """Whether the part has the bits of the saved table's rows; and the bytes that were read."""
+def load(path, kind, format, split="columns"):
+    """Whether the shard has the bits of the saved table's rows, and whether its bytes are all that was read."""
     config, read = config_of(kind, format), []
     weight, scale = whole(config, 4)
-    options |= dict(config=config, layer=layer, placement="cpu", split=split)
+    options = dict(config=config, layer=4, placement="cpu", split=split)
     with ShardedTable.from_safetensors(path, progress=lambda *call: read.append(call), **options) as table:
-        ranges = table.sharding.ranges(table.ranks.rank)
-        rows = sum(end - begin for begin, end in ranges)
-        equal = [same(table.part.weight[:rows], torch.cat([weight[a:b] for a, b in ranges] or [weight[:0]]))]
+        expected = held_rows(table, weight)
+        rows = len(expected)
+        equal = [same(table.part.weight[:rows], expected)]
         if table.format.scaling == "group":
-            equal.append(same(table.part.scale[:rows], torch.cat([scale[a:b] for a, b in ranges] or [scale[:0]])))
+            equal.append(same(table.part.scale[:rows], held_rows(table, scale)))
         elif table.format.scaling == "table":
             equal.append(float(table.part.scale) == float(torch.tensor(scale)))
         per_row = table.format.row_bytes(WIDTH) + table.format.scale_bytes(WIDTH)
@@ -291,19 +294,19 @@ def construct(change=None):
 def construct_filled(fails):
     """A table whose rows are written by a function that raises on some rank."""
 
-    def fill(part, ranges):
-        HELD["part"] = part
+    def fill(shard, ranges):
+        HELD["shard"] = shard
         if fails:
             raise KeyError("no rows here")
 
     try:
         ShardedTable(config_of(), 4, placement="cpu", fill=fill)
     finally:
-        assert HELD.pop("part").closed
+        assert HELD.pop("shard").closed
 
 
-def keep(kind="wide", format="float32"):
-    HELD["table"] = sharded(config_of(kind, format))
+def keep():
+    HELD["table"] = sharded(config_of())
 
 
 def use(step, what="work"):
@@ -323,7 +326,7 @@ def use(step, what="work"):
 
 
 def nodes(name, optimizer, path, copies=False):
-    """Two nodes of two ranks, each with one part, or one copy, in shared memory: what is shared, and training."""
+    """Two nodes of two ranks, each with one shard, or one copy, in shared memory: what is shared, and training."""
     label = "ab"[dist.get_rank() // 2]
     inside, across = ShardedTable.node_groups(node=label)
     config = config_of("wide", "float32")
@@ -353,7 +356,7 @@ def nodes(name, optimizer, path, copies=False):
 
 
 def ill_matched(kind):
-    """Replicas that hold other parts, one of which fails, or tables of different nodes' configs."""
+    """Replicas that hold other shards, one of which fails, or tables of different nodes' configs."""
     if kind == "parts":
         return sharded(config_of("wide"), replicas=dist.group.WORLD)
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "table"))

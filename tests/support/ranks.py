@@ -1,8 +1,7 @@
-"""Worlds of real processes under torch.distributed with Gloo, that run functions of tests/support/rank_cases.py
-together.
+"""Worlds of real processes under torch.distributed with Gloo, which run functions of tests/support/rank_cases.py.
 
 Ranks are forked from one server process that has imported torch and the package once, and has never computed anything:
-a world of eight is there in less than a second.
+a world of eight starts in less than a second.
 """
 
 import multiprocessing
@@ -13,15 +12,13 @@ from datetime import timedelta
 
 from .patience import HANG
 
-CASES = "tests.support.rank_cases"
-
 
 class World:
     """``size`` processes, each with a connection to this one; a rank's case that fails leaves its text."""
 
     def __init__(self, size, folder, timeout=HANG):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([CASES])
+        context.set_forkserver_preload(["tests.support.rank_cases"])
         self.size, self.processes, self.connections = size, [], []
         store = str(folder / f"store-{size}-{time.monotonic_ns()}")
         for rank in range(size):
@@ -32,15 +29,15 @@ class World:
             self.processes.append(process)
             self.connections.append(here)
 
-    def start(self, case, *args, ranks=None, **kwargs):
-        """Send ``case`` to all ranks, or some; of arguments in :class:`Each` a rank gets its own."""
-        for rank in range(self.size) if ranks is None else ranks:
+    def start(self, case, *args, **kwargs):
+        """Send ``case`` to all ranks; of arguments in :class:`Each` a rank gets its own."""
+        for rank, connection in enumerate(self.connections):
             own = [value.of(rank) if isinstance(value, Each) else value for value in args]
-            self.connections[rank].send((case, own, kwargs))
+            connection.send((case, own, kwargs))
 
-    def answers(self, ranks=None, timeout=HANG):
-        """[(whether it worked, result or error's text)] of the ranks."""
-        ends, found = time.monotonic() + timeout, []
+    def answers(self, ranks=None):
+        """[(whether it worked, result or error's text)] of all ranks, or of some."""
+        ends, found = time.monotonic() + HANG, []
         for rank in range(self.size) if ranks is None else ranks:
             assert self.connections[rank].poll(max(0.0, ends - time.monotonic())), f"no answer from rank {rank}"
             try:

@@ -253,6 +253,13 @@ def test_states_that_do_not_fit_change_nothing(tmp_path, change, message, monkey
     assert same(states(made), before[0]) and made.facts() == before[1] and made.param_groups[0] == before[2]
 
 
+def test_states_of_another_kind_of_optimizer():
+    """Whose values need not be tensors."""
+    content = {"state": {0: {"step": 3, "momentum_buffer": None}}, "param_groups": [{"lr": 0.1}]}
+    with pytest.raises(ValueError, match="^RowAdam.load_state_dict: expected what RowAdam saved, with .*, got None"):
+        optimizer().load_state_dict(content)
+
+
 def test_tensors_that_do_not_fit():
     made = optimizer()
     content = made.state_dict()

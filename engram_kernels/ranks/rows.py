@@ -1,0 +1,111 @@
+"""What one rank knows of a table over ranks: its groups, which rows are whose, and its own shard."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.row_format import RowFormat, row_format
+from engram_kernels.tables.engram import EngramTable
+
+from .exchange import Groups
+from .sharding import ShardMap, shard_rows
+
+Fill = Callable[[EngramTable, Sequence[tuple[int, int]]], object]
+_WHERE = "ShardedTable"
+
+
+class ShardedRows:
+    """The rows of a :class:`ShardedTable`, made from its arguments.
+
+    ranks, replicas: the groups, as this rank sees them. sharding: which rows are whose. part: this rank's shard. rows,
+    width and format are those of the whole table.
+    """
+
+    def __init__(
+        self,
+        config: EngramConfig,
+        layer: int,
+        group: "dist.ProcessGroup | None" = None,
+        *,
+        placement: str,
+        split: str = "columns",
+        format: str | None = None,
+        scale: float = 1.0,
+        fill: Fill | None = None,
+        capacity: int | None = None,
+        node: "dist.ProcessGroup | None" = None,
+        replicas: "dist.ProcessGroup | None" = None,
+        **options,
+    ):
+        groups = Groups(group, node, replicas, _WHERE)
+        self.ranks, self.replicas = groups.ranks, groups.replicas
+
+        def check() -> int:
+            index = layer_index(config, layer)
+            if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
+                raise ValueError(f"{_WHERE}: capacity must be a positive int or None, got {capacity!r}")
+            return index
+
+        index = groups.attempt(_WHERE, "checking its arguments", check)
+        facts = {f"config's {name}": value for name, value in dataclasses.asdict(config).items()}
+        facts |= {"layer": layer, "format": format or config.format, "capacity": capacity, "split": split}
+        facts |= {"table's scale": scale, "shared by a node": node is not None}
+        groups.attempt(_WHERE, "comparing arguments", lambda: self.ranks.check_equal(facts, _WHERE))
+        if self.replicas is not None:
+            facts |= {"number of ranks": self.ranks.size, "part": self.ranks.rank}
+            self.replicas.check_equal(facts, _WHERE)
+            sources = self.replicas.gather(self.ranks.members, _WHERE, "the exchange of groups")
+            #: Rank of the world behind each (replica, rank of its group).
+            self.source_ranks = [rank for members in sources for rank in members]
+        self.config, self.layer, self.capacity = config, layer, capacity
+        self.format: RowFormat = row_format(format or config.format, _WHERE)
+        self.placement, self.rows, self.width = placement, config.rows_per_layer[index], config.row_width
+        self.sharding = shard_rows(config.primes[index], self.rows, self.ranks.size, split)
+        self._maps: dict[torch.device, ShardMap] = {}
+        self.part = self._make_shard(groups, scale, fill, options)
+
+    def map(self, device: torch.device) -> ShardMap:
+        """The sharding as tensors on ``device``."""
+        if device not in self._maps:
+            self._maps[device] = ShardMap(self.sharding, device)
+        return self._maps[device]
+
+    def _make_shard(self, groups: Groups, scale: float, fill: Fill | None, options: dict) -> EngramTable:
+        # A rank without rows keeps one that nobody asks for, so that every rank has a table.
+        shape = (max(1, self.sharding.part_rows[self.ranks.rank]), self.width, self.format.name)
+        made: list[EngramTable] = []
+
+        def make() -> None:
+            made.append(EngramTable.empty(*shape, placement=self.placement, scale=scale, **options))
+            if fill is not None:
+                fill(made[0], self.sharding.ranges(self.ranks.rank))
+            if self.placement == "shared":
+                made[0].publish()
+
+        def share() -> None:
+            if self.placement != "shared":
+                raise ValueError(f"{_WHERE}: node is for placement 'shared', got {self.placement!r}")
+            groups.node.attempt(_WHERE, "making the node's part", make if groups.node.rank == 0 else lambda: None)
+            if not made:
+                kept = dict(scale=scale if self.format.scaling == "table" else None, scales=options.get("scales"))
+                made.append(EngramTable.attach(options.get("name"), *shape, **kept, timeout=60.0))
+
+        try:
+            groups.attempt(_WHERE, "making its part", make if groups.node is None else share)
+        except BaseException:
+            for shard in made:
+                shard.close()
+            raise
+        return made[0]
+
+
+def layer_index(config: EngramConfig, layer: int) -> int:
+    """The number of ``layer`` among the config's; TypeError or ValueError where there is none."""
+    if not isinstance(config, EngramConfig):
+        raise TypeError(f"{_WHERE}: config must be an EngramConfig, got {type(config).__name__}")
+    if layer not in config.layers:
+        raise ValueError(f"{_WHERE}: layer must be one of the config's, {config.layers}, got {layer}")
+    return config.layers.index(layer)
