@@ -50,30 +50,30 @@ a row that overflows: not scaled first @ ops/gate_kernels/branch -k overflow
 """
 
 GATE_RESIDUAL = """\
-branch fixed to 0: query norm @ ops/gate
+branch fixed to 0: query norm @ ops/gate_kernels/residual
 - query_norm_row = query_norm_ptr + branch * HIDDEN_SIZE
 + query_norm_row = query_norm_ptr
 mask dropped: end of D @ ops/gate_kernels/branch -k test_kernel and 7-4-80
 - tl.store(row_ptr + offs_d, part, mask=offs_d < HIDDEN_SIZE)
 + tl.store(row_ptr + offs_d, part)
-mask dropped: masked tokens @ ops/gate -k test_kernel_mask
+mask dropped: masked tokens @ ops/gate_kernels/residual -k test_kernel_mask
 - live = tl.load(mask_ptr + token) != 0
 + live = tl.load(mask_ptr + token) >= 0
-mask dropped: bits of masked tokens @ ops/gate -k test_kernel_mask
+mask dropped: bits of masked tokens @ ops/gate_kernels/residual -k test_kernel_mask
 - unchanged = row_part(hidden_row, begin, HIDDEN_SIZE, BLOCK_D)
 + unchanged = widen(row_part(hidden_row, begin, HIDDEN_SIZE, BLOCK_D)) + 0.0
-stride swapped @ ops/gate -k views_of_kv
+stride swapped @ ops/gate_kernels/residual -k views_of_kv
 - token_rows(key_ptr, token, branch, stride_key_t, stride_key_h, ALIGNED)
 + token_rows(key_ptr, token, branch, stride_key_h, stride_key_t, ALIGNED)
-last tile skipped: output, rows in registers @ ops/gate
+last tile skipped: output, rows in registers @ ops/gate_kernels/residual
 - for part in tl.static_range((HIDDEN_SIZE + BLOCK_D - 1) // BLOCK_D):
 + for part in tl.static_range(HIDDEN_SIZE // BLOCK_D):
-last tile skipped: output @ ops/gate -k too_wide
+last tile skipped: output @ ops/gate_kernels/residual -k too_wide
 - for begin in range(0, HIDDEN_SIZE, BLOCK_D):
 -                     hidden = row_part
 + for begin in range(0, HIDDEN_SIZE - BLOCK_D, BLOCK_D):
 +                     hidden = row_part
-a program's second token skipped @ ops/gate
+a program's second token skipped @ ops/gate_kernels/residual
 - num_tokens, tl.num_programs(0) // NUM_BRANCHES):
 + num_tokens, num_tokens):
 """

@@ -59,37 +59,37 @@ branch fixed to 0: layer of the multipliers @ ops/hash_kernels/mix
 """
 
 NGRAM_HASH = """\
-mask dropped: padding and invalid ids @ ops/hashing
+mask dropped: padding and invalid ids @ ops/hash_kernels/row_ids
 - tl.where(bad, -1, row)
 + row
-mask dropped: ids that a shorter n-gram reads too @ ops/hashing
+mask dropped: ids that a shorter n-gram reads too @ ops/hash_kernels/row_ids
 - bad = bad | invalid
 + bad = invalid
-mask dropped: columns of an order @ ops/hashing -k selected_columns
+mask dropped: columns of an order @ ops/hash_kernels/row_ids -k selected_columns
 - mask_token & (head < HEADS[entry // BLOCK_L])
 + mask_token
-window off by one: columns of an order @ ops/hashing
+window off by one: columns of an order @ ops/hash_kernels/row_ids
 - column += HEADS[shift - 1]
 + column += HEADS[shift - 1] - 1
-branch fixed to 0: layer of the primes @ ops/hashing -k golden_v41
+branch fixed to 0: layer of the primes @ ops/hash_kernels/row_ids -k golden_v41
 - offs_param = layer * NUM_COLUMNS + column
 + offs_param = column
-branch fixed to 0: layer of the multipliers @ ops/hashing
+branch fixed to 0: layer of the multipliers @ ops/hash_kernels/row_ids
 - multipliers_ptr + layer * MAX_NGRAM + shift
 + multipliers_ptr + shift
-branch fixed to 0: layers of a program @ ops/hashing -k layers_come
+branch fixed to 0: layers of a program @ ops/hash_kernels/row_ids -k layers_come
 - first_layer = tl.program_id(1) * BLOCK_L
 + first_layer = tl.program_id(1) * 0
-last tile skipped: rows that are stored last @ ops/hashing -k test_kernel_lengths
+last tile skipped: rows that are stored last @ ops/hash_kernels/row_ids -k test_kernel_lengths
 - 0 if STORES_LAST else
 + 1 if STORES_LAST else
-stride swapped @ ops/hashing
+stride swapped @ ops/hash_kernels/row_ids
 - (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
 + (layer.to(tl.int64) * num_tokens + token) * NUM_COLUMNS + column
-32-bit product @ ops/hashing -k int64_rows
+32-bit product @ ops/hash_kernels/row_ids -k int64_rows
 - row.to(out_ptr.dtype.element_ty), mask
 + row.to(tl.int32).to(out_ptr.dtype.element_ty), mask
-last tile skipped @ ops/hashing
+last tile skipped @ ops/hash_kernels/row_ids
 - mask_token = token < num_tokens
 + mask_token = token < num_tokens // BLOCK_T * BLOCK_T
 """

@@ -3,37 +3,37 @@
 from .change import mutants
 
 KEYS = """\
-branch fixed to 0: layer of the keys @ ops/hashing
+branch fixed to 0: layer of the keys @ ops/hash_kernels/row_ids
 - row += layer.to(tl.int64) * key_stride
 + row += (layer * 0).to(tl.int64) * key_stride
-stride swapped: keys @ ops/hashing -k hash_lookup
+stride swapped: keys @ ops/hash_kernels/row_ids -k hash_lookup
 - (layer.to(tl.int64) * num_tokens + token) * NUM_COLUMNS + column
 + (token.to(tl.int64) * NUM_LAYERS + layer) * NUM_COLUMNS + column
 """
 
 LOOKUP_ORDER = """\
-mask dropped: rows asked for before @ ops/rows -k distinct_row
+mask dropped: rows asked for before @ ops/row_kernels/by_id -k distinct_row
 - mask_row = mask_row & ((entry == 0) | (key != before))
 + mask_row = mask_row
-mask dropped: key 0 first @ ops/rows -k strided_ids
+mask dropped: key 0 first @ ops/row_kernels/by_id -k strided_ids
 - ((entry == 0) | (key != before))
 + (key != before)
-32-bit product: keys @ ops/rows -k keys_beyond
+32-bit product: keys @ ops/row_kernels/by_id -k keys_beyond
 - row = key.to(tl.int64) - first_key
 + row = key.to(tl.int32).to(tl.int64) - first_key
-branch fixed to 0: layer of the keys @ ops/rows -k hash_lookup
+branch fixed to 0: layer of the keys @ ops/row_kernels/by_id -k hash_lookup
 - row = key.to(tl.int64) - first_key
 + row = key.to(tl.int64) - first_key * 0
-branch fixed to 0: layer of the entries @ ops/rows -k hash_lookup
+branch fixed to 0: layer of the entries @ ops/row_kernels/by_id -k hash_lookup
 - entry = first_entry + step * BLOCK_ROWS + local
 + entry = step * BLOCK_ROWS + local
-stride swapped: places @ ops/rows
+stride swapped: places @ ops/row_kernels/by_id
 - out_row = tl.load(places_ptr + entry, mask=mask_row, other=0)
 + out_row = entry.to(tl.int64)
-stride swapped: head order @ ops/rows -k strided_ids
+stride swapped: head order @ ops/row_kernels/by_id -k strided_ids
 - out_row = local.to(tl.int64) * num_columns
 + out_row = local.to(tl.int64)
-last tile skipped: head order @ ops/rows
+last tile skipped: head order @ ops/row_kernels/by_id
 - num_steps = num_columns * column_steps
 + num_steps = num_columns * (num_tokens // BLOCK_ROWS)
 """

@@ -35,10 +35,10 @@ NaN dropped: row @ ops/row_kernels/copy
 NaN dropped: scale @ ops/row_kernels/copy
 - return tl.fma(scale, 0.0, scale)
 + return scale
-stride swapped @ ops/rows -k strided_ids
+stride swapped @ ops/row_kernels/by_id -k strided_ids
 - offs_t * stride_ids_t + offs_c * stride_ids_c
 + offs_t * stride_ids_c + offs_c * stride_ids_t
-last tile skipped @ ops/rows
+last tile skipped @ ops/row_kernels/by_id
 - num_steps = (num_rows - 1) // BLOCK_ROWS + 1
 + num_steps = num_rows // BLOCK_ROWS
 scale byte off by one: first chunk for all @ ops/row_kernels/copy
