@@ -178,7 +178,8 @@ def test_a_failed_save_leaves_what_was_there_and_nothing_else(tmp_path, before, 
 CHILD = r"""
 import os, sys, threading
 import torch
-from engram_kernels import EngramTable, table_saving
+from engram_kernels import EngramTable
+from engram_kernels.tables import saving as table_saving
 table_saving.CHUNK = 2000
 table = EngramTable.from_tensors(torch.full((1000, 64), 2.0), placement="cpu")
 def save(name, options):
