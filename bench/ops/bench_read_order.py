@@ -13,7 +13,8 @@ from bench.cases import Case, Prepared, Workbench, poison, spread_tokens, tensor
 from engram_kernels import hash_lookup, reference
 from engram_kernels.ops.hash_rows import launch_hash_lookup
 from engram_kernels.ops.row_kernels.order import ORDERS
-from engram_kernels.tables.engram import EngramTable, view_tables
+from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.view import view_tables
 
 TOKENS, ALL_TOKENS = (2048, 8192), (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 PROGRAMS = (8, 16, 32, 64, 132)

@@ -28,9 +28,10 @@ from engram_kernels.ops.row_kernels.output import (
     out_parts,
     split_view,
 )
-from engram_kernels.tables.engram import EngramTable, TableView, view_tables
+from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.staging import check_stageable, stage
+from engram_kernels.tables.view import TableView, view_tables
 
 from .hashing import ngram_hash
 from .rows import launch_lookup

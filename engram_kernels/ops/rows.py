@@ -32,9 +32,10 @@ from engram_kernels.ops.row_kernels.output import (
     out_parts,
     split_view,
 )
-from engram_kernels.tables.engram import EngramTable, TableView, view_tables
+from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.staging import stage
+from engram_kernels.tables.view import TableView, view_tables
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 # No tile goes through shared memory: ids and scales do, which takes 512 bytes, where a tile would take 8 KiB.

@@ -6,7 +6,7 @@ from engram_kernels.checkpoints.files import Checkpoint, Paths
 from engram_kernels.checkpoints.parallel import check_threads
 from engram_kernels.checkpoints.validate import StoredTable, select_table
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.tables.loading import check_room, fill_table
+from engram_kernels.tables.files import check_room, fill_table
 
 from .exchange import Ranks, attempt_everywhere
 from .sharding import SPLITS, shard_rows

@@ -1,8 +1,9 @@
 """One checkpoint of a table that ranks hold parts of.
 
-Rank 0 lays the files out under names of their own (tables/saving.py); every rank writes its rows into them and brings
-them to the disk; when all have said so, rank 0 puts them in place by rename. Where a rank fails, dies or hangs before
-that, rank 0 finds out in the same exchange and removes them. The files do not depend on the number of ranks.
+Rank 0 lays the files out under names of their own (checkpoints/table_writer.py); every rank writes its rows into them
+and brings them to the disk; when all have said so, rank 0 puts them in place by rename. Where a rank fails, dies or
+hangs before that, rank 0 finds out in the same exchange and removes them. The files do not depend on the number of
+ranks.
 """
 
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, run_chunks, spans
-from engram_kernels.tables.saving import RowsFiles, TableWriter
+from engram_kernels.checkpoints.table_writer import RowsFiles, TableWriter
 
 if TYPE_CHECKING:
     from .sharded import ShardedTable

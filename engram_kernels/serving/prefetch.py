@@ -21,7 +21,8 @@ from engram_kernels.ops.row_kernels.hashed import hash_rows_config
 from engram_kernels.ops.row_kernels.order import check_order, choose_order
 from engram_kernels.ops.row_kernels.output import check_row_out
 from engram_kernels.ops.rows import processors
-from engram_kernels.tables.engram import EngramTable, view_tables
+from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.view import view_tables
 
 if TYPE_CHECKING:
     from engram_kernels.cache.ngram import NgramCache

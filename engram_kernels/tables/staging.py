@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from engram_kernels.tables.memory.host import degrade
-
-from .engram import EngramTable, TableView
+from .memory.host import degrade
+from .placed import PlacedRows
+from .view import TableView
 
 _SLOTS, _SLOT_BYTES = 4, 4 << 20  # 15,000 V4.1 rows a slot: the copy of one takes 80 us at 52 GB/s, its start 10
 _ALIGNED = 256  # bytes that parts of a block start at a multiple of
@@ -157,7 +157,7 @@ class StagingRing:
 
 
 def stage(
-    table: EngramTable, row_ids: torch.Tensor, where: str, host_ids: torch.Tensor | None = None
+    table: PlacedRows, row_ids: torch.Tensor, where: str, host_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, TableView]:
     """Local ids of the shape of ``row_ids``, and the view of the block that has their rows; launch with both at once.
 
@@ -174,7 +174,7 @@ def stage(
     if ring is None:
         ring = table.rings.setdefault(row_ids.device, StagingRing(StreamRuntime(row_ids.device)))
     rows_per_task = _FILE_ROWS_PER_TASK if table.files else _ROWS_PER_TASK
-    descriptor, local = ring.fetch(sources, ids, table.rows, int(table.descriptor.split()[3]), rows_per_task)
+    descriptor, local = ring.fetch(sources, ids, table.rows, table.descriptor.scale_bits, rows_per_task)
     return local.view(row_ids.shape), TableView(descriptor, table.format.name, table.width, "device")
 
 

@@ -18,6 +18,7 @@ import torch
 
 from engram_kernels.checkpoints.files import SUFFIX, Checkpoint, CheckpointError
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, check_threads, run_chunks, spans
+from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.writing import (
     NewTensor,
     check_room,
@@ -29,7 +30,6 @@ from engram_kernels.checkpoints.writing import (
     sync_folder,
     write_all,
 )
-from engram_kernels.tables.loading import fill_tensors, flat_bytes
 
 if TYPE_CHECKING:
     from .optimizers import RowOptimizer

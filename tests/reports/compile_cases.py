@@ -21,8 +21,8 @@ from engram_kernels.ops.hash_rows import launch_hash_lookup
 from engram_kernels.ops.hashing import launch_ngram_hash
 from engram_kernels.ops.rows import launch_lookup
 from engram_kernels.serving.history import launch_commit_history, launch_gather_history
-from engram_kernels.tables.engram import view_tables
 from engram_kernels.tables.gradient import RowGradient, launch_row_gradient
+from engram_kernels.tables.view import view_tables
 from engram_kernels.training.update import launch_row_update
 
 TOKENS = 2048

@@ -17,7 +17,7 @@ from engram_kernels.launching.device import cdiv, on_device_of
 from engram_kernels.ops.hash_kernels.mix import ngram_rows
 from engram_kernels.ops.hashing import hash_arguments, prepare_ngram_hash
 from engram_kernels.ops.rows import launch_sorted
-from engram_kernels.tables.engram import TableView
+from engram_kernels.tables.view import TableView
 
 from .copy import RowsConfig, copy_rows, row_constants, rows_config
 from .order import key_range

@@ -12,15 +12,18 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engram_kernels.checkpoints.files import INDEX_SUFFIX, SUFFIX, Checkpoint, CheckpointError
-from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
-from engram_kernels.checkpoints.validate import as_prefix, find_tables
-from engram_kernels.checkpoints.writing import (
+from engram_kernels.geometry.row_format import RowFormat
+
+from .files import INDEX_SUFFIX, SUFFIX, Checkpoint, CheckpointError
+from .names import as_prefix, find_tables
+from .parallel import spans
+from .validate import DENSE
+from .writing import (
     NewTensor,
     check_room,
     checked_metadata,
@@ -31,60 +34,28 @@ from engram_kernels.checkpoints.writing import (
     sync_folder,
     write_all,
 )
-from engram_kernels.geometry.row_format import RowFormat
 
-from .engram import EngramTable
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-
-
-def save_table(
-    table: EngramTable,
-    path: str | os.PathLike,
-    *,
-    prefix: str = "",
-    shard_bytes: int | None = None,
-    metadata: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """:meth:`EngramTable.save_safetensors`."""
-    weight, scale, fmt = table.weight, table.scale, table.format
-    table.wait_for_steps()
-    shape = dict(format=fmt, rows=table.rows, width=table.width)
-    options = dict(prefix=prefix, scale=float(scale) if fmt.scaling == "table" else None, metadata=metadata)
-    with TableWriter(path, "EngramTable.save_safetensors", **shape, shard_bytes=shard_bytes, **options) as writer:
-
-        def write(chunk: tuple[int, int]) -> int:
-            begin, end = chunk
-            scales = scale[begin:end] if fmt.scaling == "group" else None
-            return writer.write(begin, weight[begin:end], scales)
-
-        rows = max(1, CHUNK // writer.row_bytes)
-        chunks = list(spans(table.rows, rows))
-        run_chunks(chunks, write, threads=THREADS, progress=progress, total=table.rows * writer.row_bytes)
-        return writer.commit()
+_DTYPES = {name: dtype for dtype, name in DENSE.items()}
 
 
 @dataclass
 class _Shard:
-    """One file under way: rows ``[begin, end)`` of the table."""
+    """One file being written: rows ``[begin, end)`` of the table."""
 
     final: Path
     partial: Path
     begin: int
     end: int
     header: bytes
-    offsets: dict[str, int]  #: of the tensors, in the file
-    fd: int = field(default=-1)
-
-    @property
-    def nbytes(self) -> int:
-        return self.offsets["end"]
+    offsets: dict[str, int]  #: where in the file its "weight", "scale" and "table" (the table's own scale) begin
+    names: list[str]  #: of these tensors
+    nbytes: int
+    fd: int = -1
 
 
 @dataclass
 class RowsFiles:
-    """Files under way and where rows go in them, which another process can open as well."""
+    """Files being written and where rows go in them, which another process can open as well."""
 
     shards: list[_Shard]
     sizes: tuple[int, int]  #: bytes of a row, of its scales
@@ -109,8 +80,8 @@ class RowsFiles:
                 continue
             for key, tensor, size in zip(("weight", "scale"), (weight, scales), self.sizes, strict=True):
                 if size:
-                    part = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
-                    write_all(shard.fd, part.numpy(), shard.offsets[key] + (first - shard.begin) * size)
+                    rows = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
+                    write_all(shard.fd, rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
         return len(weight) * sum(self.sizes)
 
     def sync(self) -> None:
@@ -214,40 +185,36 @@ class TableWriter:
 
     def _layout(self, rows: int, shard_bytes: int | None) -> list[_Shard]:
         count = 1 if shard_bytes is None else min(rows, -(-rows * self.row_bytes // shard_bytes))
-        step = -(-rows // count)
-        pieces = list(spans(rows, step))
+        pieces = list(spans(rows, -(-rows // count)))
         folder, stem, token = self._path.parent, self._path.name.removesuffix(SUFFIX), secrets.token_hex(4)
+        if len(pieces) == 1:
+            finals, prefixes = [self._path], [self._prefix]
+        else:
+            numbers = range(len(pieces))
+            finals = [folder / f"{stem}-{token}-{k + 1:05d}-of-{len(pieces):05d}{SUFFIX}" for k in numbers]
+            prefixes = [f"{self._prefix}shard_{k}." for k in numbers]
         shards = []
-        for number, (begin, end) in enumerate(pieces):
-            partial = folder / f".{stem}-{token}-{number + 1:05d}.partial"
-            final = folder / f"{stem}-{token}-{number + 1:05d}-of-{len(pieces):05d}{SUFFIX}"
-            final = final if len(pieces) > 1 else self._path
-            header, offsets = self._header(number if len(pieces) > 1 else None, end - begin, number == 0)
-            shards.append(_Shard(final, partial, begin, end, header, offsets))
+        for k, (begin, end) in enumerate(pieces):
+            tensors = self._tensors(prefixes[k], end - begin)
+            if self._format.scaling == "table" and k == 0:
+                tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
+            header, starts = header_of(list(tensors.values()), self._metadata)
+            offsets, names = dict(zip(tensors, starts, strict=False)), [tensor.name for tensor in tensors.values()]
+            partial = folder / f".{stem}-{token}-{k + 1:05d}.partial"
+            shards.append(_Shard(finals[k], partial, begin, end, header, offsets, names, starts[-1]))
         return shards
 
-    def _header(self, number: int | None, rows: int, first: bool) -> tuple[bytes, dict[str, int]]:
-        """A file's first bytes, and where its tensors begin."""
+    def _tensors(self, prefix: str, rows: int) -> dict[str, NewTensor]:
+        """The tensors of ``rows`` rows in one file."""
+        row_bytes, scale_bytes = self._sizes
         dtype = _DTYPES.get(self._format.name, "F8_E4M3")
-        stem = self._prefix if number is None else f"{self._prefix}shard_{number}."
-        tensors = {"weight": NewTensor(f"{stem}weight", dtype, (rows, self._width), rows * self._sizes[0])}
-        if self._sizes[1]:
-            shape = (rows, self._sizes[1])
-            tensors["scale"] = NewTensor(f"{stem}scale", "F8_E8M0", shape, rows * self._sizes[1])
-        if self._format.scaling == "table" and first:
-            tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
-        header, places = header_of(list(tensors.values()), self._metadata)
-        return header, dict(zip((*tensors, "end"), places, strict=True))
+        tensors = {"weight": NewTensor(f"{prefix}weight", dtype, (rows, self._width), rows * row_bytes)}
+        if scale_bytes:
+            tensors["scale"] = NewTensor(f"{prefix}scale", "F8_E8M0", (rows, scale_bytes), rows * scale_bytes)
+        return tensors
 
     def _write_index(self) -> None:
-        names = {}
-        for number, shard in enumerate(self._shards):
-            stem = f"{self._prefix}shard_{number}."
-            for key, name in (("weight", f"{stem}weight"), ("scale", f"{stem}scale")):
-                if key in shard.offsets:
-                    names[name] = shard.final.name
-            if "table" in shard.offsets:
-                names[f"{self._prefix}weight_scale"] = shard.final.name
+        names = {name: shard.final.name for shard in self._shards for name in shard.names}
         total = sum(shard.nbytes - len(shard.header) for shard in self._shards)
         content = {"metadata": {"total_size": total, **self._metadata}, "weight_map": names}
         partial = self._shards[0].partial.with_suffix(".index.partial")
