@@ -8,7 +8,8 @@ import torch
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
 from engram_kernels.launching.prepared import Prepared
 
-from .memory.allocation import Mapping, page_bytes, report
+from .memory.allocation import page_bytes, report
+from .memory.host import Mapping
 from .memory.mapped_files import MappedFile
 from .memory.report import MemoryReport, size
 from .placement import REGISTERED

@@ -6,15 +6,13 @@ import torch
 
 from engram_kernels.geometry.row_format import SCALE_GROUP, RowFormat
 
-from .host import HostMapping, RuntimeDriver
+from .host import HostMapping, Mapping, RuntimeDriver
 from .pages import HUGE_PAGE, Progress
 from .report import MemoryReport, locked_limit
 from .shared import SharedMapping
 from .shared_file import Geometry
 
 _PAGE = 4096  # the smallest; scales start at one of their own behind the rows
-
-Mapping = HostMapping | SharedMapping
 
 
 class TableMemory(NamedTuple):

@@ -10,29 +10,23 @@ import time
 import weakref
 from pathlib import Path
 
-import torch
-
 from . import shared_file
-from .host import Registration, RuntimeDriver, ensure_huge, prefer_node
+from .host import Mapping, RuntimeDriver, ensure_huge
 from .pages import HUGEPAGE, Pages, Progress
 from .shared_file import DATA_OFFSET, Geometry
 
 
-class SharedMapping:
-    """``nbytes`` bytes that several processes map; ``bytes`` is a uint8 tensor over them. Made by create or attach."""
+class SharedMapping(Mapping):
+    """``nbytes`` bytes that several processes map. Made by create or attach."""
 
     def __init__(self, fd: int, path: Path, nbytes: int, geometry: Geometry, driver: RuntimeDriver | None):
-        self.nbytes, self.path, self.geometry, self.driver = nbytes, path, geometry, driver
-        self.notes: list[str] = []
-        self.node: int | None = None
-        self.registration: Registration | None = None
-        self._fd = fd
+        self.path, self.geometry, self._fd = path, geometry, fd
         # Runs at exit too, so that no file stays behind.
         self._release = weakref.finalize(self, shared_file.release, fd, path)
         # Locks live as long as their open file, which a mapping holds on to: it gets one of its own.
         mapped = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
         try:
-            self.pages = Pages(nbytes, mapped, DATA_OFFSET)
+            super().__init__(Pages(nbytes, mapped, DATA_OFFSET), driver)
         except BaseException:
             self._release()
             raise
@@ -48,8 +42,7 @@ class SharedMapping:
         shared_file.check_name(name, "EngramTable.empty")
         mapping = cls(*shared_file.create(name, nbytes, geometry), nbytes, geometry, driver)
         try:
-            if driver is not None:
-                mapping.node = prefer_node(mapping.pages, driver, mapping.notes)
+            mapping.prefer_node()
             # Through the mapping pages come huge where tmpfs grants that; the reservation then finds what is missing.
             mapping.pages.fault_in(progress)
             shared_file.reserve(mapping._fd, mapping.path.parent, DATA_OFFSET + nbytes)
@@ -82,27 +75,18 @@ class SharedMapping:
         try:
             if driver is not None:
                 mapping.pages.fault_in()  # maps what is there, by threads; the driver would go page by page
-            mapping._register()
+            mapping.register()
         except BaseException:
             mapping.close()
             raise
         return mapping
-
-    @property
-    def bytes(self) -> torch.Tensor | None:
-        return self.pages.bytes
-
-    @property
-    def registered(self) -> bool:
-        """Whether a GPU can read it."""
-        return self.registration is not None and self.registration.alive
 
     def publish(self, progress: Progress | None = None) -> None:
         """Say that the content is complete: collapse to huge pages, register, and let readers in. Once."""
         if shared_file.is_complete(self._fd):
             raise ValueError("EngramTable.publish: the table is published already")
         ensure_huge(self.pages, self.notes, progress)
-        self._register()
+        self.register()
         shared_file.complete(self._fd)
 
     def check(self, where: str) -> None:
@@ -113,11 +97,5 @@ class SharedMapping:
 
     def close(self) -> None:
         """Unregister and let go of the file; the last process to do so removes it."""
-        if self.registration is not None:
-            self.registration.close()
-        self.pages.release()
+        super().close()
         self._release()
-
-    def _register(self) -> None:
-        if self.driver is not None and not self.registered:
-            self.registration = Registration(self.pages.address, self.nbytes, self.driver)
