@@ -10,7 +10,7 @@ from .host import HostMapping, Mapping, RuntimeDriver
 from .pages import HUGE_PAGE, Progress
 from .report import MemoryReport, locked_limit
 from .shared import SharedMapping
-from .shared_file import Geometry
+from .shared_protocol import Geometry
 
 _PAGE = 4096  # the smallest; scales start at one of their own behind the rows
 
