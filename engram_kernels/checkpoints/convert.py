@@ -1,4 +1,4 @@
-"""A checkpoint's table into another format or other files, streamed: no more than a few chunks are in memory.
+"""Conversion of a checkpoint's table to another format or other files, with no more than a few chunks in memory.
 
 Between equal formats bytes are copied, and nothing is rounded. Otherwise rows are decoded to float32 and encoded as
 checkpoints/encoding.py says. The result appears as a whole or not at all.

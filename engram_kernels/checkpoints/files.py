@@ -97,8 +97,8 @@ class Checkpoint:
     def check(self, path: Path) -> None:
         """Raise CheckpointError unless ``path`` is a whole safetensors file with the tensors that were said of it."""
         header = self._header(path)
-        for name, place in self._path_of.items():
-            if place == path and name not in header:
+        for name, holder in self._path_of.items():
+            if holder == path and name not in header:
                 self.tensor(name)
 
     def read_into(self, tensor: StoredTensor, start: int, view: memoryview) -> None:
@@ -142,10 +142,10 @@ class Checkpoint:
             found = {name: path.parent / file for name, file in _weight_map(path, self.where).items()}
         else:
             found = dict.fromkeys(self._header(path), path)
-        for name, place in found.items():
-            other = self._path_of.setdefault(name, place)
-            if other != place:
-                raise self.error(f"two files hold {name}: {other} and {place}")
+        for name, holder in found.items():
+            other = self._path_of.setdefault(name, holder)
+            if other != holder:
+                raise self.error(f"two files hold {name}: {other} and {holder}")
 
     def _header(self, path: Path) -> dict[str, StoredTensor]:
         if path not in self._files:

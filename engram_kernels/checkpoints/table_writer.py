@@ -1,18 +1,17 @@
 """Tables into safetensors files: whole or not at all, in one file or in several with an index.
 
-Files grow under a name of their own in the same folder (``.<name>.partial``), go to the disk (fsync), and take their
-place by rename. Of several files the index comes last: it is what makes them a checkpoint, and their names are new
-every time, so that what the old index tells of stays until the new one is there. What a killed process left is
-recognised by its lock, which went with it, and removed by the next save.
+Files are written under a temporary name in the same folder (``.<name>.partial``), brought to the disk (fsync), and
+renamed. Of several files the index comes last: it is what makes them a checkpoint, and their names are new every time,
+so that the files of the old index stay until the new one is there. What a killed process left has no lock any more, and
+is removed by the next save.
 """
 
-import dataclasses
 import json
 import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,6 +59,11 @@ class RowsFiles:
     shards: list[_Shard]
     sizes: tuple[int, int]  #: bytes of a row, of its scales
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row with its scales."""
+        return sum(self.sizes)
+
     def open(self) -> None:
         """Open the files, in a process that did not make them; all or none."""
         for shard in self.shards:
@@ -82,7 +86,7 @@ class RowsFiles:
                 if size:
                     rows = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
                     write_all(shard.fd, rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
-        return len(weight) * sum(self.sizes)
+        return len(weight) * self.row_bytes
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
@@ -97,8 +101,8 @@ class RowsFiles:
                 shard.fd = -1
 
 
-class TableWriter:
-    """A table's files, written in any order of rows and by any number of threads, then put in place by commit().
+class TableWriter(RowsFiles):
+    """A table's files, written in any order of rows and by any number of threads, then given their names by commit().
 
     As a context manager it removes what it wrote unless it was committed.
     """
@@ -116,9 +120,8 @@ class TableWriter:
         shard_bytes: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ):
+        super().__init__([], (format.row_bytes(width), format.scale_bytes(width)))
         self._format, self._prefix = format, as_prefix(prefix, where)
-        self._sizes = format.row_bytes(width), format.scale_bytes(width)
-        self.row_bytes = sum(self._sizes)
         self._width, self._committed = width, False
         self._path = file_path(path, where, f"model{SUFFIX}")
         self._index = _index_of(self._path)
@@ -127,10 +130,10 @@ class TableWriter:
             raise ValueError(f"{where}: shard_bytes must be a positive int or None, got {shard_bytes!r}")
         self._old = _replaceable(self._path, where)
         _sweep(self._path)
-        self._shards = self._layout(rows, shard_bytes)
-        check_room(self._path.parent, sum(shard.nbytes for shard in self._shards), where)
+        self.shards = self._layout(rows, shard_bytes)
+        check_room(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
         try:
-            for shard in self._shards:
+            for shard in self.shards:
                 shard.fd = locked_file(shard.partial)
                 os.ftruncate(shard.fd, shard.nbytes)
                 write_all(shard.fd, shard.header, 0)
@@ -142,40 +145,33 @@ class TableWriter:
             raise
 
     @property
-    def rows_files(self) -> "RowsFiles":
+    def rows_files(self) -> RowsFiles:
         """Where rows go, for this process or for others that see the same folder."""
-        return RowsFiles([dataclasses.replace(shard) for shard in self._shards], self._sizes)
-
-    def write(self, begin: int, weight: torch.Tensor, scales: torch.Tensor | None) -> int:
-        """Write rows from ``begin`` on, and their scales; returns the bytes written."""
-        return RowsFiles(self._shards, self._sizes).write(begin, weight, scales)
+        return RowsFiles([replace(shard) for shard in self.shards], self.sizes)
 
     def commit(self) -> Path:
-        """Put the files in place; returns the file, or the index of several."""
-        for shard in self._shards:
-            os.fsync(shard.fd)
-        for shard in self._shards:
+        """Give the files their names; returns the file, or the index of several."""
+        self.sync()
+        for shard in self.shards:
             os.rename(shard.partial, shard.final)
-        single = self._shards[0].final == self._path
+        single = self.shards[0].final == self._path
         if not single:
             sync_folder(self._path.parent)
             self._write_index()
         self._committed = True
         sync_folder(self._path.parent)
-        for path in self._old - {shard.final for shard in self._shards} - (set() if single else {self._index}):
+        for path in self._old - {shard.final for shard in self.shards} - (set() if single else {self._index}):
             path.unlink(missing_ok=True)
         return self._path if single else self._index
 
     def close(self) -> None:
         """Let go of the files; what was not committed is removed."""
-        for shard in self._shards:
-            if shard.fd >= 0:
-                if not self._committed:
-                    shard.partial.unlink(missing_ok=True)
-                    if shard.final != self._path:
-                        shard.final.unlink(missing_ok=True)
-                os.close(shard.fd)
-                shard.fd = -1
+        for shard in self.shards:
+            if shard.fd >= 0 and not self._committed:
+                shard.partial.unlink(missing_ok=True)
+                if shard.final != self._path:
+                    shard.final.unlink(missing_ok=True)
+        super().close()
 
     def __enter__(self) -> "TableWriter":
         return self
@@ -206,7 +202,7 @@ class TableWriter:
 
     def _tensors(self, prefix: str, rows: int) -> dict[str, NewTensor]:
         """The tensors of ``rows`` rows in one file."""
-        row_bytes, scale_bytes = self._sizes
+        row_bytes, scale_bytes = self.sizes
         dtype = _DTYPES.get(self._format.name, "F8_E4M3")
         tensors = {"weight": NewTensor(f"{prefix}weight", dtype, (rows, self._width), rows * row_bytes)}
         if scale_bytes:
@@ -214,10 +210,10 @@ class TableWriter:
         return tensors
 
     def _write_index(self) -> None:
-        names = {name: shard.final.name for shard in self._shards for name in shard.names}
-        total = sum(shard.nbytes - len(shard.header) for shard in self._shards)
+        names = {name: shard.final.name for shard in self.shards for name in shard.names}
+        total = sum(shard.nbytes - len(shard.header) for shard in self.shards)
         content = {"metadata": {"total_size": total, **self._metadata}, "weight_map": names}
-        partial = self._shards[0].partial.with_suffix(".index.partial")
+        partial = self.shards[0].partial.with_suffix(".index.partial")
         fd = locked_file(partial)
         try:
             write_all(fd, json.dumps(content, indent=2).encode(), 0)
@@ -253,7 +249,7 @@ def _replaceable(path: Path, where: str) -> set[Path]:
                 f"{where}: {file} holds {len(names)} tensors that are not one table's own, and is not replaced; "
                 "save to another folder or file"
             )
-        old |= {file, *(place for place in paths if _shard_name(path).fullmatch(place.name))}
+        old |= {file, *(shard for shard in paths if _shard_name(path).fullmatch(shard.name))}
     return old
 
 

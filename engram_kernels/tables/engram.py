@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -53,17 +53,8 @@ class EngramTable(TrainableRows):
         where = "EngramTable.empty"
         fmt = _checked_geometry(where, rows, width, format)
         device = check_placement(where, placement, fmt, device, name, scales)
-        memory = table_memory.allocate(
-            rows,
-            width,
-            fmt,
-            placement=placement,
-            scale=scale,
-            scales=scales,
-            device=device,
-            name=name,
-            progress=progress,
-        )
+        options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress)
+        memory = table_memory.allocate(rows, width, fmt, placement=placement, **options)
         return cls(*memory[:2], fmt, placement, memory.mapping, scales)
 
     @classmethod
@@ -100,27 +91,23 @@ class EngramTable(TrainableRows):
         fmt.check_width(weight.shape[1], where)
         device = check_placement(where, placement, fmt, device, name, scales)
         if placement in REGISTERED:
+
+            def copy(table: "EngramTable") -> None:
+                table.weight.view(torch.uint8).copy_(weight.view(torch.uint8))
+                if fmt.scaling == "group":
+                    table.scale.copy_(scale)
+
             value = float(scale) if fmt.scaling == "table" else 1.0
             options = dict(placement=placement, scale=value, scales=scales, name=name, progress=progress)
-            table = cls.empty(*weight.shape, fmt.name, **options)
-            try:
-                table._weight.view(torch.uint8).copy_(weight.view(torch.uint8))
-                if fmt.scaling == "group":
-                    table._scale.copy_(scale)
-                if placement == "shared":
-                    table.publish()
-            except BaseException:
-                table.close()
-                raise
-            return table
+            return cls._filled(copy, *weight.shape, fmt.name, **options)
         if placement != "device" and weight.device.type != "cpu":
             raise ValueError(f"{where}: placement {placement!r} needs a weight on the CPU, got {weight.device}")
         if fmt.scaling == "group":
             scale = scale.to(device)
         table = cls(weight.to(device), scale, fmt, placement)
         if placement != "device":
-            parts = [weight, scale] if fmt.scaling == "group" else [weight]
-            table.files = [file for part in parts if (file := MappedFile.behind(part))]
+            tensors = [weight, scale] if fmt.scaling == "group" else [weight]
+            table.files = [file for tensor in tensors if (file := MappedFile.behind(tensor))]
         return table
 
     @classmethod
@@ -185,8 +172,9 @@ class EngramTable(TrainableRows):
         ``weight`` (or ``shard_0.weight``) in the names, whatever they are. Neither is needed where there is one table.
         config: rows and width must be those of its layer.
 
-        Names, dtypes, shapes and row counts are checked before memory is asked for; the rows then go straight to their
-        place, ``threads`` chunks at once, with progress(bytes done, bytes in all). On any error the memory is released.
+        Names, dtypes, shapes and row counts are checked before memory is asked for. Rows are then read straight into
+        it, ``threads`` chunks of the files at once, with progress(bytes done, bytes in all). On any error the memory is
+        released.
         mapped: True reads rows where they lie in the file instead, for placement "cpu" and "staged"; nothing is loaded.
         options: as for :meth:`empty`, such as ``device``.
         """
@@ -205,17 +193,26 @@ class EngramTable(TrainableRows):
             check_room(f"{stored.prefix}weight", stored.nbytes, placement, where, way_out)
             if stored.scale is not None:
                 options["scale"] = stored.scale
-            table = cls.empty(stored.rows, stored.width, stored.format.name, placement=placement, **options)
-            try:
+
+            def read(table: "EngramTable") -> None:
                 fill_table(table, checkpoint, stored, threads=threads, progress=progress)
-                if placement == "shared":
-                    table.publish()
-            except BaseException as error:
-                # Frames that the error keeps alive hold views of the memory, and would keep it as well.
-                traceback.clear_frames(error.__traceback__)
-                table.close()
-                raise
-            return table
+
+            return cls._filled(read, stored.rows, stored.width, stored.format.name, placement=placement, **options)
+
+    @classmethod
+    def _filled(cls, fill: Callable[["EngramTable"], None], *shape, placement: str, **options) -> "EngramTable":
+        """A new table that ``fill`` has written to, published where it is shared; closed again where that fails."""
+        table = cls.empty(*shape, placement=placement, **options)
+        try:
+            fill(table)
+            if placement == "shared":
+                table.publish()
+        except BaseException as error:
+            # Frames that the error keeps alive hold views of the memory, and would keep it as well.
+            traceback.clear_frames(error.__traceback__)
+            table.close()
+            raise
+        return table
 
     def save_safetensors(
         self,
@@ -229,7 +226,7 @@ class EngramTable(TrainableRows):
         """Write the table as ``path`` (``*.safetensors``, or a folder); returns what :meth:`from_safetensors` takes.
 
         The tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own). Files of more
-        than ``shard_bytes`` bytes are split, into parts ``{prefix}shard_{k}.weight``, with an index. metadata: texts
+        than ``shard_bytes`` bytes are split, into tensors ``{prefix}shard_{k}.weight``, with an index. metadata: texts
         for the files' headers. A table there is replaced at once and as a whole; until then it stays what it was, also
         where saving fails or is killed. Files that hold anything else are never replaced.
         """

@@ -5,8 +5,8 @@ for the GPU once. What it sends lies in one block of device memory, that a kerne
 
     descriptor [4] int64 | local ids [n] int32 | rows [n, row bytes] | scales [n, scale bytes]
 
-A local id is the place of the row in the block, or -1 for an id outside the table. The block is filled through slots of
-pinned memory, so that threads gather into one while others are being copied; a slot is written again only after the
+A local id is the number of the row in the block, or -1 for an id outside the table. The block is filled through slots
+of pinned memory, so that threads gather into one while others are being copied; a slot is written again only after the
 event behind its last copy.
 """
 
@@ -23,7 +23,7 @@ from .placed import PlacedRows
 from .view import TableView
 
 _SLOTS, _SLOT_BYTES = 4, 4 << 20  # 15,000 V4.1 rows a slot: the copy of one takes 80 us at 52 GB/s, its start 10
-_ALIGNED = 256  # bytes that parts of a block start at a multiple of
+_ALIGNED = 256  # ids, rows and scales of a block start at multiples of so many bytes
 _MAX_THREADS = 16
 # Handing rows to a thread takes 30 us here, and one thread copies 1,000 rows of 256 B in that time; a page that has to
 # come from a file is worth a thread of its own.
@@ -98,11 +98,11 @@ class StagingRing:
                 index, slot = self._free_slot()
                 count = min(n - begin, capacity)
                 slot_starts, used = _layout(widths, count)
-                parts = [slot.numpy()[at:][: count * width] for at, width in zip(slot_starts, widths, strict=True)]
+                areas = [slot.numpy()[at:][: count * width] for at, width in zip(slot_starts, widths, strict=True)]
                 try:
                     slot.numpy()[: len(descriptor)] = descriptor
-                    parts[0][:] = local[begin : begin + count].reshape(-1)
-                    self._gather(sources, ids[begin : begin + count], parts[1:], rows_per_task)
+                    areas[0][:] = local[begin : begin + count].reshape(-1)
+                    self._gather(sources, ids[begin : begin + count], areas[1:], rows_per_task)
                     if count == n:  # slot and block are laid out alike
                         self._runtime.copy(block, slot[:used])
                     else:
@@ -188,7 +188,10 @@ def check_stageable(where: str) -> None:
 
 
 def _layout(widths: list[int], n: int) -> tuple[list[int], int]:
-    """Where parts of ``n`` rows of ``widths`` bytes begin behind the descriptor, and the bytes of all."""
+    """Where behind the descriptor the local ids, rows and scales of ``n`` rows begin, and the bytes of all.
+
+    widths: bytes of one local id, one row, and one row's scales where there are some.
+    """
     starts, end = [], _ALIGNED
     for width in widths:
         starts.append(end)
@@ -197,5 +200,5 @@ def _layout(widths: list[int], n: int) -> tuple[list[int], int]:
 
 
 def _rows_in(widths: list[int], nbytes: int) -> int:
-    """Rows whose parts fit in a slot of ``nbytes``, whatever their alignment takes."""
+    """Rows that fit in a slot of ``nbytes`` together with their ids and scales, whatever their alignment takes."""
     return (nbytes - _ALIGNED * (1 + len(widths))) // sum(widths)
