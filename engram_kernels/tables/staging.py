@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .memory.host import degrade
-from .placed import PlacedRows
+from .placed import PlacedRows, TableDescriptor
 from .view import TableView
 
 _SLOTS, _SLOT_BYTES = 4, 4 << 20  # 15,000 V4.1 rows a slot: the copy of one takes 80 us at 52 GB/s, its start 10
@@ -86,15 +86,15 @@ class StagingRing:
         local = np.where(inside, np.arange(n, dtype=np.int32), np.int32(-1)).view(np.uint8).reshape(n, 4)
         widths = [4, *(source.shape[1] for source in sources)]
         starts, total = _layout(widths, n)
-        capacity = _rows_in(widths, self._slots[0].numel())
+        # Rows that fit in a slot together with their ids and scales, whatever their alignment takes.
+        capacity = (self._slots[0].numel() - _ALIGNED * (1 + len(widths))) // sum(widths)
         if capacity < 1:
             raise ValueError(f"StagingRing: a slot must hold a row of {sum(widths)} bytes, got {len(self._slots[0])}")
         with self._lock:
             block = self._runtime.block(total)
             addresses = [block.data_ptr() + start for start in starts[1:]] + [0]
-            descriptor = np.array([*addresses[:2], n, scale_bits], dtype=np.int64).view(np.uint8)
-            begin = 0
-            while begin < n:
+            descriptor = np.array(TableDescriptor(*addresses[:2], n, scale_bits), dtype=np.int64).view(np.uint8)
+            for begin in range(0, n, capacity):
                 index, slot = self._free_slot()
                 count = min(n - begin, capacity)
                 slot_starts, used = _layout(widths, count)
@@ -112,7 +112,6 @@ class StagingRing:
                             self._runtime.copy(target, slot[at:][: count * width])
                 finally:
                     self._events[index] = self._runtime.event()
-                begin += count
             self._runtime.finish()
         return block[:32].view(torch.int64).view(1, 4), block[starts[0] :][: 4 * n].view(torch.int32)
 
@@ -197,8 +196,3 @@ def _layout(widths: list[int], n: int) -> tuple[list[int], int]:
         starts.append(end)
         end = -(-(end + n * width) // _ALIGNED) * _ALIGNED
     return starts, end
-
-
-def _rows_in(widths: list[int], nbytes: int) -> int:
-    """Rows that fit in a slot of ``nbytes`` together with their ids and scales, whatever their alignment takes."""
-    return (nbytes - _ALIGNED * (1 + len(widths))) // sum(widths)
