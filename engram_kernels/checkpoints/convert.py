@@ -51,7 +51,6 @@ def convert_table(
     out_prefix: str | None = None,
     scale: float | None = None,
     shard_bytes: int | None = None,
-    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write the table that layer and prefix mean as ``out``.
@@ -64,14 +63,13 @@ def convert_table(
         target = row_format(format or stored.format.name, where)
         target.check_width(stored.width, where)
         _check_pair(stored.format, target, scale, where)
-        threads = threads or min(16, os.cpu_count() or 1)
         same = target == stored.format and scale in (None, stored.scale)
         size = stored.width * stored.format.dtype.itemsize
         chunks = row_chunks(stored, max(1, CHUNK // size if same else _DECODED // stored.width))
         measures = target.scaling == "table" and not same and scale is None
         total, done = (1 + measures) * stored.nbytes, 0
         report = None if progress is None else lambda count, _: progress(done + count, total)
-        options = dict(threads=threads, progress=report, total=stored.nbytes)
+        options = dict(threads=min(16, os.cpu_count() or 1), progress=report, total=stored.nbytes)
         if measures:
             scale, done = _measured_scale(checkpoint, stored, chunks, options), stored.nbytes
         elif same:

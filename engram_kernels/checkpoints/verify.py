@@ -1,7 +1,7 @@
 """Whether a checkpoint's table is whole. A check returns what it saw, or raises CheckpointError with what is wrong."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -60,16 +60,11 @@ def _hash_prefix(table: StoredTable) -> str:
     return re.sub(r"ngram_embedding\.$", "", table.prefix)
 
 
-@dataclass(frozen=True)
-class _Tally:
-    """Counts over some rows; of zero rows also the runs at either end and the longest, for a run across chunks."""
+class _Tally(NamedTuple):
+    """What one chunk holds; of zero rows also the runs at either end and the longest, for a run across chunks."""
 
     rows: int
-    nan: int
-    infinite: int
-    nan_scales: int
-    least_scales: int
-    zero: int
+    counts: tuple[int, ...]  #: elements NaN, infinite; scale bytes of 255, of 0; zero rows
     zero_head: int
     zero_tail: int
     longest: tuple[int, int]  #: (rows, first row)
@@ -81,26 +76,23 @@ def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress 
 
     def count(chunk: RowChunk) -> int:
         rows, scales = read_chunk(checkpoint, chunk)
-        found = *_not_finite(rows, table.format), int((scales == 255).sum()), int((scales == 0).sum())
-        tallies[chunk.first] = _Tally(len(rows), *found, *_zero_rows(rows, chunk.first))
+        zero, *runs = _zero_rows(rows, chunk.first)
+        counts = *_not_finite(rows, table.format), int((scales == 255).sum()), int((scales == 0).sum()), zero
+        tallies[chunk.first] = _Tally(len(rows), counts, *runs)
         return rows.nbytes + scales.nbytes
 
     chunks = row_chunks(table, max(1, CHUNK // (table.width * table.format.dtype.itemsize)))
     run_chunks(chunks, count, progress=progress, total=table.nbytes)
-    total = lambda name: sum(getattr(tally, name) for tally in tallies.values())  # noqa: E731
-    kinds = {
-        "nan": "elements are NaN",
-        "infinite": "elements are infinite",
-        "nan_scales": "scale bytes are 255, which is NaN",
-    }
-    faults = [f"{number:,} {kind}" for name, kind in kinds.items() if (number := total(name))]
+    nan, infinite, nan_scales, least_scales, zero = map(sum, zip(*(t.counts for t in tallies.values()), strict=True))
+    notes = f"{table.rows:,} rows read, {zero:,} of them zero"
+    notes += f", {least_scales:,} scale bytes are 0" if least_scales else ""
+    faults = [f"{nan:,} elements are NaN"] if nan else []
+    faults += [f"{infinite:,} elements are infinite"] if infinite else []
+    faults += [f"{nan_scales:,} scale bytes are 255, which is NaN"] if nan_scales else []
     length, first = _longest_zero_run(tallies)
     if length > max(1, _ZERO_RUN * table.rows):
         share = f"{length / table.rows:.1%} of the table"
         faults.append(f"rows {first:,} to {first + length - 1:,} are zero, {share}, as in a file that was never filled")
-    notes = f"{table.rows:,} rows read, {total('zero'):,} of them zero"
-    if least := total("least_scales"):
-        notes += f", {least:,} scale bytes are 0"
     if faults:
         raise checkpoint.error(f"{'; '.join(faults)} ({notes})")
     return f"no NaN, no infinity; {notes}"
