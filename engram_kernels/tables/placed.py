@@ -54,17 +54,17 @@ class PlacedRows:
 
     def _describe(self) -> None:
         """Set all that follows from where rows and scales are."""
-        grouped = self.format.scaling == "group"
-        scale_bits = 0
-        if self.format.scaling == "table":
-            scale_bits = struct.unpack("<i", struct.pack("<f", float(self._scale)))[0]
-        scale_address = self._scale.data_ptr() if grouped else 0
+        scale_address = scale_bits = 0
+        if self.format.scaling == "group":
+            scale_address = self._scale.data_ptr()
+        elif self.format.scaling == "table":
+            (scale_bits,) = struct.unpack("<i", struct.pack("<f", float(self._scale)))
         self.descriptor = TableDescriptor(self._weight.data_ptr(), scale_address, self.rows, scale_bits)
         #: The descriptor as a key, never to be parsed: to torch.compile a text is a constant, and numbers of an object
         #: may be symbols, which no dictionary finds.
-        self.descriptor_key = str(self.descriptor)
-        #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need; staged ones are
-        #: copied to such places.
+        self.descriptor_key = str(tuple(self.descriptor))
+        #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need; copies of staged
+        #: rows do in any case.
         aligned = self.descriptor.weight_address % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
         self.aligned = aligned or self.placement == "staged"
         #: Bytes of the pages that a GPU reads over PCIe or NVLink; read back from the kernel once, since
