@@ -63,8 +63,8 @@ class PlacedRows:
         #: The descriptor as a key, never to be parsed: to torch.compile a text is a constant, and numbers of an object
         #: may be symbols, which no dictionary finds.
         self.descriptor_key = str(tuple(self.descriptor))
-        #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need; copies of staged
-        #: rows do in any case.
+        #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need. Staged ones may
+        #: start anywhere: their copies do.
         aligned = self.descriptor.weight_address % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
         self.aligned = aligned or self.placement == "staged"
         #: Bytes of the pages that a GPU reads over PCIe or NVLink; read back from the kernel once, since
