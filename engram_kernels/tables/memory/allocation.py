@@ -1,4 +1,4 @@
-"""The memory of a table's rows and scales, in each placement: made, or attached to."""
+"""The memory of a table's rows and scales in each placement: made, or attached to; and the report on it."""
 
 from typing import NamedTuple
 
