@@ -15,7 +15,8 @@ from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.row_kernels.hashed import prepare_hash_lookup
 from engram_kernels.ops.row_kernels.order import ORDERS
 from engram_kernels.ops.row_kernels.output import Reading
-from engram_kernels.tables.engram import EngramTable, view_tables
+from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.view import view_tables
 
 TOKENS, ALL_TOKENS = (2048, 8192), (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 PROGRAMS = (8, 16, 32, 64, 132)

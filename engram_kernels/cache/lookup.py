@@ -28,7 +28,7 @@ from engram_kernels.ops.hash_kernels.row_ids import hash_arguments
 from engram_kernels.ops.row_kernels.copy import RowsConfig, row_constants, rows_config
 from engram_kernels.ops.row_kernels.order import copy_config, scale_words
 from engram_kernels.ops.row_kernels.output import Reading, kernel_out
-from engram_kernels.tables.engram import TableView
+from engram_kernels.tables.view import TableView
 
 from .misses import keep_missed_kernel, read_missed_kernel
 from .probe import probe_cache_kernel

@@ -1,4 +1,4 @@
-"""A checkpoint's table into another format or other files, streamed: no more than a few chunks are in memory.
+"""Conversion of a checkpoint's table to another format or other files, with no more than a few chunks in memory.
 
 Between equal formats bytes are copied, and nothing is rounded. Otherwise rows are decoded to float32 and encoded as
 checkpoints/encoding.py says. The result appears as a whole or not at all.
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from engram_kernels.geometry.row_format import RowFormat, row_format
-from engram_kernels.tables.loading import iter_rows
-from engram_kernels.tables.saving import TableWriter
 
 from .encoding import E4M3_MAX, decode_rows, encode_rows, greatest, table_scale
-from .files import Checkpoint, Paths, StoredTensor
+from .files import Checkpoint, Paths
 from .parallel import CHUNK, Progress, run_chunks
+from .reading import RowChunk, read_chunk, row_chunks
+from .table_writer import TableWriter
 from .validate import StoredTable, select_table
 
 #: Elements of a chunk that is decoded: float32 of it stay in a core's cache, which makes it several times faster than
@@ -51,7 +51,6 @@ def convert_table(
     out_prefix: str | None = None,
     scale: float | None = None,
     shard_bytes: int | None = None,
-    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write the table that layer and prefix mean as ``out``.
@@ -64,36 +63,33 @@ def convert_table(
         target = row_format(format or stored.format.name, where)
         target.check_width(stored.width, where)
         _check_pair(stored.format, target, scale, where)
-        threads = threads or min(16, os.cpu_count() or 1)
         same = target == stored.format and scale in (None, stored.scale)
         size = stored.width * stored.format.dtype.itemsize
-        chunks = list(iter_rows(checkpoint, stored, max(1, CHUNK // size if same else _DECODED // stored.width)))
-        passes = 1
-        if target.scaling == "table" and not same and scale is None:
-            passes = 2
+        chunks = row_chunks(stored, max(1, CHUNK // size if same else _DECODED // stored.width))
+        measures = target.scaling == "table" and not same and scale is None
+        total, done = (1 + measures) * stored.nbytes, 0
+        report = None if progress is None else lambda count, _: progress(done + count, total)
+        options = dict(threads=min(16, os.cpu_count() or 1), progress=report, total=stored.nbytes)
+        if measures:
+            scale, done = _measured_scale(checkpoint, stored, chunks, options), stored.nbytes
         elif same:
             scale = stored.scale
-        total, done = passes * stored.nbytes, 0
-        report = None if progress is None else lambda count, _: progress(done + count, total)
-        if passes == 2:
-            scale = _measured_scale(checkpoint, stored, chunks, where, threads, report)
-            done = stored.nbytes
         overflows = []
         names = dict(prefix=stored.prefix if out_prefix is None else out_prefix, scale=scale, shard_bytes=shard_bytes)
         with TableWriter(out, where, format=target, rows=stored.rows, width=stored.width, **names) as writer:
 
-            def convert(chunk) -> int:
-                place, weight, begin, end, scales = chunk
-                rows, groups = _read(checkpoint, stored, weight, begin, end, scales)
-                nbytes = rows.nbytes + (0 if groups is None else groups.nbytes)
+            def convert(chunk: RowChunk) -> int:
+                rows, scales = read_chunk(checkpoint, chunk)
+                nbytes = rows.nbytes + scales.nbytes
+                rows = rows.view(stored.format.dtype)
                 if not same:
-                    values = decode_rows(rows, stored.scale if groups is None else groups, stored.format)
-                    rows, groups = encode_rows(values, target, where, scale=scale)
+                    values = decode_rows(rows, scales if stored.scales else stored.scale, stored.format)
+                    rows, scales = encode_rows(values, target, where, scale=scale)
                     overflows.append(_overflows(values, rows, target, scale))
-                writer.write(place, rows, groups)
+                writer.write(chunk.first, rows, scales)
                 return nbytes
 
-            run_chunks(chunks, convert, threads=threads, progress=report, total=stored.nbytes)
+            run_chunks(chunks, convert, **options)
             path = writer.commit()
         return Conversion(path, target, stored.rows, stored.width, scale, sum(overflows))
 
@@ -105,34 +101,19 @@ def _check_pair(source: RowFormat, target: RowFormat, scale: float | None, where
         raise ValueError(f"{where}: a scale is a positive number and for format 'e4m3', got {scale} for {target.name}")
 
 
-def _read(
-    checkpoint: Checkpoint, stored: StoredTable, weight: StoredTensor, begin: int, end: int, scales: StoredTensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows ``[begin, end)`` of one part, and their scale bytes."""
+def _measured_scale(checkpoint: Checkpoint, stored: StoredTable, chunks: list[RowChunk], options: dict) -> float:
+    """The scale that takes the table's greatest value to 448. options: of run_chunks."""
+    maxima, dtype = [], stored.format.dtype
 
-    def part(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
-        size = tensor.nbytes // tensor.shape[0]
-        content = torch.empty((end - begin) * size, dtype=torch.uint8)
-        checkpoint.read_into(tensor, begin * size, memoryview(content.numpy()))
-        return content.view(dtype).view(end - begin, -1)
-
-    return part(weight, stored.format.dtype), None if scales is None else part(scales, torch.uint8)
-
-
-def _measured_scale(checkpoint, stored, chunks, where, threads, report) -> float:
-    """The scale that takes the table's greatest value to 448."""
-    maxima = []
-
-    def measure(chunk) -> int:
-        _, weight, begin, end, scales = chunk
-        rows, groups = _read(checkpoint, stored, weight, begin, end, scales)
-        values = decode_rows(rows, stored.scale if groups is None else groups, stored.format)
+    def measure(chunk: RowChunk) -> int:
+        rows, scales = read_chunk(checkpoint, chunk)
+        values = decode_rows(rows.view(dtype), scales if stored.scales else stored.scale, stored.format)
         maxima.append(float(greatest(values.flatten())))
-        return rows.nbytes + (0 if groups is None else groups.nbytes)
+        return rows.nbytes + scales.nbytes
 
-    run_chunks(chunks, measure, threads=threads, progress=report, total=stored.nbytes)
+    run_chunks(chunks, measure, **options)
     if max(maxima) == float("inf"):
-        raise ValueError(f"{where}: {stored.prefix}weight holds an infinity, which e4m3 cannot hold")
+        raise ValueError(f"{checkpoint.where}: {stored.prefix}weight holds an infinity, which e4m3 cannot hold")
     return table_scale(max(maxima))
 
 

@@ -54,7 +54,8 @@ class Checkpoint:
 
     def __init__(self, paths: Paths, where: str):
         self.where = where
-        self._files: dict[Path, tuple[int, dict[str, StoredTensor]]] = {}
+        #: Of the files whose header was read: descriptor, tensors, and the texts in the header.
+        self._files: dict[Path, tuple[int, dict[str, StoredTensor], dict[str, str]]] = {}
         self._path_of: dict[str, Path] = {}
         try:
             for path in _given(paths, where):
@@ -90,15 +91,13 @@ class Checkpoint:
     def metadata(self, path: Path) -> dict[str, str]:
         """The texts in the header of a file."""
         self._header(path)
-        fd = self._files[path][0]
-        length = int.from_bytes(os.pread(fd, 8, 0), "little")
-        return json.loads(os.pread(fd, length, 8)).get("__metadata__") or {}
+        return self._files[path][2]
 
     def check(self, path: Path) -> None:
         """Raise CheckpointError unless ``path`` is a whole safetensors file with the tensors that were said of it."""
         header = self._header(path)
-        for name, place in self._path_of.items():
-            if place == path and name not in header:
+        for name, holder in self._path_of.items():
+            if holder == path and name not in header:
                 self.tensor(name)
 
     def read_into(self, tensor: StoredTensor, start: int, view: memoryview) -> None:
@@ -127,7 +126,7 @@ class Checkpoint:
         return CheckpointError(f"{self.where}: {text}")
 
     def close(self) -> None:
-        for fd, _ in self._files.values():
+        for fd, *_ in self._files.values():
             os.close(fd)
         self._files.clear()
 
@@ -142,10 +141,10 @@ class Checkpoint:
             found = {name: path.parent / file for name, file in _weight_map(path, self.where).items()}
         else:
             found = dict.fromkeys(self._header(path), path)
-        for name, place in found.items():
-            other = self._path_of.setdefault(name, place)
-            if other != place:
-                raise self.error(f"two files hold {name}: {other} and {place}")
+        for name, holder in found.items():
+            other = self._path_of.setdefault(name, holder)
+            if other != holder:
+                raise self.error(f"two files hold {name}: {other} and {holder}")
 
     def _header(self, path: Path) -> dict[str, StoredTensor]:
         if path not in self._files:
@@ -154,7 +153,7 @@ class Checkpoint:
             except FileNotFoundError:
                 raise FileNotFoundError(f"{self.where}: no such file: {path}") from None
             try:
-                self._files[path] = fd, _checked_header(path, fd, self.where)
+                self._files[path] = fd, *_checked_header(path, fd, self.where)
             except BaseException:
                 os.close(fd)
                 raise
@@ -237,8 +236,8 @@ def _weight_map(path: Path, where: str) -> dict[str, str]:
     return found
 
 
-def _checked_header(path: Path, fd: int, where: str) -> dict[str, StoredTensor]:
-    """The tensors of one file, after the library has found its header valid and the file as long as it says."""
+def _checked_header(path: Path, fd: int, where: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """(tensors, texts) of one file, after the library has found its header valid and the file as long as it says."""
     safetensors = library(where)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -247,14 +246,15 @@ def _checked_header(path: Path, fd: int, where: str) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{where}: {path} {_diagnosis(fd)} ({error})") from None
     begin = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
     header = json.loads(os.pread(fd, begin - 8, 8))
-    header.pop("__metadata__", None)
+    texts = header.pop("__metadata__", None) or {}
     if set(header) != names:
         raise CheckpointError(f"{where}: {path} was replaced while its header was read")
-    return {
+    tensors = {
         name: StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, begin + first, end - first)
         for name, entry in header.items()
         for first, end in [entry["data_offsets"]]
     }
+    return tensors, texts
 
 
 def _diagnosis(fd: int) -> str:

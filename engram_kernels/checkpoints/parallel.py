@@ -1,4 +1,4 @@
-"""Work on chunks of a file or a table by several threads, with progress, until done or until one fails."""
+"""Chunks of files, read or written by several threads, with progress, until all are done or one fails."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +8,8 @@ from typing import TypeVar
 Progress = Callable[[int, int], object]
 Chunk = TypeVar("Chunk")
 
-#: Bytes of a chunk. Eight threads with a buffer each stay below 256 MB, reading and writing both counted.
+#: Bytes of a file that a thread reads or writes at once: eight threads with a buffer each stay below 256 MB, reading
+#: and writing both counted.
 CHUNK = 16 << 20
 #: Reads under way at once, what a drive of several GB/s needs; each waits in the kernel and not for Python.
 THREADS = 8

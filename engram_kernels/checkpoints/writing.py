@@ -1,7 +1,7 @@
-"""What writers of safetensors files share: a header, files that grow under another name, and the room they need.
+"""What writers of safetensors files share: headers, temporary files and their locks, free space, complete writes.
 
-A file under way is locked for as long as it is open. The lock goes with its process, so that what a killed one left is
-known by having none, and the next writer of the same name removes it.
+A file is written under a temporary name and locked for as long as it is open. The lock goes with its process, so that
+what a killed one left is known by having none, and the next writer of the same name removes it.
 """
 
 import fcntl
@@ -60,7 +60,7 @@ def checked_metadata(metadata: Mapping[str, str] | None, where: str) -> dict[str
 
 
 def check_room(folder: Path, nbytes: int, where: str) -> None:
-    """Raise OSError where ``nbytes`` do not fit."""
+    """Raise OSError where the folder's file system has no ``nbytes`` free."""
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise OSError(f"{where}: {nbytes:,} bytes are to be written and {folder} has room for {free:,}")
@@ -96,7 +96,7 @@ def remove_abandoned(folder: Path, names: Iterable[str]) -> None:
 
 
 def write_all(fd: int, content, offset: int) -> None:
-    """All bytes of a buffer to the place ``offset`` of a file. Any number of threads may do so."""
+    """Write all bytes of a buffer from byte ``offset`` of a file on. Any number of threads may do so."""
     view = memoryview(content).cast("B")
     while view:
         count = os.pwrite(fd, view, offset)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Paths
-from engram_kernels.checkpoints.validate import module_prefix
+from engram_kernels.checkpoints.names import module_prefix
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.checks import check_tensor

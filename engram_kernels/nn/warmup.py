@@ -15,7 +15,8 @@ from engram_kernels.ops.row_kernels.hashed import hash_rows_config
 from engram_kernels.ops.row_kernels.order import choose_order
 from engram_kernels.serving.prefetch import Prefetcher
 from engram_kernels.serving.state import EngramState
-from engram_kernels.tables.engram import EngramTable, view_tables
+from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.view import view_tables
 
 from .engram import Engram
 

@@ -14,9 +14,10 @@ from engram_kernels import reference
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.checks import check_programs, is_kernel_device
 from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
-from engram_kernels.tables.engram import EngramTable, TableView, view_tables
+from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.staging import check_stageable, stage
+from engram_kernels.tables.view import TableView, view_tables
 
 from .hashing import ngram_hash
 from .op import Op, form_of, registered, writes_alone

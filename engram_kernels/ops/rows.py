@@ -13,8 +13,9 @@ import torch
 
 from engram_kernels import reference
 from engram_kernels.launching.checks import check_programs, check_tensor, is_kernel_device
-from engram_kernels.tables.engram import EngramTable, TableView
+from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
+from engram_kernels.tables.view import TableView
 
 from .op import Op, form_of, registered, writes_alone
 from .row_kernels.arguments import check_tables, is_staged, view_rows

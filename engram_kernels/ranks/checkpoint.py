@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from engram_kernels.checkpoints.files import Checkpoint, Paths
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, check_threads, run_chunks, spans
+from engram_kernels.checkpoints.table_writer import RowsFiles, TableWriter
 from engram_kernels.checkpoints.validate import StoredTable, select_table
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.tables.loading import check_room, fill_table
-from engram_kernels.tables.saving import RowsFiles, TableWriter
+from engram_kernels.tables.files import check_room, fill_table
 
 from .exchange import Groups
 from .rows import ShardedRows, layer_index

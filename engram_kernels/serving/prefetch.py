@@ -22,7 +22,8 @@ from engram_kernels.ops.row_kernels.caching import RowCache, check_cache
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
 from engram_kernels.ops.row_kernels.order import check_order, choose_order
 from engram_kernels.ops.row_kernels.output import check_row_out
-from engram_kernels.tables.engram import EngramTable, view_tables
+from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.view import view_tables
 
 _LAUNCH_BYTES = {"device": 32 << 20}  # of other placements:
 _LINK_BYTES = 512 << 10

@@ -4,8 +4,8 @@
 
 in float32. M = the number of ids, R elements a row. The ids are sorted on the device (stable), equal ones are a
 segment, and a segment is summed by one program in a fixed order, every n-th entry and then these sums in pairs, where
-the reference adds one after the other: same input, same bits, no atomics. Everything has M places, of which a count on
-the device says how many hold something, so the host waits for nothing.
+the reference adds one after the other: same input, same bits, no atomics. Results have M entries, of which the first
+``count`` are used; the count stays on the device, so that the host waits for nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,7 +108,7 @@ def launch_row_gradient(grad, sorted_ids, order, starts, counts, ids, values, sq
 def segments(row_ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, ...]:
     """Equal ids next to each other: ``(sorted ids [M], order [M], starts [M + 2], counts [2])``, on the ids' device.
 
-    order: which entry of ``row_ids [M]`` stands at each place. starts: int32, where each segment begins, as far as
+    order: the index in ``row_ids [M]`` of each sorted id. starts: int32, where each segment begins, as far as
     there are segments. counts: int32, the number of segments and of the entries in them; ids outside the table come
     last and are in none.
     """
@@ -122,7 +122,7 @@ def segments(row_ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, ...]:
     first[1:] &= sorted_ids[1:] != sorted_ids[:-1]
     counts[0] = first.sum()
     place = torch.arange(len(row_ids), dtype=torch.int32, device=row_ids.device)
-    # Entries that begin no segment all write to the last place, which nothing reads.
+    # Ids that begin no segment all write to the last entry, which nothing reads.
     segment = torch.where(first, first.cumsum(0) - 1, len(row_ids) + 1)
     starts = torch.empty(len(row_ids) + 2, dtype=torch.int32, device=row_ids.device)
     return sorted_ids, order, starts.scatter_(0, segment, place), counts
@@ -130,7 +130,7 @@ def segments(row_ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, ...]:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """What a backward pass leaves in ``table.row_grad``. M places, of which the first ``count`` are taken."""
+    """What a backward pass leaves in ``table.row_grad``: M entries, of which the first ``count`` are used."""
 
     ids: torch.Tensor  #: int64 ``[M]``, distinct rows, ascending; -1 beyond them
     values: torch.Tensor  #: float32 ``[M, R]``, their gradients; undefined beyond them
@@ -147,7 +147,7 @@ class RowGradient:
         return replace(self, values=self.values * factor, squares=self.squares * (factor * factor))
 
     def plus(self, other: "RowGradient") -> "RowGradient":
-        """The sum of two gradients of one table; it has the places of both."""
+        """The sum of two gradients of one table; it has as many entries as both."""
         return row_gradient(torch.cat([self.ids, other.ids]), torch.cat([self.values, other.values]), self.num_rows)
 
     def to_sparse_coo(self) -> torch.Tensor:

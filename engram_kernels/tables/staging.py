@@ -5,8 +5,8 @@ for the GPU once. What it sends lies in one block of device memory, that a kerne
 
     descriptor [4] int64 | local ids [n] int32 | rows [n, row bytes] | scales [n, scale bytes]
 
-A local id is the place of the row in the block, or -1 for an id outside the table. The block is filled through slots of
-pinned memory, so that threads gather into one while others are being copied; a slot is written again only after the
+A local id is the number of the row in the block, or -1 for an id outside the table. The block is filled through slots
+of pinned memory, so that threads gather into one while others are being copied; a slot is written again only after the
 event behind its last copy.
 """
 
@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from engram_kernels.tables.memory.host import degrade
-
-from .engram import EngramTable, TableView
+from .memory.host import degrade
+from .placed import PlacedRows, TableDescriptor
+from .view import TableView
 
 _SLOTS, _SLOT_BYTES = 4, 4 << 20  # 15,000 V4.1 rows a slot: the copy of one takes 80 us at 52 GB/s, its start 10
-_ALIGNED = 256  # bytes that parts of a block start at a multiple of
+_ALIGNED = 256  # ids, rows and scales of a block start at multiples of so many bytes
 _MAX_THREADS = 16
 # Handing rows to a thread takes 30 us here, and one thread copies 1,000 rows of 256 B in that time; a page that has to
 # come from a file is worth a thread of its own.
@@ -86,23 +86,23 @@ class StagingRing:
         local = np.where(inside, np.arange(n, dtype=np.int32), np.int32(-1)).view(np.uint8).reshape(n, 4)
         widths = [4, *(source.shape[1] for source in sources)]
         starts, total = _layout(widths, n)
-        capacity = _rows_in(widths, self._slots[0].numel())
+        # Rows that fit in a slot together with their ids and scales, whatever their alignment takes.
+        capacity = (self._slots[0].numel() - _ALIGNED * (1 + len(widths))) // sum(widths)
         if capacity < 1:
             raise ValueError(f"StagingRing: a slot must hold a row of {sum(widths)} bytes, got {len(self._slots[0])}")
         with self._lock:
             block = self._runtime.block(total)
             addresses = [block.data_ptr() + start for start in starts[1:]] + [0]
-            descriptor = np.array([*addresses[:2], n, scale_bits], dtype=np.int64).view(np.uint8)
-            begin = 0
-            while begin < n:
+            descriptor = np.array(TableDescriptor(*addresses[:2], n, scale_bits), dtype=np.int64).view(np.uint8)
+            for begin in range(0, n, capacity):
                 index, slot = self._free_slot()
                 count = min(n - begin, capacity)
                 slot_starts, used = _layout(widths, count)
-                parts = [slot.numpy()[at:][: count * width] for at, width in zip(slot_starts, widths, strict=True)]
+                areas = [slot.numpy()[at:][: count * width] for at, width in zip(slot_starts, widths, strict=True)]
                 try:
                     slot.numpy()[: len(descriptor)] = descriptor
-                    parts[0][:] = local[begin : begin + count].reshape(-1)
-                    self._gather(sources, ids[begin : begin + count], parts[1:], rows_per_task)
+                    areas[0][:] = local[begin : begin + count].reshape(-1)
+                    self._gather(sources, ids[begin : begin + count], areas[1:], rows_per_task)
                     if count == n:  # slot and block are laid out alike
                         self._runtime.copy(block, slot[:used])
                     else:
@@ -112,7 +112,6 @@ class StagingRing:
                             self._runtime.copy(target, slot[at:][: count * width])
                 finally:
                     self._events[index] = self._runtime.event()
-                begin += count
             self._runtime.finish()
         return block[:32].view(torch.int64).view(1, 4), block[starts[0] :][: 4 * n].view(torch.int32)
 
@@ -157,7 +156,7 @@ class StagingRing:
 
 
 def stage(
-    table: EngramTable, row_ids: torch.Tensor, where: str, host_ids: torch.Tensor | None = None
+    table: PlacedRows, row_ids: torch.Tensor, where: str, host_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, TableView]:
     """Local ids of the shape of ``row_ids``, and the view of the block that has their rows; launch with both at once.
 
@@ -174,7 +173,7 @@ def stage(
     if ring is None:
         ring = table.rings.setdefault(row_ids.device, StagingRing(StreamRuntime(row_ids.device)))
     rows_per_task = _FILE_ROWS_PER_TASK if table.files else _ROWS_PER_TASK
-    descriptor, local = ring.fetch(sources, ids, table.rows, int(table.descriptor.split()[3]), rows_per_task)
+    descriptor, local = ring.fetch(sources, ids, table.rows, table.descriptor.scale_bits, rows_per_task)
     return local.view(row_ids.shape), TableView(descriptor, table.format.name, table.width, "device")
 
 
@@ -188,14 +187,12 @@ def check_stageable(where: str) -> None:
 
 
 def _layout(widths: list[int], n: int) -> tuple[list[int], int]:
-    """Where parts of ``n`` rows of ``widths`` bytes begin behind the descriptor, and the bytes of all."""
+    """Where behind the descriptor the local ids, rows and scales of ``n`` rows begin, and the bytes of all.
+
+    widths: bytes of one local id, one row, and one row's scales where there are some.
+    """
     starts, end = [], _ALIGNED
     for width in widths:
         starts.append(end)
         end = -(-(end + n * width) // _ALIGNED) * _ALIGNED
     return starts, end
-
-
-def _rows_in(widths: list[int], nbytes: int) -> int:
-    """Rows whose parts fit in a slot of ``nbytes``, whatever their alignment takes."""
-    return (nbytes - _ALIGNED * (1 + len(widths))) // sum(widths)

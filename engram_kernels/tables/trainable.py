@@ -1,35 +1,22 @@
-"""What makes a table's rows trainable: their place in autograd and the gradient that backward passes leave."""
+"""What makes a table's rows trainable: a leaf of autograd that stands for them, and the gradient of backward passes."""
+
+from typing import Self
 
 import torch
 
 from .gradient import RowGradient, row_gradient
+from .placed import PlacedRows
 from .placement import REGISTERED
 
 
-class TrainableRows:
-    """The part of :class:`EngramTable` that training is about."""
+class TrainableRows(PlacedRows):
+    """Rows that autograd can follow."""
 
     _anchor: torch.Tensor | None = None
-    #: Whether another process published the rows, and is the one to write them.
-    attached = False
     #: Where optimizers take their steps, once the rows were trainable.
     _steps_on: torch.device | None = None
     #: What backward passes have left since the last zero_row_grad.
     row_grad: RowGradient | None = None
-    _changes = 0
-
-    @property
-    def version(self) -> int:
-        """A number that rises whenever the rows change, for what keeps copies of them (:class:`NgramCache`).
-
-        It sees writes by torch to ``weight`` and ``scale``, by optimizers of this package, and :meth:`rows_changed`.
-        """
-        parts = [part for part in (self.weight, self.scale) if part is not None and not part.is_inference()]
-        return self._changes + sum(part._version for part in parts)
-
-    def rows_changed(self) -> None:
-        """Say that rows have been written by other means: a kernel, NumPy, another process."""
-        self._changes += 1
 
     @property
     def requires_row_grad(self) -> bool:
@@ -46,7 +33,7 @@ class TrainableRows:
         """
         return self._anchor
 
-    def requires_row_grad_(self, requires: bool = True) -> "TrainableRows":
+    def requires_row_grad_(self, requires: bool = True) -> Self:
         """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged"."""
         where = "EngramTable.requires_row_grad_"
         self.check_usable(where)

@@ -19,6 +19,7 @@ import torch
 
 from engram_kernels.checkpoints.files import SUFFIX, Checkpoint, CheckpointError
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
+from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.writing import (
     NewTensor,
     check_room,
@@ -30,7 +31,6 @@ from engram_kernels.checkpoints.writing import (
     sync_folder,
     write_all,
 )
-from engram_kernels.tables.loading import fill_tensors, flat_bytes
 
 KEY = "row_optimizer"
 _DEFAULT = f"optimizer{SUFFIX}"

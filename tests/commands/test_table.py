@@ -12,10 +12,11 @@ import torch
 
 from engram_kernels import EngramConfig, EngramTable, HashPlan
 from engram_kernels.__main__ import main
+from engram_kernels.checkpoints import verify
 from engram_kernels.checkpoints.files import Checkpoint
 from engram_kernels.commands import console
 from engram_kernels.commands.size import PRESETS
-from engram_kernels.commands.table import verify as table_check
+from engram_kernels.commands.table.verify import verify_sections
 from engram_kernels.geometry.row_format import FORMATS
 from tests.support import checkpoints
 from tests.support.checkpoints import (
@@ -35,7 +36,7 @@ from tests.support.checkpoints import (
 def plain(monkeypatch):
     """Lines as they are, whatever the width of a terminal; chunks that end inside parts."""
     monkeypatch.setattr(console, "has_rich", lambda: False)
-    monkeypatch.setattr(table_check, "CHUNK", 3000)
+    monkeypatch.setattr(verify, "CHUNK", 3000)
 
 
 def run(capsys, *words):
@@ -197,7 +198,7 @@ def test_verify_compares_the_constants_of_qwens_hash(tmp_path):
     path = save(tmp_path / "a.safetensors", pieces | named)
 
     def sections():
-        return table_check.verify_sections(path, "t", config=("small", config), bar=console.byte_bar)
+        return verify_sections(path, "t", config=("small", config), bar=console.byte_bar)
 
     found, holds = sections()
     assert (

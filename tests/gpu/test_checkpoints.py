@@ -20,7 +20,7 @@ def test_a_checkpoint_through_the_gpu(device, tmp_path, name, placement):
     with tables.place(weight, scale, device, placement) as table:
         path = table.save_safetensors(tmp_path, shard_bytes=5000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engram_kernels.tables.loading.CHUNK", 1000)
+        patch.setattr("engram_kernels.checkpoints.reading.CHUNK", 1000)
         with EngramTable.from_safetensors(path, placement=placement) as table:
             values = lookup(table, ids.to(device), out_dtype=torch.bfloat16)
             assert tables.same_bits(values, expected, truncated=False)

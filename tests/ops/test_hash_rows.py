@@ -6,7 +6,7 @@ import triton
 
 from engram_kernels import HashPlan, hash_lookup, lookup, ngram_hash, reference
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
-from engram_kernels.tables.engram import view_tables
+from engram_kernels.tables.view import view_tables
 from tests.conftest import recent
 from tests.support import tables
 from tests.support.guards import Guarded

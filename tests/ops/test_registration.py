@@ -10,7 +10,7 @@ import torch
 from engram_kernels import Engram, EngramTable, gate_conv_residual, gate_residual, hash_lookup, lookup, ngram_hash
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.ops.row_kernels import order as read_order
-from engram_kernels.tables.engram import view_tables
+from engram_kernels.tables.view import view_tables
 from tests.nn.test_engram import FORMS, built
 from tests.support import tables
 

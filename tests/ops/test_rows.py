@@ -8,7 +8,7 @@ import triton
 from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.ops.row_kernels.copy import rows_config
-from engram_kernels.tables.engram import view_tables
+from engram_kernels.tables.view import view_tables
 from tests.conftest import recent
 from tests.support import tables
 from tests.support.guards import Guarded

@@ -10,7 +10,7 @@ import torch
 
 import engram_kernels
 from engram_kernels import Engram, EngramTable, HashPlan
-from engram_kernels.tables import saving as table_saving
+from engram_kernels.tables import files as table_files
 from tests.support import checkpoints
 from tests.support.checkpoints import QWEN, QWEN_FIELDS, V41, V41_FIELDS, raw
 
@@ -67,7 +67,7 @@ def test_a_layer_of_qwen(tmp_path):
 
 
 def test_mapped_and_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_saving, "CHUNK", 1000)
+    monkeypatch.setattr(table_files, "CHUNK", 1000)
     folder, tensors = v41(tmp_path)
     table = run("Without loading", files=sorted(folder.glob("*.safetensors"))).table
     assert table.mapped and torch.equal(raw(table.weight), raw(tensors["layers.1.engram.embed.weight"]))

@@ -14,8 +14,8 @@ from engram_kernels.ops.conv_kernels.backward import make_conv_gradients
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.ops.gate_kernels.gradients import make_gate_gradients
 from engram_kernels.serving.history import launch_commit_history, launch_gather_history
-from engram_kernels.tables.engram import view_tables
 from engram_kernels.tables.gradient import RowGradient, launch_row_gradient
+from engram_kernels.tables.view import view_tables
 from engram_kernels.training.update import launch_row_update
 from tests.support.launches import (
     launch_cached_lookup,

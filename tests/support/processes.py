@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[2]
 _LOOP = """
 import json, sys, traceback
 import torch
-from engram_kernels import EngramTable, shared_file
-shared_file._free_huge_pages = lambda: 0  # tables of tests lie in /dev/shm, whatever else the machine has
+from engram_kernels import EngramTable
+from engram_kernels.tables.memory import shared_protocol
+shared_protocol._free_huge_pages = lambda: 0  # tables of tests lie in /dev/shm, whatever else the machine has
 space = dict(torch=torch, EngramTable=EngramTable)
 print("ready", flush=True)
 for line in sys.stdin:

@@ -21,7 +21,7 @@ from engram_kernels import (
     lookup,
     ngram_hash,
 )
-from engram_kernels.tables import saving as table_saving
+from engram_kernels.checkpoints import table_writer
 
 from . import tables
 
@@ -251,13 +251,13 @@ def save(path, kind, format, split="columns", fault=None, struck=1, **options):
     """Saves; ``fault`` strikes on rank ``struck`` while it writes its rows."""
     if fault and dist.get_rank() == struck:
         strike = dict(error=_no_space, death=lambda *_: os._exit(9), hang=lambda *_: time.sleep(3600))[fault]
-        original, table_saving.RowsFiles.write = table_saving.RowsFiles.write, strike
+        original, table_writer.RowsFiles.write = table_writer.RowsFiles.write, strike
     try:
         with sharded(config_of(kind, format), split=split) as table:
             return str(table.save_safetensors(path, **options))
     finally:
         if fault and dist.get_rank() == struck:
-            table_saving.RowsFiles.write = original
+            table_writer.RowsFiles.write = original
 
 
 def _no_space(*_):

@@ -9,7 +9,7 @@ import torch
 
 from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.geometry.row_format import FORMATS
-from engram_kernels.tables.engram import view_tables
+from engram_kernels.tables.view import view_tables
 from tests.support.oracles import e4m3_value, ue8m0_value
 
 NAMES = [*FORMATS]

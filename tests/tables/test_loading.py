@@ -10,9 +10,10 @@ import torch
 
 from engram_kernels import EngramConfig, EngramTable, lookup
 from engram_kernels.checkpoints import parallel as chunk_runner
+from engram_kernels.checkpoints import reading
 from engram_kernels.checkpoints.files import CheckpointError
 from engram_kernels.geometry.row_format import FORMATS
-from engram_kernels.tables import loading as table_loading
+from engram_kernels.tables import files as table_files
 from tests.support import checkpoints, tables
 from tests.support.checkpoints import E8M0, QWEN, QWEN_SCALE, V41, by_hand, raw, save
 
@@ -33,7 +34,7 @@ def memory(field="VmRSS"):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 1,000 bytes, which end in the middle of rows."""
-    monkeypatch.setattr(table_loading, "CHUNK", 1000)
+    monkeypatch.setattr(reading, "CHUNK", 1000)
 
 
 @pytest.mark.parametrize("placement", ["cpu", "host"])
@@ -115,8 +116,8 @@ class Elsewhere:
 
 
 def test_rows_go_through_a_buffer_where_the_cpu_does_not_see_the_memory(tmp_path, small_chunks, monkeypatch):
-    flat = table_loading.flat_bytes
-    monkeypatch.setattr(table_loading, "flat_bytes", lambda tensor: Elsewhere(flat(tensor)))
+    flat = table_files.flat_bytes
+    monkeypatch.setattr(table_files, "flat_bytes", lambda tensor: Elsewhere(flat(tensor)))
     folder, tensors = checkpoints.v41_folder(tmp_path / "v41")
     table = load(folder, placement="cpu", config=V41, layer=4)
     assert torch.equal(raw(table.weight), raw(tensors["layers.4.engram.embed.weight"]))
@@ -263,7 +264,7 @@ def test_mapped_rows_have_to_lie_together(tmp_path):
 
 def test_a_table_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "a.safetensors", {"weight": torch.ones(1000, 64)})
-    monkeypatch.setattr(table_loading, "available_host_memory", lambda: 255_999)
+    monkeypatch.setattr(table_files, "available_host_memory", lambda: 255_999)
     monkeypatch.setattr(EngramTable, "empty", lambda *_, **__: pytest.fail("asked for memory"))
     for placement in ("cpu", "host"):
         with pytest.raises(MemoryError, match=r"takes 256,000 bytes and 255,999 are available; .*mapped=True\)$"):

@@ -14,7 +14,7 @@ import torch
 from engram_kernels import EngramTable, lookup
 from engram_kernels.checkpoints import writing as file_writing
 from engram_kernels.geometry.row_format import FORMATS
-from engram_kernels.tables import saving as table_saving
+from engram_kernels.tables import files as table_files
 from tests.support import tables
 from tests.support.checkpoints import raw, save, v41_tensors
 
@@ -30,7 +30,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks for each file of these tables."""
-    monkeypatch.setattr(table_saving, "CHUNK", 2000)
+    monkeypatch.setattr(table_files, "CHUNK", 2000)
 
 
 def table_of(name="bfloat16", rows=101, width=64, seed=0):
@@ -136,7 +136,7 @@ def fail_after(monkeypatch, name, calls):
             raise OSError(28, "No space left on device")
         return function(*args, **options)
 
-    monkeypatch.setattr(table_saving.os, name, failing)
+    monkeypatch.setattr(table_files.os, name, failing)
 
 
 @pytest.mark.parametrize("after", FORMS)
@@ -178,8 +178,9 @@ def test_a_failed_save_leaves_what_was_there_and_nothing_else(tmp_path, before, 
 CHILD = r"""
 import os, sys, threading
 import torch
-from engram_kernels import EngramTable, table_saving
-table_saving.CHUNK = 2000
+from engram_kernels import EngramTable
+from engram_kernels.tables import files as table_files
+table_files.CHUNK = 2000
 table = EngramTable.from_tensors(torch.full((1000, 64), 2.0), placement="cpu")
 def save(name, options):
     def progress(done, total):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engram_kernels import Engram, EngramTable, HashPlan, RowAdagrad, RowAdam
+from engram_kernels.checkpoints import reading
 from engram_kernels.checkpoints.writing import locked_file
-from engram_kernels.tables import loading as table_loading
 from engram_kernels.training import saving as optimizer_saving
 from tests.nn.test_engram import FORMS
 from tests.support.checkpoints import raw
@@ -24,7 +24,7 @@ OPTIONS = dict(lr=0.1, eps=1e-3, weight_decay=0.05)
 def small_chunks(monkeypatch):
     """Several chunks for each state."""
     monkeypatch.setattr(optimizer_saving, "CHUNK", 200)
-    monkeypatch.setattr(table_loading, "CHUNK", 200)
+    monkeypatch.setattr(reading, "CHUNK", 200)
 
 
 class Run:

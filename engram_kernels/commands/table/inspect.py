@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointError, Paths
-from engram_kernels.checkpoints.validate import StoredTable, find_tables, read_table
+from engram_kernels.checkpoints.names import find_tables
+from engram_kernels.checkpoints.validate import StoredTable, read_table
 from engram_kernels.commands.console import gib
 from engram_kernels.commands.size import PRESETS
 from engram_kernels.geometry.config import EngramConfig

@@ -6,8 +6,9 @@ import torch
 
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT
-from engram_kernels.tables.engram import EngramTable, TableView, view_tables
+from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.staging import stage
+from engram_kernels.tables.view import TableView, view_tables
 
 
 def check_tables(where: str, tables, device: torch.device) -> None:

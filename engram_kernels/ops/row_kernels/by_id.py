@@ -10,7 +10,7 @@ from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, on_device_of
 from engram_kernels.launching.launch import Launch
-from engram_kernels.tables.engram import TableView
+from engram_kernels.tables.view import TableView
 
 from .arguments import two_dimensional
 from .copy import copy_rows, row_constants, rows_config

@@ -8,7 +8,8 @@ import torch
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.checks import describe
 from engram_kernels.launching.tokens import Tokens
-from engram_kernels.tables.engram import EngramTable, TableView
+from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.view import TableView
 
 from .output import Reading
 

@@ -10,7 +10,7 @@ from triton.runtime import driver
 
 from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP
 from engram_kernels.launching.device import cdiv, next_power_of_2
-from engram_kernels.tables.engram import TableView
+from engram_kernels.tables.view import TableView
 
 _POINTEE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

@@ -18,7 +18,7 @@ from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.hash_kernels.mix import ngram_rows
 from engram_kernels.ops.hash_kernels.row_ids import TOKENS, hash_arguments, prepare_ngram_hash
-from engram_kernels.tables.engram import TableView
+from engram_kernels.tables.view import TableView
 
 from .by_id import launch_sorted
 from .copy import RowsConfig, copy_rows, row_constants, rows_config

@@ -18,9 +18,9 @@ import triton.language as tl
 
 from engram_kernels.launching.checks import check_choice
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
-from engram_kernels.tables.engram import TableView
 from engram_kernels.tables.memory.pages import HUGE_PAGE
 from engram_kernels.tables.placement import REGISTERED
+from engram_kernels.tables.view import TableView
 
 ORDERS = ("direct", "address", "head")
 _REACH = 512  # pages

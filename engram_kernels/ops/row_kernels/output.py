@@ -6,7 +6,8 @@ import torch
 
 from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP, RowFormat
 from engram_kernels.launching.checks import check_choice, check_out, check_tensor
-from engram_kernels.tables.engram import EngramTable, TableView
+from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.view import TableView
 
 #: A TableView in the schema of a registered op.
 VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement, int link_bytes, int page_bytes"

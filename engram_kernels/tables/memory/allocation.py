@@ -1,4 +1,4 @@
-"""The memory of a table's rows and scales, in each placement: made, or attached to."""
+"""The memory of a table's rows and scales in each placement: made, or attached to; and the report on it."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,13 @@ import torch
 
 from engram_kernels.geometry.row_format import SCALE_GROUP, RowFormat
 
-from .host import HostMapping, RuntimeDriver
+from .host import HostMapping, Mapping, RuntimeDriver
 from .pages import HUGE_PAGE, Progress
 from .report import MemoryReport, locked_limit
 from .shared import SharedMapping
-from .shared_file import Geometry
+from .shared_protocol import Geometry
 
 _PAGE = 4096  # the smallest; scales start at one of their own behind the rows
-
-Mapping = HostMapping | SharedMapping
 
 
 class TableMemory(NamedTuple):
@@ -63,16 +61,16 @@ def attach(
 
 
 def page_bytes(mapping: Mapping | None) -> int:
-    """Size of nearly all pages of a registered mapping; huge where there is none, whose pages cross no link."""
+    """Bytes of nearly all pages of a registered mapping; those of a huge page where no GPU reads host memory."""
     if mapping is None or not mapping.registered:
         return HUGE_PAGE
     usage = mapping.pages.usage()
     return HUGE_PAGE if (usage.huge or 0) >= 0.9 * usage.resident else _PAGE
 
 
-def report(placement: str, nbytes: int, parts: list[torch.Tensor], mapping: Mapping | None) -> MemoryReport:
-    """What became of ``parts`` of a table; read back from the kernel where the mapping is the table's own."""
-    device = sum(part.nbytes for part in parts if part.is_cuda)
+def report(placement: str, nbytes: int, tensors: list[torch.Tensor], mapping: Mapping | None) -> MemoryReport:
+    """Where a table's tensors are; read back from the kernel where the mapping is the table's own."""
+    device = sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
     if mapping is None:
         return MemoryReport(placement, nbytes, device, locked_limit=locked_limit())
     usage = mapping.pages.usage()

@@ -120,8 +120,54 @@ def _unregister(addresses: list[int], driver: RuntimeDriver, owner: int) -> None
         degrade([], f"the driver refused to unregister host memory ({errors[0]}); it stays pinned")
 
 
-class HostMapping:
-    """A mapping of ``nbytes`` bytes; ``bytes`` is a uint8 tensor over it that keeps it alive.
+class Mapping:
+    """Memory that this process maps and a driver may hold; ``bytes`` is a uint8 tensor over it that keeps it mapped.
+
+    notes: every step that came out as less. node: the NUMA node that its pages were asked from, if any.
+    """
+
+    def __init__(self, pages: Pages, driver: RuntimeDriver | None):
+        self.nbytes, self.driver = pages.nbytes, driver
+        self.notes: list[str] = []
+        self.node: int | None = None
+        self.registration: Registration | None = None
+        self.pages = pages  # behind the registration: attributes are collected in this order, and it has to go first
+
+    @property
+    def bytes(self) -> torch.Tensor | None:
+        return self.pages.bytes
+
+    @property
+    def registered(self) -> bool:
+        """Whether a GPU can read it."""
+        return self.registration is not None and self.registration.alive
+
+    def register(self) -> None:
+        """Let the driver hold it, where there is one."""
+        if self.driver is not None and not self.registered:
+            self.registration = Registration(self.pages.address, self.nbytes, self.driver)
+
+    def prefer_node(self) -> None:
+        """Take pages from the GPU's NUMA node where there are several and the system tells which."""
+        node = self.driver.numa_node() if self.driver is not None and online_nodes() > 1 else None
+        if node is None:
+            return
+        error = self.pages.prefer_node(node)
+        if error is None:
+            self.node = node
+        else:
+            text = f"pages may lie on any NUMA node: the kernel refused to prefer the GPU's, {node} ({error})"
+            degrade(self.notes, text)
+
+    def close(self) -> None:
+        """Unregister. The memory itself goes with the last tensor that views it."""
+        if self.registration is not None:
+            self.registration.close()
+        self.pages.release()
+
+
+class HostMapping(Mapping):
+    """``nbytes`` bytes of this process alone.
 
     With a ``driver`` its pages are committed, huge where the kernel grants it, registered, and left out of forks, whose
     copies a GPU would not see. Without one (no GPU) nothing is committed before it is written, in small pages, so that
@@ -137,41 +183,28 @@ class HostMapping:
         huge: bool = False,
         progress: Progress | None = None,
     ):
-        self.nbytes = nbytes
-        self.notes: list[str] = []
-        self.node: int | None = None
-        self.registration: Registration | None = None
-        self._owner = os.getpid()
         if driver is not None:
             check_room(nbytes, available_host_memory(), "host memory", "use a smaller table or free memory")
-        self.pages = Pages(nbytes)
+        super().__init__(Pages(nbytes), driver)
+        self._owner = os.getpid()
         try:
             if driver is None:
                 self.pages.advise(HUGEPAGE if huge else NOHUGEPAGE)
-            else:
-                self.pages.advise(HUGEPAGE)
-                self.pages.advise(DONTFORK)
-                self.node = prefer_node(self.pages, driver, self.notes)
-                error = self.pages.fault_in(progress, touch=True)
-                if error is not None:
-                    raise RuntimeError(
-                        f"EngramTable: the kernel gave no memory for {nbytes:,} bytes ({error}); "
-                        f"{available_host_memory():,} bytes are available"
-                    )
-                ensure_huge(self.pages, self.notes)
-                self.registration = Registration(self.pages.address, nbytes, driver)
+                return
+            self.pages.advise(HUGEPAGE)
+            self.pages.advise(DONTFORK)
+            self.prefer_node()
+            error = self.pages.fault_in(progress, touch=True)
+            if error is not None:
+                raise RuntimeError(
+                    f"EngramTable: the kernel gave no memory for {nbytes:,} bytes ({error}); "
+                    f"{available_host_memory():,} bytes are available"
+                )
+            ensure_huge(self.pages, self.notes)
+            self.register()
         except BaseException:
             self.close()
             raise
-
-    @property
-    def bytes(self) -> torch.Tensor | None:
-        return self.pages.bytes
-
-    @property
-    def registered(self) -> bool:
-        """Whether a GPU can read it."""
-        return self.registration is not None and self.registration.alive
 
     def check(self, where: str) -> None:
         """Raise ValueError where this process cannot read the memory: a fork of the one that registered it."""
@@ -189,12 +222,6 @@ class HostMapping:
         if error is not None:
             raise RuntimeError(f"HostMapping.discard: the kernel refused ({error})")
 
-    def close(self) -> None:
-        """Unregister. The memory itself goes with the last tensor that views it."""
-        if self.registration is not None:
-            self.registration.close()
-        self.pages.release()
-
 
 def check_room(nbytes: int, free: int, what: str, remedy: str) -> None:
     """Raise RuntimeError unless ``nbytes`` fit: committing more would end this process, or another one."""
@@ -206,18 +233,6 @@ def degrade(notes: list[str], text: str) -> None:
     """Keep and warn of a step that came out as less than asked."""
     notes.append(text)
     warnings.warn(f"EngramTable: {text}", RuntimeWarning, stacklevel=2)
-
-
-def prefer_node(pages: Pages, driver: RuntimeDriver, notes: list[str]) -> int | None:
-    """Take pages from the GPU's NUMA node where there are several and the system tells which; that node, or None."""
-    node = driver.numa_node() if online_nodes() > 1 else None
-    if node is None:
-        return None
-    error = pages.prefer_node(node)
-    if error is not None:
-        degrade(notes, f"pages may lie on any NUMA node: the kernel refused to prefer the GPU's, {node} ({error})")
-        return None
-    return node
 
 
 def ensure_huge(pages: Pages, notes: list[str], progress: Progress | None = None) -> None:

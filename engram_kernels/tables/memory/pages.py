@@ -45,7 +45,7 @@ class Usage:
 class Pages:
     """``nbytes`` bytes from a 2 MiB boundary on, between inaccessible ones; ``bytes`` is a uint8 tensor over them.
 
-    Anonymous and private, or a part of the file ``fd`` from ``offset`` on, shared. The range is unmapped with the
+    Anonymous and private, or ``nbytes`` of the file ``fd`` from ``offset`` on, shared. The range is unmapped with the
     last tensor that views it, in the process that mapped it.
     """
 

@@ -1,4 +1,4 @@
-"""One copy of a table per node, for any number of processes (the file and its locks: tables/memory/shared_file.py).
+"""One copy of a table per node, for any number of processes (the file and its locks: tables/memory/shared_protocol.py).
 
 One process creates it, fills it and publishes it; others attach, and wait until then. Pages of /dev/shm come small
 unless the administrator says otherwise, so they are collapsed to huge ones when the table is published, after they
@@ -10,29 +10,23 @@ import time
 import weakref
 from pathlib import Path
 
-import torch
-
-from . import shared_file
-from .host import Registration, RuntimeDriver, ensure_huge, prefer_node
+from . import shared_protocol
+from .host import Mapping, RuntimeDriver, ensure_huge
 from .pages import HUGEPAGE, Pages, Progress
-from .shared_file import DATA_OFFSET, Geometry
+from .shared_protocol import DATA_OFFSET, Geometry
 
 
-class SharedMapping:
-    """``nbytes`` bytes that several processes map; ``bytes`` is a uint8 tensor over them. Made by create or attach."""
+class SharedMapping(Mapping):
+    """``nbytes`` bytes that several processes map. Made by create or attach."""
 
     def __init__(self, fd: int, path: Path, nbytes: int, geometry: Geometry, driver: RuntimeDriver | None):
-        self.nbytes, self.path, self.geometry, self.driver = nbytes, path, geometry, driver
-        self.notes: list[str] = []
-        self.node: int | None = None
-        self.registration: Registration | None = None
-        self._fd = fd
+        self.path, self.geometry, self._fd = path, geometry, fd
         # Runs at exit too, so that no file stays behind.
-        self._release = weakref.finalize(self, shared_file.release, fd, path)
+        self._release = weakref.finalize(self, shared_protocol.release, fd, path)
         # Locks live as long as their open file, which a mapping holds on to: it gets one of its own.
         mapped = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
         try:
-            self.pages = Pages(nbytes, mapped, DATA_OFFSET)
+            super().__init__(Pages(nbytes, mapped, DATA_OFFSET), driver)
         except BaseException:
             self._release()
             raise
@@ -45,14 +39,13 @@ class SharedMapping:
         cls, name: str, nbytes: int, geometry: Geometry, driver: RuntimeDriver | None, progress: Progress | None = None
     ) -> "SharedMapping":
         """A new table of that name, zero, all of it backed by memory; readers wait for :meth:`publish`."""
-        shared_file.check_name(name, "EngramTable.empty")
-        mapping = cls(*shared_file.create(name, nbytes, geometry), nbytes, geometry, driver)
+        shared_protocol.check_name(name, "EngramTable.empty")
+        mapping = cls(*shared_protocol.create(name, nbytes, geometry), nbytes, geometry, driver)
         try:
-            if driver is not None:
-                mapping.node = prefer_node(mapping.pages, driver, mapping.notes)
+            mapping.prefer_node()
             # Through the mapping pages come huge where tmpfs grants that; the reservation then finds what is missing.
             mapping.pages.fault_in(progress)
-            shared_file.reserve(mapping._fd, mapping.path.parent, DATA_OFFSET + nbytes)
+            shared_protocol.reserve(mapping._fd, mapping.path.parent, DATA_OFFSET + nbytes)
         except BaseException:
             mapping.close()
             raise
@@ -64,11 +57,11 @@ class SharedMapping:
     ) -> "SharedMapping":
         """The published table of that name, which must have ``geometry``; waits for it, ``timeout`` seconds at most."""
         where = "EngramTable.attach"
-        shared_file.check_name(name, where)
+        shared_protocol.check_name(name, where)
         if not isinstance(timeout, (int, float)) or not timeout >= 0:
             raise ValueError(f"{where}: timeout must be a number of seconds, 0 or more, got {timeout!r}")
         start, pause, filling = time.monotonic(), 0.002, None
-        while not isinstance(found := shared_file.find(name, nbytes, geometry), tuple):
+        while not isinstance(found := shared_protocol.find(name, nbytes, geometry), tuple):
             if found is None and filling is not None:
                 raise RuntimeError(f"{where}: {filling} when that file was removed: it died or gave up")
             filling, waited = found, time.monotonic() - start
@@ -82,28 +75,19 @@ class SharedMapping:
         try:
             if driver is not None:
                 mapping.pages.fault_in()  # maps what is there, by threads; the driver would go page by page
-            mapping._register()
+            mapping.register()
         except BaseException:
             mapping.close()
             raise
         return mapping
 
-    @property
-    def bytes(self) -> torch.Tensor | None:
-        return self.pages.bytes
-
-    @property
-    def registered(self) -> bool:
-        """Whether a GPU can read it."""
-        return self.registration is not None and self.registration.alive
-
     def publish(self, progress: Progress | None = None) -> None:
         """Say that the content is complete: collapse to huge pages, register, and let readers in. Once."""
-        if shared_file.is_complete(self._fd):
+        if shared_protocol.is_complete(self._fd):
             raise ValueError("EngramTable.publish: the table is published already")
         ensure_huge(self.pages, self.notes, progress)
-        self._register()
-        shared_file.complete(self._fd)
+        self.register()
+        shared_protocol.complete(self._fd)
 
     def check(self, where: str) -> None:
         """Raise ValueError where another process cut the file short: reading on would be a SIGBUS."""
@@ -113,11 +97,5 @@ class SharedMapping:
 
     def close(self) -> None:
         """Unregister and let go of the file; the last process to do so removes it."""
-        if self.registration is not None:
-            self.registration.close()
-        self.pages.release()
+        super().close()
         self._release()
-
-    def _register(self) -> None:
-        if self.driver is not None and not self.registered:
-            self.registration = Registration(self.pages.address, self.nbytes, self.driver)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from engram_kernels import EngramTable, lookup
 from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import shared as shared_memory
-from engram_kernels.tables.memory import shared_file
+from engram_kernels.tables.memory import shared_protocol
 from engram_kernels.tables.memory.host import HUGE_PAGE
 from engram_kernels.tables.memory.pages import Pages
 from tests.support import tables
@@ -27,7 +27,7 @@ from tests.support.sharing import SHM, attach, file_of, forked_writer, made
 def bare_machine(monkeypatch):
     """A driver, where there is one, is the test's own, and so is a pool of huge pages."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(shared_file, "_free_huge_pages", lambda: 0)
+    monkeypatch.setattr(shared_protocol, "_free_huge_pages", lambda: 0)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "e4m3", "e4m3_ue8m0"])
@@ -176,15 +176,15 @@ def test_hugetlbfs_is_taken_where_it_has_room(shared_name, monkeypatch):
     """A folder of /dev/shm stands for a mount with a pool of 8 MiB: what fits lies there, and is found there."""
     pool = SHM / f"pool-{os.getpid()}"
     pool.mkdir()
-    monkeypatch.setattr(shared_file, "_folders", lambda: iter([pool, SHM]))
-    monkeypatch.setattr(shared_file, "_free_huge_pages", lambda: 8 << 20)
+    monkeypatch.setattr(shared_protocol, "_folders", lambda: iter([pool, SHM]))
+    monkeypatch.setattr(shared_protocol, "_free_huge_pages", lambda: 8 << 20)
     try:
         with made(shared_name) as table:
             assert [path.name for path in pool.iterdir()] == [f"engram-{shared_name}"]
             table.publish()
             with attach(shared_name) as reader:
                 assert reader.rows == 3000
-            monkeypatch.setattr(shared_file, "_free_huge_pages", lambda: 0)
+            monkeypatch.setattr(shared_protocol, "_free_huge_pages", lambda: 0)
             with pytest.raises(FileExistsError):  # though it would go to /dev/shm now
                 made(shared_name)
         assert not list(pool.iterdir())
@@ -197,8 +197,8 @@ def test_hugetlbfs_is_taken_where_it_has_room(shared_name, monkeypatch):
 def test_hugetlbfs_itself(shared_name, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    folders = [folder for folder in shared_file._folders() if folder != SHM]
-    if not folders or shared_file._free_huge_pages() < 8 << 20:
+    folders = [folder for folder in shared_protocol._folders() if folder != SHM]
+    if not folders or shared_protocol._free_huge_pages() < 8 << 20:
         pytest.skip("needs a hugetlbfs mount that this user can write to, and 4 free huge pages")
     with made(shared_name) as table:
         assert (folders[0] / f"engram-{shared_name}").exists()
@@ -213,11 +213,11 @@ def test_hugetlbfs_itself(shared_name, monkeypatch):
 
 def test_free_huge_pages_are_what_the_kernel_says(monkeypatch, tmp_path):
     monkeypatch.undo()
-    monkeypatch.setattr(shared_file, "_HUGETLB", tmp_path)
-    assert shared_file._free_huge_pages() == 0
+    monkeypatch.setattr(shared_protocol, "_HUGETLB", tmp_path)
+    assert shared_protocol._free_huge_pages() == 0
     (tmp_path / "free_hugepages").write_text("7\n")
     (tmp_path / "resv_hugepages").write_text("2\n")
-    assert shared_file._free_huge_pages() == 5 * HUGE_PAGE
+    assert shared_protocol._free_huge_pages() == 5 * HUGE_PAGE
 
 
 def test_the_documents_examples(tmp_path, monkeypatch):

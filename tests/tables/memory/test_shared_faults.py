@@ -13,7 +13,7 @@ import torch
 from engram_kernels import EngramTable, lookup
 from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import shared as shared_memory
-from engram_kernels.tables.memory import shared_file
+from engram_kernels.tables.memory import shared_protocol
 from engram_kernels.tables.memory.host import HUGE_PAGE
 from engram_kernels.tables.memory.pages import Pages
 from tests.support.drivers import FakeDriver, mapped_ranges
@@ -25,7 +25,7 @@ from tests.support.sharing import SHAPE, SHM, attach, file_of, forked_writer, ma
 def bare_machine(monkeypatch):
     """A driver, where there is one, is the test's own, and so is a pool of huge pages."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(shared_file, "_free_huge_pages", lambda: 0)
+    monkeypatch.setattr(shared_protocol, "_free_huge_pages", lambda: 0)
 
 
 class Clock:
@@ -129,7 +129,7 @@ def test_another_geometry_is_refused_at_once(shared_name, shape, scale, expected
         for _ in range(2):
             with pytest.raises(ValueError, match=f"^EngramTable.attach: {file_of(shared_name)} {expected}"):
                 attach(shared_name, shape, timeout=HANG, scale=scale)
-            if not shared_file.is_complete(table._mapping._fd):
+            if not shared_protocol.is_complete(table._mapping._fd):
                 table.publish()
         with attach(shared_name, (3000, 64, "e4m3"), scale=0.1) as same:
             assert float(same.scale) == float(torch.tensor(0.1))
@@ -154,7 +154,7 @@ def test_files_that_are_none_of_ours(shared_name):
 def test_other_versions_and_truncated_files(shared_name, monkeypatch):
     with made(shared_name) as table:
         table.publish()
-        monkeypatch.setattr(shared_file, "_VERSION", 2)
+        monkeypatch.setattr(shared_protocol, "_VERSION", 2)
         with pytest.raises(ValueError, match="has version 1 of the layout, this package reads 2"):
             attach(shared_name)
         monkeypatch.undo()
@@ -198,15 +198,15 @@ def test_no_room(shared_name, monkeypatch):
     with monkeypatch.context() as unlimited:
         unlimited.setattr(os, "statvfs", lambda folder: types.SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096))
         made(shared_name).close()
-    monkeypatch.setattr(shared_file, "available_host_memory", lambda: 1 << 20)
+    monkeypatch.setattr(shared_protocol, "available_host_memory", lambda: 1 << 20)
     with pytest.raises(RuntimeError, match="4,194,304 bytes do not fit in host memory, 1,048,576 are free"):
         made(shared_name)
-    monkeypatch.setattr(shared_file, "check_room", lambda *_: None)
+    monkeypatch.setattr(shared_protocol, "check_room", lambda *_: None)
     monkeypatch.setattr(Pages, "fault_in", lambda *_: "EFAULT")
     with pytest.raises(RuntimeError, match=r"do not fit in /dev/shm \((No space left on device|File too large)\), "):
         made(shared_name, huge)
     assert not file_of(shared_name).exists()
-    monkeypatch.setattr(shared_file, "_SHM", Path("/no/such/folder"))
+    monkeypatch.setattr(shared_protocol, "_SHM", Path("/no/such/folder"))
     with pytest.raises(RuntimeError, match="no shared memory can be made in /no/such/folder: No such file"):
         made(shared_name)
 
@@ -232,8 +232,8 @@ def test_two_writers_that_chose_different_folders_at_once(shared_name, monkeypat
     """Neither saw the other's file before it had its own name: the one in the later folder gives way."""
     pool = SHM / f"pool-{os.getpid()}"
     pool.mkdir()
-    monkeypatch.setattr(shared_file, "_folders", lambda: iter([pool, SHM]))
-    monkeypatch.setattr(shared_file, "_free_huge_pages", lambda: 0)
+    monkeypatch.setattr(shared_protocol, "_folders", lambda: iter([pool, SHM]))
+    monkeypatch.setattr(shared_protocol, "_free_huge_pages", lambda: 0)
     original = os.link
 
     def late(source, target, **options):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from engram_kernels import EngramTable, lookup, reference
-from engram_kernels.tables.memory.mapped_file import MappedFile
+from engram_kernels.tables.memory.mapped_files import MappedFile
 from tests.support import tables
 
 ROWS = 4000

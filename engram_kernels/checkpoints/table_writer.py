@@ -1,26 +1,28 @@
 """Tables into safetensors files: whole or not at all, in one file or in several with an index.
 
-Files grow under a name of their own in the same folder (``.<name>.partial``), go to the disk (fsync), and take their
-place by rename. Of several files the index comes last: it is what makes them a checkpoint, and their names are new
-every time, so that what the old index tells of stays until the new one is there. What a killed process left is
-recognised by its lock, which went with it, and removed by the next save.
+Files are written under a temporary name in the same folder (``.<name>.partial``), brought to the disk (fsync), and
+renamed. Of several files the index comes last: it is what makes them a checkpoint, and their names are new every time,
+so that the files of the old index stay until the new one is there. What a killed process left has no lock any more, and
+is removed by the next save.
 """
 
-import dataclasses
 import json
 import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from engram_kernels.checkpoints.files import INDEX_SUFFIX, SUFFIX, Checkpoint, CheckpointError
-from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
-from engram_kernels.checkpoints.validate import as_prefix, find_tables
-from engram_kernels.checkpoints.writing import (
+from engram_kernels.geometry.row_format import RowFormat
+
+from .files import INDEX_SUFFIX, SUFFIX, Checkpoint, CheckpointError
+from .names import as_prefix, find_tables
+from .parallel import spans
+from .validate import DENSE
+from .writing import (
     NewTensor,
     check_room,
     checked_metadata,
@@ -31,63 +33,36 @@ from engram_kernels.checkpoints.writing import (
     sync_folder,
     write_all,
 )
-from engram_kernels.geometry.row_format import RowFormat
 
-from .engram import EngramTable
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-
-
-def save_table(
-    table: EngramTable,
-    path: str | os.PathLike,
-    *,
-    prefix: str = "",
-    shard_bytes: int | None = None,
-    metadata: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """:meth:`EngramTable.save_safetensors`."""
-    weight, scale, fmt = table.weight, table.scale, table.format
-    table.wait_for_steps()
-    shape = dict(format=fmt, rows=table.rows, width=table.width)
-    options = dict(prefix=prefix, scale=float(scale) if fmt.scaling == "table" else None, metadata=metadata)
-    with TableWriter(path, "EngramTable.save_safetensors", **shape, shard_bytes=shard_bytes, **options) as writer:
-
-        def write(chunk: tuple[int, int]) -> int:
-            begin, end = chunk
-            scales = scale[begin:end] if fmt.scaling == "group" else None
-            return writer.write(begin, weight[begin:end], scales)
-
-        rows = max(1, CHUNK // writer.row_bytes)
-        chunks = list(spans(table.rows, rows))
-        run_chunks(chunks, write, threads=THREADS, progress=progress, total=table.rows * writer.row_bytes)
-        return writer.commit()
+_DTYPES = {name: dtype for dtype, name in DENSE.items()}
 
 
 @dataclass
 class _Shard:
-    """One file under way: rows ``[begin, end)`` of the table."""
+    """One file being written: rows ``[begin, end)`` of the table."""
 
     final: Path
     partial: Path
     begin: int
     end: int
     header: bytes
-    offsets: dict[str, int]  #: of the tensors, in the file
-    fd: int = field(default=-1)
-
-    @property
-    def nbytes(self) -> int:
-        return self.offsets["end"]
+    offsets: dict[str, int]  #: where in the file its "weight", "scale" and "table" (the table's own scale) begin
+    names: list[str]  #: of these tensors
+    nbytes: int
+    fd: int = -1
 
 
 @dataclass
 class RowsFiles:
-    """Files under way and where rows go in them, which another process can open as well."""
+    """Files being written and where rows go in them, which another process can open as well."""
 
     shards: list[_Shard]
     sizes: tuple[int, int]  #: bytes of a row, of its scales
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row with its scales."""
+        return sum(self.sizes)
 
     def open(self) -> None:
         """Open the files, in a process that did not make them; all or none."""
@@ -109,9 +84,9 @@ class RowsFiles:
                 continue
             for key, tensor, size in zip(("weight", "scale"), (weight, scales), self.sizes, strict=True):
                 if size:
-                    part = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
-                    write_all(shard.fd, part.numpy(), shard.offsets[key] + (first - shard.begin) * size)
-        return len(weight) * sum(self.sizes)
+                    rows = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
+                    write_all(shard.fd, rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
+        return len(weight) * self.row_bytes
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
@@ -126,8 +101,8 @@ class RowsFiles:
                 shard.fd = -1
 
 
-class TableWriter:
-    """A table's files, written in any order of rows and by any number of threads, then put in place by commit().
+class TableWriter(RowsFiles):
+    """A table's files, written in any order of rows and by any number of threads, then given their names by commit().
 
     As a context manager it removes what it wrote unless it was committed.
     """
@@ -145,9 +120,8 @@ class TableWriter:
         shard_bytes: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ):
+        super().__init__([], (format.row_bytes(width), format.scale_bytes(width)))
         self._format, self._prefix = format, as_prefix(prefix, where)
-        self._sizes = format.row_bytes(width), format.scale_bytes(width)
-        self.row_bytes = sum(self._sizes)
         self._width, self._committed = width, False
         self._path = file_path(path, where, f"model{SUFFIX}")
         self._index = _index_of(self._path)
@@ -156,10 +130,10 @@ class TableWriter:
             raise ValueError(f"{where}: shard_bytes must be a positive int or None, got {shard_bytes!r}")
         self._old = _replaceable(self._path, where)
         _sweep(self._path)
-        self._shards = self._layout(rows, shard_bytes)
-        check_room(self._path.parent, sum(shard.nbytes for shard in self._shards), where)
+        self.shards = self._layout(rows, shard_bytes)
+        check_room(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
         try:
-            for shard in self._shards:
+            for shard in self.shards:
                 shard.fd = locked_file(shard.partial)
                 os.ftruncate(shard.fd, shard.nbytes)
                 write_all(shard.fd, shard.header, 0)
@@ -171,40 +145,33 @@ class TableWriter:
             raise
 
     @property
-    def rows_files(self) -> "RowsFiles":
+    def rows_files(self) -> RowsFiles:
         """Where rows go, for this process or for others that see the same folder."""
-        return RowsFiles([dataclasses.replace(shard) for shard in self._shards], self._sizes)
-
-    def write(self, begin: int, weight: torch.Tensor, scales: torch.Tensor | None) -> int:
-        """Write rows from ``begin`` on, and their scales; returns the bytes written."""
-        return RowsFiles(self._shards, self._sizes).write(begin, weight, scales)
+        return RowsFiles([replace(shard) for shard in self.shards], self.sizes)
 
     def commit(self) -> Path:
-        """Put the files in place; returns the file, or the index of several."""
-        for shard in self._shards:
-            os.fsync(shard.fd)
-        for shard in self._shards:
+        """Give the files their names; returns the file, or the index of several."""
+        self.sync()
+        for shard in self.shards:
             os.rename(shard.partial, shard.final)
-        single = self._shards[0].final == self._path
+        single = self.shards[0].final == self._path
         if not single:
             sync_folder(self._path.parent)
             self._write_index()
         self._committed = True
         sync_folder(self._path.parent)
-        for path in self._old - {shard.final for shard in self._shards} - (set() if single else {self._index}):
+        for path in self._old - {shard.final for shard in self.shards} - (set() if single else {self._index}):
             path.unlink(missing_ok=True)
         return self._path if single else self._index
 
     def close(self) -> None:
         """Let go of the files; what was not committed is removed."""
-        for shard in self._shards:
-            if shard.fd >= 0:
-                if not self._committed:
-                    shard.partial.unlink(missing_ok=True)
-                    if shard.final != self._path:
-                        shard.final.unlink(missing_ok=True)
-                os.close(shard.fd)
-                shard.fd = -1
+        for shard in self.shards:
+            if shard.fd >= 0 and not self._committed:
+                shard.partial.unlink(missing_ok=True)
+                if shard.final != self._path:
+                    shard.final.unlink(missing_ok=True)
+        super().close()
 
     def __enter__(self) -> "TableWriter":
         return self
@@ -214,43 +181,39 @@ class TableWriter:
 
     def _layout(self, rows: int, shard_bytes: int | None) -> list[_Shard]:
         count = 1 if shard_bytes is None else min(rows, -(-rows * self.row_bytes // shard_bytes))
-        step = -(-rows // count)
-        pieces = list(spans(rows, step))
+        pieces = list(spans(rows, -(-rows // count)))
         folder, stem, token = self._path.parent, self._path.name.removesuffix(SUFFIX), secrets.token_hex(4)
+        if len(pieces) == 1:
+            finals, prefixes = [self._path], [self._prefix]
+        else:
+            numbers = range(len(pieces))
+            finals = [folder / f"{stem}-{token}-{k + 1:05d}-of-{len(pieces):05d}{SUFFIX}" for k in numbers]
+            prefixes = [f"{self._prefix}shard_{k}." for k in numbers]
         shards = []
-        for number, (begin, end) in enumerate(pieces):
-            partial = folder / f".{stem}-{token}-{number + 1:05d}.partial"
-            final = folder / f"{stem}-{token}-{number + 1:05d}-of-{len(pieces):05d}{SUFFIX}"
-            final = final if len(pieces) > 1 else self._path
-            header, offsets = self._header(number if len(pieces) > 1 else None, end - begin, number == 0)
-            shards.append(_Shard(final, partial, begin, end, header, offsets))
+        for k, (begin, end) in enumerate(pieces):
+            tensors = self._tensors(prefixes[k], end - begin)
+            if self._format.scaling == "table" and k == 0:
+                tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
+            header, starts = header_of(list(tensors.values()), self._metadata)
+            offsets, names = dict(zip(tensors, starts, strict=False)), [tensor.name for tensor in tensors.values()]
+            partial = folder / f".{stem}-{token}-{k + 1:05d}.partial"
+            shards.append(_Shard(finals[k], partial, begin, end, header, offsets, names, starts[-1]))
         return shards
 
-    def _header(self, number: int | None, rows: int, first: bool) -> tuple[bytes, dict[str, int]]:
-        """A file's first bytes, and where its tensors begin."""
+    def _tensors(self, prefix: str, rows: int) -> dict[str, NewTensor]:
+        """The tensors of ``rows`` rows in one file."""
+        row_bytes, scale_bytes = self.sizes
         dtype = _DTYPES.get(self._format.name, "F8_E4M3")
-        stem = self._prefix if number is None else f"{self._prefix}shard_{number}."
-        tensors = {"weight": NewTensor(f"{stem}weight", dtype, (rows, self._width), rows * self._sizes[0])}
-        if self._sizes[1]:
-            shape = (rows, self._sizes[1])
-            tensors["scale"] = NewTensor(f"{stem}scale", "F8_E8M0", shape, rows * self._sizes[1])
-        if self._format.scaling == "table" and first:
-            tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
-        header, places = header_of(list(tensors.values()), self._metadata)
-        return header, dict(zip((*tensors, "end"), places, strict=True))
+        tensors = {"weight": NewTensor(f"{prefix}weight", dtype, (rows, self._width), rows * row_bytes)}
+        if scale_bytes:
+            tensors["scale"] = NewTensor(f"{prefix}scale", "F8_E8M0", (rows, scale_bytes), rows * scale_bytes)
+        return tensors
 
     def _write_index(self) -> None:
-        names = {}
-        for number, shard in enumerate(self._shards):
-            stem = f"{self._prefix}shard_{number}."
-            for key, name in (("weight", f"{stem}weight"), ("scale", f"{stem}scale")):
-                if key in shard.offsets:
-                    names[name] = shard.final.name
-            if "table" in shard.offsets:
-                names[f"{self._prefix}weight_scale"] = shard.final.name
-        total = sum(shard.nbytes - len(shard.header) for shard in self._shards)
+        names = {name: shard.final.name for shard in self.shards for name in shard.names}
+        total = sum(shard.nbytes - len(shard.header) for shard in self.shards)
         content = {"metadata": {"total_size": total, **self._metadata}, "weight_map": names}
-        partial = self._shards[0].partial.with_suffix(".index.partial")
+        partial = self.shards[0].partial.with_suffix(".index.partial")
         fd = locked_file(partial)
         try:
             write_all(fd, json.dumps(content, indent=2).encode(), 0)
@@ -286,7 +249,7 @@ def _replaceable(path: Path, where: str) -> set[Path]:
                 f"{where}: {file} holds {len(names)} tensors that are not one table's own, and is not replaced; "
                 "save to another folder or file"
             )
-        old |= {file, *(place for place in paths if _shard_name(path).fullmatch(place.name))}
+        old |= {file, *(shard for shard in paths if _shard_name(path).fullmatch(shard.name))}
     return old
 
 

@@ -1,9 +1,11 @@
-"""The file behind a tensor's memory, where there is one.
+"""Tensors over the pages of a file: mapped here, or found to be mapped by somebody else, and their file's length.
 
-A checkpoint read by safetensors, numpy.memmap or torch is mapped, not copied. Where such a file is cut short, reading
-on ends the process (SIGBUS); a table looks at the file's length first.
+Rows are read where they lie in the file, through the page cache: nothing is copied, and nothing read before it is used.
+A file that is renamed or replaced stays what was mapped. One that shrinks takes the pages behind its end away, which
+ends the process that reads them (SIGBUS): a table looks at the length of its files before every use.
 """
 
+import mmap
 import os
 import re
 import stat
@@ -11,11 +13,25 @@ import weakref
 
 import torch
 
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.12
 _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) +(/.*)")
 
 
+def map_file(fd: int, offset: int, nbytes: int) -> torch.Tensor:
+    """``nbytes`` bytes of a file from ``offset`` on, as a uint8 tensor that keeps them mapped.
+
+    Private: what is written stays in this process, and the file's pages are shared until then.
+    """
+    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    mapping = mmap.mmap(fd, offset + nbytes - begin, flags=flags, prot=protection, offset=begin)
+    # Rows are read in no order: reading ahead would fetch 128 KB for each of 256 B.
+    mapping.madvise(mmap.MADV_RANDOM)
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=offset - begin)
+
+
 class MappedFile:
-    """A regular file, held open, and the length that a mapped tensor needs of it."""
+    """A regular file, held open, and the length that a tensor mapped from it needs."""
 
     def __init__(self, fd: int, path: str, need: int):
         self._fd, self.path, self._need = fd, path, need
@@ -23,7 +39,10 @@ class MappedFile:
 
     @classmethod
     def behind(cls, tensor: torch.Tensor) -> "MappedFile | None":
-        """The file that the last byte of a CPU tensor is mapped from; None where it is ordinary memory."""
+        """The file that the last byte of a CPU tensor is mapped from; None where it is ordinary memory.
+
+        A checkpoint read by safetensors, numpy.memmap or torch is mapped, not copied.
+        """
         last = tensor.data_ptr() + tensor.nbytes - 1
         with open("/proc/self/maps") as lines:
             for line in lines:

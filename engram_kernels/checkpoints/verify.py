@@ -1,0 +1,132 @@
+"""Whether a checkpoint's table is whole. A check returns what it saw, or raises CheckpointError with what is wrong."""
+
+import re
+from typing import NamedTuple
+
+import torch
+
+from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.geometry.row_format import RowFormat
+
+from .files import Checkpoint
+from .parallel import Progress, run_chunks
+from .reading import RowChunk, read_chunk, row_chunks
+from .validate import StoredTable
+
+#: Bytes of rows that are looked at together: in a core's cache that takes a third of the time it takes for 16 MiB.
+CHUNK = 1 << 20
+#: A longer run of zero rows, as a share of all, is taken for what was never written: hashing leaves no such hole.
+_ZERO_RUN = 0.01
+
+
+def check_config(checkpoint: Checkpoint, table: StoredTable, name: str, config: EngramConfig, layer: int | None) -> str:
+    """Rows and width against those of the config called ``name``, for ``layer`` or the one that the prefix tells."""
+    number = table.layer if layer is None else layer
+    if number is None and len(config.layers) == 1:
+        number = config.layers[0]
+    if number not in config.layers:
+        raise checkpoint.error(f"{name} has tables at layers {config.layers}, and this is of layer {number}")
+    if problems := table.mismatches(config, number):
+        raise checkpoint.error(f"layer {number} of {name}: {'; '.join(problems)}")
+    note = "" if table.format.name == config.format else f"; its format there is {config.format}"
+    return f"rows and width of layer {number} of {name}{note}"
+
+
+def has_hash(checkpoint: Checkpoint, table: StoredTable, config: EngramConfig) -> bool:
+    """Whether the checkpoint holds the constants of the hash, as Qwen's do."""
+    stored = f"{_hash_prefix(table)}layer_multipliers" in checkpoint
+    return stored and config.window == "eos" and table.layer in config.layers
+
+
+def check_hash(checkpoint: Checkpoint, table: StoredTable, config: EngramConfig) -> str:
+    """The constants of the hash against the config's: with others, every token would read the wrong rows."""
+    plan, index = HashPlan.build(config), config.layers.index(table.layer)
+    expected = {
+        "layer_multipliers": plan.multipliers[index],
+        "ngram_heads_vocab_sizes": plan.primes[index],
+        "ngram_heads_offsets": plan.offsets[index],
+    }
+    for rest, value in expected.items():
+        name = _hash_prefix(table) + rest
+        if name in checkpoint:
+            stored = checkpoint.tensor(name)
+            if stored.dtype != "I64" or checkpoint.read(stored, torch.int64).flatten().tolist() != value.tolist():
+                raise checkpoint.error(f"{stored} is not what the config gives")
+    return "the checkpoint's multipliers, primes and offsets are those of the config"
+
+
+def _hash_prefix(table: StoredTable) -> str:
+    return re.sub(r"ngram_embedding\.$", "", table.prefix)
+
+
+class _Tally(NamedTuple):
+    """What one chunk holds; of zero rows also the runs at either end and the longest, for a run across chunks."""
+
+    rows: int
+    counts: tuple[int, ...]  #: elements NaN, infinite; scale bytes of 255, of 0; zero rows
+    zero_head: int
+    zero_tail: int
+    longest: tuple[int, int]  #: (rows, first row)
+
+
+def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress | None) -> str:
+    """One pass over all rows and scales: NaN, infinities, scale bytes of 255, and what was never written."""
+    tallies: dict[int, _Tally] = {}
+
+    def count(chunk: RowChunk) -> int:
+        rows, scales = read_chunk(checkpoint, chunk)
+        zero, *runs = _zero_rows(rows, chunk.first)
+        counts = *_not_finite(rows, table.format), int((scales == 255).sum()), int((scales == 0).sum()), zero
+        tallies[chunk.first] = _Tally(len(rows), counts, *runs)
+        return rows.nbytes + scales.nbytes
+
+    chunks = row_chunks(table, max(1, CHUNK // (table.width * table.format.dtype.itemsize)))
+    run_chunks(chunks, count, progress=progress, total=table.nbytes)
+    nan, infinite, nan_scales, least_scales, zero = map(sum, zip(*(t.counts for t in tallies.values()), strict=True))
+    notes = f"{table.rows:,} rows read, {zero:,} of them zero"
+    notes += f", {least_scales:,} scale bytes are 0" if least_scales else ""
+    faults = [f"{nan:,} elements are NaN"] if nan else []
+    faults += [f"{infinite:,} elements are infinite"] if infinite else []
+    faults += [f"{nan_scales:,} scale bytes are 255, which is NaN"] if nan_scales else []
+    length, first = _longest_zero_run(tallies)
+    if length > max(1, _ZERO_RUN * table.rows):
+        share = f"{length / table.rows:.1%} of the table"
+        faults.append(f"rows {first:,} to {first + length - 1:,} are zero, {share}, as in a file that was never filled")
+    if faults:
+        raise checkpoint.error(f"{'; '.join(faults)} ({notes})")
+    return f"no NaN, no infinity; {notes}"
+
+
+def _not_finite(rows: torch.Tensor, format: RowFormat) -> tuple[int, int]:
+    """(NaN, infinite elements) of rows as bytes."""
+    if format.scaling == "none":
+        found = rows.view(format.dtype)
+        if torch.isfinite(found).all():
+            return 0, 0
+        return int(torch.isnan(found).sum()), int(torch.isinf(found).sum())
+    # Eight bytes at once: adding 1 to seven bits carries into the eighth from 0x7F alone, which is NaN.
+    words = (rows.view(torch.int64) & 0x7F7F7F7F7F7F7F7F) + 0x0101010101010101
+    if not (words & -0x7F7F7F7F7F7F7F80).any():
+        return 0, 0
+    return int(((rows & 0x7F) == 0x7F).sum()), 0
+
+
+def _zero_rows(rows: torch.Tensor, first: int) -> tuple[int, int, int, tuple[int, int]]:
+    """(zero rows, those at the beginning, those at the end, (longest run, its first row)); ``first`` is row 0."""
+    filled = rows.view(torch.int64).any(1).nonzero().flatten()
+    # Filled rows, with one before the first and one behind the last: what lies between two is a run of zero rows.
+    marks = torch.cat([filled.new_tensor([-1]), filled, filled.new_tensor([len(rows)])])
+    gaps = marks.diff() - 1
+    longest = int(gaps.argmax())
+    return len(rows) - len(filled), int(gaps[0]), int(gaps[-1]), (int(gaps[longest]), first + int(marks[longest]) + 1)
+
+
+def _longest_zero_run(tallies: dict[int, _Tally]) -> tuple[int, int]:
+    """(rows, first row) of the longest run of zero rows, those across chunks included."""
+    best, run = (0, 0), 0
+    for first in sorted(tallies):
+        tally = tallies[first]
+        best = max(best, tally.longest, (run + tally.zero_head, first - run), key=lambda found: found[0])
+        run = run + tally.rows if tally.zero_head == tally.rows else tally.zero_tail
+    return best

@@ -1,0 +1,93 @@
+"""Rows of a table into and out of safetensors files, and the tensors of a table that stays in its file."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from engram_kernels.checkpoints.files import Checkpoint, StoredTensor
+from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
+from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
+from engram_kernels.checkpoints.table_writer import TableWriter
+from engram_kernels.checkpoints.validate import StoredTable
+
+from .memory.mapped_files import map_file
+from .memory.report import available_host_memory
+from .placed import PlacedRows
+
+
+def fill_table(
+    table: PlacedRows,
+    checkpoint: Checkpoint,
+    stored: StoredTable,
+    *,
+    threads: int = THREADS,
+    progress: Progress | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
+) -> None:
+    """Write what is stored into a table of its rows, width and format.
+
+    ranges: ``[begin, end)`` of the stored rows that the table is to hold, one after the other; None is all of them.
+    """
+    targets = [(flat_bytes(table.weight), stored.weights)]
+    if stored.scales:
+        targets.append((flat_bytes(table.scale), stored.scales))
+    fill_tensors(targets, checkpoint, threads=threads, progress=progress, ranges=ranges)
+
+
+def check_room(name: str, nbytes: int, placement: str, where: str, way_out: str) -> None:
+    """Raise MemoryError where loading would have the kernel end this process or another."""
+    available = available_host_memory()
+    if placement != "device" and nbytes > available:
+        raise MemoryError(f"{where}: {name} takes {nbytes:,} bytes and {available:,} are available; {way_out}")
+
+
+def map_table(checkpoint: Checkpoint, stored: StoredTable) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """(rows, scales or the table's scale) over the pages of the checkpoint's file."""
+    weight = _mapped(checkpoint, stored.weights, stored.format.dtype)
+    return weight, _mapped(checkpoint, stored.scales, torch.uint8) if stored.scales else stored.scale
+
+
+def _mapped(checkpoint: Checkpoint, tensors: Sequence[StoredTensor], dtype: torch.dtype) -> torch.Tensor:
+    """One tensor ``[rows, width]`` over tensors that follow each other in one file."""
+    where, first = checkpoint.where, tensors[0]
+    ends = list(itertools.accumulate((tensor.nbytes for tensor in tensors), initial=first.offset))
+    if any((tensor.path, tensor.offset) != (first.path, at) for tensor, at in zip(tensors, ends, strict=False)):
+        raise ValueError(
+            f"{where}: mapped=True needs rows that follow each other in one file, and {first.name} is one of "
+            f"{len(tensors)} parts; join them (python -m engram_kernels table convert ... --out FILE), or load them"
+        )
+    if first.offset % dtype.itemsize:
+        raise ValueError(
+            f"{where}: mapped=True needs {first.name} at a multiple of {dtype.itemsize} bytes in {first.path}, got "
+            f"{first.offset}; convert the file, or load it"
+        )
+    content = map_file(checkpoint.open_fd(first.path), first.offset, ends[-1] - first.offset)
+    return content.view(dtype).view(-1, first.shape[1])
+
+
+def save_table(
+    table: PlacedRows,
+    path: str | os.PathLike,
+    where: str,
+    *,
+    prefix: str,
+    shard_bytes: int | None,
+    metadata: Mapping[str, str] | None,
+    progress: Progress | None,
+) -> Path:
+    """Write all rows; arguments and result are those of :meth:`EngramTable.save_safetensors`."""
+    weight, scale, fmt = table.weight, table.scale, table.format
+    shape = dict(format=fmt, rows=table.rows, width=table.width)
+    options = dict(prefix=prefix, scale=float(scale) if fmt.scaling == "table" else None, metadata=metadata)
+    with TableWriter(path, where, **shape, shard_bytes=shard_bytes, **options) as writer:
+
+        def write(chunk: tuple[int, int]) -> int:
+            begin, end = chunk
+            return writer.write(begin, weight[begin:end], scale[begin:end] if fmt.scaling == "group" else None)
+
+        chunks = spans(table.rows, max(1, CHUNK // writer.row_bytes))
+        run_chunks(chunks, write, threads=THREADS, progress=progress, total=table.rows * writer.row_bytes)
+        return writer.commit()

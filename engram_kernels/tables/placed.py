@@ -1,0 +1,190 @@
+"""Rows in a storage format, in the memory of a placement: what kernels are told of them, and who can read them."""
+
+import struct
+from typing import NamedTuple, Self
+
+import torch
+
+from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
+
+from .memory.allocation import page_bytes, report
+from .memory.host import Mapping
+from .memory.mapped_files import MappedFile
+from .memory.report import MemoryReport, size
+from .placement import REGISTERED
+
+
+class TableDescriptor(NamedTuple):
+    """What a kernel is told of a table, four int64."""
+
+    weight_address: int
+    scale_address: int  #: of scales of groups, else 0
+    rows: int
+    scale_bits: int  #: of the table's own float32 scale, else 0
+
+
+class PlacedRows:
+    """``rows`` x ``width`` elements in ``format`` and ``placement``, and their scales."""
+
+    #: Whether another process published the rows, and is the one to write them.
+    attached = False
+    _changes = 0
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        format: RowFormat,
+        placement: str,
+        mapping: Mapping | None = None,
+        scales: str | None = None,
+    ):
+        self._weight, self._scale, self._mapping = weight, scale, mapping
+        self._scales = scales
+        self.format, self.placement = format, placement
+        self.rows, self.width = weight.shape
+        #: Files that the tensors of placement "cpu" and "staged" are mapped from.
+        self.files: list[MappedFile] = []
+        #: What launches know of this table and those read with it, by value (tables/view.py).
+        self.kept_views: dict[tuple, NamedTuple] = {}
+        #: Buffers of placement "staged" by device, made when it is first read from there (tables/staging.py).
+        self.rings: dict = {}
+        self._describe()
+
+    def _describe(self) -> None:
+        """Set all that follows from where rows and scales are."""
+        scale_address = scale_bits = 0
+        if self.format.scaling == "group":
+            scale_address = self._scale.data_ptr()
+        elif self.format.scaling == "table":
+            (scale_bits,) = struct.unpack("<i", struct.pack("<f", float(self._scale)))
+        self.descriptor = TableDescriptor(self._weight.data_ptr(), scale_address, self.rows, scale_bits)
+        #: The descriptor as a key, never to be parsed: to torch.compile a text is a constant, and numbers of an object
+        #: may be symbols, which no dictionary finds.
+        self.descriptor_key = str(tuple(self.descriptor))
+        #: Rows start at multiples of 16 bytes and scales at multiples of 8, as the kernels' loads need. Staged ones may
+        #: start anywhere: their copies do.
+        aligned = self.descriptor.weight_address % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
+        self.aligned = aligned or self.placement == "staged"
+        #: Bytes of the pages that a GPU reads over PCIe or NVLink; read back from the kernel once, since
+        #: ops/row_kernels/order.py asks in every call.
+        self.page_bytes = page_bytes(self._mapping)
+        #: What stands for all of this in signatures of calls (ops/op.py), and keeps no table alive.
+        self.identity = object()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        self.check_usable("EngramTable")
+        return self._weight
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        self.check_usable("EngramTable")
+        return self._scale
+
+    @property
+    def closed(self) -> bool:
+        return self._weight is None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether rows are read where they lie in a file."""
+        return bool(self.files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows and their scales."""
+        return self.rows * (self.format.row_bytes(self.width) + self.format.scale_bytes(self.width))
+
+    @property
+    def default_out_dtype(self) -> torch.dtype:
+        """The table's own dtype where that is dense, bfloat16 for fp8."""
+        return self.format.dtype if self.format.scaling == "none" else torch.bfloat16
+
+    @property
+    def version(self) -> int:
+        """A number that rises whenever the rows change, for what keeps copies of them (:class:`NgramCache`).
+
+        It sees writes by torch to ``weight`` and ``scale``, by optimizers of this package, and :meth:`rows_changed`.
+        """
+        tensors = [tensor for tensor in (self.weight, self.scale) if tensor is not None and not tensor.is_inference()]
+        return self._changes + sum(tensor._version for tensor in tensors)
+
+    def rows_changed(self) -> None:
+        """Say that rows have been written by other means: a kernel, NumPy, another process."""
+        self._changes += 1
+
+    def memory_report(self) -> MemoryReport:
+        """Where the bytes are, and what the machine granted: huge pages, registration, NUMA node; printable."""
+        self.check_usable("EngramTable.memory_report")
+        tensors = [self._weight, self._scale] if self.format.scaling == "group" else [self._weight]
+        return report(self.placement, self.nbytes, tensors, self._mapping)
+
+    def discard(self) -> None:
+        """Give the pages of an unregistered host table back: all rows read as zero afterwards."""
+        self.check_usable("EngramTable.discard")
+        if self.placement != "host":
+            raise ValueError(f"EngramTable.discard: only placement 'host' can give pages back, got {self.placement!r}")
+        self._mapping.discard()
+        self.rows_changed()
+
+    def close(self) -> None:
+        """Unregister and release the memory. Using the table afterwards is an error; closing again is not.
+
+        A GPU must be done with it: synchronise the streams that read it first.
+        """
+        self._weight = self._scale = None
+        self.kept_views.clear()
+        for owned in (*self.rings.values(), *self.files, self._mapping):
+            if owned is not None:
+                owned.close()
+        self.rings.clear()
+        self.files, self._mapping = [], None
+
+    def __reduce_ex__(self, protocol):
+        # Its memory may be 100 GB that a driver holds, and kernels know it by address.
+        raise TypeError(
+            "EngramTable: a table is not copied or pickled. Let the copy of a model read the same one by "
+            "copy.deepcopy(model, {id(table): table}), save it with save_safetensors, or use placement 'shared' for "
+            "other processes"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else size(self.nbytes)
+        if not self.closed and self._scales == "device":
+            state += ", scales on the device"
+        return f"EngramTable({self.rows:,} x {self.width} {self.format.name}, {self.placement}, {state})"
+
+    def check_readable_on(self, device: torch.device, where: str) -> None:
+        """Raise ValueError unless an op on ``device`` can read this table."""
+        self.check_usable(where)
+        scale_device = self._scale.device if self.format.scaling == "group" else device
+        if device.type == "cpu":
+            readable = self._weight.device.type == scale_device.type == "cpu"
+            need = "a table in CPU memory, with its scales"
+        elif self.placement == "staged":
+            readable, need = True, ""
+        elif self.placement in REGISTERED:
+            readable = self._mapping is not None and self._mapping.registered
+            need = "a registered host table" if self.placement == "host" else "a registered (published) shared table"
+            if readable and scale_device not in (torch.device("cpu"), device):
+                readable, need = False, f"a table with its scales on {device} or on the host"
+        else:
+            readable, need = self._weight.device == device, f"a table on {device} or a registered host table"
+        if not readable:
+            raise ValueError(f"{where}: tensors on {device} need {need}, got {self!r} on {self._weight.device}")
+
+    def check_usable(self, where: str) -> None:
+        """Raise ValueError where the table is closed, or its memory is not in this process or no longer there."""
+        if self.closed:
+            raise ValueError(f"{where}: the table is closed")
+        if not torch.compiler.is_compiling():
+            for owned in (self._mapping, *self.files):
+                if owned is not None:
+                    owned.check(where)

@@ -1,0 +1,43 @@
+"""What a launch knows of the tables that it reads: their descriptors on the device, and constants."""
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .placed import PlacedRows
+from .placement import REGISTERED
+
+
+class TableView(NamedTuple):
+    """A tensor and constants, so that registered ops can take it apart."""
+
+    descriptors: torch.Tensor  #: int64 ``[L, 4]`` on the device, a TableDescriptor in each row
+    format: str
+    width: int
+    placement: str
+    link_bytes: int = 0  #: of the largest table that is read over PCIe or NVLink; 0 for none
+    page_bytes: int = 0  #: of its pages
+
+
+def view_tables(tables: Sequence[PlacedRows], device: torch.device) -> TableView:
+    """The view of tables of one format and width, for launches on ``device``.
+
+    It is kept, by value, on the first table: only the first call with these tables copies to the device. To a compiled
+    graph the descriptors are an input then, so that it can be captured; where the first call of all is a compiled one,
+    its graph makes them, and the second is compiled anew.
+    """
+    first = tables[0]
+    key = (device, *[table.descriptor_key for table in tables])
+    if key not in first.kept_views:
+        # operator.index makes constants of what torch.compile takes for symbols.
+        numbers = [[operator.index(number) for number in table.descriptor] for table in tables]
+        descriptors = torch.tensor(numbers, dtype=torch.int64).to(device)
+        link_bytes = page_bytes = 0
+        for table in tables:
+            if table.placement in REGISTERED and table.nbytes > link_bytes:
+                link_bytes, page_bytes = table.nbytes, table.page_bytes
+        layout = first.format.name, first.width, first.placement
+        first.kept_views[key] = TableView(descriptors, *layout, link_bytes, page_bytes)
+    return first.kept_views[key]
