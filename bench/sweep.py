@@ -25,7 +25,7 @@ from engram_kernels.ops.conv_kernels import scale as gate_scale
 from engram_kernels.ops.gate_kernels import backward as gate_backward
 from engram_kernels.ops.gate_kernels import residual as gate_residual
 from engram_kernels.ops.hash_kernels import row_ids
-from engram_kernels.ops.op import Op
+from engram_kernels.ops.call import Op
 from engram_kernels.ops.row_kernels import by_id
 from engram_kernels.ops.row_kernels import hashed as hashed_rows
 

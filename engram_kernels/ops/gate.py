@@ -17,7 +17,7 @@ from .gate_kernels.arguments import GateCall, check_gate
 from .gate_kernels.backward import gate_formula, save_gate
 from .gate_kernels.gradients import make_recorded
 from .gate_kernels.residual import prepare_gate_residual
-from .op import Op, empty_of, form_of, registered, writes_alone
+from .call import Op, empty_of, form_of, registered, writes_alone
 
 
 class Gate(Op):

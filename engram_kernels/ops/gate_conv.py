@@ -30,7 +30,7 @@ from .conv_kernels.state import launch_advance_state
 from .gate_kernels.arguments import check_gate, flatten_tokens
 from .gate_kernels.gradients import make_recorded
 from .hash_kernels.sequences import sequence_arguments
-from .op import Op, empty_of, form_of, registered, writes_alone
+from .call import Op, empty_of, form_of, registered, writes_alone
 
 
 def prepare_gate_conv_residual(call: ConvCall, out: torch.Tensor) -> Callable[..., None]:

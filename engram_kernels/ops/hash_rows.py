@@ -20,7 +20,7 @@ from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.view import TableView, view_tables
 
 from .hashing import ngram_hash
-from .op import Op, form_of, registered, writes_alone
+from .call import Op, form_of, registered, writes_alone
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
 from .row_kernels.caching import RowCache, check_cache

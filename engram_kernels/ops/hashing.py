@@ -16,7 +16,7 @@ from engram_kernels.launching.checks import check_out, is_kernel_device
 from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
 
 from .hash_kernels.row_ids import prepare_ngram_hash
-from .op import Op, form_of, registered, writes_alone
+from .call import Op, form_of, registered, writes_alone
 
 
 class HashCall(NamedTuple):

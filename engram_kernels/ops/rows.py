@@ -17,7 +17,7 @@ from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.view import TableView
 
-from .op import Op, form_of, registered, writes_alone
+from .call import Op, form_of, registered, writes_alone
 from .row_kernels.arguments import check_tables, is_staged, view_rows
 from .row_kernels.by_id import prepare_lookup
 from .row_kernels.order import check_order, choose_order

@@ -69,7 +69,7 @@ class PlacedRows:
         #: Bytes of the pages that a GPU reads over PCIe or NVLink; read back from the kernel once, since
         #: ops/row_kernels/order.py asks in every call.
         self.page_bytes = page_bytes(self._mapping)
-        #: What stands for all of this in signatures of calls (ops/op.py), and keeps no table alive.
+        #: What stands for all of this in signatures of calls (ops/call.py), and keeps no table alive.
         self.identity = object()
 
     @property

@@ -72,9 +72,9 @@ history reversed @ ops/conv_kernels/residual
 last tile skipped @ ops/conv_kernels/residual
 - mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
 + mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE // BLOCK_D * BLOCK_D
-norms swapped: query norm for conv norm @ ops/gate_conv
-- gate, scale, conv_norm, conv_weight
-+ gate, scale, query_norm, conv_weight
+norms swapped: query norm for conv norm @ ops/conv_kernels/residual
+- gate, scale, call.conv_norm
++ gate, scale, call.query_norm
 branch fixed to 0: few tokens @ ops/conv_kernels/residual
 - block // NUM_BRANCHES, block % NUM_BRANCHES
 + block // NUM_BRANCHES, block * 0

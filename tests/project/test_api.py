@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels
 from engram_kernels import reference
-from engram_kernels.ops.op import Op
+from engram_kernels.ops.call import Op
 from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]

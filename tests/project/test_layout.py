@@ -69,7 +69,10 @@ def launches():
 
 
 def launched(call):
-    """The kernel that ``kernel[grid](...)`` or ``kernel.run(...)`` launches, None for other calls."""
+    """The kernel that ``kernel[grid](...)``, ``kernel.run(...)`` or ``Launch(kernel, ...)`` launches, else None."""
+    if name_of(call.func) in ("Launch", "RowLaunch") and call.args:
+        name = name_of(call.args[0])
+        return name if name in jit_functions() else None
     by_run = isinstance(call.func, ast.Attribute) and call.func.attr == "run"
     if not by_run and not isinstance(call.func, ast.Subscript):
         return None
@@ -98,12 +101,14 @@ def gives(function, call, name, module=None):
         return True
     spread = [keyword.value for keyword in call.keywords if keyword.arg is None]
     sources = [value for value in spread if not isinstance(value, ast.Name)]
+    spread += call.args if name_of(call.func) in ("Launch", "RowLaunch") else []
     named = {value.id for value in spread if isinstance(value, ast.Name)}
-    for node in ast.walk(function):
+    for node in reversed(list(ast.walk(function))):  # what is assigned last may hold what was assigned before
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            if any(isinstance(target, ast.Name) and target.id in named for target in targets):
+            if named & {inner.id for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)}:
                 sources.append(node.value)
+                named |= {inner.id for inner in ast.walk(node.value) if isinstance(inner, ast.Name)}
     made = {name_of(inner.func) for source in sources for inner in calls(source)}
     functions = [node for node in module.body if isinstance(node, ast.FunctionDef)] if module else []
     sources += [node for node in functions if node.name in made]
@@ -293,11 +298,15 @@ def test_the_check_of_loads_sees_what_it_should(source, bare):
         ("k.run(x, enable_fp_fusion=True)", True),
         ("common = made(x)\n    k.run(x, **common)", True),
         ("common = other(x)\n    k.run(x, **common)", False),
+        ("grid, part = made(x)\n    common = dict(part, y=1)\n    k[grid](x, **common)", True),
+        ("common = made(x)\n    Launch(k, grid, names, common)", True),
+        ("common = other(x)\n    Launch(k, grid, names, common)", False),
     ],
 )
 def test_the_check_of_launches_sees_what_it_should(body, given):
     text = "def made(x):\n    return dict(enable_fp_fusion=True)\n\ndef other(x):\n    return dict(num_warps=4)\n"
     module = ast.parse(f"{text}\ndef launch(x):\n    {body}\n")
     function = module.body[-1]
-    (call,) = [call for call in calls(function) if isinstance(call.func, (ast.Subscript, ast.Attribute))]
+    kinds = (ast.Subscript, ast.Attribute)
+    (call,) = [call for call in calls(function) if isinstance(call.func, kinds) or name_of(call.func) == "Launch"]
     assert gives(function, call, "enable_fp_fusion", module) is given

@@ -44,7 +44,7 @@ from engram_kernels.ops.gate_kernels.gradients import (
 )
 from engram_kernels.ops.gate_kernels.weights import launch_conv_gradient
 from engram_kernels.ops.hash_kernels.sequences import find_sequence, sequence_arguments
-from engram_kernels.ops.op import registered
+from engram_kernels.ops.call import registered
 
 from .arguments import ConvCall
 

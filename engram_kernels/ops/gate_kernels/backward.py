@@ -27,7 +27,7 @@ import triton.language as tl
 from engram_kernels.launching.checks import processors
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
 from engram_kernels.launching.sums import ordered_sum
-from engram_kernels.ops.op import registered
+from engram_kernels.ops.call import registered
 
 from .arguments import GateCall, rows_aligned
 from .branch import gate_of, token_rows, widen
