@@ -17,8 +17,9 @@ from bench.cases import load_cases
 from tests.reports.offline import TARGETS, compiling_for, machine_code
 from tests.support.patience import HANG
 
+from .toys import CPU
+
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 
 
 def test_measurements():
