@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine.counters import wavefronts
+from tests.machine.counting.counters import wavefronts
 from tests.support.snippets import NUMBER, address_of, entry, run
 
 LOAD = address_of(1, 4, 51) + "ld.global.b32 %r1, [%rd51]; "

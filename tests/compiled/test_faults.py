@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine.races import Log
+from tests.machine.state.races import Log
 from tests.support.snippets import NUMBER, address_of, allocation, entry, kinds, run
 
 LOAD = address_of(1, 4, 51) + "{}ld.global.b32 %r1, [%rd51{}]; "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine.forms import FORMS
+from tests.machine.instructions.forms import FORMS
 from tests.support.float_formats import FLOAT32
 from tests.support.instruction_oracles import Near, oracle
 from tests.support.snippets import bits_of, instruction_kernel, kinds, outcome

@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 from engram_kernels.launching import checks as arguments
 from tests.conftest import package_kernels
 from tests.machine import gpu
-from tests.machine.orders import modified, takes_orders
+from tests.machine.parsing.orders import modified, takes_orders
 
 from .test_aliases import count_rows_kernel
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine import access, atomics, translation
+from tests.machine.instructions import access, atomics, translation
 from tests.support.snippets import LETTER, NUMBER, address_of, entry, kinds, run
 
 FRESH = np.random.default_rng(0)

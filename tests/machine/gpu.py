@@ -19,7 +19,7 @@ from tests.reports.offline import TARGETS
 
 from . import Fault, Kernel, execute
 from .given import GivenMemory
-from .orders import takes_orders
+from .parsing.orders import takes_orders
 
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # that a program may have, by target
 MOST_PROGRAMS = 2**31 - 1, 2**16 - 1, 2**16 - 1  # in each dimension of a grid

@@ -9,8 +9,8 @@ from collections import Counter
 
 import numpy as np
 
-from .translation import enabled
-from .values import s16, s64, u64
+from tests.machine.instructions.translation import enabled
+from tests.machine.instructions.values import s16, s64, u64
 
 SECTOR, BANKS = 32, 32
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from .faults import Fault, Report
-from .flow import EXIT
-from .values import UNSIGNED, s32, s64, u8, u32
+from tests.machine.faults import Fault, Report
+from tests.machine.instructions.values import UNSIGNED, s32, s64, u8, u32
+from tests.machine.parsing.flow import EXIT
 
 NEVER_WRITTEN = {1: np.array([True]), 8: np.array([0xBD], u8)} | {
     bits: np.array([0x7FBADBAD7FBADBAD & (1 << bits) - 1], UNSIGNED[bits]) for bits in (16, 32, 64)

@@ -5,8 +5,8 @@ from bisect import bisect_right
 
 import numpy as np
 
-from .faults import Fault
-from .values import UNSIGNED, s64, u8, u64
+from tests.machine.faults import Fault
+from tests.machine.instructions.values import UNSIGNED, s64, u8, u64
 
 
 def item_type(size):

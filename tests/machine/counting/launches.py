@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from . import execute, sass
+from tests.machine import execute
+from tests.machine.gpu import Machine
+from tests.machine.parsing import sass
+
 from .executed import Executed
-from .gpu import Machine
 from .occupancy import programs_in_flight
 from .round_trips import RoundTrips, round_trips, way
 from .trace import WarpCounters

@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 
+from tests.machine.faults import Fault
+
 from . import access, warp
-from .faults import Fault
 from .forms import FORMS, dtype_of
 from .operands import Source, lost_of, note, target_of, vector, widened
 from .values import UNSIGNED

@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 
+from tests.machine.faults import Fault
+
 from . import atomics
-from .faults import Fault
 from .operands import Source, note, target_of, vector, widened
 from .values import UNSIGNED, f32, u8, u16, u32
 

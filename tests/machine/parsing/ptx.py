@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from .faults import Fault
+from tests.machine.faults import Fault
 
 ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", re.S)
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")

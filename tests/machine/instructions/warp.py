@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 
-from .faults import Fault
+from tests.machine.faults import Fault
+
 from .operands import Source, note, target_of
 from .values import s32, s64, u32
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from .faults import Fault
+from tests.machine.faults import Fault
+from tests.machine.instructions.values import s64, u8
+
 from .memory import item_type
-from .values import s64, u8
 
 WRITTEN, NEVER, COMING = 0, 1, 2  # of each byte
 

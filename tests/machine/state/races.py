@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .faults import Report
-from .values import s64, u8, u64
+from tests.machine.faults import Report
+from tests.machine.instructions.values import s64, u8, u64
 
 READ, WRITE, ATOMIC = range(3)
 KINDS = {"read": READ, "write": WRITE, "atomic": ATOMIC}

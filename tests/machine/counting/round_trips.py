@@ -9,9 +9,10 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tests.machine.parsing.graph import Graph
+from tests.machine.parsing.sass import EXIT, Instruction
+
 from .executed import Flow
-from .graph import Graph
-from .sass import EXIT, Instruction
 
 _REGISTER = re.compile(r"\bR(\d+)(\.64)?")
 

@@ -18,10 +18,11 @@ from functools import cached_property
 
 import numpy as np
 
-from . import ptx
-from .graph import Graph
+from tests.machine.parsing import ptx
+from tests.machine.parsing.graph import Graph
+from tests.machine.parsing.sass import KINDS, Function, Program
+
 from .integers import IntegerProgram, Unsolvable
-from .sass import KINDS, Function, Program
 
 #: Beginning of a PTX instruction -> opcodes that it becomes, one for each time that it runs.
 _ANCHORS = (

@@ -2,7 +2,8 @@
 
 import re
 
-from .faults import Fault
+from tests.machine.faults import Fault
+
 from .forms import dtype_of
 from .values import SIGNED, UNSIGNED
 
