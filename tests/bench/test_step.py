@@ -9,7 +9,7 @@ from bench import timing
 from bench.cases import Workbench
 from bench.serving import interference, step
 from engram_kernels import ngram_hash, reference
-from tests.support.simulated_gpu import Simulation
+from tests.support.gpu.simulation import Simulation
 
 from .toys import CPU, FakeTimer
 

@@ -5,7 +5,7 @@ import pytest
 
 from tests import machine
 from tests.machine.parsing import flow, ptx
-from tests.support.snippets import NUMBER, address_of, entry, kinds, run
+from tests.support.instructions.snippets import NUMBER, address_of, entry, kinds, run
 
 IN, OUT = address_of(1, 4, 51) + "ld.global.b32 %r1, [%rd51]; ", address_of(0, 4, 50)
 STORE = OUT + "st.global.b32 [%rd50], %r10; "

@@ -5,7 +5,7 @@ import pytest
 
 from tests import machine
 from tests.machine.counting.counters import wavefronts
-from tests.support.snippets import NUMBER, address_of, entry, run
+from tests.support.instructions.snippets import NUMBER, address_of, entry, run
 
 LOAD = address_of(1, 4, 51) + "ld.global.b32 %r1, [%rd51]; "
 AGAIN = (

@@ -7,7 +7,7 @@ import pytest
 
 from tests import machine
 from tests.machine.state.races import Log
-from tests.support.snippets import NUMBER, address_of, allocation, entry, kinds, run
+from tests.support.instructions.snippets import NUMBER, address_of, allocation, entry, kinds, run
 
 LOAD = address_of(1, 4, 51) + "{}ld.global.b32 %r1, [%rd51{}]; "
 STORE = address_of(0, 4, 50) + "{}st.global.b32 [%rd50{}], %r1; "

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import engram_kernels
-from tests.support import gpu_results
+from tests.support.gpu import results as gpu_results
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

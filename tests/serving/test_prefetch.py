@@ -15,7 +15,7 @@ from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import ragged, small_plan
 from tests.ops.test_registration import same
 from tests.support import tables
-from tests.support.fake_streams import FakeStreams
+from tests.support.gpu.fake_streams import FakeStreams
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "prefetch.md").read_text(), re.S)
 SCHEDULES = [list(names) for names in itertools.permutations(("main", "model", "side"))]

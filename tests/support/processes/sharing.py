@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 from engram_kernels import EngramTable
-
-from .patience import HANG
+from tests.support.patience import HANG
 
 SHAPE = (3000, 64, "e4m3_ue8m0")
 SHM = Path("/dev/shm")

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .patience import HANG
+from tests.support.patience import HANG
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _LOOP = """
 import json, sys, traceback
 import torch
-from engram_kernels import EngramTable, shared_file
+from engram_kernels import EngramTable
+from engram_kernels.tables.memory import shared_file
 shared_file._free_huge_pages = lambda: 0  # tables of tests lie in /dev/shm, whatever else the machine has
 space = dict(torch=torch, EngramTable=EngramTable)
 print("ready", flush=True)

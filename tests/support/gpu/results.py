@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import triton
 
-RESULTS = Path(__file__).parents[1] / "gpu_results.json"
+RESULTS = Path(__file__).parents[2] / "gpu_results.json"
 
 
 class Recorder:
