@@ -3,6 +3,7 @@
 import argparse
 import fnmatch
 import hashlib
+import importlib
 import json
 import sys
 from functools import cache
@@ -17,16 +18,16 @@ from bench.serving.interference import FIRST_PAIR, Interference, interference_na
 from bench.serving.step import FIRST_STEP, Steps, step_names
 from bench.serving.step_report import record_text
 
-from .cases import Case, Workbench, load_cases
-from .environment import clocks, describe_gpu, describe_software, huge_share, slug
-from .footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
-from .plots import write_plots
-from .progress import Progress
-from .report import COLUMNS, cells, markdown, print_report
-from .suite import ResultFile, UsageError, run_cases, run_each
-from .text import load_token_ids, statistics_line, tokenize
-from .timing import Budget, GpuTimer
-from .without_gpu import print_without_gpu
+from .running.cases import Case, Workbench, load_cases
+from .running.environment import clocks, describe_gpu, describe_software, huge_share, slug
+from .running.footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
+from .running.plots import write_plots
+from .running.progress import Progress
+from .running.report import COLUMNS, cells, markdown, print_report
+from .running.suite import ResultFile, UsageError, run_cases, run_each
+from .running.text import load_token_ids, statistics_line, tokenize
+from .running.timing import Budget, GpuTimer
+from .running.without_gpu import print_without_gpu
 
 RESULTS = Path(__file__).parent / "results"
 #: Seconds kept for starting up, giving memory back, tables, Markdown and plots.
@@ -35,6 +36,13 @@ REPORTING = 18.0
 #: lookup: with tables and REPORTING less than a third of the default.
 ROOFS, STEPS, PAIRS = 30.0, 20.0, 8.0
 GIB = 1 << 30
+#: First argument -> the module that takes the others: measurements that are no cases.
+COMMANDS = {
+    "train": "bench.training.train",
+    "updates": "bench.training.updates",
+    "cache": "bench.cache.prediction",
+    "sweep": "bench.ops.sweep",
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,18 +71,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["train"]:
-        from bench.training.train import main as train
-
-        return train(arguments[1:])
-    if arguments[:1] == ["cache"]:
-        from bench.cache.prediction import main as predict
-
-        return predict(arguments[1:])
-    if arguments[:1] == ["updates"]:
-        from bench.training.updates import main as updates
-
-        return updates(arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     chosen = parse(arguments)
     try:
         if chosen.report is not None:

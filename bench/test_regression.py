@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from .__main__ import GIB, table_limits
-from .cases import Workbench, load_cases
-from .suite import measure_calls
-from .timing import CpuTimer, GpuTimer
+from .running.cases import Workbench, load_cases
+from .running.suite import measure_calls
+from .running.timing import CpuTimer, GpuTimer
 
 pytest.importorskip("pytest_benchmark")
 

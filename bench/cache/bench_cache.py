@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bench.cases import Case, InTurn, Prepared, Workbench, poison, spread_tokens, tensor_bytes, wrong_rows
+from bench.running.cases import Case, InTurn, Prepared, Workbench, poison, spread_tokens, tensor_bytes, wrong_rows
 from engram_kernels import HashPlan, NgramCache, hash_lookup, reference
 from engram_kernels.cache.lookup import COUNTS
 from engram_kernels.commands.size import layer_traffic

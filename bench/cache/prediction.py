@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.report import print_table
-from bench.text import load_token_ids, load_token_map
+from bench.running.report import print_table
+from bench.running.text import load_token_ids, load_token_map
 from engram_kernels import EngramConfig, HashPlan
 from engram_kernels.cache.prediction import CacheRates, cache_bytes, link_bytes, measure_rates, text_keys
 from engram_kernels.commands.console import track

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench.cases import Case, Prepared, Workbench, poison, spread_tokens, tensor_bytes
+from bench.running.cases import Case, Prepared, Workbench, poison, spread_tokens, tensor_bytes
 from engram_kernels import hash_lookup, reference
 from engram_kernels.ops.hash_rows import launch_hash_lookup
 from engram_kernels.ops.row_kernels.order import ORDERS

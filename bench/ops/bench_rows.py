@@ -5,8 +5,7 @@ from functools import partial
 
 import torch
 
-from bench import baselines
-from bench.cases import (
+from bench.running.cases import (
     TOKENS,
     Case,
     Prepared,
@@ -20,6 +19,8 @@ from bench.cases import (
 )
 from engram_kernels import lookup, reference
 from engram_kernels.commands.size import layer_traffic
+
+from . import baselines
 
 
 def cases(full: bool = False) -> Iterator[Case]:

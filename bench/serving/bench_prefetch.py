@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from bench.cases import Case, Prepared, Workbench, poison, row_bytes, spread_tokens, tensor_bytes
+from bench.running.cases import Case, Prepared, Workbench, poison, row_bytes, spread_tokens, tensor_bytes
 from engram_kernels import Prefetcher, hash_lookup, reference
 
 TOKENS, ALL_TOKENS = (2048, 8192), (1, 8, 64, 128, 512, 2048, 8192)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.cases import Workbench
+from bench.running.cases import Workbench
 
 from .toys import CPU, LIMIT
 

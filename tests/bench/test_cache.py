@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import suite
 from bench.__main__ import main
 from bench.cache import bench_cache, prediction
 from bench.cache.report import cache_rows, missed_target
-from bench.cases import Case, Workbench
-from bench.text import load_token_ids
+from bench.running import suite
+from bench.running.cases import Case, Workbench
+from bench.running.text import load_token_ids
 from engram_kernels import reference
 from engram_kernels.cache.prediction import text_keys
 from engram_kernels.commands.size import layer_traffic

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import bench as package
-from bench import baselines, suite, timing
 from bench.__main__ import table_limits
-from bench.cases import ALL_MODELS, ALL_TOKENS, MODELS, TOKENS, Workbench, load_cases, row_bytes
-from bench.ops import bench_gate_backward, bench_read_order
+from bench.ops import baselines, bench_gate_backward, bench_read_order
+from bench.running import suite, timing
+from bench.running.cases import ALL_MODELS, ALL_TOKENS, MODELS, TOKENS, Workbench, load_cases, row_bytes
 from bench.serving import bench_prefetch
 from engram_kernels import ngram_hash, reference
 from engram_kernels.commands.size import PRESETS, layer_traffic, link_seconds
@@ -116,7 +116,7 @@ def test_cases_of_a_run_and_of_a_full_one():
 
 def test_a_benchmark_is_added_by_adding_a_file(tmp_path, monkeypatch):
     (tmp_path / "bench_new.py").write_text(
-        "from bench.cases import Case\n"
+        "from bench.running.cases import Case\n"
         "def cases(full=False):\n"
         "    yield Case('new', 'v41', 'full' if full else '', 1, 0, lambda bench: None)\n"
     )

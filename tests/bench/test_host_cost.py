@@ -6,7 +6,7 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bench.host_cost import calls, host_costs, launches_of, launching_nothing
+from bench.ops.host_cost import calls, host_costs, launches_of, launching_nothing
 
 #: Launches, as many as docs and README say (gate_conv_residual takes one more where there is a state), and the most
 #: calls of functions that a call makes beside them: 19, 25, 37, 24, 80 (of torch's dispatcher) and 29 now.

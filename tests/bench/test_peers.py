@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import suite
-from bench.cases import Case, load_cases
 from bench.ops import bench_gate_backward
 from bench.peers import adapters as peers
 from bench.peers import inputs as peer_inputs
 from bench.peers import sglang as sglang_peer
 from bench.peers import vllm as vllm_peer
 from bench.peers.files import MissingPeer, load_functions
+from bench.running import suite
+from bench.running.cases import Case, load_cases
 from engram_kernels import reference
 from tests.support.patience import HANG
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import test_regression as benchmarks
-from bench.cases import load_cases
+from bench.running.cases import load_cases
 from tests.support.patience import HANG
 
 from .toys import FakeTimer

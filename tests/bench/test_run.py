@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import plots, progress, report, suite, text, timing, without_gpu
-from bench.cases import Workbench, load_cases
+from bench.running import plots, progress, report, suite, text, timing, without_gpu
+from bench.running.cases import Workbench, load_cases
 from bench.serving import interference, step
 
 from .test_step import TOY, Timer

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from bench import timing
-from bench.cases import Workbench
+from bench.running import timing
+from bench.running.cases import Workbench
 from bench.serving import interference, step
 from engram_kernels import ngram_hash, reference
 from tests.support.gpu.simulation import Simulation

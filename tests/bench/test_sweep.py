@@ -1,13 +1,13 @@
-"""bench.sweep: candidates are applied and taken back, wrong ones carry no time, cases exist."""
+"""``python -m bench sweep``: candidates are applied and taken back, wrong ones carry no time, cases exist."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from bench import sweep
-from bench.cases import Prepared, load_cases
-from bench.timing import Budget, Measurement
+from bench.ops import sweep
+from bench.running.cases import Prepared, load_cases
+from bench.running.timing import Budget, Measurement
 from engram_kernels.ops import gate, rows
 from engram_kernels.ops.conv_kernels import scale as gate_scale
 from tests.reports.compile_cases import CASES

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench.timing import Measurement
+from bench.running.timing import Measurement
 from bench.training import train, updates
 
 from .toys import CPU

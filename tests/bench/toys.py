@@ -2,8 +2,8 @@
 
 import torch
 
-from bench import timing
-from bench.cases import Case, Prepared
+from bench.running import timing
+from bench.running.cases import Case, Prepared
 
 CPU = torch.device("cpu")
 LIMIT = 1 << 25  # bytes of a table

@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch
 
-from bench.cases import Workbench
 from bench.ops.bench_gate import GateInputs, norms
 from bench.peers.adapters import Peers
 from bench.peers.inputs import Requests
+from bench.running.cases import Workbench
 from engram_kernels import (
     NgramCache,
     RowAdagrad,

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench.running.report import print_table
 from engram_kernels import (
     EngramConfig,
     EngramTable,
@@ -30,8 +31,6 @@ from engram_kernels import (
 from engram_kernels.launching import checks as arguments
 from engram_kernels.launching.prepared import Prepared
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing
-
-from .report import print_table
 
 TOKENS = 4
 

@@ -1,4 +1,4 @@
-"""Launch configurations tried against each other: ``python -m bench.sweep [--only NAME] [--seconds S] [--out DIR]``.
+"""Launch configurations tried against each other: ``python -m bench sweep [--only NAME] [--seconds S] [--out DIR]``.
 
 The package does not autotune: each configuration is a pure function with the measured reason beside it. This measures
 the reason. Every candidate replaces fields of the configuration in force, its result is checked against the reference,
@@ -19,6 +19,9 @@ from unittest import mock
 
 import torch
 
+from bench.running.cases import Case, Workbench, load_cases
+from bench.running.environment import describe_gpu, describe_software, slug
+from bench.running.timing import Budget, GpuTimer
 from engram_kernels.launching.prepared import Prepared
 from engram_kernels.ops import gate, hashing, rows
 from engram_kernels.ops.conv_kernels import backward as gate_conv_backward
@@ -26,10 +29,6 @@ from engram_kernels.ops.conv_kernels import residual as conv_residual
 from engram_kernels.ops.conv_kernels import scale as gate_scale
 from engram_kernels.ops.gate_kernels import backward as gate_backward
 from engram_kernels.ops.row_kernels import hashed as hashed_rows
-
-from .cases import Case, Workbench, load_cases
-from .environment import describe_gpu, describe_software, slug
-from .timing import Budget, GpuTimer
 
 
 def grid(**choices) -> tuple[dict, ...]:
@@ -153,15 +152,15 @@ def run_sweep(sweep: Sweep, case: Case, bench: Workbench, timer, budget: Budget)
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=tuple(SWEEPS), action="append", help="one sweep; may be given again")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--host-gib", type=float, default=8.0, help="size of the host table")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench.sweep: needs a GPU, and torch finds none", file=sys.stderr)
+        print("bench sweep: needs a GPU, and torch finds none", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     budget, timer = Budget(arguments.seconds), GpuTimer(device)
@@ -191,7 +190,3 @@ def print_sweep(result: dict) -> None:
         print(f"  {figure}  {config}")
     if result["left_out"]:
         print(f"  no time left for {result['left_out']} candidates")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

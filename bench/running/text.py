@@ -1,8 +1,8 @@
 """Token ids of real text, and how often its n-grams repeat.
 
 ``data/austen_ids.npz`` holds the ids of five novels under the V4-series tokenizer; ``data/README.md`` says which.
-``python -m bench.text FILE`` makes it from the text (needs the extra ``demo``); without FILE it prints the statistics
-of the ids that are there.
+``python -m bench.running.text FILE`` makes it from the text (needs the extra ``demo``); without FILE it prints the
+statistics of the ids that are there.
 """
 
 import sys
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 IDS = DATA / "austen_ids.npz"
-TOKEN_MAP = Path(__file__).parents[1] / "tests" / "data" / "deepseek_v4_token_map.npz"
+TOKEN_MAP = Path(__file__).parents[2] / "tests" / "data" / "deepseek_v4_token_map.npz"
 WINDOWS, ORDERS = (2048, 8192), (2, 3, 4)
 
 

@@ -5,12 +5,12 @@ import platform
 
 import torch
 
+from bench.ops.host_cost import print_host_costs
 from engram_kernels.commands.console import print_sections
 from engram_kernels.commands.size import size_sections
 
 from .cases import MODELS, Workbench, load_cases
 from .environment import ROOT, cpu_name
-from .host_cost import print_host_costs
 from .report import print_table
 from .suite import run_case
 from .timing import Budget, CpuTimer

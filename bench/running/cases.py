@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+import bench
 from bench.peers.adapters import Peers
 from engram_kernels import EngramConfig, EngramTable, HashPlan, reference
 from engram_kernels.geometry.row_format import FORMATS
@@ -103,8 +104,7 @@ def load_cases(full: bool = False) -> list[Case]:
 
     All tables of a full run do not fit into memory at once.
     """
-    package = importlib.import_module(__package__)
-    modules = (module.name for module in pkgutil.walk_packages(package.__path__, f"{__package__}."))
+    modules = (module.name for module in pkgutil.walk_packages(bench.__path__, "bench."))
     names = sorted((name for name in modules if ".bench_" in name), key=lambda name: name.rpartition(".")[2])
     found = [case for name in names for case in importlib.import_module(name).cases(full)]
     order = {name: number for number, name in enumerate(ALL_MODELS)}
