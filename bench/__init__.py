@@ -1,1 +1,1 @@
-"""Benchmarks of engram_kernels, ``python -m bench``: one file per operation in the package's rooms, run by ``running``."""
+"""Benchmarks of engram_kernels, ``python -m bench``: a file per operation, by room, and what runs them."""
