@@ -17,7 +17,7 @@ from bench.running.cases import (
     wrong_rows,
 )
 from engram_kernels import hash_lookup, reference
-from engram_kernels.commands.size import layer_traffic
+from engram_kernels.commands.traffic import layer_traffic
 
 from . import baselines
 

@@ -18,7 +18,7 @@ from bench.running.cases import (
     wrong_rows,
 )
 from engram_kernels import lookup, reference
-from engram_kernels.commands.size import layer_traffic
+from engram_kernels.commands.traffic import layer_traffic
 
 from . import baselines
 

@@ -61,7 +61,7 @@ class Prepared:
     check: Callable[[object, int], str | None]
     nbytes: int  #: read and written by one call
     link_bytes: int = 0  #: of these, read over the link
-    wire_bytes: float = 0.0  #: what these take on the link, with headers and in whole sectors: size.LayerTraffic
+    wire_bytes: float = 0.0  #: what these take on the link, with headers and in whole sectors: traffic.LayerTraffic
     facts: dict = field(default_factory=dict)
     baselines: dict[str, Callable[[], Callable[[int], object]]] = field(default_factory=dict)
     in_turn: InTurn | None = None

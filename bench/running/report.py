@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.cache.report import CACHE_COLUMNS, cache_rows, missed_target
 from bench.serving.step_report import PAIR_COLUMNS, STEP_COLUMNS, pair_rows, step_rows
-from engram_kernels.commands.size import link_seconds
+from engram_kernels.commands.traffic import link_seconds
 
 NOTES = Path(__file__).parents[1] / "NOTES.md"
 COLUMNS = (

@@ -1,5 +1,6 @@
 """``python -m engram_kernels info``: versions, devices, and what would run where and why."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -27,9 +28,10 @@ _EXTRAS = {
 _PRESETS = ("deepseek_demo", "engram_27b", "engram_40b", "deepseek_v41_flash", "qwen38_flash_next")
 
 
-def print_info() -> None:
-    """Print everything that tells where an op runs and whether a table fits."""
+def run_info(arguments: argparse.Namespace) -> int:
+    """Print everything that tells where an op runs and whether a table fits; the exit code is 0."""
     print_sections([_versions(), _devices(), _operations(), _presets(), _extras()])
+    return 0
 
 
 def _versions():

@@ -14,7 +14,7 @@ from bench.running.cases import Case, Workbench
 from bench.running.text import load_token_ids
 from engram_kernels import reference
 from engram_kernels.cache.prediction import text_keys
-from engram_kernels.commands.size import layer_traffic
+from engram_kernels.commands.traffic import layer_traffic
 from engram_kernels.reference.cache.simulator import CacheSimulator
 
 from .toys import CPU, LIMIT, FakeTimer, ample
