@@ -1,6 +1,5 @@
 """A run: its budget, what it keeps and goes on with, a whole one on small tables, its report, and one without a GPU."""
 
-import io
 import json
 import sys
 from functools import partial
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench.running import plots, progress, report, suite, text, timing, without_gpu
+from bench.running import plots, report, suite, text, timing, without_gpu
 from bench.running.cases import Workbench, load_cases
 from bench.serving import interference, step
 
@@ -221,20 +220,6 @@ def test_the_report_is_made_from_json_alone(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert len(list(tmp_path.glob("gpu-*.png"))) == len(plots.PLOTS)
     assert plots.write_plots(content_of(roofs=None), tmp_path / "empty") == []
-
-
-def test_a_bar_on_a_terminal(monkeypatch):
-    pytest.importorskip("rich")
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    with progress.Progress() as bar:
-        bar.begin("cases", 2)
-        bar.say("[1/2] a [bold]case")
-        bar.begin("steps", 1)
-        bar.advance()
-    assert all(part in terminal.getvalue() for part in ("[1/2] a [bold]case", "steps", "1/1"))
 
 
 def test_without_a_gpu_everything_is_labelled(monkeypatch, capsys):
