@@ -1,1 +1,1 @@
-"""Benchmarks of engram_kernels, ``python -m bench``: one file per operation, ``bench_<file>.py``, and roofs beside."""
+"""Benchmarks of engram_kernels, ``python -m bench``: a file per operation, by room, and what runs them."""

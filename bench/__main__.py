@@ -3,6 +3,7 @@
 import argparse
 import fnmatch
 import hashlib
+import importlib
 import json
 import sys
 from functools import cache
@@ -17,16 +18,15 @@ from bench.serving.interference import FIRST_PAIR, Interference, interference_na
 from bench.serving.step import FIRST_STEP, Steps, step_names
 from bench.serving.step_report import record_text
 
-from .cases import Case, Workbench, load_cases
-from .environment import clocks, describe_gpu, describe_software, huge_share, slug
-from .footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
-from .plots import write_plots
-from .progress import Progress
-from .report import COLUMNS, cells, markdown, print_report
-from .suite import ResultFile, UsageError, run_cases, run_each
-from .text import load_token_ids, statistics_line, tokenize
-from .timing import Budget, GpuTimer
-from .without_gpu import print_without_gpu
+from .running.cases import Case, Workbench, load_cases
+from .running.environment import clocks, describe_gpu, describe_software, huge_share, slug
+from .running.footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
+from .running.plots import write_plots
+from .running.report import COLUMNS, cells, markdown, print_report
+from .running.suite import ResultFile, UsageError, run_cases, run_each
+from .running.text import load_token_ids, statistics_line, tokenize
+from .running.timing import Budget, GpuTimer
+from .running.without_gpu import print_without_gpu
 
 RESULTS = Path(__file__).parent / "results"
 #: Seconds kept for starting up, giving memory back, tables, Markdown and plots.
@@ -35,6 +35,13 @@ REPORTING = 18.0
 #: lookup: with tables and REPORTING less than a third of the default.
 ROOFS, STEPS, PAIRS = 30.0, 20.0, 8.0
 GIB = 1 << 30
+#: First argument -> the module that takes the others: measurements that are no cases.
+COMMANDS = {
+    "train": "bench.training.train",
+    "updates": "bench.training.updates",
+    "cache": "bench.cache.prediction",
+    "sweep": "bench.ops.sweep",
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,18 +70,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["train"]:
-        from bench.training.train import main as train
-
-        return train(arguments[1:])
-    if arguments[:1] == ["cache"]:
-        from bench.cache.prediction import main as predict
-
-        return predict(arguments[1:])
-    if arguments[:1] == ["updates"]:
-        from bench.training.updates import main as updates
-
-        return updates(arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     chosen = parse(arguments)
     try:
         if chosen.report is not None:
@@ -91,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return run(chosen, Budget(chosen.seconds - REPORTING))
     except UsageError as error:
-        warn(f"bench: {error}")
+        say(f"bench: {error}")
         return 2
 
 
@@ -116,41 +113,34 @@ def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, en
     text = read_text(chosen.text, max((case.tokens for case in cases), default=1), environment)
     results = open_results(chosen, environment)
     content = results.content
-    with Progress() as progress:
-        say = progress.say
-        say(f"{environment['gpu']}: host table of at most {host / GIB:.1f} GiB, device table {on_device / GIB:.1f} GiB")
-        peers = None if chosen.peers is None else Peers(chosen.peers, say)
-        content["environment"]["peers"] = None if peers is None else peers.describe()
-        # Only a full run, which goes model by model, can close a table without needing it again soon.
-        room = {"host": 5 * host_free(environment) // 6, "device": 4 * on_device} if chosen.full else None
-        wide = []
-        if chosen.full and content["roofs"] is None:
-            wide = wide_footprints(timer, device, wide_bytes(environment, budget), say)
-        with Workbench(device, host, on_device, environment["l2_bytes"] or 0, say, peers, text, room) as bench:
-            measure_table(bench, timer, chosen.full, wide, budget.part(ROOFS), results, say)
-            for_pairs = PAIRS if pairs else 0
-            for_cases, for_steps = budget.but(for_pairs + (STEPS if steps else 0)), budget.but(for_pairs)
-            progress.begin("cases", len(cases))
-            most = 99 if chosen.full else 3
-            run_cases(cases, bench, timer, for_cases, results, most, tell_progress(results, progress))
-            progress.begin("steps", len(steps) + len(pairs))
-            tell = tell_record(progress)
-            # Made when the first is measured: what they cannot allocate is then a failure of that one alone.
-            step, pair = cache(lambda: Steps(bench, timer)), cache(lambda: Interference(bench, timer))
-            run_each("steps", steps, lambda name: step().measure(name), for_steps, results, FIRST_STEP, device, tell)
-            run_each(
-                "interference", pairs, lambda name: pair().measure(name), budget, results, FIRST_PAIR, device, tell
-            )
-            content["environment"]["at_the_end"] = clocks(device)
-            content["finished"] = True
-            results.save()
+    say(f"{environment['gpu']}: host table of at most {host / GIB:.1f} GiB, device table {on_device / GIB:.1f} GiB")
+    peers = None if chosen.peers is None else Peers(chosen.peers, say)
+    content["environment"]["peers"] = None if peers is None else peers.describe()
+    # Only a full run, which goes model by model, can close a table without needing it again soon.
+    room = {"host": 5 * host_free(environment) // 6, "device": 4 * on_device} if chosen.full else None
+    wide = []
+    if chosen.full and content["roofs"] is None:
+        wide = wide_footprints(timer, device, wide_bytes(environment, budget), say)
+    with Workbench(device, host, on_device, environment["l2_bytes"] or 0, say, peers, text, room) as bench:
+        measure_table(bench, timer, chosen.full, wide, budget.part(ROOFS), results)
+        for_pairs = PAIRS if pairs else 0
+        for_cases, for_steps = budget.but(for_pairs + (STEPS if steps else 0)), budget.but(for_pairs)
+        most = 99 if chosen.full else 3
+        run_cases(cases, bench, timer, for_cases, results, most, tell_case(results))
+        # Made when the first is measured: what they cannot allocate is then a failure of that one alone.
+        step, pair = cache(lambda: Steps(bench, timer)), cache(lambda: Interference(bench, timer))
+        run_each("steps", steps, lambda name: step().measure(name), for_steps, results, FIRST_STEP, device, tell_record)
+        run_each(
+            "interference", pairs, lambda name: pair().measure(name), budget, results, FIRST_PAIR, device, tell_record
+        )
+        content["environment"]["at_the_end"] = clocks(device)
+        content["finished"] = True
+        results.save()
     report_again(results.path)
     return 1 if results.failed else 0
 
 
-def measure_table(
-    bench: Workbench, timer, full: bool, wide: list[dict], budget: Budget, results: ResultFile, say
-) -> None:
+def measure_table(bench: Workbench, timer, full: bool, wide: list[dict], budget: Budget, results: ResultFile) -> None:
     """The host table's pages, and the roofs over it where ``results`` has none yet."""
     table = bench.table("v41", "host").weight.view(torch.uint8).view(-1)
     environment = results.content["environment"]
@@ -254,30 +244,24 @@ def report_again(path: Path) -> None:
     print("Wrote " + ", ".join(str(file) for file in written))
 
 
-def tell_progress(results: ResultFile, progress: Progress):
+def tell_case(results: ResultFile):
     """One line per case as it ends."""
 
     def tell(record: dict, done: int, total: int) -> None:
         line = cells(record, results.content["roofs"])
         facts = [f"{name} {text}" for name, text in zip(COLUMNS[1:6], line[1:6], strict=True) if text]
         failed = record["status"] != "ok"
-        progress.advance()
-        progress.say(f"[{done}/{total}] {line[0]}: {line[1] if failed else ', '.join(facts)}")
+        say(f"[{done}/{total}] {line[0]}: {line[1] if failed else ', '.join(facts)}")
 
     return tell
 
 
-def tell_record(progress: Progress):
+def tell_record(record: dict) -> None:
     """One line per step, or matmul beside a lookup, as it ends."""
-
-    def tell(record: dict) -> None:
-        progress.advance()
-        progress.say(f"{record['name']}: {record_text(record)}")
-
-    return tell
+    say(f"{record['name']}: {record_text(record)}")
 
 
-def warn(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from engram_kernels.tables.memory.report import available_host_memory
+
 from .__main__ import GIB, table_limits
-from .cases import Workbench, load_cases
-from .suite import measure_calls
-from .timing import CpuTimer, GpuTimer
+from .running.cases import Workbench, load_cases
+from .running.suite import measure_calls
+from .running.timing import CpuTimer, GpuTimer
 
 pytest.importorskip("pytest_benchmark")
 
@@ -58,12 +60,6 @@ def machine(request):
         pytest.fail(f"{path} was made with tables of {wanted} bytes, and there is room for {limits}")
     with Workbench(device, *limits, getattr(properties, "L2_cache_size", 0)) as bench:
         yield Machine(bench, GpuTimer(device), baseline_medians(content))
-
-
-def available_host_memory() -> int:
-    from engram_kernels.commands.demo import tables as demo_tables
-
-    return demo_tables.available_host_memory()
 
 
 def table_sizes(content: dict | None, gpu: str) -> tuple[int, int]:

@@ -26,8 +26,9 @@ import triton
 
 from engram_kernels import EngramConfig, HashPlan
 from engram_kernels.launching.launch import Launch
-from tests.support import gpu_results, sharing
-from tests.support.processes import Peer
+from tests.support.gpu import results as gpu_results
+from tests.support.processes import sharing
+from tests.support.processes.peers import Peer
 
 DATA = Path(__file__).parent / "data"
 TIMES = Path(__file__).parents[1] / "build" / "lane_times.json"

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bench.cases import Case, InTurn, Prepared, Workbench, poison, spread_tokens, tensor_bytes, wrong_rows
+from bench.running.cases import Case, InTurn, Prepared, Workbench, poison, spread_tokens, tensor_bytes, wrong_rows
 from engram_kernels import HashPlan, NgramCache, hash_lookup, reference
 from engram_kernels.cache.store import COUNTS
-from engram_kernels.commands.size import layer_traffic
+from engram_kernels.commands.traffic import layer_traffic
 from engram_kernels.reference.cache.simulator import CacheSimulator, ngram_keys
 
 TOKENS, ALL_TOKENS = (2048, 8192), (128, 512, 1024, 2048, 4096, 8192, 16_384)

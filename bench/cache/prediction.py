@@ -13,34 +13,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.report import print_table
-from bench.text import load_token_ids, load_token_map
+from bench.running.text import load_token_ids, load_token_map
 from engram_kernels import EngramConfig, HashPlan
-from engram_kernels.cache.prediction import CacheRates, cache_bytes, link_bytes, measure_rates, text_keys
-from engram_kernels.commands.console import track
+from engram_kernels.cache.prediction import CacheRates, link_bytes, measure_rates, text_keys
+from engram_kernels.commands.cache import cache_sections
+from engram_kernels.commands.console import print_sections, track
 from engram_kernels.reference.cache.simulator import WAYS
 
+MODEL = "deepseek_v41_flash"
 RESULT = Path(__file__).parents[1] / "results" / "cache.json"
 ENTRIES, TOKENS = (1 << 14, 1 << 16, 1 << 18, 1 << 20), (512, 2048, 8192)
 #: What ``python -m bench`` shows without a GPU: five simulations, a few seconds.
 SHOWN_TOKENS = (8192,)
-COLUMNS = (
-    "T",
-    "entries an order",
-    "memory",
-    "order 2",
-    "order 3",
-    "order 4",
-    "mean",
-    "link B",
-    "gain",
-    "on dedup",
-)
 
 
 def predict(token_ids: np.ndarray, entries: Sequence[int] = ENTRIES, tokens: Sequence[int] = TOKENS) -> list[dict]:
     """For each T the rates without a cache (``entries`` 0, each n-gram of a call read once) and with each size."""
-    config = EngramConfig.deepseek_v41_flash()
+    config = getattr(EngramConfig, MODEL)()
     keys = text_keys(token_ids, HashPlan.build(config, torch.from_numpy(load_token_map())))
     points = [(count, size) for count in tokens for size in (0, *entries)]
     found = []
@@ -51,37 +40,21 @@ def predict(token_ids: np.ndarray, entries: Sequence[int] = ENTRIES, tokens: Seq
     return found
 
 
-def rows(points: list[dict]) -> list[tuple]:
-    """Cells of COLUMNS for each point of :func:`predict`."""
-    config = EngramConfig.deepseek_v41_flash()
-    once = {point["tokens"]: point["gain"] for point in points if not point["entries"]}
-    table = []
-    for point in points:
-        size, rates = point["entries"], CacheRates(point["entries"], tuple(point["hits"]), tuple(point["read"]))
-        table.append(
-            (
-                f"{point['tokens']:,}",
-                f"{size:,}" if size else "none, read once",
-                f"{cache_bytes(config, size) / 1e9:.2f} GB" if size else "",
-                *(f"{hits:.3f}" for hits in rates.hits),
-                f"{rates.hit:.3f}",
-                f"{point['link_bytes']:,.0f}",
-                f"{point['gain']:.2f}x",
-                f"{point['gain'] / once[point['tokens']]:.2f}x",
-            )
-        )
-    return table
+def print_points(points: list[dict], text: str) -> None:
+    """What :func:`predict` found, as ``python -m engram_kernels cache`` prints it, for one T after the other."""
+    for tokens in dict.fromkeys(point["tokens"] for point in points):
+        of_tokens = [point for point in points if point["tokens"] == tokens]
+        found = [CacheRates(point["entries"], tuple(point["hits"]), tuple(point["read"])) for point in of_tokens]
+        print_sections(cache_sections(MODEL, found, tokens, WAYS, text))
 
 
 def print_prediction(token_ids: np.ndarray, name: str) -> None:
-    """The table for SHOWN_TOKENS, as ``python -m bench`` shows it without a GPU."""
-    print(f"DeepSeek-V4.1-Flash on {name}, {len(token_ids):,} tokens: filled by the first half, counted on the second.")
-    print(f"{WAYS} ways. Hit rates by order; link B a token, all layers; gain in rows read, against direct order.")
+    """The tables for SHOWN_TOKENS, as ``python -m bench`` shows them without a GPU."""
     tokens = [count for count in SHOWN_TOKENS if 2 * count <= len(token_ids)]
     if not tokens:
         print(f"The text has fewer than two calls of {min(SHOWN_TOKENS):,} tokens.")
         return
-    print_table(COLUMNS, rows(predict(token_ids, tokens=tokens)))
+    print_points(predict(token_ids, tokens=tokens), f"{name}, {len(token_ids):,} tokens; filled by the first half")
 
 
 def plot(points: list[dict], title: str, path: Path) -> None:
@@ -122,10 +95,10 @@ def main(arguments: list[str]) -> int:
     ids = load_token_ids()
     points = predict(ids)
     text = f"data/austen_ids.npz, {len(ids):,} tokens"
-    content = dict(model="deepseek_v41_flash", text=text, ways=WAYS, kind="simulated, not measured", points=points)
+    content = dict(model=MODEL, text=text, ways=WAYS, kind="simulated, not measured", points=points)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(content, indent=1) + "\n")
     plot(points, f"Simulated: DeepSeek-V4.1-Flash, {text}", chosen.out.with_suffix(".png"))
-    print_table(COLUMNS, rows(points))
+    print_points(points, text)
     print(f"Wrote {chosen.out} and {chosen.out.with_suffix('.png')}")
     return 0

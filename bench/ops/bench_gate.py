@@ -6,8 +6,7 @@ from functools import partial
 
 import torch
 
-from bench import baselines
-from bench.cases import (
+from bench.running.cases import (
     TOKENS,
     Case,
     Prepared,
@@ -20,6 +19,8 @@ from bench.cases import (
     token_counts,
 )
 from engram_kernels import gate_residual, reference
+
+from . import baselines
 
 #: A gate near d = 0 jumps by 1e-3 between the signs, and float32 sums of another order may disagree on the sign.
 GATE_JUMP = 2.0**-10

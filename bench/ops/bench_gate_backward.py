@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from bench import baselines
-from bench.cases import Case, Prepared, Workbench, models, priority, tensor_bytes
 from bench.peers.inputs import whole_kv
+from bench.running.cases import Case, Prepared, Workbench, models, priority, tensor_bytes
 from engram_kernels import gate_residual, reference
 from engram_kernels.ops.gate_kernels.gradients import split_kv
 
+from . import baselines
 from .bench_gate import GateInputs, norms
 
 TOKENS, ALL_TOKENS = (2048, 8192), (128, 512, 1024, 2048, 4096, 8192, 16_384)

@@ -5,10 +5,10 @@ from functools import partial
 
 import torch
 
-from bench import baselines
-from bench.cases import TOKENS, Case, Prepared, Workbench, models, poison, priority, tensor_bytes, token_counts
+from bench.running.cases import TOKENS, Case, Prepared, Workbench, models, poison, priority, tensor_bytes, token_counts
 from engram_kernels import gate_conv_residual, reference
 
+from . import baselines
 from .bench_gate import GateInputs, disagreement, norms
 
 _CHECKED = 256  # tokens at either end that are compared with the reference

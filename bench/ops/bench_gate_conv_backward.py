@@ -5,11 +5,11 @@ from functools import partial
 
 import torch
 
-from bench import baselines
-from bench.cases import Case, Prepared, Workbench, models, priority, tensor_bytes
+from bench.running.cases import Case, Prepared, Workbench, models, priority, tensor_bytes
 from engram_kernels import gate_conv_residual, reference
 from engram_kernels.ops.gate_kernels.gradients import split_kv
 
+from . import baselines
 from .bench_gate import GateInputs, norms
 from .bench_gate_backward import (
     ALL_TOKENS,

@@ -5,8 +5,7 @@ from functools import partial
 
 import torch
 
-from bench import baselines
-from bench.cases import (
+from bench.running.cases import (
     Case,
     Prepared,
     Workbench,
@@ -18,7 +17,9 @@ from bench.cases import (
     wrong_rows,
 )
 from engram_kernels import hash_lookup, reference
-from engram_kernels.commands.size import layer_traffic
+from engram_kernels.commands.traffic import layer_traffic
+
+from . import baselines
 
 
 def cases(full: bool = False) -> Iterator[Case]:

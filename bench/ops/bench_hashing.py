@@ -5,9 +5,10 @@ from functools import partial
 
 import torch
 
-from bench import baselines
-from bench.cases import TOKENS, Case, Prepared, Workbench, models, poison, priority, tensor_bytes, token_counts
+from bench.running.cases import TOKENS, Case, Prepared, Workbench, models, poison, priority, tensor_bytes, token_counts
 from engram_kernels import ngram_hash, reference
+
+from . import baselines
 
 
 def cases(full: bool = False) -> Iterator[Case]:

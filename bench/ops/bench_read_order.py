@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench.cases import Case, Prepared, Workbench, poison, spread_tokens, tensor_bytes
+from bench.running.cases import Case, Prepared, Workbench, poison, spread_tokens, tensor_bytes, wrong_rows
 from engram_kernels import hash_lookup, reference
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.row_kernels.hashed import prepare_hash_lookup
@@ -58,12 +58,8 @@ def prepare(kind: str, order: str, scales: str, programs: int | None, tokens: in
 
     def check(result: torch.Tensor, index: int) -> str | None:
         at = spread_tokens(tokens)
-        row_ids = reference.ngram_hash(ids[index].cpu(), plan_cpu)[at]
-        wrong = 0
-        for layer in range(layers):
-            expected = reference.lookup(table, row_ids[:, layer])
-            wrong += int((result[layer, at.to(bench.device)].cpu() != expected).sum())
-        return f"{wrong} elements of {len(at)} tokens differ from the reference" if wrong else None
+        row_ids = reference.ngram_hash(ids[index].cpu(), plan_cpu)[at].to(table.weight.device)
+        return wrong_rows(result[:, at.to(bench.device)], row_ids, table)
 
     lookup = partial(hash_lookup, plan=plan, tables=tables, out=out, order=order, programs=programs)
     if scales == "device" and bench.device.type == "cuda":

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from bench.cases import Case, Prepared, Workbench, poison, priority, row_bytes, spread_tokens, tensor_bytes
+from bench.running.cases import Case, Prepared, Workbench, poison, priority, row_bytes, spread_tokens, tensor_bytes
 from engram_kernels import hash_lookup, lookup, ngram_hash, reference
 
 RANKS = 8

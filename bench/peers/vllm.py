@@ -10,7 +10,7 @@ import triton
 
 from engram_kernels import EngramTable, HashPlan
 
-from bench.baselines import device_view
+from bench.ops.baselines import device_view
 from .inputs import CLAMP, SCALE_GROUP, Requests, check_format, rows_like, whole_kv
 
 #: File in the package -> names that are taken from it.

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from bench.cases import Case, Prepared, Workbench, poison, row_bytes, spread_tokens, tensor_bytes
+from bench.running.cases import Case, Prepared, Workbench, poison, row_bytes, spread_tokens, tensor_bytes, wrong_rows
 from engram_kernels import Prefetcher, hash_lookup, reference
 
 TOKENS, ALL_TOKENS = (2048, 8192), (1, 8, 64, 128, 512, 2048, 8192)
@@ -59,12 +59,8 @@ def prepare(tokens: int, bench: Workbench) -> Prepared:
 
     def check(result: torch.Tensor, index: int) -> str | None:
         at = spread_tokens(tokens)
-        row_ids = reference.ngram_hash(ids[index].cpu(), plan_cpu)[at]
-        wrong = 0
-        for layer, table in enumerate(tables):
-            expected = reference.lookup(table, row_ids[:, layer])
-            wrong += int((result[layer, at.to(bench.device)].cpu() != expected).sum())
-        return f"{wrong} elements of {len(at)} tokens differ from the reference" if wrong else None
+        row_ids = reference.ngram_hash(ids[index].cpu(), plan_cpu)[at].to(tables[0].weight.device)
+        return wrong_rows(result[:, at.to(bench.device)], row_ids, tables[0])
 
     return Prepared(
         calls=[partial(prefetched, each) for each in ids],

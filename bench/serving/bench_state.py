@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from bench.cases import Case, Prepared, Workbench, poison, tensor_bytes
 from bench.ops.bench_gate import GateInputs, disagreement, norms
+from bench.running.cases import Case, Prepared, Workbench, poison, tensor_bytes
 from engram_kernels import EngramState, gate_conv_residual, reference
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.reference.ops import conv_slots

@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
-from bench.cases import Workbench, poison, row_bytes, spread_tokens, wrong_rows
-from bench.timing import SideStream
+from bench.running.cases import Workbench, poison, row_bytes, spread_tokens, wrong_rows
+from bench.running.timing import SideStream
 from engram_kernels import hash_lookup, reference
 
 KINDS = {"prefill": 2048, "decode": 16}  # rows of the matmul

@@ -21,8 +21,8 @@ from functools import partial
 
 import torch
 
-from bench.cases import Workbench, poison, spread_tokens, wrong_rows
-from bench.timing import Measurement, SideStream
+from bench.running.cases import Workbench, poison, spread_tokens, wrong_rows
+from bench.running.timing import Measurement, SideStream
 from engram_kernels import gate_residual, hash_lookup, reference
 
 MODES = ("plain", "ready", "inline", "side", "by_layer")

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bench.environment import cpu_name, describe_software
-from bench.text import load_token_ids, load_token_map
+from bench.running.environment import cpu_name, describe_software
+from bench.running.text import load_token_ids, load_token_map
 from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, RowAdagrad, reference
 from engram_kernels.commands.console import track
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from bench.environment import describe_software
-from bench.report import print_table
-from bench.timing import CpuTimer, GpuTimer
+from bench.running.environment import describe_software
+from bench.running.report import print_table
+from bench.running.timing import CpuTimer, GpuTimer
 from engram_kernels import EngramTable, RowAdagrad, RowAdam
 from engram_kernels.commands.console import track
 from engram_kernels.tables.gradient import row_gradient

@@ -21,8 +21,7 @@ import triton
 from triton.runtime import driver
 
 from engram_kernels.geometry.row_format import FORMATS
-from engram_kernels.launching.checks import processors
-from engram_kernels.launching.device import cdiv, on_device_of
+from engram_kernels.launching.device import cdiv, on_device_of, processors
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.hash_kernels.row_ids import hash_arguments
 from engram_kernels.ops.row_kernels.copy import RowsConfig, row_constants, rows_config

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.launching.checks import takes_kernels
+from engram_kernels.launching.device import takes_kernels
 from engram_kernels.launching.streams import streams_of
 from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
 from engram_kernels.ops.row_kernels.caching import RowCache

@@ -23,7 +23,8 @@ from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.token_map import build_token_map
 
 from .console import print_sections, track
-from .size import LINK, PRESETS, layer_traffic, link_seconds
+from .size import PRESETS
+from .traffic import LINK, layer_traffic, link_seconds
 
 WHERE = "engram_kernels cache"
 #: Of each order in each layer: 0.2 to 13 GB of DeepSeek-V4.1.

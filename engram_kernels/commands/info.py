@@ -1,5 +1,6 @@
 """``python -m engram_kernels info``: versions, devices, and what would run where and why."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,7 @@ import engram_kernels
 from engram_kernels import __version__, reference
 from engram_kernels.commands.demo.tables import layer_bytes
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.launching.checks import INTERPRETING
+from engram_kernels.launching.device import INTERPRETING
 from engram_kernels.tables.memory.pages import huge_page_setting
 from engram_kernels.tables.memory.report import available_host_memory, limit, locked_limit, total_host_memory
 
@@ -27,9 +28,10 @@ _EXTRAS = {
 _PRESETS = ("deepseek_demo", "engram_27b", "engram_40b", "deepseek_v41_flash", "qwen38_flash_next")
 
 
-def print_info() -> None:
-    """Print everything that tells where an op runs and whether a table fits."""
+def run_info(arguments: argparse.Namespace) -> int:
+    """Print everything that tells where an op runs and whether a table fits; the exit code is 0."""
     print_sections([_versions(), _devices(), _operations(), _presets(), _extras()])
+    return 0
 
 
 def _versions():

@@ -1,95 +1,49 @@
-"""What a model's Engram layers move and hold: bytes, requests and the least time they take, from the geometry alone.
+"""``python -m engram_kernels size``: what a model's Engram layers move and hold, alone and over ranks, in words."""
 
-    gather    T * C rows of row bytes + scale bytes, over the link; requests of at most 128 B
-    project   (H + 1) * D * C * R weights once, T * C * R inputs, T * (H + 1) * D outputs
-    gate      (3 H + 1) * D elements a token: hidden, key, out and one value
-    conv      (4 H + 2) * D elements a token instead: its two passes read hidden and value twice
-
-T tokens, C columns, R row width, H branches, D hidden size. A floor is bytes over rate: no launch, no arithmetic.
-"""
-
-import math
-from dataclasses import dataclass
+import argparse
+import sys
+from collections.abc import Sequence
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.row_format import row_format
+from engram_kernels.ranks.sharding import Sharding, shard_rows
 
-from .console import gib
+from .console import gib, print_sections
+from .traffic import (
+    LINK,
+    LINKS,
+    MEMORY,
+    SHARES,
+    LayerTraffic,
+    fetched_share,
+    floor_seconds,
+    gradient_exchange,
+    layer_traffic,
+    link_seconds,
+    lookup_exchange,
+    most_ranks,
+    replica_exchange,
+)
 
 PRESETS = ("deepseek_v41_flash", "engram_27b", "engram_40b", "deepseek_demo", "qwen38_flash_next")
 TOKENS = (1, 8, 128, 2048, 8192)
-#: Payload of PCIe Gen5 x16 in requests of 128 B, and what a copy reaches of an H200's memory; both in GB/s.
-LINK, MEMORY = 54.5, 4300.0
-REQUEST, SECTOR = 128, 32
-#: Bytes of headers that come with each request's data.
-HEADER = 20
 
 
-@dataclass(frozen=True)
-class LayerTraffic:
-    """What one Engram layer moves for ``tokens`` tokens. Bytes, but for ``rows`` and ``requests``."""
-
-    tokens: int
-    rows: int
-    row_bytes: int
-    scale_bytes: int
-    requests: float  #: reads over the link; rows that straddle a line of 128 B count on average
-    wire_bytes: float  #: over the link: data in sectors of 32 B, and a header for each request
-    out_bytes: int  #: gathered rows, written and read again by the projection
-    weight_bytes: int  #: of the projection, fp8 where rows are; its block scales are left out
-    projected_bytes: int  #: key and value
-    gate_bytes: int  #: of the gate, or of the gate with the convolution where the config has one
-
-    @property
-    def gather_bytes(self) -> int:
-        return self.row_bytes + self.scale_bytes
-
-
-def layer_traffic(config: EngramConfig, tokens: int, itemsize: int = 2) -> LayerTraffic:
-    """Traffic of one layer; ``itemsize`` is that of the hidden state, and of rows once they are gathered."""
-    fmt = row_format(config.format, "layer_traffic")
-    row, scale = fmt.row_bytes(config.row_width), fmt.scale_bytes(config.row_width)
-    rows = tokens * config.columns
-    per_row = spans(row, REQUEST) + (spans(scale, REQUEST) if scale else 0)
-    wire = (spans(row, SECTOR) + (spans(scale, SECTOR) if scale else 0)) * SECTOR + per_row * HEADER
-    branches, width = config.branches, config.columns * config.row_width
-    elements = 4 * branches + 2 if config.conv_kernel else 3 * branches + 1
-    return LayerTraffic(
-        tokens=tokens,
-        rows=rows,
-        row_bytes=rows * row,
-        scale_bytes=rows * scale,
-        requests=rows * per_row,
-        wire_bytes=rows * wire,
-        out_bytes=rows * config.row_width * itemsize,
-        weight_bytes=(branches + 1) * config.hidden_size * width * (1 if fmt.dtype.itemsize == 1 else itemsize),
-        projected_bytes=tokens * (branches + 1) * config.hidden_size * itemsize,
-        gate_bytes=tokens * elements * config.hidden_size * itemsize,
-    )
-
-
-def spans(size: int, line: int) -> float:
-    """Lines that ``size`` bytes touch on average, where records of that size follow each other from a line's start."""
-    starts = range(0, line, math.gcd(size, line))
-    return sum(-(-(start + size) // line) for start in starts) / len(starts)
-
-
-def link_seconds(wire_bytes: float, link: float) -> float:
-    """Least time of ``wire_bytes`` over a link whose rate, in GB/s, is that of the payload of requests of 128 B."""
-    return wire_bytes * REQUEST / (REQUEST + HEADER) / (link * 1e9)
-
-
-def floor_seconds(
-    traffic: LayerTraffic, link: float = LINK, memory: float = MEMORY, hit_rate: float = 0.0
-) -> dict[str, float]:
-    """Least time of each step. link and memory in GB/s; ``hit_rate`` of the rows come from device memory."""
-    device = memory * 1e9
-    missed = (1 - hit_rate) * link_seconds(traffic.wire_bytes, link)
-    return {
-        "gather": max(missed, (hit_rate * traffic.gather_bytes + traffic.out_bytes) / device),
-        "project": (traffic.weight_bytes + traffic.out_bytes + traffic.projected_bytes) / device,
-        "gate": traffic.gate_bytes / device,
-    }
+def run_size(arguments: argparse.Namespace) -> int:
+    """The exit code: 0, or 2 for a preset that does not exist."""
+    if arguments.config not in PRESETS:
+        known = ", ".join(PRESETS)
+        print(f"engram_kernels size: --config must be one of {known}, got {arguments.config!r}", file=sys.stderr)
+        return 2
+    options = {name: getattr(arguments, name) for name in ("tokens", "link", "memory", "hit_rate")}
+    options = {name: value for name, value in options.items() if value is not None}
+    sections = size_sections(arguments.config, **options)
+    if arguments.ranks is not None:
+        options.pop("memory", None)
+        options["tokens"] = max(options.get("tokens", (8192,)))
+        sections += rank_sections(arguments.config, arguments.ranks, **options)
+    print_sections(sections)
+    return 0
 
 
 def size_sections(
@@ -135,6 +89,47 @@ def size_sections(
     return [head, [*memory_lines, ("all layers", gib(total))], [*zip(labels, rows, strict=True), ("", note)]]
 
 
+def rank_sections(
+    name: str, ranks: int, tokens: int = 8192, link: float = LINK, hit_rate: float = 0.0
+) -> list[list[tuple[str, str]]]:
+    """What a step of ``tokens`` tokens a rank costs in words, with copies of the table on hosts and sharded."""
+    config = getattr(EngramConfig, name)()
+    fmt, width = row_format(config.format, "size"), config.row_width
+    row = fmt.row_bytes(width) + fmt.scale_bytes(width)
+    layers = zip(config.primes, config.rows_per_layer, strict=True)
+    shardings = [shard_rows(primes, rows, ranks) for primes, rows in layers]
+    id_bytes = max(sharding.id_dtype.itemsize for sharding in shardings)
+    rows, others = tokens * config.columns, (ranks - 1) / ranks
+    host = link_seconds(layer_traffic(config, 1).wire_bytes, link) / config.columns
+    titles = f"{'rows fetched':<23} {'share':>5} {'host link':>23} {'exchange':>11}"
+    lookups = [titles + "".join(f"{link_name:>14}" for link_name in LINKS)]
+    shares = {label: fetched_share(config, by_order) for label, by_order in SHARES.items()}
+    if hit_rate:
+        shares[f"hit rate {hit_rate:g}"] = 1 - hit_rate
+    for label, share in shares.items():
+        moved = sum(lookup_exchange(ranks, share * rows * others, share * rows * others, row, id_bytes))
+        replicated = f"{share * rows * row / 1e6:>9.2f} MB {_us(share * rows * host)}"
+        lookups.append(f"{label:<23} {share:>5.2f} {replicated} {moved / 1e6:>8.2f} MB" + _over_links(moved))
+    entry = width * 2
+    sharded = sum(gradient_exchange(ranks, rows * others, entry, id_bytes))
+    copies = sum(replica_exchange(ranks, 1, rows, entry, id_bytes))
+    gradients = [
+        f"{'sharded: to the owner':<53} {sharded / 1e6:>8.2f} MB" + _over_links(sharded),
+        f"{'copies: to every rank':<53} {copies / 1e6:>8.2f} MB" + _over_links(copies),
+    ]
+    head = [
+        (f"{ranks} ranks", f"{tokens:,} tokens a rank; traffic model: counted, not measured"),
+        ("a rank's part", _part(shardings, row)),
+        ("rates assumed", ", ".join(f"{name} {rate:g}" for name, rate in LINKS.items()) + f", host link {link:g} GB/s"),
+    ]
+    return [
+        head,
+        [*zip(["lookup, one layer"] + [""] * len(shares), lookups, strict=True)],
+        [*zip(["bfloat16 gradients", ""], gradients, strict=True)],
+        _crossovers(ranks, host, row + id_bytes, shares["no cache"] * config.columns),
+    ]
+
+
 def _scales(nbytes: int) -> str:
     return f", {gib(nbytes)} of them scales" if nbytes else ""
 
@@ -147,3 +142,33 @@ def _per_token(config: EngramConfig, traffic: LayerTraffic) -> str:
         f"{config.columns} rows x ({row} B{scales}) = {traffic.gather_bytes:,} B in {traffic.requests:g} requests; "
         f"{form} {traffic.gate_bytes:,} B; projection {traffic.weight_bytes / 1e6:.1f} MB of weights at any T"
     )
+
+
+def _crossovers(ranks: int, host: float, exchanged: int, token_rows: float) -> list[tuple[str, str]]:
+    """Where parts in device memory and one copy on the host are as fast. host: seconds a row over the host's link."""
+    lines = []
+    for name, rate in LINKS.items():
+        exchange = exchanged / (rate * 1e9)
+        most, own = most_ranks(host, exchange), (ranks - 1) / ranks * exchange
+        text = f"faster for {'any number of' if most == float('inf') else f'up to {int(most):,}'} ranks"
+        if own < host:
+            saved = (host - own) * token_rows  # seconds a token
+            text += f"; ties with a cache that misses {own / host:.0%} of these rows"
+            text += f"; {1e-6 / saved:,.0f} tokens earn 1 us of fixed cost"
+        lines.append((name, text))
+    return [("crossovers", "parts in device memory, no cache, against one copy on the host"), *lines]
+
+
+def _part(shardings: Sequence[Sharding], row: int) -> str:
+    most = [max(sharding.part_rows) for sharding in shardings]
+    total = sum(sharding.rows for sharding in shardings)
+    size = f"all layers {gib(sum(most) * row)} of {gib(total * row)}"
+    return f"by {shardings[0].split}, up to {max(most):,} rows a layer; {size}"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:>8.1f} us"
+
+
+def _over_links(nbytes: float) -> str:
+    return "".join("   " + _us(nbytes / (rate * 1e9)) for rate in LINKS.values())

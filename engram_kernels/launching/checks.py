@@ -1,31 +1,10 @@
-"""Checks of the public functions' arguments, and where an op runs.
+"""Checks of the public functions' arguments.
 
 Every error names the function, the argument, what was expected and what came. Values (ids, cu_seqlens) are checked in
 eager calls on the CPU only: on a GPU a check would wait for it, and the kernels give invalid ids a defined meaning.
 """
 
 import torch
-import triton
-
-# Whether kernels are Triton's interpreter's; read once, as Triton itself does when it decorates a kernel.
-INTERPRETING = triton.knobs.runtime.interpret
-# Whether CPU tensors take the kernels' path. Only the functions below ask, so that a stand-in for a GPU sets it here.
-CPU_TAKES_KERNELS = INTERPRETING
-
-
-def is_kernel_device(tensor: torch.Tensor) -> bool:
-    """A CUDA or ROCm tensor runs the kernel; a CPU tensor runs it where Triton's own interpreter is switched on."""
-    return tensor.is_cuda or CPU_TAKES_KERNELS
-
-
-def takes_kernels(device: torch.device) -> bool:
-    """:func:`is_kernel_device` of tensors on ``device``."""
-    return device.type != "cpu" or CPU_TAKES_KERNELS
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 for the interpreter, so that programs take several steps."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def records_gradient(*tensors: torch.Tensor) -> bool:

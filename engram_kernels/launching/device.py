@@ -1,4 +1,4 @@
-"""What launchers share, at little cost to the host, where a bare launch takes 10 us.
+"""Where an op runs, and what launchers share, at little cost to the host, where a bare launch takes 10 us.
 
 triton.cdiv and triton.next_power_of_2, made for kernels as well, take 3 us a call each, and torch.cuda.device_of 1.
 """
@@ -6,11 +6,29 @@ triton.cdiv and triton.next_power_of_2, made for kernels as well, take 3 us a ca
 import contextlib
 
 import torch
+import triton
 from triton.runtime import driver
 
-from .checks import INTERPRETING
-
 _HERE = contextlib.nullcontext()
+# Whether kernels are Triton's interpreter's; read once, as Triton itself does when it decorates a kernel.
+INTERPRETING = triton.knobs.runtime.interpret
+# Whether CPU tensors take the kernels' path. Only the functions below ask, so that a stand-in for a GPU sets it here.
+CPU_TAKES_KERNELS = INTERPRETING
+
+
+def is_kernel_device(tensor: torch.Tensor) -> bool:
+    """A CUDA or ROCm tensor runs the kernel; a CPU tensor runs it where Triton's own interpreter is switched on."""
+    return tensor.is_cuda or CPU_TAKES_KERNELS
+
+
+def takes_kernels(device: torch.device) -> bool:
+    """:func:`is_kernel_device` of tensors on ``device``."""
+    return device.type != "cpu" or CPU_TAKES_KERNELS
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 for the interpreter, so that programs take several steps."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def cdiv(numerator: int, denominator: int) -> int:

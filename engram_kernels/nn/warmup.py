@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engram_kernels.launching.checks import is_kernel_device
+from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.ops.conv_kernels.residual import conv_config
 from engram_kernels.ops.hash_kernels.row_ids import hash_config
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config

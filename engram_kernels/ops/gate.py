@@ -11,13 +11,14 @@ DeepSeek-V4.1) or 0 ("sign", the demo and Qwen). Source: arXiv 2601.07372, secti
 import torch
 
 from engram_kernels import reference
-from engram_kernels.launching.checks import is_kernel_device, records_gradient
+from engram_kernels.launching.checks import records_gradient
+from engram_kernels.launching.device import is_kernel_device
 
+from .call import Op, empty_of, form_of, registered, writes_alone
 from .gate_kernels.arguments import GateCall, check_gate
 from .gate_kernels.backward import gate_formula, save_gate
 from .gate_kernels.gradients import make_recorded
 from .gate_kernels.residual import prepare_gate_residual
-from .call import Op, empty_of, form_of, registered, writes_alone
 
 
 class Gate(Op):

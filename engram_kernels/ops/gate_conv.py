@@ -17,10 +17,11 @@ from collections.abc import Callable
 import torch
 
 from engram_kernels import reference
-from engram_kernels.launching.checks import is_kernel_device, records_gradient
-from engram_kernels.launching.device import on_device_of
+from engram_kernels.launching.checks import records_gradient
+from engram_kernels.launching.device import is_kernel_device, on_device_of
 from engram_kernels.launching.tokens import check_ends
 
+from .call import Op, empty_of, form_of, registered, writes_alone
 from .conv_kernels.arguments import ConvCall, check_conv
 from .conv_kernels.backward import gate_conv_formula, save_gate_conv
 from .conv_kernels.residual import prepare_conv_residual
@@ -30,7 +31,6 @@ from .conv_kernels.state import launch_advance_state
 from .gate_kernels.arguments import check_gate, flatten_tokens
 from .gate_kernels.gradients import make_recorded
 from .hash_kernels.sequences import sequence_arguments
-from .call import Op, empty_of, form_of, registered, writes_alone
 
 
 def prepare_gate_conv_residual(call: ConvCall, out: torch.Tensor) -> Callable[..., None]:

@@ -12,15 +12,16 @@ import torch
 
 from engram_kernels import reference
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
-from engram_kernels.launching.checks import check_programs, is_kernel_device
+from engram_kernels.launching.checks import check_programs
+from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.view import TableView, view_tables
 
-from .hashing import ngram_hash
 from .call import Op, form_of, registered, writes_alone
+from .hashing import ngram_hash
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
 from .row_kernels.caching import RowCache, check_cache

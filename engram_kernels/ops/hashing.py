@@ -12,11 +12,12 @@ import torch
 
 from engram_kernels import reference
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
-from engram_kernels.launching.checks import check_out, is_kernel_device
+from engram_kernels.launching.checks import check_out
+from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
 
-from .hash_kernels.row_ids import prepare_ngram_hash
 from .call import Op, form_of, registered, writes_alone
+from .hash_kernels.row_ids import prepare_ngram_hash
 
 
 class HashCall(NamedTuple):

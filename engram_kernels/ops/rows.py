@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from engram_kernels import reference
-from engram_kernels.launching.checks import check_programs, check_tensor, is_kernel_device
+from engram_kernels.launching.checks import check_programs, check_tensor
+from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.view import TableView

@@ -1,8 +1,8 @@
 """One checkpoint of a table over ranks, whatever their number: each rank reads and writes its own rows.
 
-Writing, rank 0 lays the files out under temporary names (checkpoints/table_writer.py); every rank writes its rows into them and
-brings them to the disk; when all have said so, rank 0 puts them in place by rename. Where a rank fails, dies or hangs
-before that, rank 0 finds out in the same exchange and removes them.
+Writing, rank 0 lays the files out under temporary names (checkpoints/table_writer.py); every rank writes its rows into
+them and brings them to the disk; when all have said so, rank 0 puts them in place by rename. Where a rank fails, dies
+or hangs before that, rank 0 finds out in the same exchange and removes them.
 """
 
 import os

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.checks import is_kernel_device
-from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
+from engram_kernels.launching.device import cdiv, is_kernel_device, next_power_of_2, on_device_of
 from engram_kernels.reference.serving import history as reference
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.

@@ -13,7 +13,8 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.launching.checks import check_programs, processors
+from engram_kernels.launching.checks import check_programs
+from engram_kernels.launching.device import processors
 from engram_kernels.launching.streams import streams_of
 from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
 from engram_kernels.ops.hash_rows import hash_lookup

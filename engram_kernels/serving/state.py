@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.launching.checks import check_tensor, is_kernel_device
+from engram_kernels.launching.checks import check_tensor
+from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.tokens import ID_DTYPES, check_batch
 from engram_kernels.ops.conv_kernels.slots import ConvSlots, launch_store_conv
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES

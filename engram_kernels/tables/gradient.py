@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.checks import check_tensor, is_kernel_device, processors
-from engram_kernels.launching.device import next_power_of_2, on_device_of
+from engram_kernels.launching.checks import check_tensor
+from engram_kernels.launching.device import is_kernel_device, next_power_of_2, on_device_of, processors
 from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.reference.tables import gradient as reference
 

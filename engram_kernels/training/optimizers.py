@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
-from engram_kernels.launching.checks import takes_kernels
+from engram_kernels.launching.device import takes_kernels
 from engram_kernels.tables.engram import EngramTable
 
 from .saving import KEY, Content, fill_states, layout_of, open_states, save_states, tensors_of

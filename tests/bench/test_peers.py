@@ -9,19 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import __main__ as command
-from bench import suite
-from bench.cases import Case, Workbench, load_cases
 from bench.ops import bench_gate_backward
 from bench.peers import adapters as peers
 from bench.peers import inputs as peer_inputs
 from bench.peers import sglang as sglang_peer
 from bench.peers import vllm as vllm_peer
 from bench.peers.files import MissingPeer, load_functions
+from bench.running import suite
+from bench.running.cases import Case, load_cases
 from engram_kernels import reference
 from tests.support.patience import HANG
 
-from .test_bench import CPU, LIMIT, MACHINE, ROOFS, FakeTimer, ample, toy
+from .toys import FakeTimer, ample
 
 ROOT = Path(__file__).parents[2]
 #: Like the real ones: imports that exist nowhere, tl from elsewhere, a constant that the platform decides, a helper.
@@ -81,22 +80,10 @@ def source(tmp_path):
     return path
 
 
-@pytest.fixture(scope="module")
-def bench():
-    with Workbench(CPU, LIMIT, LIMIT, say=lambda line: None) as workbench:
-        yield workbench
-
-
 def test_a_kernel_runs_without_its_package(source):
     environment = dict(TRITON_INTERPRET="1", PATH="/usr/bin:/bin", PYTHONPATH=str(ROOT))
-    ran = subprocess.run(
-        [sys.executable, "-c", RUN, str(source)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
+    command = [sys.executable, "-c", RUN, str(source)]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
     assert ran.stdout == "ran\n", ran.stderr
 
 
@@ -284,7 +271,7 @@ def test_gradients_of_a_peer(variant, bench, stand_ins):
     assert "off the reference" in run()["failed"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def packed(bench):
     """Requests of several lengths, two of them new, one after two tokens; the plan, ids with dead ones, and row ids."""
     plan = bench.plan("v41", "host")
@@ -371,12 +358,3 @@ def test_a_wrong_peer_has_no_time(bench, stand_ins):
 def test_key_and_value_of_two_tensors_are_refused():
     with pytest.raises(ValueError, match="right behind"):
         peer_inputs.whole_kv(torch.zeros(2, 4, 8), torch.zeros(2, 8))
-
-
-def test_a_run_names_its_peers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "all_roofs", lambda *arguments: ROOFS)
-    monkeypatch.setattr(command, "load_cases", lambda full: [toy()])
-    chosen = command.parse(["--peers", str(tmp_path / "none"), "--out", str(tmp_path), "--only", "toy"])
-    assert command.measure(chosen, ample(), CPU, dict(MACHINE), FakeTimer()) == 0
-    said = capsys.readouterr().err
-    assert said.count("is left out") == 3 and str(tmp_path / "none" / "vllm") in said

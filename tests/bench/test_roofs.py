@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import environment, footprints, roofs, timing
-from bench.cases import load_cases
+from bench.running import environment, footprints, roofs, timing
+from bench.running.cases import load_cases
 from tests.reports.offline import TARGETS, compiling_for, machine_code
 from tests.support.patience import HANG
 
+from .toys import CPU
+
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 
 
 def test_measurements():
@@ -111,7 +112,7 @@ def test_environment(monkeypatch):
 
 ROOFS_SCRIPT = """
 import torch
-from bench import footprints, roofs, timing
+from bench.running import footprints, roofs, timing
 
 class Timer:
     def measure(self, calls):

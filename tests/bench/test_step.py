@@ -1,19 +1,17 @@
 """Step cost and matmuls beside a lookup: toy decoders on a CPU, streams and graphs of a GPU simulated."""
 
-import json
 from functools import partial
 
 import pytest
 import torch
 
-from bench import __main__ as command
-from bench import plots, report, suite, timing
-from bench.cases import Workbench
-from bench.serving import interference, step, step_report
+from bench.running import timing
+from bench.running.cases import Workbench
+from bench.serving import interference, step
 from engram_kernels import ngram_hash, reference
-from tests.support.simulated_gpu import Simulation
+from tests.support.gpu.simulation import Simulation
 
-from .test_bench import CPU, MACHINE, ROOFS, Clock, FakeTimer
+from .toys import CPU, FakeTimer
 
 LIMIT = 1 << 22
 TOY = step.Decoder(3, 64, 96, 48, 32, engram=(0, 1), paper=0.0192)
@@ -165,73 +163,6 @@ def test_a_matmul_beside_a_lookup(bench, monkeypatch):
         "interference/prefill/programs=16",
         "interference/prefill/programs=32",
     )
-
-
-def test_each_is_measured_within_its_time_and_once(tmp_path):
-    clock = Clock()
-
-    def measure(name):
-        clock.now += 4.0
-        if name == "b":
-            raise RuntimeError("no\nroom")
-        return dict(value=name)
-
-    results = suite.ResultFile(tmp_path / "r.json", dict(MACHINE))
-    suite.run_each("steps", list("abcd"), measure, timing.Budget(13.0, clock), results, 5.0, CPU)
-    kept = json.loads(results.path.read_text())
-    assert kept["left_out"] == ["d"] and [record["name"] for record in kept["steps"]] == list("abc")
-    assert kept["steps"][1] == dict(name="b", status="failed", reason="RuntimeError: no room") and results.failed
-    again = suite.ResultFile.resume(results.path, dict(MACHINE))
-    suite.run_each("steps", list("abcd"), measure, timing.Budget(99.0, clock), again, 5.0, CPU)
-    assert [record["name"] for record in again.content["steps"]] == list("acbd")
-
-
-STEP = dict(name="step/4b/B=8", status="ok", decoder="4b", batch=8, paper=0.0192)
-STEP |= dict(seconds=dict(plain=dict(median=2.5e-3)), exposed=dict(inline=2e-5, side=1e-6, by_layer=5e-7))
-STEP |= dict(cost=dict(ready=0.01, inline=0.02, side=0.011, by_layer=0.0105))
-PAIR = dict(name="interference/decode/programs=8", status="ok", kind="decode", programs=8, matmuls=12, alone=1e-3)
-PAIR |= dict(beside=1.1e-3, slowdown=0.1, lookup_alone=2e-3, lookup_beside=2.5e-3, lookup_bytes=1e8, covered=True)
-
-
-def test_tables_and_plots_come_from_json_alone(tmp_path):
-    failed = dict(name="step/8b/B=8", status="failed", reason="why")
-    content = dict(environment=dict(MACHINE), roofs=ROOFS, cases=[], left_out=[], finished=True)
-    content |= dict(steps=[failed, STEP, STEP | dict(name="step/4b/B=1", batch=1)], interference=[PAIR])
-    small = dict(bytes=1 << 30, pages="small", huge_share=0.0, linear=3e10, round_trip=2e-6)
-    huge = dict(bytes=1 << 30, pages="huge", huge_share=0.98, linear=5e10, round_trip=1e-6)
-    content["roofs"] = ROOFS | dict(footprints=[huge, huge | dict(bytes=1 << 34), small])
-    path = tmp_path / "gpu.json"
-    path.write_text(json.dumps(content))
-    assert command.main(["--report", str(path)]) == 0
-    words = path.with_suffix(".md").read_text()
-    assert "| 4b | 8 | 2,500.0 | 20.00 | 1.00 | 0.50 | 1.00% | 2.00% | 1.10% | 1.05% | 1.92% |" in words
-    assert "| decode x 12 | 8 | 10.0% | 1,000.0 | 1,100.0 | 50.0 | 40.0 |" in words
-    assert "| step/8b/B=8 | FAILED: why |" in words and "- step/8b/B=8 failed: why" in words
-    assert "huge pages, 98% found huge: 1 GiB: 50.0 GB/s, 1.00 us; 16 GiB" in words and "small pages, 0%" in words
-    assert words.index("| 4b | 1 |") < words.index("| 4b | 8 |") and "## Cases" not in words
-    pytest.importorskip("matplotlib")
-    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["gpu-footprint.png", "gpu-step.png"]
-    assert plots.write_plots(dict(content, steps=[failed], roofs=None), tmp_path / "none") == []
-    assert "the lookup ended before" in report.flags(dict(content, interference=[PAIR | dict(covered=False)]), "")[-1]
-
-
-def test_what_a_run_says_of_each():
-    assert step_report.record_text(STEP) == "1.00 us exposed on a second stream, throughput lost 1.10%"
-    assert step_report.record_text(PAIR) == "matmul slowed by 10.0%"
-    assert step_report.record_text(dict(status="failed", reason="why")) == "FAILED: why"
-
-
-def test_a_run_measures_steps_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "all_roofs", lambda *arguments: ROOFS)
-    monkeypatch.setattr(command, "Steps", partial(step.Steps, decoders=dict.fromkeys(step.DECODERS, TOY), rounds=2))
-    monkeypatch.setattr(command, "Interference", partial(interference.Interference, widths=(64, 96), tokens=9))
-    chosen = command.parse(["--only", "*[Bs]=8", "--out", str(tmp_path)])
-    machine = dict(MACHINE, host_table_bytes=LIMIT, device_table_bytes=LIMIT)
-    assert command.measure(chosen, timing.Budget(1e9), CPU, machine, Timer()) == 0
-    content = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert [record["name"] for record in content["steps"]] == ["step/4b/B=8", "step/8b/B=8"]
-    assert [record["programs"] for record in content["interference"]] == [8, 8] and content["finished"]
-    assert "step/4b/B=8: " in capsys.readouterr().err
 
 
 class Simulated(timing.GpuTimer):

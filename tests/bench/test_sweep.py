@@ -1,27 +1,23 @@
-"""bench.sweep: candidates are applied and taken back, wrong ones carry no time, cases exist."""
+"""``python -m bench sweep``: candidates are applied and taken back, wrong ones carry no time, cases exist."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from bench import sweep
-from bench.cases import Prepared, load_cases
-from bench.timing import Budget, Measurement
-from engram_kernels.ops import gate, rows
+from bench.ops import sweep
+from bench.running.cases import Prepared, load_cases
+from bench.running.timing import Budget, Measurement
 from engram_kernels.ops.conv_kernels import scale as gate_scale
+from engram_kernels.ops.gate_kernels import residual as gate
+from engram_kernels.ops.row_kernels import by_id as rows
 from tests.reports.compile_cases import CASES
 from tests.reports.offline import compiling_for
 
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+from .toys import Clock
 
 
-class FakeTimer:
+class Timer:
     """Seconds by the configuration in force: the more warps, the slower."""
 
     def measure(self, calls):
@@ -67,7 +63,7 @@ def test_ranking_and_wrong_results():
 
     case = dataclasses.replace(next(c for c in load_cases() if c.name == "gate_residual/v41/T=1"), prepare=prepare)
     entry = dataclasses.replace(sweep.SWEEPS["gate"], candidates=tuple(sweep.grid(num_warps=(1, 2, 8))))
-    result = sweep.run_sweep(entry, case, None, FakeTimer(), Budget(10, clock=Clock()))
+    result = sweep.run_sweep(entry, case, None, Timer(), Budget(10, Clock()))
     assert [candidate["config"] for candidate in result["candidates"]] == [
         {"num_warps": 1},
         {},
@@ -76,7 +72,7 @@ def test_ranking_and_wrong_results():
     ]
     assert "median" not in result["candidates"][-1] and "differ" in result["candidates"][-1]["wrong"]
     assert result["in_force_us"] == pytest.approx(4) and result["left_out"] == 0
-    none_left = sweep.run_sweep(entry, case, None, FakeTimer(), Budget(0, clock=Clock()))
+    none_left = sweep.run_sweep(entry, case, None, Timer(), Budget(0, Clock()))
     assert none_left["left_out"] == 3
 
 

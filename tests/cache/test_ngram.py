@@ -13,8 +13,8 @@ from engram_kernels.cache.policy import fewest_tokens
 from engram_kernels.reference.cache.simulator import ngram_keys
 from tests.ops.test_hashing import ragged, small_plan
 from tests.support import tables
-from tests.support.fake_streams import FakeStreams
-from tests.support.ordering import ordered_by
+from tests.support.gpu.fake_streams import FakeStreams
+from tests.support.gpu.ordering import ordered_by
 
 from .test_lookup import CPU, Pair, stream
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.text import load_token_ids, load_token_map
+from bench.running.text import load_token_ids, load_token_map
 from engram_kernels import HashPlan
 from tests.ops.test_hashing import small_plan
 

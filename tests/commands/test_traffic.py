@@ -7,8 +7,8 @@ import pytest
 
 from engram_kernels import EngramConfig
 from engram_kernels.__main__ import main
-from engram_kernels.commands.size import PRESETS
-from engram_kernels.commands.traffic import LINKS, SHARES, fetched_share, most_ranks, rank_sections
+from engram_kernels.commands.size import PRESETS, rank_sections
+from engram_kernels.commands.traffic import LINKS, SHARES, fetched_share, most_ranks
 
 
 def test_a_step_of_v41_by_hand():

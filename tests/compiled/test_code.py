@@ -9,13 +9,13 @@ import pytest
 import triton
 
 from tests import machine
-from tests.machine import sass
-from tests.machine.executed import Executed
-from tests.machine.graph import Graph
-from tests.machine.integers import IntegerProgram, Unsolvable
-from tests.machine.occupancy import programs_in_flight
-from tests.machine.round_trips import round_trips, way
-from tests.machine.trace import WarpCounters
+from tests.machine.counting.executed import Executed
+from tests.machine.counting.integers import IntegerProgram, Unsolvable
+from tests.machine.counting.occupancy import programs_in_flight
+from tests.machine.counting.round_trips import round_trips, way
+from tests.machine.counting.trace import WarpCounters
+from tests.machine.parsing import sass
+from tests.machine.parsing.graph import Graph
 
 pytestmark = pytest.mark.compile
 WARPS, SIZE = 3, 1024

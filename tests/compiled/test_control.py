@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine import flow, ptx
-from tests.support.snippets import NUMBER, address_of, entry, kinds, run
+from tests.machine.parsing import flow, ptx
+from tests.support.instructions.snippets import NUMBER, address_of, entry, kinds, run
 
 IN, OUT = address_of(1, 4, 51) + "ld.global.b32 %r1, [%rd51]; ", address_of(0, 4, 50)
 STORE = OUT + "st.global.b32 [%rd50], %r10; "
@@ -157,7 +157,7 @@ def test_barriers_that_a_part_of_a_cta_reaches(least, first, second, found):
 
 
 def test_a_kernel_that_does_not_end(monkeypatch):
-    from tests.machine import lanes
+    from tests.machine.state import lanes
 
     monkeypatch.setattr(lanes, "BLOCKS", 1000)
     with pytest.raises(machine.Fault, match="has not ended after 1000 blocks") as caught:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine.counters import wavefronts
-from tests.support.snippets import NUMBER, address_of, entry, run
+from tests.machine.counting.counters import wavefronts
+from tests.support.instructions.snippets import NUMBER, address_of, entry, run
 
 LOAD = address_of(1, 4, 51) + "ld.global.b32 %r1, [%rd51]; "
 AGAIN = (

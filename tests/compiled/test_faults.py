@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine.races import Log
-from tests.support.snippets import NUMBER, address_of, allocation, entry, kinds, run
+from tests.machine.state.races import Log
+from tests.support.instructions.snippets import NUMBER, address_of, allocation, entry, kinds, run
 
 LOAD = address_of(1, 4, 51) + "{}ld.global.b32 %r1, [%rd51{}]; "
 STORE = address_of(0, 4, 50) + "{}st.global.b32 [%rd50{}], %r1; "

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine.forms import FORMS
-from tests.support.float_formats import FLOAT32
-from tests.support.instruction_oracles import Near, oracle
-from tests.support.snippets import bits_of, instruction_kernel, kinds, outcome
+from tests.machine.instructions.forms import FORMS
+from tests.support.instructions.float_formats import FLOAT32
+from tests.support.instructions.oracles import Near, oracle
+from tests.support.instructions.snippets import bits_of, instruction_kernel, kinds, outcome
 
 FLOATS = [0.0, 2.0**-149, 2.0**-126 - 2.0**-149, 2.0**-126, 0.1, 0.5, 1.0, 1 + 2.0**-23, 1.5, 2.0, 2.5, 3.0, 10.0]
 FLOATS += [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 65504.0, 65520.0, 2.0**-24, 2.0**-25, 2.0**24]

@@ -10,10 +10,10 @@ import triton.language as tl
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engram_kernels.launching import checks as arguments
+from engram_kernels.launching import device as running
 from tests.conftest import package_kernels
 from tests.machine import gpu
-from tests.machine.orders import modified, takes_orders
+from tests.machine.parsing.orders import modified, takes_orders
 
 from .test_aliases import count_rows_kernel
 
@@ -54,16 +54,16 @@ def count_from(first, size):
 
 def test_a_launch_computes_and_everything_is_taken_back():
     before, run, data_ptr, empty = driver._active, JITFunction.run, torch.Tensor.data_ptr, torch.empty
-    assert not arguments.is_kernel_device(torch.zeros(1)) and not arguments.takes_kernels(torch.device("cpu"))
+    assert not running.is_kernel_device(torch.zeros(1)) and not running.takes_kernels(torch.device("cpu"))
     with pytest.raises(ZeroDivisionError), gpu.standing_in("sm_90") as machine:
-        assert arguments.is_kernel_device(torch.zeros(1)) and arguments.takes_kernels(torch.device("cpu"))
+        assert running.is_kernel_device(torch.zeros(1)) and running.takes_kernels(torch.device("cpu"))
         out = torch.zeros(100, dtype=torch.int32)
         copy_kernel[(2,)](count_from(5, 100), out, 100, BLOCK=64, **OPTIONS)
         assert torch.equal(out, count_from(5, 100))
         assert machine.ran == dict(kernels=1, launches=1, programs=2, runs=1)
         raise ZeroDivisionError
     assert (driver._active, JITFunction.run, torch.Tensor.data_ptr) == (before, run, data_ptr) and torch.empty is empty
-    assert not arguments.is_kernel_device(torch.zeros(1))
+    assert not running.is_kernel_device(torch.zeros(1))
 
 
 def test_a_grid_without_programs_and_one_that_is_too_large(machine):

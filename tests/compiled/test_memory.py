@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests import machine
-from tests.machine import access, atomics, translation
-from tests.support.snippets import LETTER, NUMBER, address_of, entry, kinds, run
+from tests.machine.instructions import access, atomics, translation
+from tests.support.instructions.snippets import LETTER, NUMBER, address_of, entry, kinds, run
 
 FRESH = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ import torch
 from engram_kernels import NgramCache, hash_lookup
 from engram_kernels.reference.cache.simulator import CacheSimulator, ngram_keys
 from tests.ops.test_registration import same
-from tests.support.ordering import ordered_by
+from tests.support.gpu.ordering import ordered_by
 
 from .test_kernels import graph_of
 from .test_prefetch import LONG, TOKENS, Dropping, batches, setting, values

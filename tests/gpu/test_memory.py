@@ -10,8 +10,8 @@ from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
 from tests.support import tables
-from tests.support.forks import in_a_fork
-from tests.support.processes import Peer
+from tests.support.processes.forks import in_a_fork
+from tests.support.processes.peers import Peer
 
 pytestmark = pytest.mark.gpu
 GIB = 1 << 30

@@ -14,7 +14,7 @@ from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
 from tests.serving.test_prefetch import BLOCKS
 from tests.support import tables
-from tests.support.ordering import ordered_by
+from tests.support.gpu.ordering import ordered_by
 
 from .test_kernels import graph_of
 

@@ -8,12 +8,12 @@ The instructions follow the PTX manual (docs.nvidia.com/cuda/parallel-thread-exe
 know is a Fault that names it; nothing is guessed.
 """
 
-from .counters import Counters
+from .counting.counters import Counters
 from .executor import SCHEDULES, Run, execute
 from .faults import KINDS, Fault, Report
+from .instructions.values import approximation
 from .kernel import Kernel
-from .memory import Allocation
-from .values import approximation
+from .state.memory import Allocation
 
 __all__ = [
     "KINDS",

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .faults import Fault, Report
-from .lanes import Lanes
-from .memory import Memory
-from .races import Log
-from .shared import Shared
-from .values import UNSIGNED, f32, f64, u32, u64
+from .instructions.values import UNSIGNED, f32, f64, u32, u64
+from .state.lanes import Lanes
+from .state.memory import Memory
+from .state.races import Log
+from .state.shared import Shared
 
 LANES = 1 << 15  # threads that are executed at once
 SCHEDULES = (None, "up", "down")

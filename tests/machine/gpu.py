@@ -14,12 +14,13 @@ import torch
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-import engram_kernels.launching.checks
+import engram_kernels.launching.device
+from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
 from tests.reports.offline import TARGETS
 
 from . import Fault, Kernel, execute
 from .given import GivenMemory
-from .orders import takes_orders
+from .parsing.orders import takes_orders
 
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # that a program may have, by target
 MOST_PROGRAMS = 2**31 - 1, 2**16 - 1, 2**16 - 1  # in each dimension of a grid
@@ -173,16 +174,24 @@ class Machine:
         return False
 
 
+def forget_launches():
+    """Drop the launches that ops keep: they are for one target, and only tests have two in a process."""
+    for op in (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV):
+        op.forget()
+
+
 @contextlib.contextmanager
 def standing_in(target, kind=Machine):
     """Within the context kernels take CPU tensors, and run as machine code for ``target``; yields the machine."""
     machine, before = kind(target), driver._active
-    taking = engram_kernels.launching.checks.CPU_TAKES_KERNELS
+    taking = engram_kernels.launching.device.CPU_TAKES_KERNELS
     driver.set_active(machine)
-    engram_kernels.launching.checks.CPU_TAKES_KERNELS = True
+    forget_launches()
+    engram_kernels.launching.device.CPU_TAKES_KERNELS = True
     try:
         with machine.memory.watching():
             yield machine
     finally:
-        engram_kernels.launching.checks.CPU_TAKES_KERNELS = taking
+        engram_kernels.launching.device.CPU_TAKES_KERNELS = taking
         driver._active = before
+        forget_launches()

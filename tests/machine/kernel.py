@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from . import flow, ptx, translation
+from .instructions import translation
+from .parsing import flow, ptx
 
 
 class Kernel:

@@ -10,8 +10,8 @@ import torch
 import engram_kernels
 from engram_kernels import EngramTable, gate_residual, hash_lookup, lookup
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
-from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.ops.call import MOST_KEPT, Op, form_of
+from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from tests.conftest import launches, recent
 
 from . import test_arguments, test_arguments_gate

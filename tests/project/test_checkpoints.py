@@ -1,30 +1,16 @@
 """docs/checkpoints.md: its Python blocks, on checkpoints with the published names; a whole layer from a folder."""
 
-import json
-import re
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-import engram_kernels
 from engram_kernels import Engram, EngramTable, HashPlan
 from engram_kernels.tables import files as table_files
 from tests.support import checkpoints
 from tests.support.checkpoints import QWEN, QWEN_FIELDS, V41, V41_FIELDS, raw
+from tests.support.documents import Document
 
-TEXT = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+CHECKPOINTS = Document("docs/checkpoints.md")
 PLACE = dict(device="cpu", placement="cpu")
-
-
-def run(section, **names):
-    """The names after running the block of one section of the document."""
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT.split(f"\n## {section}\n")[1].split("\n## ")[0], re.S)
-    space = {name: getattr(engram_kernels, name) for name in engram_kernels.__all__}
-    space |= {"torch": torch, "json": json} | names
-    exec(compile(code, "docs/checkpoints.md", "exec"), space)
-    return SimpleNamespace(**{name: value for name, value in space.items() if name.isidentifier()})
 
 
 def v41(tmp_path):
@@ -34,13 +20,13 @@ def v41(tmp_path):
 
 
 def test_every_block_is_run_here():
-    assert len(re.findall(r"^```python$", TEXT, re.M)) == 4 and len(TEXT.splitlines()) < 120
+    assert len(CHECKPOINTS.blocks()) == 4 and len(CHECKPOINTS.text.splitlines()) < 120
 
 
 def test_a_layer_of_deepseek(tmp_path):
     folder, tensors = v41(tmp_path)
     names = dict(folder=folder, tokenizer=None, build_token_map=lambda _: torch.arange(40), **PLACE)
-    result = run("Load a layer of DeepSeek-V4.1", **names)
+    result = CHECKPOINTS.run("Load a layer of DeepSeek-V4.1", **names)
     assert result.config == V41
     prefix = "layers.1.engram."
     assert torch.equal(raw(result.table.weight), raw(tensors[prefix + "embed.weight"]))
@@ -58,7 +44,7 @@ def test_a_layer_of_deepseek(tmp_path):
 def test_a_layer_of_qwen(tmp_path):
     folder, weight, tensors = checkpoints.qwen_folder(tmp_path / "qwen")
     checkpoints.save_config(folder, text_config=QWEN_FIELDS)
-    result = run("Load Qwen3.8-Flash-Next", folder=folder, **PLACE)
+    result = CHECKPOINTS.run("Load Qwen3.8-Flash-Next", folder=folder, **PLACE)
     assert result.config == QWEN and torch.equal(raw(result.table.weight), raw(weight))
     expected = Engram(QWEN, 1, result.plan, result.table, dtype=torch.bfloat16)
     expected.load_checkpoint(tensors, checkpoints.QWEN_PLE)
@@ -69,10 +55,10 @@ def test_a_layer_of_qwen(tmp_path):
 def test_mapped_and_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(table_files, "CHUNK", 1000)
     folder, tensors = v41(tmp_path)
-    table = run("Without loading", files=sorted(folder.glob("*.safetensors"))).table
+    table = CHECKPOINTS.run("Without loading", files=sorted(folder.glob("*.safetensors"))).table
     assert table.mapped and torch.equal(raw(table.weight), raw(tensors["layers.1.engram.embed.weight"]))
     (tmp_path / "out").mkdir()
-    again = run("Save", table=table, out=tmp_path / "out", **PLACE).again
+    again = CHECKPOINTS.run("Save", table=table, out=tmp_path / "out", **PLACE).again
     assert torch.equal(raw(again.weight), raw(table.weight)) and torch.equal(again.scale, table.scale)
 
 

@@ -1,13 +1,11 @@
 """docs/engines.md: its code blocks run, on tensors in vLLM's and SGLang's layouts, against oracles of whole texts."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from engram_kernels import EngramConfig, EngramState, EngramTable, Prefetcher
+from tests.support.documents import Document
 
 from .test_migrate import (
     EPS,
@@ -24,18 +22,12 @@ from .test_migrate import (
     expected_rows,
     gate_tensors,
     plan,
-    run,
     vllm_batch,
 )
 
-ENGINES = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+ENGINES = Document("docs/engines.md")
 SHIFT = 1000  # of SGLang's ids of multimodal padding
 SIZES = dict(heads=2, row_width=R, table_sizes=(9,) * (N - 1), hidden_size=D, branches=H, raw_vocab_size=V_RAW)
-
-
-def block(section, number=0):
-    part = re.split(r"^## ", ENGINES.split(f"\n## {section}\n")[1], flags=re.M)[0]
-    return re.findall(r"```python\n(.*?)```", part, re.S)[number]
 
 
 def state(slots=6):
@@ -57,17 +49,15 @@ def fp8_tables():
 
 
 def test_every_block_is_run_here():
-    assert len(re.findall(r"^```", ENGINES, re.M)) == 2 * len(re.findall(r"^```python$", ENGINES, re.M)) == 2 * 4
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", ENGINES):
-        assert (Path(__file__).parents[2] / "docs" / path).exists(), path
+    assert ENGINES.holds_python_alone() and len(ENGINES.blocks()) == 4
 
 
 def test_vllm_without_a_state():
     """Lookback newest first, row ids into an int32 buffer, and rows packed as bytes of values and scales."""
     ids, starts, lookback, lookback_dead, dead = vllm_batch()
     parts, tables = fp8_tables()
-    result = run(
-        block("vLLM"),
+    result = ENGINES.run(
+        "vLLM",
         input_ids=ids,
         query_start_loc=starts,
         lookback_token_ids=lookback,
@@ -96,8 +86,9 @@ def test_vllm_with_a_state():
         starts = torch.tensor([0, counts[0], counts[1], 1, counts[2]]).cumsum(0).int()
         hidden, kv, q_weight, k_weight = gate_tensors(len(ids))
         dead = torch.zeros(len(ids), dtype=torch.bool)
-        result = run(
-            block("vLLM", 1),
+        result = ENGINES.run(
+            "vLLM",
+            1,
             state=engram_state,
             prefetcher=prefetcher,
             input_ids=ids,
@@ -143,7 +134,7 @@ def test_sglang(drafts):
     live = torch.tensor([True, True, False])
     ids = torch.cat([texts[0][:4], texts[1][:3], torch.zeros(2).long()])
     lengths = dict(starts=torch.tensor([0, 4, 7]), lengths=torch.tensor([4, 3, 1]))
-    result = run(block("SGLang"), **names, live=live, input_ids=ids, block=None, commit_lens=None, **lengths)
+    result = ENGINES.run("SGLang", **names, live=live, input_ids=ids, block=None, commit_lens=None, **lengths)
     whole = [expected_rows(text.tolist(), dead=is_image(text).tolist()) for text in texts]
     assert result.row_ids[:7].tolist() == whole[0][:4] + whole[1][:3] and (result.row_ids[8:] == -1).all()
 
@@ -155,7 +146,7 @@ def test_sglang(drafts):
         blocks = [blocks[0], blocks[1] if right is None else right, torch.zeros(1 + drafts).long()]
         lens = taken if right is not None else torch.ones(3, dtype=torch.int32)
         options = dict(block=1 + drafts, commit_lens=lens if drafts else None)
-        result = run(block("SGLang"), **names, live=live, input_ids=torch.cat(blocks), **options)
+        result = ENGINES.run("SGLang", **names, live=live, input_ids=torch.cat(blocks), **options)
         rows = result.row_ids.unflatten(0, (3, -1)).tolist()
         for request, count in enumerate(lens[:2].tolist()):
             assert rows[request][:count] == whole[request][done[request] : done[request] + count]
@@ -169,6 +160,6 @@ def test_sglang_history_is_taken_over():
     pool, engram_state = torch.tensor([1, 3, 2]), state()
     engram_state.begin(table, torch.arange(4).int()).commit()  # slots in use
     names = dict(history_table=table, req_pool_indices=pool, seq_lens=torch.tensor([1, 0, 30]), N=N, is_image=is_image)
-    run(block("SGLang", 1), **names, state=engram_state)
+    ENGINES.run("SGLang", 1, **names, state=engram_state)
     step = engram_state.begin(torch.zeros(3, 1).long(), pool.int())
     assert step.history.tolist() == [[-1, -1, 44], [-1, -1, -1], [7, 8, -1]]

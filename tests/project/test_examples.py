@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,8 @@ from tokenizers import Tokenizer, models
 from engram_kernels import EngramConfig, EngramState, ngram_hash
 from engram_kernels.serving.state import EngramStep
 from tests.support import oracles, tables
+from tests.support.documents import ROOT, Document
 from tests.support.patience import HANG
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(name):
@@ -117,7 +115,7 @@ def test_the_readmes_ten_lines(tmp_path):
         embed = f"layers.{number}.engram.embed"
         stored |= {f"{embed}.weight": weight, f"{embed}.scale": scale.view(torch.float8_e8m0fnu)}
     save_file(stored, tmp_path / "model.safetensors")
-    code = re.search(r"## In ten lines\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    (code,) = Document("README.md").blocks("In ten lines")
     assert '"cuda"' in code
     exec(code.replace('"cuda"', '"cpu"'), names)
     row_ids = ngram_hash(names["token_ids"], names["plan"])[:, 1]

@@ -1,8 +1,6 @@
 """docs/migrate.md: its code blocks run, on tensors in each peer's layout, and give what the oracles expect."""
 
 import importlib.util
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +11,9 @@ from torch import nn
 import engram_kernels
 from engram_kernels import EngramTable, HashPlan, gate_residual, lookup
 from tests.support import oracles
+from tests.support.documents import ROOT, Document
 
-ROOT = Path(__file__).parents[2]
-MIGRATE = (ROOT / "docs" / "migrate.md").read_text()
+MIGRATE = Document("docs/migrate.md")
 
 L, N, E, R, H, D, K = 2, 4, 2, 64, 4, 32, 4
 V_RAW, PAD, IMAGE = 60, 7, 50
@@ -24,19 +22,6 @@ PRIMES = [[[11, 13], [17, 19], [23, 29]], [[31, 37], [41, 43], [47, 53]]]
 FLAT_PRIMES = [[prime for order in layer for prime in order] for layer in PRIMES]
 TOKEN_MAP = [(7 * raw) % 41 for raw in range(V_RAW)]
 EPS = 1e-6
-
-
-def block(section, number=0):
-    """Code block ``number`` of one section of the document."""
-    part = re.split(r"^## ", MIGRATE.split(f"\n## {section}\n")[1], flags=re.M)[0]
-    return re.findall(r"```python\n(.*?)```", part, re.S)[number]
-
-
-def run(code, **names):
-    """The names after running a block of the document, which may use those given."""
-    space = {name: getattr(engram_kernels, name) for name in engram_kernels.__all__} | {"torch": torch} | names
-    exec(compile(code, "docs/migrate.md", "exec"), space)
-    return SimpleNamespace(**{name: value for name, value in space.items() if name.isidentifier()})
 
 
 def expected_rows(ids, **options):
@@ -70,14 +55,7 @@ def expected_gate(hidden, kv, query_norm, key_norm, **options):
 
 
 def test_every_block_is_run_here():
-    assert len(re.findall(r"^```", MIGRATE, re.M)) == 2 * len(re.findall(r"^```python$", MIGRATE, re.M)) == 2 * 5
-    assert len(MIGRATE.splitlines()) < 200
-
-
-def test_names_exist():
-    assert set(re.findall(r"\b(\w*(?:hash|lookup|residual)\w*)\(", block("vLLM"))) <= set(engram_kernels.__all__)
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", MIGRATE):
-        assert (ROOT / "docs" / path).exists(), path
+    assert MIGRATE.holds_python_alone() and len(MIGRATE.blocks()) == 5 and len(MIGRATE.text.splitlines()) < 200
 
 
 def test_demo():
@@ -90,7 +68,7 @@ def test_demo():
     engram = model.engrams["1"]
     hidden, ids = torch.randn(2, 9, 4, 64), torch.randint(0, 390, (2, 9))
     with torch.no_grad():
-        result = run(block("The demo"), engram=engram, hidden=hidden, input_ids=ids)
+        result = MIGRATE.run("The demo", engram=engram, hidden=hidden, input_ids=ids)
         close(result.addend, engram(hidden_states=hidden, input_ids=ids).double().numpy(), 1e-4)
 
     # Row ids without offsets, and a lookup that adds them itself.
@@ -117,8 +95,8 @@ def test_vllm():
     scales = torch.randint(110, 140, (rows, R // 32), dtype=torch.uint8)
     hidden, kv, q_weight, k_weight = gate_tensors(12)
     mask = ~dead
-    result = run(
-        block("vLLM"),
+    result = MIGRATE.run(
+        "vLLM",
         state=SimpleNamespace(
             multipliers=torch.tensor(MULTIPLIERS),
             primes=torch.tensor(PRIMES),
@@ -164,8 +142,9 @@ def test_vllm_qwen():
     hidden, key, value = torch.randn(10, H * D), torch.randn(10, H * D), torch.randn(10, D)
     norms = [0.3 * torch.randn(H * D) for _ in range(3)]
     weight = torch.randn(H * D, 1, K)
-    result = run(
-        block("vLLM", 1),
+    result = MIGRATE.run(
+        "vLLM",
+        1,
         layer_multipliers=torch.tensor(multipliers),
         vocab_sizes=torch.tensor(sizes),
         eos_token_id=eos,
@@ -211,8 +190,8 @@ def test_sglang():
     slots, first = torch.tensor([2, 0, 1]), torch.tensor([30, 3, 1])
     ids = torch.tensor([4, IMAGE, 6, 7, 11, 13, 17, 0, 0])  # the last two are graph padding
     verify = torch.tensor([[21, 22, 23], [24, shift + 5, 26], [27, 28, 29]])
-    result = run(
-        block("SGLang"),
+    result = MIGRATE.run(
+        "SGLang",
         history_table=table,
         req_slots=slots,
         first_position=first,
@@ -257,8 +236,8 @@ def test_sglang_shards_add_up():
 def test_tilekernels():
     windows = torch.randint(0, 41, (9, N), dtype=torch.int32)  # mapped ids, current token first
     hidden, kv, weight_hidden, weight_embed = gate_tensors(9)
-    result = run(
-        block("TileKernels"),
+    result = MIGRATE.run(
+        "TileKernels",
         ngram_token_ids=windows,
         multipliers=torch.tensor(MULTIPLIERS),
         vocab_sizes=torch.tensor(PRIMES, dtype=torch.int32),

@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch
 
-from bench.cases import Workbench
 from bench.ops.bench_gate import GateInputs, norms
 from bench.peers.adapters import Peers
 from bench.peers.inputs import Requests
+from bench.running.cases import Workbench
 from engram_kernels import (
     NgramCache,
     RowAdagrad,
@@ -26,7 +26,7 @@ from engram_kernels import (
     ngram_hash,
     reference,
 )
-from engram_kernels.launching import checks as arguments
+from engram_kernels.launching import device as running
 from engram_kernels.serving.history import commit_history, gather_history
 from engram_kernels.tables.gradient import row_gradient
 from tests.support.tables import place
@@ -274,7 +274,7 @@ def _updates(bench: Workbench) -> Iterator[Job]:
 @contextlib.contextmanager
 def on_the_reference():
     """Within the context CPU tensors go to the reference, whatever stands in for a GPU."""
-    with mock.patch.object(arguments, "CPU_TAKES_KERNELS", False):
+    with mock.patch.object(running, "CPU_TAKES_KERNELS", False):
         yield
 
 

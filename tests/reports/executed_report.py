@@ -17,9 +17,9 @@ from unittest import mock
 
 import triton
 
-from tests.machine.counting import CountingMachine, LaunchCounts, total
+from tests.machine.counting.launches import CountingMachine, LaunchCounts, total
 from tests.machine.gpu import TARGETS, standing_in
-from tests.machine.sass import KINDS
+from tests.machine.parsing.sass import KINDS
 
 from .executed_jobs import FAMILIES, PROCESSORS, Job, jobs
 

@@ -15,8 +15,8 @@ from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import ragged, small_plan
 from tests.ops.test_registration import same
 from tests.support import tables
-from tests.support.fake_streams import FakeStreams
-from tests.support.ordering import ordered_by
+from tests.support.gpu.fake_streams import FakeStreams
+from tests.support.gpu.ordering import ordered_by
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "prefetch.md").read_text(), re.S)
 SCHEDULES = [list(names) for names in itertools.permutations(("main", "model", "side"))]

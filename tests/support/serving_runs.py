@@ -20,7 +20,7 @@ from engram_kernels import (
     hash_lookup,
     ngram_hash,
 )
-from engram_kernels.launching.checks import is_kernel_device
+from engram_kernels.launching.device import is_kernel_device
 
 from . import tables
 

@@ -14,9 +14,9 @@ from tests.ops.test_hash_rows import parts_of, wanted
 from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_rows import ids_around
 from tests.support import tables
-from tests.support.drivers import FakeDriver
+from tests.support.gpu.drivers import FakeDriver
 from tests.support.launches import launch_lookup
-from tests.support.sharing import attach, made
+from tests.support.processes.sharing import attach, made
 
 ROWS = 301
 

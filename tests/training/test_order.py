@@ -12,8 +12,8 @@ from tests.gpu.test_prefetch import LONG, TOKENS, Dropping
 from tests.gpu.test_prefetch import setting as setting_on_gpu
 from tests.nn.test_engram import built
 from tests.serving.test_prefetch import setting
-from tests.support.fake_streams import FakeStreams
-from tests.support.ordering import ordered_by
+from tests.support.gpu.fake_streams import FakeStreams
+from tests.support.gpu.ordering import ordered_by
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 SCHEDULES = [list(names) for names in itertools.permutations(("main", "side"))]

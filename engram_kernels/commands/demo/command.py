@@ -4,6 +4,7 @@ This is the command: the tokenizer and the text, the device, the kernels in Trit
 prints. What runs is in commands/demo/run.py, what it is checked against in commands/demo/checks.py.
 """
 
+import argparse
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -22,7 +23,7 @@ import triton
 from engram_kernels.commands.console import gib, print_sections, track
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.token_map import build_token_map
-from engram_kernels.launching.checks import INTERPRETING
+from engram_kernels.launching.device import INTERPRETING
 from engram_kernels.ops.hash_kernels.row_ids import ngram_hash_kernel
 
 from .checks import distinct_ngrams
@@ -38,8 +39,16 @@ _SAMPLE = 1024  # tokens checked on a GPU, where the checks take longer than wha
 _KERNELS = {"ngram_hash_kernel", "lookup_kernel", "hash_lookup_kernel", "gate_residual_kernel"}
 
 
-def run_demo(path: str | None, num_tokens: int | None, device_name: str, fault: str | None) -> int:
-    """Run, print the table, return the exit code: 0 if every check passed, else 1. DemoError where it cannot run."""
+def run_demo(arguments: argparse.Namespace) -> int:
+    """The exit code: 0 if every check passed, 1 if not, 2 for what cannot run, which takes one line."""
+    try:
+        return _run(arguments.text, arguments.tokens, arguments.device, arguments.inject_fault)
+    except DemoError as error:
+        print(f"engram_kernels demo: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(path: str | None, num_tokens: int | None, device_name: str, fault: str | None) -> int:
     device = _choose_device(device_name)
     num_tokens = num_tokens or _TOKENS[device.type]
     stages = Stages(device)

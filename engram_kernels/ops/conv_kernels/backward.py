@@ -29,9 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.checks import processors
-from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
+from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of, processors
 from engram_kernels.launching.sums import ordered_sum
+from engram_kernels.ops.call import registered
 from engram_kernels.ops.gate_kernels.arguments import flatten_tokens, float32_eps
 from engram_kernels.ops.gate_kernels.backward import ConvParts, launch_gate_backward
 from engram_kernels.ops.gate_kernels.branch import widen
@@ -44,7 +44,6 @@ from engram_kernels.ops.gate_kernels.gradients import (
 )
 from engram_kernels.ops.gate_kernels.weights import launch_conv_gradient
 from engram_kernels.ops.hash_kernels.sequences import find_sequence, sequence_arguments
-from engram_kernels.ops.call import registered
 
 from .arguments import ConvCall
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.checks import processors
-from engram_kernels.launching.device import warp_size
+from engram_kernels.launching.device import processors, warp_size
 from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.ops.gate_kernels.arguments import RowLaunch, float32_eps, row_strides
 from engram_kernels.ops.gate_kernels.branch import (

@@ -24,8 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.checks import processors
-from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
+from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of, processors
 from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.ops.call import registered
 

@@ -6,7 +6,7 @@ of that shape too, which :func:`split_kv` hands back as the gradient of kv.
 
 import torch
 
-from engram_kernels.launching.checks import is_kernel_device
+from engram_kernels.launching.device import is_kernel_device
 
 
 def readable(grad: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.checks import processors
-from engram_kernels.launching.device import on_device_of, warp_size
+from engram_kernels.launching.device import on_device_of, processors, warp_size
 
 from .arguments import GateCall, RowLaunch, flatten_tokens, float32_eps, row_strides
 from .branch import (

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 
 from engram_kernels.geometry.row_format import FORMATS
-from engram_kernels.launching.checks import processors
-from engram_kernels.launching.device import cdiv, on_device_of
+from engram_kernels.launching.device import cdiv, on_device_of, processors
 from engram_kernels.launching.launch import Launch
 from engram_kernels.tables.view import TableView
 

@@ -12,8 +12,7 @@ import triton.language as tl
 
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import FORMATS
-from engram_kernels.launching.checks import processors
-from engram_kernels.launching.device import cdiv, on_device_of
+from engram_kernels.launching.device import cdiv, on_device_of, processors
 from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.hash_kernels.mix import ngram_rows

@@ -14,7 +14,7 @@ from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import host as host_memory
 from engram_kernels.tables.memory.host import HUGE_PAGE, HostMapping
 from engram_kernels.tables.memory.report import MemoryReport
-from tests.support.drivers import Accountant, FakeDriver, mapped_ranges
+from tests.support.gpu.drivers import Accountant, FakeDriver, mapped_ranges
 
 MIB = 1 << 20
 

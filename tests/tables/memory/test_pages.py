@@ -14,8 +14,8 @@ from engram_kernels.tables.memory import host as host_memory
 from engram_kernels.tables.memory import pages
 from engram_kernels.tables.memory.host import HUGE_PAGE, HostMapping
 from engram_kernels.tables.memory.pages import Pages
-from tests.support.drivers import FakeDriver, mapped_ranges
-from tests.support.forks import in_a_fork
+from tests.support.gpu.drivers import FakeDriver, mapped_ranges
+from tests.support.processes.forks import in_a_fork
 
 MIB = 1 << 20
 THP = pages.huge_page_setting() in ("always", "madvise")

@@ -17,10 +17,10 @@ from engram_kernels.tables.memory import shared_protocol
 from engram_kernels.tables.memory.host import HUGE_PAGE
 from engram_kernels.tables.memory.pages import Pages
 from tests.support import tables
-from tests.support.drivers import Accountant, FakeDriver, mapped_ranges
-from tests.support.forks import in_a_fork
-from tests.support.processes import Peer
-from tests.support.sharing import SHM, attach, file_of, forked_writer, made
+from tests.support.gpu.drivers import Accountant, FakeDriver, mapped_ranges
+from tests.support.processes.forks import in_a_fork
+from tests.support.processes.peers import Peer
+from tests.support.processes.sharing import SHM, attach, file_of, forked_writer, made
 
 
 @pytest.fixture(autouse=True)

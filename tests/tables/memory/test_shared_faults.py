@@ -16,9 +16,9 @@ from engram_kernels.tables.memory import shared as shared_memory
 from engram_kernels.tables.memory import shared_protocol
 from engram_kernels.tables.memory.host import HUGE_PAGE
 from engram_kernels.tables.memory.pages import Pages
-from tests.support.drivers import FakeDriver, mapped_ranges
+from tests.support.gpu.drivers import FakeDriver, mapped_ranges
 from tests.support.patience import HANG
-from tests.support.sharing import SHAPE, SHM, attach, file_of, forked_writer, made
+from tests.support.processes.sharing import SHAPE, SHM, attach, file_of, forked_writer, made
 
 
 @pytest.fixture(autouse=True)

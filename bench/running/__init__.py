@@ -1,0 +1,1 @@
+"""What every benchmark is run by: cases, budgets and timers, roofs, the machine, reports and plots."""

@@ -1,0 +1,1 @@
+"""What each instruction of the PTX computes, and its translation to Python."""
