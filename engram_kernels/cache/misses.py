@@ -130,6 +130,7 @@ def read_missed_kernel(
     """
     NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
     TURNS: tl.constexpr = NUM_HEADS if HEAD_MAJOR else 1
+    parameters = (None, primes_ptr, offsets_ptr, reciprocals_ptr)
     num_steps = (num_tokens - 1) // BLOCK_ROWS + 1
     for group in range(NUM_GROUPS):
         first_entry = group * num_tokens
@@ -170,7 +171,7 @@ def read_missed_kernel(
                     offs_param = group * NUM_HEADS + head
                     always = num_tokens > 0
                     copy_rows(
-                        mix_rows(mix, offs_param, always, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE),
+                        mix_rows(mix, offs_param, always, parameters, NON_NEGATIVE),
                         out_row + head,
                         first,
                         tl.load(table_ptr),

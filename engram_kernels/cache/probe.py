@@ -107,6 +107,10 @@ def probe_cache_kernel(
     Writes a sort value for each group and token, and the time of this call. Persistent grid. Relies on G * T < 2^31,
     and on writing tags and entries nowhere: a stamp gets the same value from all writers.
     """
+    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr)
+    sequences = (num_seqs, search_steps, seq_len)
+    vocabulary = (token_map_ptr, vocab_size, pad, eos)
+    parameters = (None, primes_ptr, offsets_ptr, reciprocals_ptr)
     NUM_ORDERS: tl.constexpr = MAX_NGRAM - 1
     NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
     token_steps = (num_tokens - 1) // BLOCK_ROWS + 1
@@ -119,24 +123,7 @@ def probe_cache_kernel(
         token = (block - group * token_steps) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask_t = token < num_tokens
         mix, absent = ngram_mix(
-            token,
-            mask_t,
-            order + 2,
-            layer,
-            token_ids_ptr,
-            cu_seqlens_ptr,
-            history_ptr,
-            dead_ptr,
-            token_map_ptr,
-            multipliers_ptr,
-            num_seqs,
-            search_steps,
-            seq_len,
-            vocab_size,
-            pad,
-            eos,
-            MAX_NGRAM,
-            HAS_EOS,
+            token, mask_t, order + 2, layer, tokens, sequences, vocabulary, multipliers_ptr, MAX_NGRAM, HAS_EOS
         )
         absent = absent != 0  # of a scalar order the interpreter makes integers
         key = scramble(mix)
@@ -171,7 +158,7 @@ def probe_cache_kernel(
                     scale_address = tl.where(keyless, tl.load(table_ptr + 1), scale_address)
                     num_source_rows = tl.where(keyless, tl.load(table_ptr + 2), num_source_rows)
                     offs_param = group * NUM_HEADS + head + token * 0
-                    own = mix_rows(mix, offs_param, keyless, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE)
+                    own = mix_rows(mix, offs_param, keyless, parameters, NON_NEGATIVE)
                     row = tl.where(keyless, own, row)
                 copy_rows(
                     row,

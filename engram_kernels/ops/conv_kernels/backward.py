@@ -124,7 +124,7 @@ def conv_backward_kernel(
     for begin in range(0, group_tokens, BLOCK_T):
         token32 = group * group_tokens + begin + tl.arange(0, BLOCK_T)
         mask_t = token32 < num_tokens
-        seq, start, padding = find_sequence(token32, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
+        seq, start, padding = find_sequence(token32, cu_seqlens_ptr, (num_seqs, search_steps, seq_len))
         known = mask_t & ~padding
         if cu_seqlens_ptr is not None:
             end = tl.load(cu_seqlens_ptr + seq + 1, mask=known, other=0)

@@ -107,7 +107,7 @@ def conv_residual_kernel(
     offs_d = block % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
     mask = mask_t[:, None] & mask_d[None, :]
-    seq, start, padding = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
+    seq, start, padding = find_sequence(token, cu_seqlens_ptr, (num_seqs, search_steps, seq_len))
     token64 = token.to(tl.int64)
     if slots_ptr is not None:
         seq_slot, cursor, known = slot_cursor(seq, mask_t & ~padding, slots_ptr, cursor_ptr, num_slots)

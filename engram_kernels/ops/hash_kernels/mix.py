@@ -1,6 +1,11 @@
 """What kernels that hash n-grams share: the window of a token, the mixes of its n-grams, and the rows of these.
 
-Formulas and symbols are those of ops/hashing.py.
+Formulas and symbols are those of ops/hashing.py. What travels together comes as a tuple:
+
+    tokens       token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr
+    sequences    num_seqs, search_steps, seq_len                           as sequence_arguments says
+    vocabulary   token_map_ptr, vocab_size, pad, eos
+    parameters   orders_ptr, primes_ptr, offsets_ptr, reciprocals_ptr      of columns
 """
 
 import triton
@@ -28,8 +33,9 @@ def remainder(mix, prime, reciprocals_ptr, offs_param, mask_param, NON_NEGATIVE:
 
 
 @triton.jit
-def mix_rows(mix, offs_param, mask_param, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE: tl.constexpr):
+def mix_rows(mix, offs_param, mask_param, parameters, NON_NEGATIVE: tl.constexpr):
     """Row ids, int64, of mixes in the columns whose parameters are at ``offs_param``."""
+    _, primes_ptr, offsets_ptr, reciprocals_ptr = parameters
     prime = tl.load(primes_ptr + offs_param, mask=mask_param, other=1)
     offset = tl.load(offsets_ptr + offs_param, mask=mask_param, other=0)
     return remainder(mix, prime, reciprocals_ptr, offs_param, mask_param, NON_NEGATIVE) + offset
@@ -42,13 +48,8 @@ def look_back(
     seq,
     start,
     blocked,
-    token_ids_ptr,
-    history_ptr,
-    dead_ptr,
-    token_map_ptr,
-    vocab_size,
-    pad,
-    eos,
+    tokens,
+    vocabulary,
     SHIFT: tl.constexpr,
     MAX_NGRAM: tl.constexpr,
     HAS_EOS: tl.constexpr,
@@ -57,6 +58,8 @@ def look_back(
 
     ``blocked`` tells whether a newer one was.
     """
+    token_ids_ptr, _, history_ptr, dead_ptr = tokens
+    token_map_ptr, vocab_size, pad, eos = vocabulary
     source = token - SHIFT
     inside = mask_token & (source >= start) & (source >= 0)
     raw = tl.load(token_ids_ptr + source, mask=inside, other=-1).to(tl.int64)
@@ -83,18 +86,10 @@ def ngram_mix(
     mask_token,
     order,
     layer,
-    token_ids_ptr,
-    cu_seqlens_ptr,
-    history_ptr,
-    dead_ptr,
-    token_map_ptr,
+    tokens,
+    sequences,
+    vocabulary,
     multipliers_ptr,
-    num_seqs,
-    search_steps,
-    seq_len,
-    vocab_size,
-    pad,
-    eos,
     MAX_NGRAM: tl.constexpr,
     HAS_EOS: tl.constexpr,
 ):
@@ -102,26 +97,12 @@ def ngram_mix(
 
     ``token`` and ``order`` broadcast against each other.
     """
-    seq, start, bad = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
+    seq, start, bad = find_sequence(token, tokens[1], sequences)
     blocked = token < 0
     mix = (token * 0).to(tl.int64) + (order * 0).to(tl.int64)
     for shift in tl.static_range(MAX_NGRAM):
         value, blocked, invalid = look_back(
-            token,
-            mask_token,
-            seq,
-            start,
-            blocked,
-            token_ids_ptr,
-            history_ptr,
-            dead_ptr,
-            token_map_ptr,
-            vocab_size,
-            pad,
-            eos,
-            shift,
-            MAX_NGRAM,
-            HAS_EOS,
+            token, mask_token, seq, start, blocked, tokens, vocabulary, shift, MAX_NGRAM, HAS_EOS
         )
         multiplier = tl.load(multipliers_ptr + layer * MAX_NGRAM + shift)
         reads = order > shift
@@ -138,23 +119,12 @@ def ngram_rows(
     column,
     mask_column,
     layer,
-    token_ids_ptr,
-    cu_seqlens_ptr,
-    history_ptr,
-    dead_ptr,
-    token_map_ptr,
+    tokens,
+    sequences,
+    vocabulary,
     multipliers_ptr,
-    primes_ptr,
-    offsets_ptr,
-    reciprocals_ptr,
-    orders_ptr,
-    num_seqs,
-    search_steps,
-    seq_len,
+    parameters,
     num_columns,
-    vocab_size,
-    pad,
-    eos,
     MAX_NGRAM: tl.constexpr,
     HAS_EOS: tl.constexpr,
     NON_NEGATIVE: tl.constexpr,
@@ -164,27 +134,10 @@ def ngram_rows(
     ``token`` and ``column`` broadcast against each other: ``[BLOCK_T, 1]`` and ``[1, BLOCK_C]``, both ``[BLOCK]``, or
     one column alone.
     """
-    order = tl.load(orders_ptr + column, mask=mask_column, other=0)
+    order = tl.load(parameters[0] + column, mask=mask_column, other=0)
     mix, bad = ngram_mix(
-        token,
-        mask_token,
-        order,
-        layer,
-        token_ids_ptr,
-        cu_seqlens_ptr,
-        history_ptr,
-        dead_ptr,
-        token_map_ptr,
-        multipliers_ptr,
-        num_seqs,
-        search_steps,
-        seq_len,
-        vocab_size,
-        pad,
-        eos,
-        MAX_NGRAM,
-        HAS_EOS,
+        token, mask_token, order, layer, tokens, sequences, vocabulary, multipliers_ptr, MAX_NGRAM, HAS_EOS
     )
     offs_param = layer * num_columns + column
-    row = mix_rows(mix, offs_param, mask_column, primes_ptr, offsets_ptr, reciprocals_ptr, NON_NEGATIVE)
+    row = mix_rows(mix, offs_param, mask_column, parameters, NON_NEGATIVE)
     return tl.where(bad, -1, row)

@@ -114,6 +114,10 @@ def ngram_hash_kernel(
     HEADS has the columns of each order from 2 to N; it is None where columns don't come in that order.
     Grid (cdiv(T, BLOCK_T), L / BLOCK_L). Relies on T < 2^31 and on contiguous arguments.
     """
+    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr)
+    sequences = (num_seqs, search_steps, seq_len)
+    vocabulary = (token_map_ptr, vocab_size, pad, eos)
+    parameters = (orders_ptr, primes_ptr, offsets_ptr, reciprocals_ptr)
     first_layer = 0
     if BLOCK_L < NUM_LAYERS:
         first_layer = tl.program_id(1) * BLOCK_L
@@ -128,23 +132,12 @@ def ngram_hash_kernel(
             column,
             column < NUM_COLUMNS,
             first_layer,
-            token_ids_ptr,
-            cu_seqlens_ptr,
-            history_ptr,
-            dead_ptr,
-            token_map_ptr,
+            tokens,
+            sequences,
+            vocabulary,
             multipliers_ptr,
-            primes_ptr,
-            offsets_ptr,
-            reciprocals_ptr,
-            orders_ptr,
-            num_seqs,
-            search_steps,
-            seq_len,
+            parameters,
             NUM_COLUMNS,
-            vocab_size,
-            pad,
-            eos,
             MAX_NGRAM,
             HAS_EOS,
             NON_NEGATIVE,
@@ -153,28 +146,14 @@ def ngram_hash_kernel(
         store_row_ids(out_ptr, row, token, first_layer, column, mask, num_tokens, key_stride, NUM_LAYERS, NUM_COLUMNS)
     else:
         # A mix grows by one token for each order, and an order's rows are ready with it: nothing is hashed twice.
-        seq, start, bad = find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len)
+        seq, start, bad = find_sequence(token, cu_seqlens_ptr, sequences)
         blocked = token < 0
         head, mixes, rows, columns = column, (), (), ()
         for _ in tl.static_range(BLOCK_L):
             mixes = mixes + ((token * 0).to(tl.int64),)
         for shift in tl.static_range(MAX_NGRAM):
             value, blocked, invalid = look_back(
-                token,
-                mask_token,
-                seq,
-                start,
-                blocked,
-                token_ids_ptr,
-                history_ptr,
-                dead_ptr,
-                token_map_ptr,
-                vocab_size,
-                pad,
-                eos,
-                shift,
-                MAX_NGRAM,
-                HAS_EOS,
+                token, mask_token, seq, start, blocked, tokens, vocabulary, shift, MAX_NGRAM, HAS_EOS
             )
             bad = bad | invalid
             grown = ()
@@ -186,15 +165,7 @@ def ngram_hash_kernel(
                     # An invalid id makes its column -1; its mix must stay within the reciprocal's range.
                     offs_param = layer * NUM_COLUMNS + column
                     mask_head = head < HEADS[shift - 1]
-                    row = mix_rows(
-                        tl.where(bad, 0, mix),
-                        offs_param,
-                        mask_head,
-                        primes_ptr,
-                        offsets_ptr,
-                        reciprocals_ptr,
-                        NON_NEGATIVE,
-                    )
+                    row = mix_rows(tl.where(bad, 0, mix), offs_param, mask_head, parameters, NON_NEGATIVE)
                     rows, columns = rows + (tl.where(bad, -1, row),), columns + (column,)
                     if not STORES_LAST or (shift == MAX_NGRAM - 1 and index == BLOCK_L - 1):
                         for entry in tl.static_range(

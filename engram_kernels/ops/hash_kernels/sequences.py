@@ -5,12 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
-def find_sequence(token, cu_seqlens_ptr, num_seqs, search_steps, seq_len):
+def find_sequence(token, cu_seqlens_ptr, sequences):
     """Sequence and first token (both int32) of each ``token``, and whether it is padding.
 
     With ``cu_seqlens`` a binary search for the last sequence that starts at or before the token, which steps over empty
     ones; ``search_steps`` is the bit length of num_seqs - 1. Without it sequences are ``seq_len`` tokens long.
+    sequences: (num_seqs, search_steps, seq_len), of :func:`sequence_arguments`.
     """
+    num_seqs, search_steps, seq_len = sequences
     if cu_seqlens_ptr is not None:
         seq = token * 0
         for i in range(search_steps):

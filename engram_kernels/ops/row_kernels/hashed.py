@@ -85,6 +85,10 @@ def hash_lookup_kernel(
 
     Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31 and contiguous arguments.
     """
+    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr)
+    sequences = (num_seqs, search_steps, seq_len)
+    vocabulary = (token_map_ptr, vocab_size, pad, eos)
+    parameters = (orders_ptr, primes_ptr, offsets_ptr, reciprocals_ptr)
     num_rows = num_tokens * NUM_COLUMNS
     # Not tl.cdiv, whose sum wraps for the last T * C below 2^31.
     column_steps = (num_tokens - 1) // BLOCK_HASH + 1
@@ -110,23 +114,12 @@ def hash_lookup_kernel(
             column,
             mask_column,
             layer,
-            token_ids_ptr,
-            cu_seqlens_ptr,
-            history_ptr,
-            dead_ptr,
-            token_map_ptr,
+            tokens,
+            sequences,
+            vocabulary,
             multipliers_ptr,
-            primes_ptr,
-            offsets_ptr,
-            reciprocals_ptr,
-            orders_ptr,
-            num_seqs,
-            search_steps,
-            seq_len,
+            parameters,
             NUM_COLUMNS,
-            vocab_size,
-            pad,
-            eos,
             MAX_NGRAM,
             HAS_EOS,
             NON_NEGATIVE,
