@@ -27,7 +27,7 @@ eps outside the mean: key @ ops/gate_kernels/branch -k size_of_eps
 - tl.fma(ordered_sum(sums[1], 0), MEAN, eps)
 + (ordered_sum(sums[1], 0) + eps) * MEAN
 norms swapped: one for both @ ops/gate_kernels/branch
-- widen(row_part(key_norm_row, begin, HIDDEN_SIZE, BLOCK_D))
+- widen(row_part(norm_rows[1], begin, HIDDEN_SIZE, BLOCK_D))
 + widen(query_norm)
 32-bit product: branch @ ops/gate_kernels/branch -k branches_beyond
 - branch * stride_h
@@ -45,14 +45,14 @@ a row that overflows: products as they are @ ops/gate_kernels/branch -k overflow
 - if (hidden_scale == 0) | (key_scale == 0):
 + if (hidden_scale < 0) | (key_scale < 0):
 a row that overflows: not scaled first @ ops/gate_kernels/branch -k overflow
-- hidden = widen(row_part(hidden_row, begin, HIDDEN_SIZE, TILE)) * hidden_scale
-+ hidden = widen(row_part(hidden_row, begin, HIDDEN_SIZE, TILE))
+- hidden = widen(row_part(rows[0], begin, HIDDEN_SIZE, TILE)) * hidden_scale
++ hidden = widen(row_part(rows[0], begin, HIDDEN_SIZE, TILE))
 """
 
 GATE_RESIDUAL = """\
 branch fixed to 0: query norm @ ops/gate_kernels/residual
-- query_norm_row = query_norm_ptr + branch * HIDDEN_SIZE
-+ query_norm_row = query_norm_ptr
+- norm_rows = (query_norm_ptr + branch * HIDDEN_SIZE,
++ norm_rows = (query_norm_ptr,
 mask dropped: end of D @ ops/gate_kernels/branch -k test_kernel and 7-4-80
 - tl.store(row_ptr + offs_d, part, mask=offs_d < HIDDEN_SIZE)
 + tl.store(row_ptr + offs_d, part)

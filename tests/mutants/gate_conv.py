@@ -5,8 +5,8 @@ from .gate import GATE
 
 GATE_SCALE = """\
 branch fixed to 0: query norm @ ops/conv_kernels/scale
-- query_norm_row = query_norm_ptr + branch * HIDDEN_SIZE
-+ query_norm_row = query_norm_ptr
+- norm_rows = (query_norm_ptr + branch * HIDDEN_SIZE,
++ norm_rows = (query_norm_ptr,
 mask dropped: gate of masked tokens @ ops/conv_kernels/scale
 - tl.store(gate_ptr + offs_out, 0.0)
 + tl.store(gate_ptr + offs_out, 0.5)

@@ -16,7 +16,6 @@ from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.ops.gate_kernels.arguments import RowLaunch, float32_eps, row_strides
 from engram_kernels.ops.gate_kernels.branch import (
     branch_gate,
-    branch_sums,
     gate_config,
     norm_parts,
     row_part,
@@ -69,9 +68,8 @@ def gate_scale_kernel(
     """
     eps, conv_eps, clamp = tl.cast(eps, tl.float32), tl.cast(conv_eps, tl.float32), tl.cast(clamp, tl.float32)
     branch = (tl.program_id(0) % NUM_BRANCHES).to(tl.int64)
-    query_norm_row = query_norm_ptr + branch * HIDDEN_SIZE
-    key_norm_row = key_norm_ptr + branch * HIDDEN_SIZE
-    norms = norm_parts(query_norm_row, key_norm_row, HIDDEN_SIZE, BLOCK_D, KEEP)
+    norm_rows = (query_norm_ptr + branch * HIDDEN_SIZE, key_norm_ptr + branch * HIDDEN_SIZE)
+    norms = norm_parts(norm_rows, HIDDEN_SIZE, BLOCK_D, KEEP)
     end = num_tokens
     if cu_seqlens_ptr is not None:
         end = tl.load(cu_seqlens_ptr + num_seqs)
@@ -85,19 +83,17 @@ def gate_scale_kernel(
             hidden_row = token_rows(hidden_ptr, token, branch, stride_hidden_t, stride_hidden_h, ALIGNED)
             key_row = token_rows(key_ptr, token, branch, stride_key_t, stride_key_h, ALIGNED)
             value_row = token_rows(value_ptr, token, 0, stride_value_t, 0, ALIGNED)
-            sums = branch_sums(
-                hidden_row,
-                key_row,
-                query_norm_row,
-                key_norm_row,
+            gate, d, hidden_scale, key_scale = branch_gate(
+                (hidden_row, key_row),
+                norm_rows,
                 row_parts(hidden_row, HIDDEN_SIZE, BLOCK_D, KEEP),
                 norms,
+                eps,
+                clamp,
                 HIDDEN_SIZE,
+                COPYSIGN,
                 BLOCK_D,
                 KEEP,
-            )
-            gate, d, hidden_scale, key_scale = branch_gate(
-                sums, hidden_row, key_row, query_norm_row, key_norm_row, eps, clamp, HIDDEN_SIZE, COPYSIGN, BLOCK_D
             )
             square = tl.zeros([BLOCK_D], tl.float32)
             for begin in range(0, HIDDEN_SIZE, BLOCK_D):

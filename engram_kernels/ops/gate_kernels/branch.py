@@ -105,10 +105,10 @@ def store_part(row_ptr, begin, part, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def norm_part(query_norm_row, key_norm_row, begin, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+def norm_part(norm_rows, begin, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
     """The product of both norms, float32, BLOCK_D elements from ``begin``."""
-    query_norm = row_part(query_norm_row, begin, HIDDEN_SIZE, BLOCK_D)
-    return widen(query_norm) * widen(row_part(key_norm_row, begin, HIDDEN_SIZE, BLOCK_D))
+    query_norm = row_part(norm_rows[0], begin, HIDDEN_SIZE, BLOCK_D)
+    return widen(query_norm) * widen(row_part(norm_rows[1], begin, HIDDEN_SIZE, BLOCK_D))
 
 
 @triton.jit
@@ -122,21 +122,19 @@ def row_parts(row_ptr, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEEP: t
 
 
 @triton.jit
-def norm_parts(query_norm_row, key_norm_row, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEEP: tl.constexpr):
+def norm_parts(norm_rows, HIDDEN_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEEP: tl.constexpr):
     """All parts of the product of both norms with KEEP, else none."""
     parts = ()
     if KEEP:
         for begin in tl.static_range(0, HIDDEN_SIZE, BLOCK_D):
-            parts = parts + (norm_part(query_norm_row, key_norm_row, begin, HIDDEN_SIZE, BLOCK_D),)
+            parts = parts + (norm_part(norm_rows, begin, HIDDEN_SIZE, BLOCK_D),)
     return parts
 
 
 @triton.jit
 def overflown_dot(
-    hidden_row,
-    key_row,
-    query_norm_row,
-    key_norm_row,
+    rows,
+    norm_rows,
     hidden_scale,
     key_scale,
     HIDDEN_SIZE: tl.constexpr,
@@ -151,9 +149,9 @@ def overflown_dot(
     TILE: tl.constexpr = max(64, BLOCK_D // 4)
     dot = tl.zeros([TILE], tl.float32)
     for begin in range(0, HIDDEN_SIZE * tl.num_programs(1), TILE):
-        hidden = widen(row_part(hidden_row, begin, HIDDEN_SIZE, TILE)) * hidden_scale
-        key = widen(row_part(key_row, begin, HIDDEN_SIZE, TILE)) * key_scale
-        dot = tl.fma(hidden * key, norm_part(query_norm_row, key_norm_row, begin, HIDDEN_SIZE, TILE), dot)
+        hidden = widen(row_part(rows[0], begin, HIDDEN_SIZE, TILE)) * hidden_scale
+        key = widen(row_part(rows[1], begin, HIDDEN_SIZE, TILE)) * key_scale
+        dot = tl.fma(hidden * key, norm_part(norm_rows, begin, HIDDEN_SIZE, TILE), dot)
     return ordered_sum(dot, 0)
 
 
@@ -170,10 +168,8 @@ def add_part(hidden_square, key_square, product, hidden, key, norm):
 
 @triton.jit
 def branch_sums(
-    hidden_row,
-    key_row,
-    query_norm_row,
-    key_norm_row,
+    rows,
+    norm_rows,
     hidden_parts,
     norms,
     HIDDEN_SIZE: tl.constexpr,
@@ -184,7 +180,7 @@ def branch_sums(
     hidden_square = tl.zeros([BLOCK_D], tl.float32)
     key_square, product = hidden_square, hidden_square
     if KEEP:
-        key_parts = row_parts(key_row, HIDDEN_SIZE, BLOCK_D, KEEP)
+        key_parts = row_parts(rows[1], HIDDEN_SIZE, BLOCK_D, KEEP)
         for part in tl.static_range((HIDDEN_SIZE + BLOCK_D - 1) // BLOCK_D):
             hidden_square, key_square, product = add_part(
                 hidden_square, key_square, product, hidden_parts[part], key_parts[part], norms[part]
@@ -195,34 +191,37 @@ def branch_sums(
                 hidden_square,
                 key_square,
                 product,
-                row_part(hidden_row, begin, HIDDEN_SIZE, BLOCK_D),
-                row_part(key_row, begin, HIDDEN_SIZE, BLOCK_D),
-                norm_part(query_norm_row, key_norm_row, begin, HIDDEN_SIZE, BLOCK_D),
+                row_part(rows[0], begin, HIDDEN_SIZE, BLOCK_D),
+                row_part(rows[1], begin, HIDDEN_SIZE, BLOCK_D),
+                norm_part(norm_rows, begin, HIDDEN_SIZE, BLOCK_D),
             )
     return hidden_square, key_square, product
 
 
 @triton.jit
 def branch_gate(
-    sums,
-    hidden_row,
-    key_row,
-    query_norm_row,
-    key_norm_row,
+    rows,
+    norm_rows,
+    hidden_parts,
+    norms,
     eps,
     clamp,
     HIDDEN_SIZE: tl.constexpr,
     COPYSIGN: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """The gate of :func:`branch_sums`, with d and the scales of hidden and key, float32 scalars."""
+    """The gate of one token in one branch, with d and the scales of hidden and key, float32 scalars.
+
+    rows: pointers to hidden and key. norm_rows: to the weights of both norms. hidden_parts, norms: what
+    :func:`row_parts` and :func:`norm_parts` keep of these.
+    """
+    sums = branch_sums(rows, norm_rows, hidden_parts, norms, HIDDEN_SIZE, BLOCK_D, KEEP)
     MEAN: tl.constexpr = 1.0 / HIDDEN_SIZE
     hidden_scale = tl.rsqrt(tl.fma(ordered_sum(sums[0], 0), MEAN, eps))
     key_scale = tl.rsqrt(tl.fma(ordered_sum(sums[1], 0), MEAN, eps))
     if (hidden_scale == 0) | (key_scale == 0):
-        dot = overflown_dot(
-            hidden_row, key_row, query_norm_row, key_norm_row, hidden_scale, key_scale, HIDDEN_SIZE, BLOCK_D
-        )
+        dot = overflown_dot(rows, norm_rows, hidden_scale, key_scale, HIDDEN_SIZE, BLOCK_D)
     else:
         dot = ordered_sum(sums[2], 0) * (hidden_scale * key_scale)
     d = dot * (HIDDEN_SIZE**-0.5)

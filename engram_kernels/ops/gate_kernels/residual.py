@@ -11,7 +11,6 @@ from engram_kernels.launching.device import on_device_of, processors, warp_size
 from .arguments import GateCall, RowLaunch, flatten_tokens, float32_eps, row_strides
 from .branch import (
     branch_gate,
-    branch_sums,
     gate_config,
     norm_parts,
     row_part,
@@ -83,9 +82,8 @@ def gate_residual_kernel(
     """
     eps, clamp = tl.cast(eps, tl.float32), tl.cast(clamp, tl.float32)
     branch = (tl.program_id(0) % NUM_BRANCHES).to(tl.int64)
-    query_norm_row = query_norm_ptr + branch * HIDDEN_SIZE
-    key_norm_row = key_norm_ptr + branch * HIDDEN_SIZE
-    norms = norm_parts(query_norm_row, key_norm_row, HIDDEN_SIZE, BLOCK_D, KEEP)
+    norm_rows = (query_norm_ptr + branch * HIDDEN_SIZE, key_norm_ptr + branch * HIDDEN_SIZE)
+    norms = norm_parts(norm_rows, HIDDEN_SIZE, BLOCK_D, KEEP)
     for index in range(tl.program_id(0) // NUM_BRANCHES, num_tokens, tl.num_programs(0) // NUM_BRANCHES):
         token = tl.cast(index, tl.int64)
         hidden_row = token_rows(hidden_ptr, token, branch, stride_hidden_t, stride_hidden_h, ALIGNED)
@@ -98,19 +96,17 @@ def gate_residual_kernel(
             hidden_parts = row_parts(hidden_row, HIDDEN_SIZE, BLOCK_D, KEEP)
             key_row = token_rows(key_ptr, token, branch, stride_key_t, stride_key_h, ALIGNED)
             value_row = token_rows(value_ptr, token, 0, stride_value_t, 0, ALIGNED)
-            sums = branch_sums(
-                hidden_row,
-                key_row,
-                query_norm_row,
-                key_norm_row,
+            gate, d, hidden_scale, key_scale = branch_gate(
+                (hidden_row, key_row),
+                norm_rows,
                 hidden_parts,
                 norms,
+                eps,
+                clamp,
                 HIDDEN_SIZE,
+                COPYSIGN,
                 BLOCK_D,
                 KEEP,
-            )
-            gate, d, hidden_scale, key_scale = branch_gate(
-                sums, hidden_row, key_row, query_norm_row, key_norm_row, eps, clamp, HIDDEN_SIZE, COPYSIGN, BLOCK_D
             )
             if scalars_ptr is not None:
                 store_scalars(scalars_ptr, token, branch, d, hidden_scale, key_scale, NUM_BRANCHES)

@@ -51,8 +51,7 @@ def lookup_kernel(
     first_key`` of the first of each run, for the output's row ``place``.
     Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31.
     """
-    weight_address, scale_address = tl.load(table_ptr), tl.load(table_ptr + 1)
-    num_table_rows, scale_bits = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    table = (tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3))
     num_steps = (num_rows - 1) // BLOCK_ROWS + 1  # not tl.cdiv, whose sum wraps for the last T * C below 2^31
     if HEAD_MAJOR:
         num_tokens = num_rows // num_columns
@@ -94,18 +93,12 @@ def lookup_kernel(
             row,
             out_row,
             mask_row,
-            weight_address,
-            scale_address,
-            num_table_rows,
-            scale_bits,
-            out_ptr + first_row * WIDTH,
-            out_scale_ptr + first_row * (WIDTH // GROUP) if out_scale_ptr is not None else None,
-            WIDTH,
-            ELEMENT,
-            SCALING,
-            STORAGE,
-            GROUP,
-            CHUNK,
+            table,
+            (
+                out_ptr + first_row * WIDTH,
+                None if out_scale_ptr is None else out_scale_ptr + first_row * (WIDTH // GROUP),
+            ),
+            (WIDTH, ELEMENT, SCALING, STORAGE, GROUP, CHUNK),
         )
 
 

@@ -66,33 +66,27 @@ def decode_ue8m0(byte):
 
 
 @triton.jit
-def copy_rows(
-    row,
-    out_row,
-    mask_row,
-    weight_address,
-    scale_address,
-    num_table_rows,
-    scale_bits,
-    out_ptr,
-    out_scale_ptr,
-    WIDTH: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    SCALING: tl.constexpr,
-    STORAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    kept_ptr=None,
-    kept_scale_ptr=None,
-    kept_row=None,
-):
-    """Read rows ``row [BLOCK]`` of the table at ``weight_address``; write them to output rows ``out_row [BLOCK]``.
+def copy_rows(row, out_row, mask_row, table, out, layout, kept=None, kept_row=None):
+    """Read rows ``row [BLOCK]`` of a table; write them to output rows ``out_row [BLOCK]``.
 
-    Chunks of CHUNK elements as tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group. Addresses are
-    int64 and 16-byte aligned, scalars like the rest about the table or ``[BLOCK]``. num_table_rows is None where no
-    ``row`` lies beyond the table. ``row`` may be int32; so may ``out_row`` where its product with WIDTH fits.
-    Stored rows also go to ``kept_ptr``, where kept_row >= 0.
+    table: addresses of rows and of scales, int64 and 16-byte aligned, number of rows, bits of the table's scale; each
+    a scalar or ``[BLOCK]``. The number is None where no ``row`` lies beyond the table.
+    out: out_ptr, out_scale_ptr. layout: WIDTH, ELEMENT, SCALING, STORAGE, GROUP, CHUNK, of :func:`row_constants`.
+    ``row`` may be int32; so may ``out_row`` where its product with WIDTH fits.
+    Chunks of CHUNK elements are tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group.
+    Stored rows also go to ``kept``, pointers as in ``out``, where kept_row >= 0.
     """
+    weight_address, scale_address, num_table_rows, scale_bits = table
+    out_ptr, out_scale_ptr = out
+    WIDTH: tl.constexpr = layout[0]
+    ELEMENT: tl.constexpr = layout[1]
+    SCALING: tl.constexpr = layout[2]
+    STORAGE: tl.constexpr = layout[3]
+    GROUP: tl.constexpr = layout[4]
+    CHUNK: tl.constexpr = layout[5]
+    kept_ptr = None
+    if kept is not None:
+        kept_ptr, kept_scale_ptr = kept
     present = mask_row
     if num_table_rows is not None:
         present = present & (row < num_table_rows)

@@ -125,8 +125,7 @@ def hash_lookup_kernel(
             NON_NEGATIVE,
         )
         table_ptr = tables_ptr + layer * 4
-        weight_address, scale_address = tl.load(table_ptr), tl.load(table_ptr + 1)
-        scale_bits = tl.load(table_ptr + 3)
+        table = (tl.load(table_ptr), tl.load(table_ptr + 1), None, tl.load(table_ptr + 3))
         hashed = tl.where(row < tl.load(table_ptr + 2), row, -1).to(ROW_ID)
         local = tl.arange(0, BLOCK_ROWS)
         # Offsets from the first of the rows that are copied, so that the tile's addresses are one sum and constants.
@@ -139,18 +138,12 @@ def hash_lookup_kernel(
                 hashed if BLOCK_HASH == BLOCK_ROWS else tl.gather(hashed, begin + local, 0),
                 out_row,
                 local < left - begin,
-                weight_address,
-                scale_address,
-                None,
-                scale_bits,
-                out_ptr + begin_row * WIDTH,
-                None if out_scale_ptr is None else out_scale_ptr + begin_row * (WIDTH // GROUP),
-                WIDTH,
-                ELEMENT,
-                SCALING,
-                STORAGE,
-                GROUP,
-                CHUNK,
+                table,
+                (
+                    out_ptr + begin_row * WIDTH,
+                    None if out_scale_ptr is None else out_scale_ptr + begin_row * (WIDTH // GROUP),
+                ),
+                (WIDTH, ELEMENT, SCALING, STORAGE, GROUP, CHUNK),
             )
 
 
