@@ -177,7 +177,8 @@ def read_missed_kernel(
                         (tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)),
                         (out_ptr, out_scale_ptr),
                         (WIDTH, ELEMENT, SCALING, STORAGE, GROUP, CHUNK),
-                        (rows_ptr, scales_ptr),
+                        rows_ptr,
+                        scales_ptr,
                         tl.where(kept, target.to(tl.int64) * NUM_HEADS + head, -1),
                     )
                 step += tl.num_programs(0)

@@ -66,7 +66,7 @@ def decode_ue8m0(byte):
 
 
 @triton.jit
-def copy_rows(row, out_row, mask_row, table, out, layout, kept=None, kept_row=None):
+def copy_rows(row, out_row, mask_row, table, out, layout, kept_ptr=None, kept_scale_ptr=None, kept_row=None):
     """Read rows ``row [BLOCK]`` of a table; write them to output rows ``out_row [BLOCK]``.
 
     table: addresses of rows and of scales, int64 and 16-byte aligned, number of rows, bits of the table's scale; each
@@ -74,7 +74,7 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept=None, kept_row=No
     out: out_ptr, out_scale_ptr. layout: WIDTH, ELEMENT, SCALING, STORAGE, GROUP, CHUNK, of :func:`row_constants`.
     ``row`` may be int32; so may ``out_row`` where its product with WIDTH fits.
     Chunks of CHUNK elements are tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group.
-    Stored rows also go to ``kept``, pointers as in ``out``, where kept_row >= 0.
+    Stored rows also go to ``kept_ptr``, and scales beside them, where kept_row >= 0.
     """
     weight_address, scale_address, num_table_rows, scale_bits = table
     out_ptr, out_scale_ptr = out
@@ -84,9 +84,6 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept=None, kept_row=No
     STORAGE: tl.constexpr = layout[3]
     GROUP: tl.constexpr = layout[4]
     CHUNK: tl.constexpr = layout[5]
-    kept_ptr = None
-    if kept is not None:
-        kept_ptr, kept_scale_ptr = kept
     present = mask_row
     if num_table_rows is not None:
         present = present & (row < num_table_rows)
