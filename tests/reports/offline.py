@@ -51,7 +51,8 @@ def compiling_for(name):
         self.device_caches.clear()  # it is keyed by device number, and every target is device 0 here
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         # Rows or tokens that one step of one program handles.
-        unit = kwargs.get("BLOCK_ROWS") or kwargs.get("BLOCK_T") or 1
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        unit = given.get("BLOCK_ROWS") or given.get("BLOCK_T") or 1
         compiled.append((kernel, unit, kwargs["num_warps"]))
         return kernel
 
