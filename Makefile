@@ -31,7 +31,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest compile-report peers-report gpu bench lint check-python
+.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest test-oldest-torch compile-report peers-report gpu bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,10 @@ test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret tests $(ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --one-case tests $(ARGS)
+
+# Built for CUDA, as every torch of the index is: 5 GB to download, once. Triton's interpreter of then takes no later numpy.
+test-oldest-torch: ## the cpu and interpret lanes with the oldest torch supported, 2.11.0; before every release
+	$(MAKE) test-cpu test-interpret VENV=build/torch-2.11.0 TORCH=torch==2.11.0 TRITON='triton==3.6.0 numpy<2.4'
 
 compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile to and execute, under both Tritons
 	$(PY) -m tests.reports.executed_report

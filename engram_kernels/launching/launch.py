@@ -5,7 +5,9 @@ from triton.compiler import CompiledKernel
 
 
 class Launch:
-    """A launch of ``kernel`` over ``grid``, of the tensors that ``tensors`` names; ``fixed`` is all else that it takes.
+    """A launch of ``kernel`` over ``grid``; ``fixed`` is all that it takes but the tensors that come with each launch.
+
+    These are for its parameters ``*_ptr`` that ``fixed`` leaves out, in their order.
 
     For each launch Triton looks at every argument to find the compiled kernel that they ask for, most of the 10 us that
     a launch takes the host. Of what it looks at only the tensors' addresses may change here: whether they are multiples
@@ -13,11 +15,13 @@ class Launch:
     which tensors are None.
     """
 
-    def __init__(self, kernel, grid: tuple[int, ...], tensors: tuple[str, ...], fixed: dict):
+    def __init__(self, kernel, grid: tuple[int, ...], fixed: dict):
         names = kernel.arg_names
         self.kernel, self.grid = kernel, grid
+        #: Parameters that tensors come for.
+        self.tensors = [name for name in names if name.endswith("_ptr") and name not in fixed]
         self._values = [fixed.get(name) for name in names]
-        self._places = [names.index(name) for name in tensors]
+        self._places = [names.index(name) for name in self.tensors]
         self._options = {name: value for name, value in fixed.items() if name not in names}
         self._compiled: dict[int, CompiledKernel] = {}
 

@@ -37,7 +37,7 @@ def tensor(offset=0):
 
 
 def launch_of(kernel):
-    return Launch(kernel, (5,), ("x_ptr", "out_ptr"), dict(size=7, BLOCK=32, num_warps=2))
+    return Launch(kernel, (5,), dict(size=7, BLOCK=32, num_warps=2))
 
 
 def test_what_was_compiled_is_launched_again():

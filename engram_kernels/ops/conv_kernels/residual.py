@@ -153,23 +153,6 @@ def conv_residual_kernel(
         tl.store(out_tile, result, mask=mask)
 
 
-_TENSORS = (
-    "hidden_ptr",
-    "value_ptr",
-    "gate_ptr",
-    "scale_ptr",
-    "conv_norm_ptr",
-    "conv_weight_ptr",
-    "mask_ptr",
-    "cu_seqlens_ptr",
-    "state_value_ptr",
-    "state_scale_ptr",
-    "slots_ptr",
-    "cursor_ptr",
-    "out_ptr",
-)
-
-
 def prepare_conv_residual(call: ConvCall, out: torch.Tensor, sequences: dict) -> Callable[..., None]:
     """The launch for tensors such as these; hidden and out ``[T, H, D]``, value ``[T, D]``, T at least 1.
 
@@ -181,7 +164,7 @@ def prepare_conv_residual(call: ConvCall, out: torch.Tensor, sequences: dict) ->
     stride_h, stride_d, stride_k = conv_weight.stride()
     options = dict(
         sequences,
-        **row_strides(hidden=hidden, value=value, out=out),
+        **row_strides(dict(hidden=hidden, value=value, out=out)),
         stride_weight_h=stride_h,
         stride_weight_d=stride_d,
         stride_weight_k=stride_k,
@@ -200,7 +183,7 @@ def prepare_conv_residual(call: ConvCall, out: torch.Tensor, sequences: dict) ->
         enable_fp_fusion=False,
     )
     grid = (cdiv(num_tokens, config.block_t) * cdiv(hidden_size, config.block_d) * (branches // config.branches),)
-    start = Launch(conv_residual_kernel, grid, _TENSORS, options)
+    start = Launch(conv_residual_kernel, grid, options)
 
     def launch(call, gate, scale, out):
         ring = call.slots

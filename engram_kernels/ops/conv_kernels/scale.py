@@ -13,7 +13,7 @@ import triton.language as tl
 
 from engram_kernels.launching.device import processors, warp_size
 from engram_kernels.launching.sums import ordered_sum
-from engram_kernels.ops.gate_kernels.arguments import RowLaunch, float32_eps, row_strides
+from engram_kernels.ops.gate_kernels.arguments import RowLaunch, float32_eps
 from engram_kernels.ops.gate_kernels.branch import (
     branch_gate,
     gate_config,
@@ -113,20 +113,6 @@ def gate_scale_kernel(
                 store_scalars(scalars_ptr, token, branch, 0.0, 0.0, 0.0, NUM_BRANCHES)
 
 
-_TENSORS = (
-    "hidden_ptr",
-    "key_ptr",
-    "value_ptr",
-    "query_norm_ptr",
-    "key_norm_ptr",
-    "mask_ptr",
-    "cu_seqlens_ptr",
-    "scalars_ptr",
-    "gate_ptr",
-    "scale_ptr",
-)
-
-
 def prepare_gate_scale(call: ConvCall, num_seqs: int) -> Callable[..., None]:
     """The launch for tensors such as these; hidden and key ``[T, H, D]``, value ``[T, D]``, T at least 1.
 
@@ -137,7 +123,6 @@ def prepare_gate_scale(call: ConvCall, num_seqs: int) -> Callable[..., None]:
     num_tokens, branches, hidden_size = hidden.shape
     config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
     options = dict(
-        **row_strides(hidden=hidden, key=key, value=value),
         num_tokens=num_tokens,
         num_seqs=num_seqs,
         eps=float32_eps(call.eps),
@@ -151,7 +136,8 @@ def prepare_gate_scale(call: ConvCall, num_seqs: int) -> Callable[..., None]:
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
-    start = RowLaunch(gate_scale_kernel, (config.programs * branches,), _TENSORS, options, (hidden, key, value))
+    rows = dict(hidden=hidden, key=key, value=value)
+    start = RowLaunch(gate_scale_kernel, (config.programs * branches,), options, rows)
 
     def launch(call, gate, scale, scalars):
         start(*call[:5], call.mask, call.cu_seqlens, scalars, gate, scale)

@@ -114,24 +114,27 @@ def flatten_tokens(where: str, name: str, tensor: torch.Tensor, kept: int) -> to
         ) from None
 
 
-def row_strides(**tensors: torch.Tensor) -> dict[str, int]:
+def row_strides(rows: dict[str, torch.Tensor]) -> dict[str, int]:
     """What kernels are told of tensors ``[T, H, D]`` and ``[T, D]``: ``stride_<name>_t`` and ``stride_<name>_h``."""
     strides = {}
-    for name, tensor in tensors.items():
+    for name, tensor in rows.items():
         for dimension, stride in zip("th", tensor.stride()[:-1], strict=False):
             strides[f"stride_{name}_{dimension}"] = stride
     return strides
 
 
 class RowLaunch:
-    """A :class:`Launch` of a kernel that is told whether all rows that it reads are ALIGNED to 16 bytes.
+    """A :class:`Launch` of a kernel that is told the strides of ``rows``, and whether each row is ALIGNED to 16 bytes.
 
-    rows: tensors such as those with these rows, which are the first of ``tensors``.
+    rows: tensors such as those to come, by the names of their parameters without ``_ptr``.
     """
 
-    def __init__(self, kernel, grid, tensors: tuple[str, ...], fixed: dict, rows: tuple[torch.Tensor, ...]):
-        self._count, self._aligned = len(rows), strides_aligned(*rows)
-        self._launches = [Launch(kernel, grid, tensors, dict(fixed, ALIGNED=aligned)) for aligned in (False, True)]
+    def __init__(self, kernel, grid: tuple[int, ...], fixed: dict, rows: dict[str, torch.Tensor]):
+        fixed = fixed | row_strides(rows)
+        self._launches = [Launch(kernel, grid, dict(fixed, ALIGNED=aligned)) for aligned in (False, True)]
+        self._aligned = strides_aligned(*rows.values())
+        self._places = [self._launches[0].tensors.index(f"{name}_ptr") for name in rows]
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
-        self._launches[self._aligned and addresses_aligned(*tensors[: self._count])](*tensors)
+        aligned = self._aligned and addresses_aligned(*[tensors[place] for place in self._places])
+        self._launches[aligned](*tensors)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from engram_kernels.launching.device import on_device_of, processors, warp_size
 
-from .arguments import GateCall, RowLaunch, flatten_tokens, float32_eps, row_strides
+from .arguments import GateCall, RowLaunch, flatten_tokens, float32_eps
 from .branch import (
     branch_gate,
     gate_config,
@@ -131,18 +131,6 @@ def gate_residual_kernel(
                 store_part(out_row, begin, unchanged, HIDDEN_SIZE, BLOCK_D)
 
 
-_TENSORS = (
-    "hidden_ptr",
-    "key_ptr",
-    "value_ptr",
-    "out_ptr",
-    "query_norm_ptr",
-    "key_norm_ptr",
-    "mask_ptr",
-    "scalars_ptr",
-)
-
-
 def prepare_gate_residual(call: GateCall, out: torch.Tensor) -> Callable[..., None]:
     """The launch for tensors such as these, of (call, out, scalars).
 
@@ -157,7 +145,6 @@ def prepare_gate_residual(call: GateCall, out: torch.Tensor) -> Callable[..., No
         return lambda *_: None
     config = gate_config(hidden_size, num_tokens, branches, processors(hidden.device), warp_size())
     options = dict(
-        **row_strides(hidden=hidden, key=key, value=value, out=out),
         num_tokens=num_tokens,
         eps=float32_eps(call.eps),
         clamp=float(call.clamp),
@@ -170,11 +157,12 @@ def prepare_gate_residual(call: GateCall, out: torch.Tensor) -> Callable[..., No
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
-    start = RowLaunch(gate_residual_kernel, (config.programs * branches,), _TENSORS, options, (hidden, key, value, out))
+    rows = dict(hidden=hidden, key=key, value=value, out=out)
+    start = RowLaunch(gate_residual_kernel, (config.programs * branches,), options, rows)
 
     def launch(call, out, scalars=None):
         hidden, key, value, query_norm, key_norm, _, _, mask, _, _ = call
         with on_device_of(hidden):
-            start(hidden, key, value, out, query_norm, key_norm, mask, scalars)
+            start(hidden, key, value, query_norm, key_norm, mask, scalars, out)
 
     return launch

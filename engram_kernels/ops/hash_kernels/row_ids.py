@@ -16,8 +16,6 @@ from .mix import look_back, mix_rows, ngram_rows
 from .sequences import find_sequence, sequence_arguments
 
 _INT64_MAX = 2**63 - 1
-#: Parameters of every hashing kernel that tokens are.
-TOKENS = ("token_ids_ptr", "cu_seqlens_ptr", "history_ptr", "dead_ptr")
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ def prepare_ngram_hash(tokens: Tokens, plan: HashPlan, key_stride: int | None = 
         enable_fp_fusion=False,
     )
     grid = (cdiv(num_tokens, config.block_t), num_layers // config.block_l)
-    start = Launch(ngram_hash_kernel, grid, (*TOKENS, "out_ptr"), options)
+    start = Launch(ngram_hash_kernel, grid, options)
 
     def launch(tokens: Tokens, out):
         with on_device_of(out):

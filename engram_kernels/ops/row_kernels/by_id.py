@@ -119,7 +119,7 @@ def prepare_lookup(row_ids: torch.Tensor, view: TableView, reading: Reading) -> 
     options |= dict(HEAD_MAJOR=reading.order == "head" and num_columns is not None)
     grid, fixed = _tiles(view, reading, num_rows)
     options |= dict(places_ptr=None, table_ptr=view.descriptors, **fixed)
-    start = Launch(lookup_kernel, grid, ("row_ids_ptr", "out_ptr", "out_scale_ptr"), options)
+    start = Launch(lookup_kernel, grid, options)
 
     def launch(row_ids, out):
         with on_device_of(row_ids):

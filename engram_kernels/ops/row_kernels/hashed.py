@@ -16,7 +16,7 @@ from engram_kernels.launching.device import cdiv, on_device_of, processors
 from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.hash_kernels.mix import ngram_rows
-from engram_kernels.ops.hash_kernels.row_ids import TOKENS, hash_arguments, prepare_ngram_hash
+from engram_kernels.ops.hash_kernels.row_ids import hash_arguments, prepare_ngram_hash
 from engram_kernels.tables.view import TableView
 
 from .by_id import launch_sorted
@@ -173,7 +173,7 @@ def prepare_hash_lookup(tokens: Tokens, plan: HashPlan, view: TableView, reading
         enable_fp_fusion=False,
     )
     grid = (min(reading.programs or config.programs, num_layers * steps),)
-    start = Launch(hash_lookup_kernel, grid, (*TOKENS, "out_ptr", "out_scale_ptr"), options)
+    start = Launch(hash_lookup_kernel, grid, options)
 
     def launch(tokens: Tokens, out):
         out_ptr, out_scale_ptr = kernel_out(out, view, reading.storage)
