@@ -69,7 +69,7 @@ class CacheStore(RowCache):
             )
         self.heads = _heads(where, plan)
         self._groups = plan.primes.shape[0] * (plan.max_ngram - 1)
-        #: Bytes of one entry in its table's memory: what a hit spares the link.
+        #: Bytes of one entry in its table's memory: what a hit need not read over PCIe.
         self.entry_bytes = self.heads * (row_format.row_bytes(width) + row_format.scale_bytes(width))
         if isinstance(ways, bool) or ways not in (1 << bit for bit in range(_MOST_WAYS.bit_length())):
             raise ValueError(f"{where}: ways must be a power of two, at most {_MOST_WAYS}, got {ways!r}")

@@ -26,7 +26,7 @@ class EngramConfig:
 
     layers: tuple[int, ...]  #: model layers that hold an Engram module, counted from 0
     max_ngram: int  #: N, the longest n-gram
-    heads: int  #: E, hash heads per order
+    heads: int  #: E, heads: hash functions of each n-gram order, each of which gives a column
     row_width: int  #: R, elements of one row
     table_sizes: tuple[int, ...]  #: per order 2..N, where the search for its primes starts
     hidden_size: int  #: D

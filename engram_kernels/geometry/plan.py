@@ -30,7 +30,7 @@ class HashPlan:
     primes: torch.Tensor  #: int64 ``[L, C]``
     offsets: torch.Tensor  #: int64 ``[L, C]``, first row of each column
     reciprocals: torch.Tensor  #: int64 ``[L, C]``, bits of the unsigned floor(2^64 / prime)
-    orders: torch.Tensor  #: int32 ``[C]``, n of each column's n-gram
+    orders: torch.Tensor  #: int32 ``[C]``, n of each column's n-grams
     token_map: torch.Tensor | None  #: int32 ``[V_raw]``, raw id -> compressed id
     pad: int  #: id (after the token map) that blocked look-backs read
     eos: int | None  #: raw id that blocks what is older than itself, or None
