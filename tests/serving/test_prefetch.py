@@ -9,7 +9,6 @@ import torch
 
 from engram_kernels import EngramTable, HashPlan, Prefetcher, hash_lookup
 from engram_kernels.serving import prefetch
-from engram_kernels.serving.prefetch import layers_apart
 from tests.nn.test_engram import FORMS, built
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import ragged, small_plan
@@ -92,8 +91,8 @@ def test_buffers_are_allocated_once_and_inputs_are_copied():
 
 def test_a_launch_a_layer_from_what_a_launch_takes():
     row_bytes = 24 * 264
-    assert not layers_apart(82 * row_bytes, "host") and layers_apart(83 * row_bytes, "host")
-    assert not layers_apart(83 * row_bytes, "device") and layers_apart(8192 * row_bytes, "device")
+    assert not prefetch.layers_apart(82 * row_bytes, "host") and prefetch.layers_apart(83 * row_bytes, "host")
+    assert not prefetch.layers_apart(83 * row_bytes, "device") and prefetch.layers_apart(8192 * row_bytes, "device")
 
 
 class Model:
