@@ -96,8 +96,8 @@ class CacheStore(RowCache):
         self._state = self._allocate(plan.device)
         self._simulator = _Simulated(self._state) if plan.device.type == "cpu" else None
         self._streams = streams = streams_of(plan.device)
-        # External, so that within a capture it becomes nodes of the graph and orders replays too. Recorded here: the
-        # first use, on whatever stream, comes after the state was made.
+        # External, so that in a capture it becomes nodes of the graph and replays wait for it too. Recorded here: the
+        # first use, on whatever stream, waits until the state was made.
         self._used = streams.event(external=True)
         self._kept = {streams.current()}
         streams.record(self._used, streams.current())

@@ -39,7 +39,7 @@ class EngramConfig:
     multiplier_rule: str = "numpy"  #: "numpy" (DeepSeek) or "splitmix64" (Qwen)
     seed: int = 0  #: seed of the multipliers
     row_multiple: int = 1  #: tables are padded to a multiple of this many rows
-    format: str = "bfloat16"  #: storage format of rows, a name of ``row_format.FORMATS``
+    format: str = "bfloat16"  #: storage format of rows, a name of ``FORMATS`` in row_format.py
     eps: float | None = None  #: of the query and key norms; None: machine epsilon, as torch.nn.RMSNorm
     projection_bias: bool = False  #: key and value projections have a bias
     conv_kernel: int = 0  #: K taps of the short convolution, 0 for none; its dilation is N
@@ -91,7 +91,7 @@ class EngramConfig:
 
     @cached_property
     def primes(self) -> tuple[tuple[int, ...], ...]:
-        """Rows of each hash column, ``[L][C]``, order-major.
+        """Rows of each hash column, ``[L][C]``, order-major: all heads of 2-grams, then of 3-grams, and so on.
 
         Per layer and order, E primes ascending from the order's table size; none is used twice in a model.
         """

@@ -171,7 +171,7 @@ class Prefetcher:
         streams, side = self._streams, self._streams.side
         current = streams.current()
         captured = streams.capturing(current)
-        first = captured and not streams.capturing(side)  # of this capture: what was before it is not ordered by events
+        first = captured and not streams.capturing(side)  # of this capture: no event tells what was before it
         if first:
             self._readers[True].clear()
         else:

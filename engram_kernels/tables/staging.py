@@ -31,7 +31,7 @@ _ROWS_PER_TASK, _FILE_ROWS_PER_TASK = 1024, 4
 
 
 class StreamRuntime:
-    """Memory, copies and their order on a GPU: copies run on a side stream. Tests put a runtime of their own here."""
+    """Memory and copies on a GPU, which run on a side stream. Tests put a runtime of their own here."""
 
     def __init__(self, device: torch.device):
         self._device = device
