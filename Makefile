@@ -86,9 +86,10 @@ gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON a
 bench: $(call ready,bench) ## benchmarks
 	$(PY) -m bench $(ARGS)
 
-lint: $(call ready,test) ## ruff, check and format
+lint: $(call ready,test) ## ruff, check and format; lint-imports, that rooms import one way
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(if $(strip $(VENV)),$(VENV)/bin/)lint-imports --no-cache
 
 $(OLDEST): | $(call ready,test)
 	rm -rf $@.part && mkdir -p $@.part

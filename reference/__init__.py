@@ -1,6 +1,6 @@
 """Pure PyTorch reference of every op: the specification, and what runs on a CPU.
 
-Same file and function names as the kernels in ``engram_kernels``, same signatures. Written to be read: no loop over
+Same rooms, file and function names as the ops in ``engram_kernels``, same signatures. Written to be read: no loop over
 tokens, differentiable where the op is, float64 where the inputs are. Works on any device.
 """
 

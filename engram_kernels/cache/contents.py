@@ -137,7 +137,7 @@ def load_keys(cache: CacheStore, path: str | Path) -> None:
         raise ValueError(f"{where}: {path} must hold keys of the cache's own plan, got those of another")
     with cache.in_order() as state:
         shape = state.keys.shape
-        # Within each set the latest first; what comes after W others has no place.
+        # Within each set the latest first; what comes after W others does not fit.
         place = group * cache.sets + set_of(key, cache.sets)
         order = np.lexsort((key, -stamp, place))
         place, key, stamp = place[order], key[order], stamp[order]

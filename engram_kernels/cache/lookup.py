@@ -1,7 +1,7 @@
 """hash_lookup through a hot n-gram cache: hits from device memory, each missed n-gram from the table once, then kept.
 
 G groups, one for each layer and order; S sets of W ways; T tokens, E columns of an order. What a call does to the cache
-is specified by reference/cache/simulator.py. It takes these launches, in the order of one stream:
+is specified by reference/cache/simulator.py. It takes these launches, one after the other on one stream:
 
     probe     keys of all n-grams, compared with the tags; rows of hits from the entries, zeros where there is no n-gram
     sort      of the missed keys, in which equal ones are a run and those of a set lie together, the rest behind them
@@ -55,7 +55,7 @@ def given_registers(number: int) -> dict:
 
 
 def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, reading: Reading, out) -> None:
-    """One call through ``cache`` for all layers; an order other than "direct" reads head by head."""
+    """One call through ``cache`` for all layers; read orders other than "direct" go column by column."""
     plan, state, (storage, programs, order) = cache.plan, cache.state, reading
     num_groups, num_sets, ways = state.keys.shape
     num_layers, num_columns = plan.primes.shape

@@ -1,8 +1,9 @@
 """What a cached lookup does with the n-grams that its cache does not have: each is read once, given to all, and kept.
 
 Within each group missed keys come sorted, and behind them what was not missed: equal keys are a run, and the keys of a
-set lie together. An entry is a place in that order. G groups, one for each layer and order; S sets of W ways; T tokens,
-E columns of an order. cache/lookup.py has the launches before.
+set lie together. An entry here is an index into these keys; what a cache keeps of an n-gram is a way of a set. G
+groups, one for each layer and order; S sets of W ways; T tokens, E columns of an order. cache/lookup.py has the
+launches before.
 """
 
 import triton
@@ -121,10 +122,10 @@ def read_missed_kernel(
     CHUNK: tl.constexpr,
     HEAD_MAJOR: tl.constexpr,
 ):
-    """For BLOCK_ROWS entries of a group: the token that reads for each and the slot it takes, -1 for none; these rows.
+    """For BLOCK_ROWS entries of a group: the token that reads for each and the way it takes, -1 for none; these rows.
 
     The r-th distinct missed n-gram of a set takes its r-th least recently used way, of equals the lower one, but none
-    that was used in this step; its rows go from their table to the output and to that slot. Persistent grid, which goes
+    that was used in this step; its rows go from their table to the output and to that way. Persistent grid, which goes
     over a group's entries head by head with HEAD_MAJOR. Relies on stamps that nothing writes, on rows of the cache that
     nothing reads, and on L * T * C < 2^31.
     """
@@ -218,7 +219,7 @@ def keep_missed_kernel(
     SCALE_CHUNK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """For BLOCK_ROWS entries of a group: key and stamp of slots that were taken; in ``out [L, T, orders, WIDTH]``, and
+    """For BLOCK_ROWS entries of a group: key and stamp of ways that were taken; in ``out [L, T, orders, WIDTH]``, and
     in scales alike, the rows of n-grams that others read for. The clock goes on.
 
     Persistent grid. Relies on targets that are all different, on sources that copy from themselves, and on doing

@@ -1,4 +1,4 @@
-"""The hot n-gram cache: rows of n-grams that are asked for often, in device memory, so that they need not come again.
+"""The hot n-gram cache: rows of n-grams that are asked for often, in device memory, to be read from there.
 
 What is kept and what makes room for it is specified by reference/cache/simulator.py, in whole numbers, so that hits can
 be predicted exactly. store.py has the memory, lookup.py the launches, contents.py statistics and files, policy.py when
@@ -25,8 +25,8 @@ class NgramCache(CacheStore):
     ways: entries of a set, a power of two up to 32.
     min_tokens: calls with fewer tokens go past the cache and leave it as it is; None is :func:`fewest_tokens`.
 
-    Results have the same bits with and without a cache. Calls from several streams are put in order by an event; not
-    for two threads at once. Keep it, like any buffer, for as long as a CUDA graph that uses it is replayed.
+    Results have the same bits with and without a cache. Calls from several streams take turns by an event; not for
+    two threads at once. Keep it, like any buffer, for as long as a CUDA graph that uses it is replayed.
     """
 
     def stats(self) -> CacheStats:

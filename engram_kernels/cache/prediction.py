@@ -1,6 +1,6 @@
-"""What a hot n-gram cache of some size saves on a text: hit rates, and what the link still carries, by simulation.
+"""What a hot n-gram cache of some size saves on a text: hit rates, and what PCIe still carries, by simulation.
 
-    link bytes a token = layers * heads * (row + scale bytes) * SUM over orders of read
+    PCIe bytes a token = layers * heads * (row + scale bytes) * SUM over orders of read
     memory             = layers * orders * entries * (heads * (row + scale bytes) + 16)
 
 ``read`` is the share of n-grams whose rows come from the host: each missed one of a call, once. 16 are the bytes of a

@@ -12,7 +12,7 @@ import triton.language as tl
 from engram_kernels.ops.hash_kernels.mix import mix_rows, ngram_mix
 from engram_kernels.ops.row_kernels.copy import copy_rows
 
-NOT_MISSED = tl.constexpr(2**63 - 1)  # in the place of a sort value
+NOT_MISSED = tl.constexpr(2**63 - 1)  # in place of a value to sort by
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 # Eight programs of two warps a multiprocessor fit with 128.

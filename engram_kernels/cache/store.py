@@ -69,7 +69,7 @@ class CacheStore(RowCache):
             )
         self.heads = _heads(where, plan)
         self._groups = plan.primes.shape[0] * (plan.max_ngram - 1)
-        #: Bytes of one entry in its table's memory: what a hit spares the link.
+        #: Bytes of one entry in its table's memory: what a hit need not read over PCIe.
         self.entry_bytes = self.heads * (row_format.row_bytes(width) + row_format.scale_bytes(width))
         if isinstance(ways, bool) or ways not in (1 << bit for bit in range(_MOST_WAYS.bit_length())):
             raise ValueError(f"{where}: ways must be a power of two, at most {_MOST_WAYS}, got {ways!r}")
@@ -96,8 +96,8 @@ class CacheStore(RowCache):
         self._state = self._allocate(plan.device)
         self._simulator = _Simulated(self._state) if plan.device.type == "cpu" else None
         self._streams = streams = streams_of(plan.device)
-        # External, so that within a capture it becomes nodes of the graph and orders replays too. Recorded here: the
-        # first use, on whatever stream, comes after the state was made.
+        # External, so that in a capture it becomes nodes of the graph and replays wait for it too. Recorded here: the
+        # first use, on whatever stream, waits until the state was made.
         self._used = streams.event(external=True)
         self._kept = {streams.current()}
         streams.record(self._used, streams.current())

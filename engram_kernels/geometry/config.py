@@ -26,7 +26,7 @@ class EngramConfig:
 
     layers: tuple[int, ...]  #: model layers that hold an Engram module, counted from 0
     max_ngram: int  #: N, the longest n-gram
-    heads: int  #: E, hash heads per order
+    heads: int  #: E, heads: hash functions of each n-gram order, each of which gives a column
     row_width: int  #: R, elements of one row
     table_sizes: tuple[int, ...]  #: per order 2..N, where the search for its primes starts
     hidden_size: int  #: D
@@ -39,7 +39,7 @@ class EngramConfig:
     multiplier_rule: str = "numpy"  #: "numpy" (DeepSeek) or "splitmix64" (Qwen)
     seed: int = 0  #: seed of the multipliers
     row_multiple: int = 1  #: tables are padded to a multiple of this many rows
-    format: str = "bfloat16"  #: storage format of rows, a name of ``row_format.FORMATS``
+    format: str = "bfloat16"  #: storage format of rows, a name of ``FORMATS`` in row_format.py
     eps: float | None = None  #: of the query and key norms; None: machine epsilon, as torch.nn.RMSNorm
     projection_bias: bool = False  #: key and value projections have a bias
     conv_kernel: int = 0  #: K taps of the short convolution, 0 for none; its dilation is N
@@ -91,7 +91,7 @@ class EngramConfig:
 
     @cached_property
     def primes(self) -> tuple[tuple[int, ...], ...]:
-        """Rows of each hash column, ``[L][C]``, order-major.
+        """Rows of each hash column, ``[L][C]``, order-major: all heads of 2-grams, then of 3-grams, and so on.
 
         Per layer and order, E primes ascending from the order's table size; none is used twice in a model.
         """

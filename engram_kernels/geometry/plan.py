@@ -30,7 +30,7 @@ class HashPlan:
     primes: torch.Tensor  #: int64 ``[L, C]``
     offsets: torch.Tensor  #: int64 ``[L, C]``, first row of each column
     reciprocals: torch.Tensor  #: int64 ``[L, C]``, bits of the unsigned floor(2^64 / prime)
-    orders: torch.Tensor  #: int32 ``[C]``, n of each column's n-gram
+    orders: torch.Tensor  #: int32 ``[C]``, n of each column's n-grams
     token_map: torch.Tensor | None  #: int32 ``[V_raw]``, raw id -> compressed id
     pad: int  #: id (after the token map) that blocked look-backs read
     eos: int | None  #: raw id that blocks what is older than itself, or None
@@ -96,7 +96,8 @@ class HashPlan:
     ) -> "HashPlan":
         """A plan from a model's own constants.
 
-        multipliers: int64 ``[L, N]``. primes: integers ``[L, C]``, order-major, C a multiple of N - 1.
+        multipliers: int64 ``[L, N]``. primes: integers ``[L, C]``, C a multiple of N - 1, order-major: all heads of
+        2-grams, then of 3-grams, and so on.
         pad: the id blocked look-backs read, after the token map. token_map: integers ``[V_raw]`` or None.
         eos: raw id of the "eos" dialect; blocked look-backs then read ``pad``, which must equal it.
         vocab_size: number of valid raw ids where there is no token map; None accepts every id from 0.

@@ -11,7 +11,7 @@ _LONE_SPACE = "\ue000"  # stands in for a token that is one space, which strip()
 
 
 def build_token_map(tokenizer) -> torch.Tensor:
-    """Compressed id of every raw id, int32 ``[V_raw]``; ids are numbered in order of first appearance.
+    """Compressed id of every raw id, int32 ``[V_raw]``; ids are numbered as they first appear.
 
     tokenizer: a ``tokenizers.Tokenizer``, or a fast transformers tokenizer (its ``backend_tokenizer`` is used).
     Needs the ``tokenizers`` package (extra ``hf``). Takes about two seconds for 129,280 tokens.
@@ -28,7 +28,7 @@ def build_token_map(tokenizer) -> torch.Tensor:
     compressed = []
     for raw in range(tokenizer.get_vocab_size(with_added_tokens=True)):
         text = tokenizer.decode([raw], skip_special_tokens=False)
-        if "\ufffd" in text:  # part of a UTF-8 sequence has no text: its token stands for itself
+        if "\ufffd" in text:  # bytes of half a UTF-8 sequence are no text: such a token stands for itself
             key = tokenizer.id_to_token(raw)
         else:
             key = normalizer.normalize_str(text) or text

@@ -9,10 +9,10 @@ class Launch:
 
     These are for its parameters ``*_ptr`` that ``fixed`` leaves out, in their order.
 
-    For each launch Triton looks at every argument to find the compiled kernel that they ask for, most of the 10 us that
-    a launch takes the host. Of what it looks at only the tensors' addresses may change here: whether they are multiples
-    of 16 bytes. Compiled kernels are kept by that, and launched as they are. Types and devices must not change, nor
-    which tensors are None.
+    Before each launch Triton looks at every argument to find the compiled kernel for it, which is most of the 10 us
+    that a launch costs the host. Here only one thing that it looks at may change from call to call: whether a tensor's
+    address is a multiple of 16 bytes. So compiled kernels are kept, one for each combination of that, and started
+    directly. Types and devices of the tensors must stay the same, and so must which of them are None.
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], fixed: dict):

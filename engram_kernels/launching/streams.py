@@ -1,4 +1,4 @@
-"""Streams and what orders work on them: a GPU's, and nothing on a CPU, where work is done where it is called."""
+"""A GPU's streams, and the events by which one waits for another. On a CPU none: work is done where it is called."""
 
 from collections.abc import Hashable, Sequence
 
@@ -6,12 +6,12 @@ import torch
 
 
 class CudaStreams:
-    """The side stream of one GPU and what orders it against others."""
+    """The side stream of one GPU, and the events by which it and others wait for each other."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self.side = torch.cuda.Stream(device)
-        #: Whether events can order work across captures; ROCm's can since 7.0.
+        #: Whether a capture can wait for an event of another one; ROCm's can since 7.0.
         self.external = torch.version.hip is None or int(torch.version.hip.split(".")[0]) >= 7
 
     def current(self) -> Hashable:
@@ -70,5 +70,5 @@ class NoStreams:
 
 
 def streams_of(device: torch.device) -> CudaStreams | NoStreams:
-    """What orders work on ``device``. Tests put streams of their own here."""
+    """Streams and events of ``device``. Tests put their own here."""
     return CudaStreams(device) if device.type == "cuda" else NoStreams()

@@ -184,7 +184,7 @@ class Engram(nn.Module):
                 parameter.copy_(loaded[name])
 
     def _mask(self, hidden, cu_seqlens, dead) -> torch.Tensor | None:
-        """Tokens whose gate is open: neither dead nor padding, which the convolution finds itself. None: all."""
+        """A gate's mask: True unless a token is dead or padding, which the convolution finds itself. None: all True."""
         where, tokens, device = "Engram.forward", hidden.shape[:-2], hidden.device
         mask = None
         if len(tokens) not in (1, 2):

@@ -1,26 +1,17 @@
 """The way of every call: check the arguments, choose where they run, prepare the launch once per signature, launch.
 
-A call is a structure of tensors, objects and options. Its signature is all that checks and launches depend on but for
+A call is a named tuple of tensors, objects and options. Its signature is all that checks and launches depend on but for
 addresses and contents: the shapes, strides, types and devices of its tensors, its objects, its options. A bare launch
 costs the host 10 us, and checking arguments as much again, so both are done for the first call of a signature alone.
 
-    class Twice(Op):                                       a template
-        name = "twice"
+    signature seen before, and repeats()    the launch that was kept
+    else check(), settled(), and then
+        records()                           record(): the result, for autograd to follow
+        not on_kernels()                    reference()
+        under torch.compile                 compiled(): the registered op
+        else                                prepare(), which is kept: launcher(), and allocate() where there is no out
 
-        def signature(self, call, out):
-            return form_of(call.x, out), call.scale
-        def check(self, call, out):
-            check_tensor(self.name, "x", call.x, dtypes=(torch.float32,))
-        def on_kernels(self, call):
-            return is_kernel_device(call.x)
-        def reference(self, call, out):
-            return reference.twice(call.x, scale=call.scale, out=out)
-        def compiled(self, call, out):
-            return twice_op(*call) if out is None else twice_out_op(*call, out)
-        def allocate(self, call):
-            return torch.empty_like(call.x)
-        def launcher(self, call, out):
-            return prepare_twice(call)                     a function of (call, out)
+tests/project/template has an op to copy.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +27,7 @@ MOST_KEPT = 1024
 
 
 class Op(ABC):
-    """One op; an instance is called with a call and its output, None for a new one. See the head of this file."""
+    """One op; an instance is called with a call and its output, None for a new one. The file's head has the way."""
 
     name: str
 
@@ -62,7 +53,7 @@ class Op(ABC):
         return self._prepare(call, out, signature)(call, out)
 
     def launch(self, call, out=None):
-        """The result of a call that fits, by kernels: for registered ops, whose arguments were checked."""
+        """The result by kernels, without checks: for registered ops, whose arguments were checked when traced."""
         signature = self.signature(call, out)
         launch = self._kept_launch(call, signature) or self._prepare(call, out, signature)
         return launch(call, out)
@@ -80,11 +71,11 @@ class Op(ABC):
         """Raise unless the arguments fit each other."""
 
     def repeats(self, call) -> bool:
-        """Whether the launch that was kept does for a call of its signature; raises where its contents are wrong."""
+        """Whether the kept launch may run for this call; raises where an id is invalid or a table is closed."""
         return not self.records(call)
 
     def settled(self, call):
-        """The call as it is made, once it was checked."""
+        """The call with what it leaves open decided, such as whether a cache is asked; once it was checked."""
         return call
 
     def records(self, call) -> bool:
@@ -148,7 +139,7 @@ class Op(ABC):
 
 
 def form_of(*tensors: torch.Tensor | None) -> tuple | None:
-    """The part of a signature that tensors are; None where something else is among them, which checks will refuse."""
+    """What tensors add to a signature; None where something else is among them, which checks will refuse."""
     form = []
     try:
         for x in tensors:

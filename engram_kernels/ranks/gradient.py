@@ -1,7 +1,7 @@
 """Gradients of rows to the ranks that hold them: one entry per token and column, in the order of the global batch.
 
 A row's gradients are added where the row lives, in the order in which one process would have met them: those of rank
-0's tokens first, then rank 1's. The sum has the bits that a table in one piece gives for the ranks' batches one after
+0's tokens first, then rank 1's. The sum has the bits that one whole table gives for the ranks' batches one after
 the other, whatever the number of ranks. Sums per sender would depend on that number, and save nothing: an entry of 256
 bfloat16 values takes 516 B with its position, a float32 sum 1,028 B, and in 8,192 tokens of English text 0.72 of the
 rows of V4.1 are distinct.

@@ -1,7 +1,7 @@
 """Which rank holds which rows of a table, as a pure function of the table's columns and the number of ranks.
 
-    columns    rank r holds the whole columns r, r + W, r + 2 W, ...: columns run order by order, so that each rank
-               holds some of every order where W is at most the number of heads
+    columns    rank r holds the whole columns r, r + W, r + 2 W, ...: columns come by order of n-grams, so that each
+               rank holds some of every order where W is at most the number of heads
     rows       rank r holds rows [n r / W, n (r + 1) / W) of every column: where it is asked for, or where W does not
                divide the number of columns
 

@@ -1,9 +1,11 @@
 """Raw ids before each sequence's first token, kept per slot: read for a batch, and moved on by the tokens accepted.
 
-    history  [slots, N - 1]   raw ids, oldest first, -1 for none, int64
+    history  [slots, N - 1]   raw ids, oldest first, int64; NO_TOKEN, INVALID: see below
     cursor   [slots]          int32, where the convolution's next entry goes (ops/conv_kernels/slots.py), or None
 
 B sequences, of which each names its slot; a slot outside 0..slots-1 (-1 for padding) is neither read nor written.
+A dead token at the end of a chunk is kept as NO_TOKEN: it blocks look-backs of the next chunk as it blocked those of
+its own, since hashing reads nothing that is older than a NO_TOKEN.
 """
 
 import torch
@@ -20,6 +22,9 @@ CEILINGS = {
 }
 _GATHER_ELEMENTS = 128
 _COMMIT_SEQUENCES = 8
+# In place of an id: no token (before the text, or a dead one), and a token whose id was -1, which no vocabulary has.
+NO_TOKEN = tl.constexpr(reference.NO_TOKEN)
+INVALID = tl.constexpr(reference.INVALID)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_slots"])
@@ -34,7 +39,7 @@ def gather_history_kernel(
     mask = offs < num_seqs * DEPTH
     slot = tl.load(slots_ptr + offs // DEPTH, mask=mask, other=-1)
     known = (slot >= 0) & (slot < num_slots)
-    id = tl.load(history_ptr + slot.to(tl.int64) * DEPTH + offs % DEPTH, mask=known, other=-1)
+    id = tl.load(history_ptr + slot.to(tl.int64) * DEPTH + offs % DEPTH, mask=known, other=NO_TOKEN)
     tl.store(out_ptr + offs, id, mask=mask)
 
 
@@ -81,14 +86,14 @@ def commit_history_kernel(
     mask = writes & (offs_n < DEPTH)
     inside = mask & (position >= 0)
     token = (start + position).to(tl.int64)
-    id = tl.load(token_ids_ptr + token, mask=inside, other=-1).to(tl.int64)
-    id = tl.where(id == -1, -2, id)  # an invalid id, not a missing one
+    id = tl.load(token_ids_ptr + token, mask=inside, other=NO_TOKEN).to(tl.int64)
+    id = tl.where(id == NO_TOKEN, INVALID, id)  # a caller's id of -1 is no missing token
     if dead_ptr is not None:
-        id = tl.where(tl.load(dead_ptr + token, mask=inside, other=0) != 0, -1, id)
+        id = tl.where(tl.load(dead_ptr + token, mask=inside, other=0) != 0, NO_TOKEN, id)
     row = slot.to(tl.int64) * DEPTH
-    old = tl.full([BLOCK_B, BLOCK_N], -1, tl.int64)
+    old = tl.full([BLOCK_B, BLOCK_N], NO_TOKEN, tl.int64)
     if not RESTART:
-        old = tl.load(history_ptr + row + offs_n + taken, mask=mask & (position < 0), other=-1)
+        old = tl.load(history_ptr + row + offs_n + taken, mask=mask & (position < 0), other=NO_TOKEN)
     moved = restart + slot * 0
     if cursor_ptr is not None and not RESTART:
         cursor = tl.load(cursor_ptr + slot, mask=writes, other=0)
@@ -183,7 +188,7 @@ def make_gathered(history, slots) -> torch.Tensor:
 
 
 def gather_history(history: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """History ``[B, N - 1]`` of the sequences in ``slots [B]`` int32; -1 throughout for padding."""
+    """History ``[B, N - 1]`` of the sequences in ``slots [B]`` int32; NO_TOKEN (-1) throughout for padding."""
     if not is_kernel_device(history):
         return reference.gather_history(history, slots)
     if torch.compiler.is_compiling():
@@ -208,9 +213,10 @@ def commit_history(
 ) -> None:
     """Write the newest N - 1 ids of each old history and the first ``accepted [B]`` tokens (None: all) to its slot.
 
-    token_ids, cu_seqlens and dead are those of :func:`ngram_hash`. A dead token becomes -1, and -1 itself, which is no
-    valid id, becomes -2, as invalid as before. The cursor of a ring of ``ring`` entries with a window of ``span`` moves
-    by as much. restart: the old history counts as none, and the cursor is set to this number.
+    token_ids, cu_seqlens and dead are those of :func:`ngram_hash`. A dead token becomes NO_TOKEN (-1); an id of -1,
+    which is invalid, becomes INVALID (-2), or it would pass for no token. The cursor moves by the tokens accepted.
+    ``ring`` is the number of tokens that the convolution's state has room for in a slot, ``span`` how many of them it
+    reads (both 0 without one). restart: the old history counts as none, and the cursor is set to this number.
     """
     if not is_kernel_device(history):
         options = dict(cu_seqlens=cu_seqlens, dead=dead, accepted=accepted, ring=ring, span=span, restart=restart)

@@ -3,9 +3,9 @@
     caller    copy ids -- event ------------------------------------- wait layer 0 -- read -- ... wait layer 1 -- read
     side             `--- wait -- lookup layer 0 -- event -- lookup layer 1 -- event
 
-Four orders are needed, and each is one event: a lookup comes after the ids it reads were copied, ids are overwritten
-after the last lookup read them, rows are read after their layer's lookup, and rows are overwritten after the last
-reader is done. docs/prefetch.md has the argument, and recipes for CUDA graphs.
+Four waits are needed, and each is one event: a lookup waits until the ids that it reads are copied, the next ids until
+the last lookup has read these, a reader for its layer's lookup, and the next lookup until all readers are done.
+docs/prefetch.md has the argument, and recipes for CUDA graphs.
 """
 
 from collections.abc import Hashable, Sequence
@@ -48,9 +48,9 @@ class Prefetcher:
         hidden = engram(hidden, rows=prefetcher.rows(layer))
 
     plan, tables: as for :func:`hash_lookup`, one table per layer of the plan. Buffers of ``L * max_tokens * C`` rows
-    are allocated here, once; :meth:`start` overwrites them, in stream order after what reads them.
+    are allocated here, once; :meth:`start` overwrites them, once those that read them are done.
     programs: size of the lookup's persistent grid; None is half the multiprocessors, which leaves the others to the
-    model. order, out_dtype: as for :func:`hash_lookup`.
+    model. order (the read order), out_dtype: as for :func:`hash_lookup`.
     max_sequences: most sequences of one start; None is max_tokens.
     layers: what :meth:`rows` calls the plan's layers, such as ``config.layers``; None is 0, 1, and so on.
     cache: as for :func:`hash_lookup`. With one the rows of all layers come at once.
@@ -126,7 +126,7 @@ class Prefetcher:
             streams.record(event, streams.current())
 
     def launches(self, num_tokens: int) -> tuple[bool, bool, str, int]:
-        """What a start of so many tokens launches: through the cache, layers apart, the order, rows hashed at once."""
+        """What a start of so many tokens launches: through the cache, layers apart, read order, rows hashed at once."""
         cached = self._cache is not None and num_tokens >= self._cache.min_tokens
         apart = not cached and layers_apart(num_tokens * self._layer_bytes, self._tables[0].placement)
         tables = self._tables[:1] if apart else self._tables
@@ -145,7 +145,7 @@ class Prefetcher:
     ) -> None:
         """Begin to look up the rows of ``token_ids`` in all layers; arguments as for :func:`hash_lookup`.
 
-        The arguments are copied in the current stream's order, and may be overwritten by what follows on it.
+        The arguments are copied on the current stream, and may be overwritten by what follows on it.
         """
         where = "Prefetcher.start"
         sources = Tokens(token_ids, cu_seqlens, history, dead)
@@ -171,7 +171,7 @@ class Prefetcher:
         streams, side = self._streams, self._streams.side
         current = streams.current()
         captured = streams.capturing(current)
-        first = captured and not streams.capturing(side)  # of this capture: what was before it is not ordered by events
+        first = captured and not streams.capturing(side)  # of this capture: no event tells what was before it
         if first:
             self._readers[True].clear()
         else:
@@ -223,7 +223,7 @@ class Prefetcher:
     def _where(self) -> tuple[Hashable, bool, bool]:
         """The current stream, whether its work is captured, and whether in the capture that the last start() was in.
 
-        That capture takes in a stream that is not part of it yet, by the event that the stream is made to wait for.
+        That capture takes in a stream that is not in it yet, by the event that the stream is made to wait for.
         """
         current = self._streams.current()
         inside = self._start_captured and self._streams.capturing(self._streams.side)

@@ -1,7 +1,7 @@
 """What Engram remembers between the steps of a serving engine, by sequence slot.
 
     begin     reads the slots     history [B, N - 1] of this step's sequences
-    forward   reads the slots     the convolution's window, by the kernel that convolves; its tokens go behind it
+    forward   reads the slots     the convolution's window, by the kernel that convolves; new tokens go behind it
     commit    moves the slots on  by the tokens accepted: all, some or none
 
 All three are launched on the caller's stream, so each finds what the last commit before it wrote, and no launch writes
@@ -33,7 +33,7 @@ class EngramStep:
     slots: torch.Tensor
     cu_seqlens: torch.Tensor | None
     dead: torch.Tensor | None
-    history: torch.Tensor  #: [B, N - 1] raw ids before each sequence's first token here, oldest first, -1 for none
+    history: torch.Tensor  #: [B, N - 1] raw ids before each sequence's first token here, oldest first, -1: none
     state: "EngramState" = field(repr=False)
 
     @property

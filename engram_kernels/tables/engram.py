@@ -43,7 +43,7 @@ class EngramTable(TrainableRows):
     ) -> "EngramTable":
         """A table of ``rows`` x ``width`` elements whose content is undefined (zero for "host", "shared" and "staged").
 
-        format: a name of ``row_format.FORMATS``. scale: the table's scale, for format "e4m3".
+        format: a name of ``FORMATS`` in geometry/row_format.py. scale: the table's scale, for format "e4m3".
         scales: "device" keeps the scales of e4m3_ue8m0 rows in GPU memory, with placement "host" or "shared".
         device: the GPU of placement "device"; None is the current one.
         name: of placement "shared", under which other processes :meth:`attach` once this one calls :meth:`publish`;

@@ -5,9 +5,9 @@ for the GPU once. What it sends lies in one block of device memory, that a kerne
 
     descriptor [4] int64 | local ids [n] int32 | rows [n, row bytes] | scales [n, scale bytes]
 
-A local id is the number of the row in the block, or -1 for an id outside the table. The block is filled through slots
-of pinned memory, so that threads gather into one while others are being copied; a slot is written again only after the
-event behind its last copy.
+A local id is the number of the row in the block, or -1 for an id outside the table. The block is filled through a few
+pinned buffers, called slots here, so that threads gather into one while others are being copied; a slot is written
+again only after the event behind its last copy. (Slots of sequences, in serving/, are something else.)
 """
 
 import itertools
@@ -31,7 +31,7 @@ _ROWS_PER_TASK, _FILE_ROWS_PER_TASK = 1024, 4
 
 
 class StreamRuntime:
-    """Memory, copies and their order on a GPU: copies run on a side stream. Tests put a runtime of their own here."""
+    """Memory and copies on a GPU, which run on a side stream. Tests put a runtime of their own here."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -61,7 +61,7 @@ class StreamRuntime:
 
 
 class StagingRing:
-    """Slots of pinned memory for the rows of one table, read from one device."""
+    """Pinned buffers, used in turn, for the rows of one table that one device reads."""
 
     def __init__(self, runtime, *, slots: int = _SLOTS, slot_bytes: int = _SLOT_BYTES, threads: int | None = None):
         self._runtime = runtime

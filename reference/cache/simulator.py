@@ -13,8 +13,8 @@ stamp, 0 where it is empty. The clock counts tokens, from LAG * S * W. A call wi
     and get the stamp clock - LAG * S * W. None takes a way that was hit in this call; what finds no way is not kept.
 
 So a key that was hit outlives by LAG * S * W tokens one that was read once, as most n-grams of a text are, and no
-longer: a cache follows its text. All of it is integers, and nothing depends on the order within a call, so that kernels
-do exactly the same. NumPy, and fast enough for texts of millions of tokens.
+longer: a cache follows its text. All of it is integers, and nothing depends on which n-gram of a call comes first, so
+that kernels do exactly the same. NumPy, and fast enough for texts of millions of tokens.
 """
 
 import math

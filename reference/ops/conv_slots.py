@@ -2,10 +2,10 @@
 
     value [slots, W, D], scale [slots, W, H], cursor [slots]
 
-S = (K-1) * dilation is the window that the convolution reads, W >= 2 S the ring. The entry ``cursor % W`` is the next
-to be written, and there are none before 0. The last W - S tokens of a chunk are written behind the S that are read, so
-that these stay as they are until commit_history (serving/history.py) moves the cursor, by any number of accepted
-tokens.
+S = (K-1) * dilation entries are the window that the convolution reads, W >= 2 S the ring, whose entries are written in
+turn: ``cursor % W`` is the next, and there are none before 0. scale is the gate times the factor of the norm
+(ops/gate_conv.py). The last W - S tokens of a chunk are written behind the S that are read, so that these stay as they
+are until commit_history (serving/history.py) moves the cursor, by any number of accepted tokens.
 """
 
 import torch

@@ -41,7 +41,7 @@ def ngram_mixes(token_ids, plan, cu_seqlens, history, dead):
 def token_windows(token_ids, plan, cu_seqlens, history, dead):
     """The ids that each token's n-grams read, after the token map.
 
-    Returns ``windows`` int64 ``[T, N]`` (column s is the token s places back), ``invalid`` bool ``[T, N]`` (an
+    Returns ``windows`` int64 ``[T, N]`` (column s is the id s tokens before), ``invalid`` bool ``[T, N]`` (an
     unblocked id outside the vocabulary) and ``padding`` bool ``[T]``.
     """
     sequence, start, padding = token_sequences(token_ids.shape, cu_seqlens, token_ids.device)
@@ -66,7 +66,7 @@ def token_windows(token_ids, plan, cu_seqlens, history, dead):
 
 
 def _before(history, sequence, position):
-    """Raw ids at ``position`` (negative: before the sequence's first token here); -1 where history has none."""
+    """Raw ids at ``position`` (negative: before the sequence's first token here); -1 where history has no token."""
     if history is None or not history.numel():
         return torch.full_like(position, -1)
     slot = position + history.shape[1]

@@ -1,18 +1,25 @@
 """Raw ids before each sequence's first token, kept per slot: read for a batch, and moved on by the tokens accepted.
 
-    history  [slots, N - 1]   raw ids, oldest first, -1 for none
-    cursor   [slots]          where the next entry of the convolution's ring goes (ops/conv_kernels/slots.py), or None
+    history  [slots, N - 1]   raw ids, oldest first; NO_TOKEN, INVALID: see below
+    cursor   [slots]          where the convolution's next entry goes (ops/conv_slots.py), or None
 
 B sequences, of which each names its slot; a slot outside 0..slots-1 (-1 for padding) is neither read nor written.
+A dead token at the end of a chunk is kept as NO_TOKEN: it blocks look-backs of the next chunk as it blocked those of
+its own, since hashing reads nothing that is older than a NO_TOKEN.
 """
 
 import torch
 
+#: In place of an id, no token: before the text, or a dead one. It blocks look-backs to itself and to all that is older.
+NO_TOKEN = -1
+#: A token whose id was -1. It is invalid as any id outside the vocabulary is, but -1 itself would pass for NO_TOKEN.
+INVALID = -2
+
 
 def gather_history(history, slots):
-    """History ``[B, N - 1]`` of the sequences in ``slots [B]``; -1 throughout for padding."""
+    """History ``[B, N - 1]`` of the sequences in ``slots [B]``; NO_TOKEN throughout for padding."""
     known = (slots >= 0) & (slots < len(history))
-    return torch.where(known[:, None], history[torch.where(known, slots, 0).long()], -1)
+    return torch.where(known[:, None], history[torch.where(known, slots, 0).long()], NO_TOKEN)
 
 
 def commit_history(
@@ -20,9 +27,10 @@ def commit_history(
 ):
     """Write the newest N - 1 ids of each old history and the first ``accepted [B]`` tokens (None: all) to its slot.
 
-    A dead token becomes -1, and -1 itself, which is no valid id, becomes -2, as invalid as before. The cursor of a ring
-    of ``ring`` entries with a window of ``span`` moves by as much. restart: the old history counts as none, and the
-    cursor is set to this number.
+    A dead token becomes NO_TOKEN (-1); an id of -1, which is invalid, becomes INVALID (-2), or it would pass for no
+    token. The cursor moves by the tokens accepted. ``ring`` is the number of tokens that the convolution's state has
+    room for in a slot, ``span`` how many of them it reads (both 0 without one). restart: the old history counts as
+    none, and the cursor is set to this number.
     """
     if cu_seqlens is None:
         length = token_ids.numel() // max(1, len(slots))
@@ -36,13 +44,13 @@ def commit_history(
         writes = writes & (taken > 0)
     slots, start, length, taken = slots[writes].long(), start[writes], length[writes], taken[writes]
     ids = token_ids.reshape(-1).long()
-    ids = torch.where(ids == -1, -2, ids)
+    ids = torch.where(ids == -1, INVALID, ids)
     if dead is not None:
-        ids = ids.masked_fill(dead.reshape(-1), -1)
+        ids = ids.masked_fill(dead.reshape(-1), NO_TOKEN)
     depth = history.shape[1]
     position = taken[:, None] - depth + torch.arange(depth, device=history.device)
     inside = position >= 0
-    old = torch.full_like(position, -1)
+    old = torch.full_like(position, NO_TOKEN)
     if restart is None:
         old = history[slots[:, None], torch.where(inside, 0, position + depth)]
     if len(ids):

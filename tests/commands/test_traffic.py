@@ -26,8 +26,8 @@ def test_a_step_of_v41_by_hand():
 
 
 def test_the_document_shows_these_numbers():
-    """docs/scale.md: every number of its table, of its crossovers and of a part's size."""
-    text = (Path(__file__).parents[2] / "docs/scale.md").read_text()
+    """docs/ranks.md: every number of its table, of its crossovers and of a part's size."""
+    text = (Path(__file__).parents[2] / "docs/ranks.md").read_text()
     _, lookups, gradients, crossovers = rank_sections("deepseek_v41_flash", 8, 8192)
     cells = [re.findall(r"[\d.]+(?= MB| us)", line) for _, line in (*lookups[1:], *gradients)]
     copy, cached, sharded, copies = cells[0][:2], cells[2][:2], cells[3], cells[4]

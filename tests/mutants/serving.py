@@ -4,10 +4,10 @@ from .change import mutants
 
 GATHER_HISTORY = """\
 mask dropped: slots that do not exist @ serving/history -k many or equals_reference
-- mask=known, other=-1)
-+ mask=mask & (slot < num_slots), other=-1)
+- mask=known, other=NO_TOKEN)
++ mask=mask & (slot < num_slots), other=NO_TOKEN)
 other dropped @ serving/history -k equals_reference
-- offs % DEPTH, mask=known, other=-1)
+- offs % DEPTH, mask=known, other=NO_TOKEN)
 + offs % DEPTH, mask=known, other=0)
 stride swapped @ serving/history -k equals_reference
 - tl.load(slots_ptr + offs // DEPTH, mask=mask, other=-1)
@@ -22,10 +22,10 @@ mask dropped: slots that do not exist @ serving/history -k equals_reference
 - writes = (slot >= 0) & (slot < num_slots)
 + writes = slot >= -1
 mask dropped: dead tokens @ serving/history -k equals_reference
-- tl.where(tl.load(dead_ptr + token, mask=inside, other=0) != 0, -1, id)
+- tl.where(tl.load(dead_ptr + token, mask=inside, other=0) != 0, NO_TOKEN, id)
 + id
 invalid ids missing @ serving/history -k equals_reference
-- id = tl.where(id == -1, -2, id)
+- id = tl.where(id == NO_TOKEN, INVALID, id)
 + id = id
 accepted ignored @ serving/history -k equals_reference
 - tl.minimum(tl.maximum(tl.load(accepted_ptr + seq, mask=mask_b, other=0), 0), length)

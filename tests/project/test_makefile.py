@@ -185,12 +185,24 @@ def test_variables_are_words_of_pip(checkout):
 
 def test_empty_venv_uses_the_interpreter_and_installs_nothing(checkout):
     python = checkout.fake("python", prologue=NO_VENV)
-    done, commands = checkout.make("test", "demo", "bench", "lint", f"PYTHON={python}", "VENV=")
+    checkout.fake("path/lint-imports", inside=None)
+    path = f"{checkout.folder / 'path'}:{os.environ['PATH']}"
+    words = ["test", "demo", "bench", "lint", f"PYTHON={python}", "VENV="]
+    done, (*commands, last) = checkout.make(*words, env={"PATH": path})
     assert installs(commands) == []
     assert not (checkout.folder / ".venv").exists()
     modules = [c.split("-m ")[1].split()[0] for c in commands]
     assert modules == [*["pytest"] * 4, "tests.mutation", "engram_kernels", "bench", "ruff", "ruff"]
+    assert last == "TRITON_INTERPRET= --no-cache", "lint-imports, which is no module"
     assert done.stderr == ""
+
+
+def test_lint_checks_imports_with_the_environments_own_tool(checkout):
+    python = checkout.fake("python")
+    checkout.make("test-cpu", f"PYTHON={python}")
+    checkout.fake(".venv/bin/lint-imports", inside=None)
+    _, commands = checkout.make("lint", f"PYTHON={python}")
+    assert [c.split(" ", 1)[1] for c in commands] == ["-m ruff check .", "-m ruff format --check .", "--no-cache"]
 
 
 def test_gpu_uses_the_active_interpreter(checkout):

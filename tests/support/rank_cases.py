@@ -134,7 +134,7 @@ def traffic(kind, capacity=None, tokens=300, meshed=False):
 
 
 def documented(blocks, folder, name):
-    """The blocks of docs/scale.md, on a CPU; what the rows are before and after the step of the first."""
+    """The blocks of docs/ranks.md, on a CPU; what the rows are before and after the step of the first."""
     config = config_of("wide", "float32")
     own = batches(dist.get_world_size(), "uneven")[dist.get_rank()]
     hidden = torch.randn(len(own), config.branches, HIDDEN, requires_grad=True)
@@ -143,7 +143,7 @@ def documented(blocks, folder, name):
     for block in blocks:
         for there, here in (('dist.init_process_group("nccl")', ""), ('"cuda"', '"cpu"'), ('"engram-1"', repr(name))):
             block = block.replace(there, here)
-        exec(compile(block, "docs/scale.md", "exec"), space)
+        exec(compile(block, "docs/ranks.md", "exec"), space)
         tables_made.append(space["table"])
     shapes = [(table.placement, table.ranks.size, table.part.rows) for table in tables_made]
     for it in (space["rows"], *tables_made):
