@@ -50,7 +50,7 @@ def double_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr, FLAG: tl.constexpr
 
 
 def double(x, out: Optional[object] = None):
-    double_kernel[(triton.cdiv(len(x), 4),)](x, out, len(x), BLOCK=4, FLAG=False)
+    double_kernel[(triton.cdiv(len(x), 4),)](x, out, len(x), BLOCK=4, FLAG=0)
     return out
 
 

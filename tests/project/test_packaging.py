@@ -132,15 +132,17 @@ def test_source_archive_is_the_checkout(built):
 
 
 def declared(requirements):
-    """The installed distributions that the requirements reach, without extras."""
-    reached, waiting = {}, [Requirement(r) for r in requirements]
+    """The installed distributions that the requirements reach, by extras where one asks for them."""
+    reached, seen, waiting = {}, set(), [(Requirement(r), "") for r in requirements]
     while waiting:
-        requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        if name in reached or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        requirement, extra = waiting.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
+        name = canonicalize_name(requirement.name)
         reached[name] = importlib.metadata.distribution(name)
-        waiting += [Requirement(r) for r in reached[name].requires or ()]
+        for own in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
+            seen.add((name, own))
+            waiting += [(Requirement(r), own) for r in reached[name].requires or ()]
     return reached
 
 
