@@ -16,7 +16,6 @@ import torch
 from .pages import (
     DONTFORK,
     DONTNEED,
-    HUGE_PAGE,
     HUGEPAGE,
     NOHUGEPAGE,
     Pages,
@@ -26,8 +25,6 @@ from .pages import (
     whole_huge_pages,
 )
 from .report import available_host_memory, limit, locked_limit
-
-__all__ = ["HUGE_PAGE", "HostMapping", "Registration", "RuntimeDriver"]
 
 _CHUNK = 64 << 30  # bytes per registration: larger ones fail on some drivers
 _REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped, the same numbers in HIP
