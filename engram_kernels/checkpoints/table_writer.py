@@ -16,19 +16,20 @@ import torch
 
 from engram_kernels.geometry.row_format import RowFormat
 
-from .files import INDEX_SUFFIX, SUFFIX, Checkpoint, CheckpointError
+from .files import INDEX_SUFFIX, SUFFIX
 from .names import as_prefix, find_tables
 from .parallel import spans
 from .validate import DENSE
 from .writing import (
     NewTensor,
-    check_room,
+    check_disk,
     checked_metadata,
     file_path,
     header_of,
     locked_file,
     new_file,
     partial_path,
+    read_existing,
     remove_abandoned,
     sync_folder,
     write_all,
@@ -132,7 +133,7 @@ class TableWriter(RowsFiles):
         stray = {name for name in os.listdir(self._path.parent) if _shard_name(self._path).fullmatch(name)}
         remove_abandoned(self._path, stray - self._indexed())
         self.shards = self._layout(rows, shard_bytes)
-        check_room(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
+        check_disk(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
         try:
             for shard in self.shards:
                 shard.fd = locked_file(shard.partial)
@@ -225,14 +226,12 @@ def _replaceable(path: Path, where: str) -> set[Path]:
     """Files of the table that is there now, under the same name; ValueError where they are anything else."""
     old: set[Path] = set()
     for file in (path, _index_of(path)):
-        if not file.exists():
+        found = read_existing(file, where, lambda checkpoint: (checkpoint.names, checkpoint.paths))
+        if found is None:
             continue
-        try:
-            with Checkpoint(file, where) as checkpoint:
-                tables, names, paths = find_tables(checkpoint.names), checkpoint.names, checkpoint.paths
-        except CheckpointError as error:
-            raise ValueError(f"{where}: {file} is in the way and cannot be read; remove it first ({error})") from None
-        if len(tables) != 1 or sum(len(members) for members in tables.values()) != len(names):
+        names, paths = found
+        tables = find_tables(names)
+        if len(tables) != 1 or sum(map(len, tables.values())) != len(names):
             raise ValueError(
                 f"{where}: {file} holds {len(names)} tensors that are not one table's own, and is not replaced; "
                 "save to another folder or file"

@@ -11,12 +11,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from .files import SUFFIX
+from .files import SUFFIX, Checkpoint, CheckpointError
+
+Found = TypeVar("Found")
 
 #: Data begins at a multiple of a page, so that a mapped table's rows start at multiples of 16 bytes.
 _PAGE = 4096
@@ -63,7 +65,18 @@ def checked_metadata(metadata: Mapping[str, str] | None, where: str) -> dict[str
     return found
 
 
-def check_room(folder: Path, nbytes: int, where: str) -> None:
+def read_existing(path: Path, where: str, read: Callable[[Checkpoint], Found]) -> Found | None:
+    """What ``read`` finds in a file that is to be replaced, None where there is none; ValueError where it cannot."""
+    if not path.exists():
+        return None
+    try:
+        with Checkpoint(path, where) as checkpoint:
+            return read(checkpoint)
+    except CheckpointError as error:
+        raise ValueError(f"{where}: {path} is in the way and cannot be read; remove it first ({error})") from None
+
+
+def check_disk(folder: Path, nbytes: int, where: str) -> None:
     """Raise OSError where the folder's file system has no ``nbytes`` free."""
     free = shutil.disk_usage(folder).free
     if nbytes > free:

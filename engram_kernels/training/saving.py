@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engram_kernels.checkpoints.files import SUFFIX, Checkpoint, CheckpointError
+from engram_kernels.checkpoints.files import SUFFIX, Checkpoint
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
 from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.writing import (
     NewTensor,
-    check_room,
+    check_disk,
     checked_metadata,
     file_path,
     header_of,
     new_file,
     partial_path,
+    read_existing,
     remove_abandoned,
     write_all,
 )
@@ -108,7 +109,7 @@ def save_states(
     facts = state_dict[KEY] | {"group": _plain(state_dict["param_groups"][0], where)}
     header, places = header_of(new, metadata | {KEY: json.dumps(facts)})
     remove_abandoned(path)
-    check_room(path.parent, places[-1], where)
+    check_disk(path.parent, places[-1], where)
     chunks = [
         (flat[begin:end], place + begin)
         for flat, place in zip(map(flat_bytes, tensors.values()), places, strict=False)
@@ -171,12 +172,6 @@ def _plain(group: Mapping, where: str) -> dict:
 
 def _check_replaceable(path: Path, where: str) -> None:
     """Raise ValueError where a file is in the way that is not an optimizer's."""
-    if not path.exists():
-        return
-    try:
-        with Checkpoint(path, where) as checkpoint:
-            ours = KEY in checkpoint.metadata(path)
-    except CheckpointError as error:
-        raise ValueError(f"{where}: {path} is in the way and cannot be read; remove it first ({error})") from None
-    if not ours:
+    ours = read_existing(path, where, lambda checkpoint: KEY in checkpoint.metadata(path))
+    if ours is False:
         raise ValueError(f"{where}: {path} holds no optimizer state, and is not replaced; save to another file")

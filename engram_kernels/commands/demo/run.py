@@ -132,7 +132,7 @@ class Run:
         """Run and check tokens ``begin .. end``."""
         positions = np.arange(-(-begin // self._step) * self._step, end, self._step)
         due = self.scalar.row_ids(self.tokens, positions.tolist())
-        self._write(due)
+        self.stages.time("write rows due", lambda: self._write(due), lambda written: written)
         if fault == "rows":
             self.tables[0].weight.view(torch.uint8)[int(due[0, 0, 0]), 0] ^= 0x80
         local = torch.from_numpy(positions - begin).to(self.device)
@@ -144,11 +144,9 @@ class Run:
             for table in self.tables:
                 table.discard()
 
-    def _write(self, due: np.ndarray) -> None:
-        def write():
-            return sum(write_rows(table, layer, due[:, layer]) for layer, table in enumerate(self.tables))
-
-        self.stages.time("write rows due", write, lambda written: written)
+    def _write(self, due: np.ndarray) -> int:
+        """Give the rows due their content; returns their bytes."""
+        return sum(write_rows(table, layer, due[:, layer]) for layer, table in enumerate(self.tables))
 
     def _rows(self, begin, end, positions, local, due, fault) -> torch.Tensor:
         """Row ids and rows by both ways, checked; returns ``[L, T, C, R]``."""

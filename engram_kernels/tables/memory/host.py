@@ -181,7 +181,7 @@ class HostMapping(Mapping):
         progress: Progress | None = None,
     ):
         if driver is not None:
-            check_room(nbytes, available_host_memory(), "host memory", "use a smaller table or free memory")
+            check_fits(nbytes, available_host_memory(), "host memory", "use a smaller table or free memory")
         super().__init__(Pages(nbytes), driver)
         self._owner = os.getpid()
         try:
@@ -220,7 +220,7 @@ class HostMapping(Mapping):
             raise RuntimeError(f"HostMapping.discard: the kernel refused ({error})")
 
 
-def check_room(nbytes: int, free: int, what: str, remedy: str) -> None:
+def check_fits(nbytes: int, free: int, what: str, remedy: str) -> None:
     """Raise RuntimeError unless ``nbytes`` fit: committing more would end this process, or another one."""
     if nbytes > free:
         raise RuntimeError(f"EngramTable: {nbytes:,} bytes do not fit in {what}, {free:,} are free; {remedy}")
