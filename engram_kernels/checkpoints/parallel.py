@@ -48,6 +48,13 @@ def check_threads(threads: int, where: str) -> None:
         raise ValueError(f"{where}: threads must be at least 1, got {threads!r}")
 
 
+def interleave(queues: Iterable[Iterable[Chunk]]) -> Iterator[Chunk]:
+    """One of each in turn, so that several files are read at once."""
+    missing = object()
+    for turn in itertools.zip_longest(*queues, fillvalue=missing):
+        yield from (chunk for chunk in turn if chunk is not missing)
+
+
 def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     """``[begin, end)`` pairs of at most ``step`` that cover ``[0, total)``."""
     return ((begin, min(total, begin + step)) for begin in range(0, total, step))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .files import Checkpoint, StoredTensor
-from .parallel import CHUNK, THREADS, Progress, run_chunks, spans
+from .parallel import CHUNK, THREADS, Progress, interleave, run_chunks, spans
 from .validate import StoredTable
 
 
@@ -52,9 +52,7 @@ def fill_tensors(
             chunks += [(tensor, low + begin, low + end, target, at + begin) for begin, end in spans(high - low, CHUNK)]
             at += high - low
         total += at
-    # One of each file in turn, so that several are read at once.
-    chunks = (chunk for turn in itertools.zip_longest(*by_file.values()) for chunk in turn if chunk is not None)
-    run_chunks(chunks, copy, threads=threads, progress=progress, total=total)
+    run_chunks(interleave(by_file.values()), copy, threads=threads, progress=progress, total=total)
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
