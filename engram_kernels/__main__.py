@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except CommandError as error:
-        print(f"{arguments.where}: {str(error).removeprefix(f'{arguments.where}: ')}", file=sys.stderr)
+        where = f"{arguments.where}: "
+        print(where + str(error).removeprefix(where), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
