@@ -78,18 +78,17 @@ def convert_table(
         names = dict(prefix=stored.prefix if out_prefix is None else out_prefix, scale=scale, shard_bytes=shard_bytes)
         with TableWriter(out, where, format=target, rows=stored.rows, width=stored.width, **names) as writer:
 
+            def copy(chunk: RowChunk) -> int:
+                return writer.write(chunk.first, *read_chunk(checkpoint, chunk))
+
             def convert(chunk: RowChunk) -> int:
-                rows, scales = read_chunk(checkpoint, chunk)
-                nbytes = rows.nbytes + scales.nbytes
-                rows = rows.view(stored.format.dtype)
-                if not same:
-                    values = decode_rows(rows, scales if stored.scales else stored.scale, stored.format)
-                    rows, scales = encode_rows(values, target, where, scale=scale)
-                    overflows.append(_overflows(values, rows, target, scale))
+                values, nbytes = _decoded(checkpoint, stored, chunk)
+                rows, scales = encode_rows(values, target, where, scale=scale)
+                overflows.append(_overflows(values, rows, target, scale))
                 writer.write(chunk.first, rows, scales)
                 return nbytes
 
-            run_chunks(chunks, convert, **options)
+            run_chunks(chunks, copy if same else convert, **options)
             path = writer.commit()
         return Conversion(path, target, stored.rows, stored.width, scale, sum(overflows))
 
@@ -101,15 +100,21 @@ def _check_pair(source: RowFormat, target: RowFormat, scale: float | None, where
         raise ValueError(f"{where}: a scale is a positive number and for format 'e4m3', got {scale} for {target.name}")
 
 
+def _decoded(checkpoint: Checkpoint, stored: StoredTable, chunk: RowChunk) -> tuple[torch.Tensor, int]:
+    """Values float32 ``[rows, width]`` of a chunk, and the bytes that were read for them."""
+    rows, scales = read_chunk(checkpoint, chunk)
+    values = decode_rows(rows.view(stored.format.dtype), scales if stored.scales else stored.scale, stored.format)
+    return values, rows.nbytes + scales.nbytes
+
+
 def _measured_scale(checkpoint: Checkpoint, stored: StoredTable, chunks: list[RowChunk], options: dict) -> float:
     """The scale that takes the table's greatest value to 448. options: of run_chunks."""
-    maxima, dtype = [], stored.format.dtype
+    maxima = []
 
     def measure(chunk: RowChunk) -> int:
-        rows, scales = read_chunk(checkpoint, chunk)
-        values = decode_rows(rows.view(dtype), scales if stored.scales else stored.scale, stored.format)
+        values, nbytes = _decoded(checkpoint, stored, chunk)
         maxima.append(float(greatest(values.flatten())))
-        return rows.nbytes + scales.nbytes
+        return nbytes
 
     run_chunks(chunks, measure, **options)
     if max(maxima) == float("inf"):

@@ -1,9 +1,7 @@
 """Tables into safetensors files: whole or not at all, in one file or in several with an index.
 
-Files are written under a temporary name in the same folder (``.<name>.partial``), brought to the disk (fsync), and
-renamed. Of several files the index comes last: it is what makes them a checkpoint, and their names are new every time,
-so that the files of the old index stay until the new one is there. What a killed process left has no lock any more, and
-is removed by the next save.
+Of several files the index comes last (how a file is written: checkpoints/writing.py). It is what makes them a
+checkpoint, and their names are new every time, so that the files of the old index stay until the new one is there.
 """
 
 import json
@@ -18,17 +16,20 @@ import torch
 
 from engram_kernels.geometry.row_format import RowFormat
 
-from .files import INDEX_SUFFIX, SUFFIX, Checkpoint, CheckpointError
+from .files import INDEX_SUFFIX, SUFFIX
 from .names import as_prefix, find_tables
 from .parallel import spans
 from .validate import DENSE
 from .writing import (
     NewTensor,
-    check_room,
+    check_disk,
     checked_metadata,
     file_path,
     header_of,
     locked_file,
+    new_file,
+    partial_path,
+    read_existing,
     remove_abandoned,
     sync_folder,
     write_all,
@@ -122,16 +123,17 @@ class TableWriter(RowsFiles):
     ):
         super().__init__([], (format.row_bytes(width), format.scale_bytes(width)))
         self._format, self._prefix = format, as_prefix(prefix, where)
-        self._width, self._committed = width, False
+        self._width = width
         self._path = file_path(path, where, f"model{SUFFIX}")
         self._index = _index_of(self._path)
         self._metadata = checked_metadata(metadata, where)
         if shard_bytes is not None and (not isinstance(shard_bytes, int) or shard_bytes < 1):
             raise ValueError(f"{where}: shard_bytes must be a positive int or None, got {shard_bytes!r}")
         self._old = _replaceable(self._path, where)
-        _sweep(self._path)
+        stray = {name for name in os.listdir(self._path.parent) if _shard_name(self._path).fullmatch(name)}
+        remove_abandoned(self._path, stray - self._indexed())
         self.shards = self._layout(rows, shard_bytes)
-        check_room(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
+        check_disk(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
         try:
             for shard in self.shards:
                 shard.fd = locked_file(shard.partial)
@@ -154,22 +156,19 @@ class TableWriter(RowsFiles):
         self.sync()
         for shard in self.shards:
             os.rename(shard.partial, shard.final)
-        single = self.shards[0].final == self._path
-        if not single:
-            sync_folder(self._path.parent)
-            self._write_index()
-        self._committed = True
         sync_folder(self._path.parent)
-        for path in self._old - {shard.final for shard in self.shards} - (set() if single else {self._index}):
+        done = self._path if self.shards[0].final == self._path else self._write_index()
+        for path in self._old - {shard.final for shard in self.shards} - {done}:
             path.unlink(missing_ok=True)
-        return self._path if single else self._index
+        return done
 
     def close(self) -> None:
-        """Let go of the files; what was not committed is removed."""
+        """Let go of the files; what was not committed is removed, which of several files the index tells."""
+        indexed = self._indexed()
         for shard in self.shards:
-            if shard.fd >= 0 and not self._committed:
+            if shard.fd >= 0:
                 shard.partial.unlink(missing_ok=True)
-                if shard.final != self._path:
+                if shard.final != self._path and shard.final.name not in indexed:
                     shard.final.unlink(missing_ok=True)
         super().close()
 
@@ -182,22 +181,19 @@ class TableWriter(RowsFiles):
     def _layout(self, rows: int, shard_bytes: int | None) -> list[_Shard]:
         count = 1 if shard_bytes is None else min(rows, -(-rows * self.row_bytes // shard_bytes))
         pieces = list(spans(rows, -(-rows // count)))
-        folder, stem, token = self._path.parent, self._path.name.removesuffix(SUFFIX), secrets.token_hex(4)
-        if len(pieces) == 1:
-            finals, prefixes = [self._path], [self._prefix]
-        else:
-            numbers = range(len(pieces))
-            finals = [folder / f"{stem}-{token}-{k + 1:05d}-of-{len(pieces):05d}{SUFFIX}" for k in numbers]
-            prefixes = [f"{self._prefix}shard_{k}." for k in numbers]
-        shards = []
+        stem, token, shards = self._path.name.removesuffix(SUFFIX), secrets.token_hex(4), []
         for k, (begin, end) in enumerate(pieces):
-            tensors = self._tensors(prefixes[k], end - begin)
+            final, prefix = self._path, self._prefix
+            if len(pieces) > 1:
+                final = self._path.with_name(f"{stem}-{token}-{k + 1:05d}-of-{len(pieces):05d}{SUFFIX}")
+                prefix += f"shard_{k}."
+            tensors = self._tensors(prefix, end - begin)
             if self._format.scaling == "table" and k == 0:
                 tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
             header, starts = header_of(list(tensors.values()), self._metadata)
             offsets, names = dict(zip(tensors, starts, strict=False)), [tensor.name for tensor in tensors.values()]
-            partial = folder / f".{stem}-{token}-{k + 1:05d}.partial"
-            shards.append(_Shard(finals[k], partial, begin, end, header, offsets, names, starts[-1]))
+            partial = partial_path(self._path, f"{k + 1:05d}")
+            shards.append(_Shard(final, partial, begin, end, header, offsets, names, starts[-1]))
         return shards
 
     def _tensors(self, prefix: str, rows: int) -> dict[str, NewTensor]:
@@ -209,24 +205,17 @@ class TableWriter(RowsFiles):
             tensors["scale"] = NewTensor(f"{prefix}scale", "F8_E8M0", (rows, scale_bytes), rows * scale_bytes)
         return tensors
 
-    def _write_index(self) -> None:
+    def _write_index(self) -> Path:
         names = {name: shard.final.name for shard in self.shards for name in shard.names}
         total = sum(shard.nbytes - len(shard.header) for shard in self.shards)
         content = {"metadata": {"total_size": total, **self._metadata}, "weight_map": names}
-        partial = self.shards[0].partial.with_suffix(".index.partial")
-        fd = locked_file(partial)
-        try:
+        with new_file(self._index, partial_path(self._path)) as fd:
             write_all(fd, json.dumps(content, indent=2).encode(), 0)
-            os.fsync(fd)
-            # Once the index may be there, what it tells of has to stay, whatever interrupts this.
-            self._committed = True
-            os.rename(partial, self._index)
-        except OSError:
-            self._committed = False
-            raise
-        finally:
-            partial.unlink(missing_ok=True)
-            os.close(fd)
+        return self._index
+
+    def _indexed(self) -> set[str]:
+        """Names of the files that the index tells of, where there is one."""
+        return set(json.loads(self._index.read_bytes())["weight_map"].values()) if self._index.exists() else set()
 
 
 def _index_of(path: Path) -> Path:
@@ -237,14 +226,12 @@ def _replaceable(path: Path, where: str) -> set[Path]:
     """Files of the table that is there now, under the same name; ValueError where they are anything else."""
     old: set[Path] = set()
     for file in (path, _index_of(path)):
-        if not file.exists():
+        found = read_existing(file, where, lambda checkpoint: (checkpoint.names, checkpoint.paths))
+        if found is None:
             continue
-        try:
-            with Checkpoint(file, where) as checkpoint:
-                tables, names, paths = find_tables(checkpoint.names), checkpoint.names, checkpoint.paths
-        except CheckpointError as error:
-            raise ValueError(f"{where}: {file} is in the way and cannot be read; remove it first ({error})") from None
-        if len(tables) != 1 or sum(len(members) for members in tables.values()) != len(names):
+        names, paths = found
+        tables = find_tables(names)
+        if len(tables) != 1 or sum(map(len, tables.values())) != len(names):
             raise ValueError(
                 f"{where}: {file} holds {len(names)} tensors that are not one table's own, and is not replaced; "
                 "save to another folder or file"
@@ -257,14 +244,3 @@ def _shard_name(path: Path) -> re.Pattern:
     """Names that saving to ``path`` gives to files of its own."""
     stem = re.escape(path.name.removesuffix(SUFFIX))
     return re.compile(rf"{stem}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
-
-
-def _sweep(path: Path) -> None:
-    """Remove what saves to ``path`` left when they were killed: files of theirs that no process holds locked."""
-    index = _index_of(path)
-    referred = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else set()
-    stem = re.escape(path.name.removesuffix(SUFFIX))
-    partial = re.compile(rf"\.{stem}-[0-9a-f]{{8}}-\d{{5}}(\.index)?\.partial")
-    names = os.listdir(path.parent)
-    lost = {name for name in names if _shard_name(path).fullmatch(name)} - referred
-    remove_abandoned(path.parent, lost | set(filter(partial.fullmatch, names)))

@@ -1,5 +1,6 @@
 """A checkpoint's table put together from its tensors, and checked before a byte of its rows is read."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,35 +124,35 @@ def _refuse_packed(checkpoint: Checkpoint, prefix: str, members: dict[str, str])
 def _scales(checkpoint, prefix, members, stems, weights) -> tuple[str, tuple[StoredTensor, ...], float | None]:
     """(name of the format, scales of each of ``weights``, scale of the table)."""
     dtype, width = weights[0].dtype, weights[0].shape[1]
-    common = [rest for rest in SCALE_NAMES if rest in members]
-    own = [rest for rest in SCALE_NAMES if stems[0] + rest in members and stems[0]]
-    if len(common) + len(own) > 1:
-        named = ", ".join([prefix + rest for rest in common] + [prefix + stems[0] + rest for rest in own])
-        raise checkpoint.error(f"expected one kind of scale, got {named}")
+    stem = stems[0]
+    found = [rest for rest in dict.fromkeys((*SCALE_NAMES, *(stem + name for name in SCALE_NAMES))) if rest in members]
+    if len(found) > 1:
+        raise checkpoint.error(f"expected one kind of scale, got {', '.join(prefix + rest for rest in found)}")
     if dtype in DENSE:
-        if common or own:
-            raise checkpoint.error(f"{weights[0]} takes no scale, got {prefix}{(common or [stems[0] + own[0]])[0]}")
+        if found:
+            raise checkpoint.error(f"{weights[0]} takes no scale, got {prefix}{found[0]}")
         return DENSE[dtype], (), None
     if dtype != "F8_E4M3":
         expected = ", ".join(("F8_E4M3", *DENSE))
         raise checkpoint.error(f"rows must be of dtype {expected}, got {weights[0]}")
-    if not common and not own:
+    if not found:
         raise checkpoint.error(
             f"{weights[0]} has no scale: expected {prefix}scale, one ue8m0 byte per {SCALE_GROUP} elements (DeepSeek), "
             f"or {prefix}weight_scale, one float for the table (Qwen)"
         )
-    if common:
-        found = checkpoint.tensor(members[common[0]])
-        float_dtype = FORMATS[DENSE[found.dtype]].dtype if found.dtype in DENSE else None
-        if float_dtype is not None and found.nbytes == float_dtype.itemsize:
-            value = float(checkpoint.read(found, float_dtype))
+    rests = found
+    if found[0] in SCALE_NAMES:  # one for all parts
+        scale = checkpoint.tensor(members[found[0]])
+        if scale.dtype in DENSE and math.prod(scale.shape) == 1:
+            value = float(checkpoint.read(scale, FORMATS[DENSE[scale.dtype]].dtype))
             if not 0 < value < float("inf"):
-                raise checkpoint.error(f"{found} must be a positive number, got {value}")
+                raise checkpoint.error(f"{scale} must be a positive number, got {value}")
             return "e4m3", (), value
-    names = [members.get(rest) for rest in (common or [stem + own[0] for stem in stems])]
-    if None in names:
-        raise checkpoint.error(f"{prefix}{stems[names.index(None)]}{own[0]} is missing, where other parts have one")
-    scales = tuple(map(checkpoint.tensor, names))
+    else:
+        rests = [each + found[0].removeprefix(stem) for each in stems]
+        if missing := [rest for rest in rests if rest not in members]:
+            raise checkpoint.error(f"{prefix}{missing[0]} is missing, where other parts have one")
+    scales = tuple(checkpoint.tensor(members[rest]) for rest in rests)
     for scale, weight in zip(scales, weights, strict=False):
         expected = (weight.shape[0], width // SCALE_GROUP)
         if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected or len(scales) != len(weights):

@@ -1,18 +1,24 @@
 """What writers of safetensors files share: headers, temporary files and their locks, free space, complete writes.
 
-A file is written under a temporary name and locked for as long as it is open. The lock goes with its process, so that
-what a killed one left is known by having none, and the next writer of the same name removes it.
+A file grows under a temporary name (``.<name>.partial``), goes to the disk (fsync), and is renamed when it is whole. It
+is locked for as long as it is open. The lock goes with its process, so that what a killed one left is known by having
+none, and the next writer of the same name removes it.
 """
 
 import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from .files import SUFFIX
+from .files import SUFFIX, Checkpoint, CheckpointError
+
+Found = TypeVar("Found")
 
 #: Data begins at a multiple of a page, so that a mapped table's rows start at multiples of 16 bytes.
 _PAGE = 4096
@@ -59,11 +65,41 @@ def checked_metadata(metadata: Mapping[str, str] | None, where: str) -> dict[str
     return found
 
 
-def check_room(folder: Path, nbytes: int, where: str) -> None:
+def read_existing(path: Path, where: str, read: Callable[[Checkpoint], Found]) -> Found | None:
+    """What ``read`` finds in a file that is to be replaced, None where there is none; ValueError where it cannot."""
+    if not path.exists():
+        return None
+    try:
+        with Checkpoint(path, where) as checkpoint:
+            return read(checkpoint)
+    except CheckpointError as error:
+        raise ValueError(f"{where}: {path} is in the way and cannot be read; remove it first ({error})") from None
+
+
+def check_disk(folder: Path, nbytes: int, where: str) -> None:
     """Raise OSError where the folder's file system has no ``nbytes`` free."""
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise OSError(f"{where}: {nbytes:,} bytes are to be written and {folder} has room for {free:,}")
+
+
+@contextmanager
+def new_file(path: Path, partial: Path) -> Iterator[int]:
+    """An open file that is ``partial`` in the block, and ``path`` after it; where that fails, nothing is left."""
+    fd = locked_file(partial)
+    try:
+        yield fd
+        os.fsync(fd)
+        os.rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(fd)
+    sync_folder(path.parent)
+
+
+def partial_path(path: Path, number: str = "") -> Path:
+    """A new temporary name for ``path``, or for the file of this number (5 digits) where it is to be several."""
+    return path.parent / f".{path.name.removesuffix(SUFFIX)}-{secrets.token_hex(4)}{number and '-' + number}.partial"
 
 
 def locked_file(path: Path) -> int:
@@ -79,9 +115,11 @@ def locked_file(path: Path) -> int:
         os.close(fd)  # swept away between the two calls
 
 
-def remove_abandoned(folder: Path, names: Iterable[str]) -> None:
-    """Remove those of the files that no process holds locked."""
-    for name in names:
+def remove_abandoned(path: Path, others: Iterable[str] = ()) -> None:
+    """Remove what killed writers of ``path`` left: those of its temporary files, and of others, that nobody locks."""
+    folder = path.parent
+    partial = re.compile(rf"\.{re.escape(path.name.removesuffix(SUFFIX))}-[0-9a-f]{{8}}(-\d{{5}})?\.partial")
+    for name in [*others, *filter(partial.fullmatch, os.listdir(folder))]:
         try:
             fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # another save has swept it away

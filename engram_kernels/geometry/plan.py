@@ -187,6 +187,17 @@ class HashPlan:
         )
 
 
+def layer_plan(plan: HashPlan, config: EngramConfig, layer: int, where: str) -> HashPlan:
+    """The plan of model layer ``layer`` alone; ``plan`` is of all the config's layers, or of that one."""
+    layers, columns = plan.primes.shape
+    if layers not in (1, len(config.layers)) or columns != config.columns:
+        raise ValueError(
+            f"{where}: plan must have 1 or {len(config.layers)} layers of {config.columns} columns, "
+            f"got {layers} of {columns}"
+        )
+    return plan if layers == 1 else plan.select(layers=[config.layers.index(layer)])
+
+
 def _layer_multipliers(config: EngramConfig, index: int, vocab: int) -> list[int]:
     """N odd multipliers of the layer at ``index``; below 2^63 / V, so that products of valid ids never wrap."""
     bound = max(1, _INT64_MAX // vocab // 2)

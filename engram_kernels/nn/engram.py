@@ -21,7 +21,7 @@ from torch import nn
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Paths
 from engram_kernels.checkpoints.names import module_prefix
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.tokens import check_batch
 from engram_kernels.ops.gate import gate_residual
@@ -55,16 +55,10 @@ class Engram(nn.Module):
         super().__init__()
         if layer not in config.layers:
             raise ValueError(f"Engram: layer must be one of the config's, {config.layers}, got {layer}")
-        layers, columns = plan.primes.shape
-        if layers not in (1, len(config.layers)) or columns != config.columns:
-            raise ValueError(
-                f"Engram: plan must have 1 or {len(config.layers)} layers of {config.columns} columns, "
-                f"got {layers} of {columns}"
-            )
+        plan = layer_plan(plan, config, layer, "Engram")
         if table.width != config.row_width:
             raise ValueError(f"Engram: table must have rows of {config.row_width} elements, got {table.width}")
         self.config, self.layer, self.table, self.residual = config, layer, table, residual
-        plan = plan if layers == 1 else plan.select(layers=[config.layers.index(layer)])
         self._plans = {plan.device: plan}
         branches, hidden_size = config.branches, config.hidden_size
         options = dict(device=device, dtype=dtype)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from engram_kernels.checkpoints.files import Paths
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.geometry.row_format import format_of
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
@@ -275,13 +275,7 @@ class ShardedTable(ShardedRows):
     def _own_plan(self, plan: HashPlan, where: str) -> HashPlan:
         """The plan of this layer alone."""
         if self._plan is None or self._plan[0] is not plan:
-            layers, columns = plan.primes.shape
-            if layers not in (1, len(self.config.layers)) or columns != self.config.columns:
-                raise ValueError(
-                    f"{where}: plan must have 1 or {len(self.config.layers)} layers of {self.config.columns} columns, "
-                    f"got {layers} of {columns}"
-                )
-            own = plan if layers == 1 else plan.select(layers=[self.config.layers.index(self.layer)])
+            own = layer_plan(plan, self.config, self.layer, where)
             if own.rows_per_layer[0] > self.rows:
                 raise ValueError(f"{where}: plan must fit {self.rows} rows, got {own.rows_per_layer[0]}")
             self._plan = (plan, own)

@@ -231,8 +231,8 @@ class EngramTable(TrainableRows):
         where saving fails or is killed. Files that hold anything else are never replaced.
         """
         self.wait_for_steps()
-        options = dict(prefix=prefix, shard_bytes=shard_bytes, metadata=metadata, progress=progress)
-        return save_table(self, path, "EngramTable.save_safetensors", **options)
+        writing = dict(prefix=prefix, shard_bytes=shard_bytes, metadata=metadata)
+        return save_table(self, path, "EngramTable.save_safetensors", progress, **writing)
 
 
 def _checked_geometry(where: str, rows: int, width: int, format: str) -> RowFormat:

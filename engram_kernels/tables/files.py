@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,23 +18,15 @@ from .memory.report import available_host_memory
 from .placed import PlacedRows
 
 
-def fill_table(
-    table: PlacedRows,
-    checkpoint: Checkpoint,
-    stored: StoredTable,
-    *,
-    threads: int = THREADS,
-    progress: Progress | None = None,
-    ranges: Sequence[tuple[int, int]] | None = None,
-) -> None:
+def fill_table(table: PlacedRows, checkpoint: Checkpoint, stored: StoredTable, **options) -> None:
     """Write what is stored into a table of its rows, width and format.
 
-    ranges: ``[begin, end)`` of the stored rows that the table is to hold, one after the other; None is all of them.
+    options: of :func:`fill_tensors`; ranges ``[begin, end)`` of the stored rows that the table is to hold, in order.
     """
     targets = [(flat_bytes(table.weight), stored.weights)]
     if stored.scales:
         targets.append((flat_bytes(table.scale), stored.scales))
-    fill_tensors(targets, checkpoint, threads=threads, progress=progress, ranges=ranges)
+    fill_tensors(targets, checkpoint, **options)
 
 
 def check_room(name: str, nbytes: int, placement: str, where: str, way_out: str) -> None:
@@ -68,21 +60,12 @@ def _mapped(checkpoint: Checkpoint, tensors: Sequence[StoredTensor], dtype: torc
     return content.view(dtype).view(-1, first.shape[1])
 
 
-def save_table(
-    table: PlacedRows,
-    path: str | os.PathLike,
-    where: str,
-    *,
-    prefix: str,
-    shard_bytes: int | None,
-    metadata: Mapping[str, str] | None,
-    progress: Progress | None,
-) -> Path:
+def save_table(table: PlacedRows, path: str | os.PathLike, where: str, progress: Progress | None, **writing) -> Path:
     """Write all rows; arguments and result are those of :meth:`EngramTable.save_safetensors`."""
     weight, scale, fmt = table.weight, table.scale, table.format
     shape = dict(format=fmt, rows=table.rows, width=table.width)
-    options = dict(prefix=prefix, scale=float(scale) if fmt.scaling == "table" else None, metadata=metadata)
-    with TableWriter(path, where, **shape, shard_bytes=shard_bytes, **options) as writer:
+    own_scale = float(scale) if fmt.scaling == "table" else None
+    with TableWriter(path, where, **shape, scale=own_scale, **writing) as writer:
 
         def write(chunk: tuple[int, int]) -> int:
             begin, end = chunk

@@ -3,13 +3,11 @@
     {i}.{name}      the state of table number i: sums [rows], or first and second [rows, R] and steps int32 [rows]
     __metadata__    "row_optimizer": JSON of what a state_dict has besides tensors
 
-A file grows under a temporary name (``.<name>.partial``), goes to the disk (fsync), and is renamed when it is whole.
+How a file is written: checkpoints/writing.py.
 """
 
 import json
 import os
-import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,18 +15,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engram_kernels.checkpoints.files import SUFFIX, Checkpoint, CheckpointError
+from engram_kernels.checkpoints.files import SUFFIX, Checkpoint
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
 from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.writing import (
     NewTensor,
-    check_room,
+    check_disk,
     checked_metadata,
     file_path,
     header_of,
-    locked_file,
+    new_file,
+    partial_path,
+    read_existing,
     remove_abandoned,
-    sync_folder,
     write_all,
 )
 
@@ -109,33 +108,23 @@ def save_states(
     new = [NewTensor(name, *layout, tensors[name].nbytes) for name, layout in layout_of(tensors).items()]
     facts = state_dict[KEY] | {"group": _plain(state_dict["param_groups"][0], where)}
     header, places = header_of(new, metadata | {KEY: json.dumps(facts)})
-    stem = f".{path.name.removesuffix(SUFFIX)}-"
-    abandoned = re.compile(rf"{re.escape(stem)}[0-9a-f]{{8}}\.partial")
-    remove_abandoned(path.parent, filter(abandoned.fullmatch, os.listdir(path.parent)))
-    check_room(path.parent, places[-1], where)
+    remove_abandoned(path)
+    check_disk(path.parent, places[-1], where)
     chunks = [
         (flat[begin:end], place + begin)
         for flat, place in zip(map(flat_bytes, tensors.values()), places, strict=False)
         for begin, end in spans(len(flat), CHUNK)
     ]
-    partial = path.parent / f"{stem}{secrets.token_hex(4)}.partial"
-    fd = locked_file(partial)
+    with new_file(path, partial_path(path)) as fd:
 
-    def write(chunk: tuple[torch.Tensor, int]) -> int:
-        content, place = chunk
-        write_all(fd, content.cpu().numpy(), place)
-        return len(content)
+        def write(chunk: tuple[torch.Tensor, int]) -> int:
+            content, place = chunk
+            write_all(fd, content.cpu().numpy(), place)
+            return len(content)
 
-    try:
         os.ftruncate(fd, places[-1])
         write_all(fd, header, 0)
         run_chunks(chunks, write, threads=THREADS, progress=progress, total=places[-1] - len(header))
-        os.fsync(fd)
-        os.rename(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-        os.close(fd)
-    sync_folder(path.parent)
     return path
 
 
@@ -183,12 +172,6 @@ def _plain(group: Mapping, where: str) -> dict:
 
 def _check_replaceable(path: Path, where: str) -> None:
     """Raise ValueError where a file is in the way that is not an optimizer's."""
-    if not path.exists():
-        return
-    try:
-        with Checkpoint(path, where) as checkpoint:
-            ours = KEY in checkpoint.metadata(path)
-    except CheckpointError as error:
-        raise ValueError(f"{where}: {path} is in the way and cannot be read; remove it first ({error})") from None
-    if not ours:
+    ours = read_existing(path, where, lambda checkpoint: KEY in checkpoint.metadata(path))
+    if ours is False:
         raise ValueError(f"{where}: {path} holds no optimizer state, and is not replaced; save to another file")

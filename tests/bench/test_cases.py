@@ -16,7 +16,7 @@ from bench.running import suite, timing
 from bench.running.cases import ALL_MODELS, ALL_TOKENS, MODELS, TOKENS, Workbench, load_cases, row_bytes
 from bench.serving import bench_prefetch
 from engram_kernels import ngram_hash, reference
-from engram_kernels.commands.size import PRESETS
+from engram_kernels.commands.presets import PRESETS
 from engram_kernels.commands.traffic import layer_traffic, link_seconds
 from engram_kernels.ops.row_kernels.order import ORDERS
 from tests.support import oracles

@@ -19,7 +19,7 @@ from engram_kernels.cache.prediction import (
 )
 from engram_kernels.commands import cache as cache_command
 from engram_kernels.commands import console
-from engram_kernels.commands.size import PRESETS
+from engram_kernels.commands.presets import PRESETS
 from engram_kernels.reference.cache.simulator import ngram_keys, scramble
 from tests.ops.test_hashing import small_plan
 

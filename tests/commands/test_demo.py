@@ -16,10 +16,13 @@ import torch
 
 from engram_kernels import EngramConfig, EngramTable, build_token_map
 from engram_kernels.__main__ import main
+from engram_kernels.commands.arguments import CommandError
 from engram_kernels.commands.demo import checks as demo_checks
-from engram_kernels.commands.demo import command as demo
+from engram_kernels.commands.demo import interpreter as demo_interpreter
+from engram_kernels.commands.demo import report as demo
 from engram_kernels.commands.demo import run as demo_run
 from engram_kernels.commands.demo import tables as demo_tables
+from engram_kernels.commands.tokenizer import load_tokenizer
 from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -181,13 +184,13 @@ def test_a_check_that_compared_nothing_has_not_passed():
 
 @pytest.fixture(scope="module")
 def token_map():
-    return build_token_map(demo.load_tokenizer())
+    return build_token_map(load_tokenizer())
 
 
 @pytest.fixture(scope="module")
 def tokens():
     text, _ = demo._read_text(None, 64)
-    return demo.load_tokenizer().encode(text, add_special_tokens=False).ids[:20]
+    return load_tokenizer().encode(text, add_special_tokens=False).ids[:20]
 
 
 def run_in_process(tokens, token_map, *, tables=None, sample=None):
@@ -254,7 +257,7 @@ def test_scale_off_by_one_is_noticed(tokens, token_map, monkeypatch):
 def test_another_token_map_is_refused(tokens, token_map):
     swapped = token_map.clone()
     swapped[[5, 6]] = token_map[[6, 5]]
-    with pytest.raises(demo.DemoError, match="is not the published one"):
+    with pytest.raises(CommandError, match="is not the published one"):
         run_in_process(tokens, swapped)
 
 
@@ -283,7 +286,7 @@ def test_tables_that_cannot_be_made(tokens, token_map, monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(EngramTable, "empty", refuse)
-    with pytest.raises(demo.DemoError, match="cannot make the tables .*Cannot allocate memory"):
+    with pytest.raises(CommandError, match="cannot make the tables .*Cannot allocate memory"):
         run_in_process(tokens, token_map)
 
 
@@ -296,7 +299,7 @@ def test_tables_that_cannot_be_made(tokens, token_map, monkeypatch):
 )
 def test_a_broken_interpreter_process_fails_the_check(stdout, code, message, monkeypatch):
     done = subprocess.CompletedProcess([], code, stdout, "Traceback\nImportError: no triton\n")
-    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: done)
-    ((name, passed, text),), _ = demo._check_interpreted([1, 2])
+    monkeypatch.setattr(demo_interpreter.subprocess, "run", lambda *_, **__: done)
+    ((name, passed, text),), _ = demo_interpreter.check_interpreted([1, 2])
     assert (name, passed) == ("Triton kernels", False)
     assert message in text

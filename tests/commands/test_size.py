@@ -10,7 +10,8 @@ import torch
 
 from engram_kernels import EngramConfig, EngramTable
 from engram_kernels.__main__ import main
-from engram_kernels.commands.size import PRESETS, TOKENS, size_sections
+from engram_kernels.commands.presets import PRESETS
+from engram_kernels.commands.size import TOKENS, size_sections
 from engram_kernels.commands.traffic import LINK, floor_seconds, layer_traffic, spans
 from tests.support.patience import HANG
 

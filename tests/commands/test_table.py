@@ -15,7 +15,7 @@ from engram_kernels.__main__ import main
 from engram_kernels.checkpoints import verify
 from engram_kernels.checkpoints.files import Checkpoint
 from engram_kernels.commands import console
-from engram_kernels.commands.size import PRESETS
+from engram_kernels.commands.presets import PRESETS
 from engram_kernels.commands.table.verify import verify_sections
 from engram_kernels.geometry.row_format import FORMATS
 from tests.support import checkpoints

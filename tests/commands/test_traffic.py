@@ -7,7 +7,8 @@ import pytest
 
 from engram_kernels import EngramConfig
 from engram_kernels.__main__ import main
-from engram_kernels.commands.size import PRESETS, rank_sections
+from engram_kernels.commands.presets import PRESETS
+from engram_kernels.commands.size import rank_sections
 from engram_kernels.commands.traffic import LINKS, SHARES, fetched_share, most_ranks
 
 

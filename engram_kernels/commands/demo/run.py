@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import triton
 
+from engram_kernels.commands.arguments import CommandError
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.ops.gate import gate_residual
@@ -23,10 +24,6 @@ from .tables import TablePlan, make_tables, write_rows
 
 GPU_CALLS = 8  # in a row, so that the host's time to launch one hides behind the one before
 _SEED = 20260112
-
-
-class DemoError(Exception):
-    """The demo cannot run: its message is all that a user needs to see."""
 
 
 class Stages:
@@ -95,7 +92,7 @@ class Run:
         digest = checks.token_map_digest(mapped)
         self.checks["token map"].add(np.array([digest == checks.TOKEN_MAP_SHA256]), lambda _: f"is {digest}")
         if not self.checks["token map"].passed:
-            raise DemoError(
+            raise CommandError(
                 f"token map: SHA-256 {digest} is not the published one; this is another tokenizer than DeepSeek-V4.1's"
             )
         self.scalar = checks.ScalarHash(mapped, self.config.table_sizes[0])
@@ -104,7 +101,7 @@ class Run:
         try:
             self.tables = make_tables(tables)
         except (OSError, RuntimeError, ValueError) as error:
-            raise DemoError(f"cannot make the tables ({tables.summary}): {error}") from None
+            raise CommandError(f"cannot make the tables ({tables.summary}): {error}") from None
         self._step = 1 if sample is None else max(1, len(tokens) // sample)
         branches, size = self.config.branches, self.config.hidden_size
         generator = torch.Generator().manual_seed(_SEED)
@@ -123,8 +120,9 @@ class Run:
             table.close()
 
     @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks.values())
+    def results(self) -> list[tuple[str, bool, str]]:
+        """(check, whether it passed, what it says) so far."""
+        return [(check.name, check.passed, str(check)) for check in self.checks.values()]
 
     @property
     def checked_tokens(self) -> int:
@@ -134,7 +132,7 @@ class Run:
         """Run and check tokens ``begin .. end``."""
         positions = np.arange(-(-begin // self._step) * self._step, end, self._step)
         due = self.scalar.row_ids(self.tokens, positions.tolist())
-        self._write(due)
+        self.stages.time("write rows due", lambda: self._write(due), lambda written: written)
         if fault == "rows":
             self.tables[0].weight.view(torch.uint8)[int(due[0, 0, 0]), 0] ^= 0x80
         local = torch.from_numpy(positions - begin).to(self.device)
@@ -146,11 +144,9 @@ class Run:
             for table in self.tables:
                 table.discard()
 
-    def _write(self, due: np.ndarray) -> None:
-        def write():
-            return sum(write_rows(table, layer, due[:, layer]) for layer, table in enumerate(self.tables))
-
-        self.stages.time("write rows due", write, lambda written: written)
+    def _write(self, due: np.ndarray) -> int:
+        """Give the rows due their content; returns their bytes."""
+        return sum(write_rows(table, layer, due[:, layer]) for layer, table in enumerate(self.tables))
 
     def _rows(self, begin, end, positions, local, due, fault) -> torch.Tensor:
         """Row ids and rows by both ways, checked; returns ``[L, T, C, R]``."""

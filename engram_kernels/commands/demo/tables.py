@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from engram_kernels.commands.console import gib
+from engram_kernels.commands.presets import layer_bytes
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import row_format
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.memory.report import available_host_memory
 
@@ -30,13 +30,6 @@ class TablePlan:
     config: EngramConfig
     placements: tuple[str, ...]
     summary: str
-
-
-def layer_bytes(config: EngramConfig) -> list[int]:
-    """Bytes of each layer's table, scales included."""
-    fmt = row_format(config.format, "demo")
-    row = fmt.row_bytes(config.row_width) + fmt.scale_bytes(config.row_width)
-    return [rows * row for rows in config.rows_per_layer]
 
 
 def choose_placements(needs: list[int], device_free: int, host_free: int) -> tuple[str, ...] | None:

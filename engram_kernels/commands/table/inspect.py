@@ -7,7 +7,7 @@ from engram_kernels.checkpoints.files import Checkpoint, CheckpointError, Paths
 from engram_kernels.checkpoints.names import find_tables
 from engram_kernels.checkpoints.validate import StoredTable, read_table
 from engram_kernels.commands.console import gib
-from engram_kernels.commands.size import PRESETS
+from engram_kernels.commands.presets import PRESETS
 from engram_kernels.geometry.config import EngramConfig
 
 Section = list[tuple[str, str]]

@@ -100,9 +100,10 @@ def _divide(
             return TableMemory(weight, _table_scale(fmt, scale), mapping)
         at, nbytes = -(-row_bytes // _PAGE) * _PAGE, rows * fmt.scale_bytes(width)
         mapped = mapping.bytes[at : at + nbytes].view(rows, -1) if at < mapping.nbytes else None
-        if scales == "device":
-            moved = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=_gpu())
-            mapped = moved if mapped is None else moved.copy_(mapped)
+        if mapped is None:
+            mapped = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=_gpu())
+        elif scales == "device":
+            mapped = on_the_gpu(mapped)
         return TableMemory(weight, mapped, mapping)
     except BaseException:
         mapping.close()
@@ -111,7 +112,7 @@ def _divide(
 
 def on_the_gpu(scales: torch.Tensor) -> torch.Tensor:
     """A copy of the scales of rows in GPU memory."""
-    return torch.empty_like(scales, device=_gpu()).copy_(scales)
+    return scales.to(_gpu(), copy=True)
 
 
 def _gpu() -> torch.device:

@@ -16,7 +16,6 @@ import torch
 from .pages import (
     DONTFORK,
     DONTNEED,
-    HUGE_PAGE,
     HUGEPAGE,
     NOHUGEPAGE,
     Pages,
@@ -26,8 +25,6 @@ from .pages import (
     whole_huge_pages,
 )
 from .report import available_host_memory, limit, locked_limit
-
-__all__ = ["HUGE_PAGE", "HostMapping", "Registration", "RuntimeDriver"]
 
 _CHUNK = 64 << 30  # bytes per registration: larger ones fail on some drivers
 _REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped, the same numbers in HIP
@@ -184,7 +181,7 @@ class HostMapping(Mapping):
         progress: Progress | None = None,
     ):
         if driver is not None:
-            check_room(nbytes, available_host_memory(), "host memory", "use a smaller table or free memory")
+            check_fits(nbytes, available_host_memory(), "host memory", "use a smaller table or free memory")
         super().__init__(Pages(nbytes), driver)
         self._owner = os.getpid()
         try:
@@ -223,7 +220,7 @@ class HostMapping(Mapping):
             raise RuntimeError(f"HostMapping.discard: the kernel refused ({error})")
 
 
-def check_room(nbytes: int, free: int, what: str, remedy: str) -> None:
+def check_fits(nbytes: int, free: int, what: str, remedy: str) -> None:
     """Raise RuntimeError unless ``nbytes`` fit: committing more would end this process, or another one."""
     if nbytes > free:
         raise RuntimeError(f"EngramTable: {nbytes:,} bytes do not fit in {what}, {free:,} are free; {remedy}")

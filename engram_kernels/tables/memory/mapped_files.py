@@ -30,6 +30,13 @@ def map_file(fd: int, offset: int, nbytes: int) -> torch.Tensor:
     return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=offset - begin)
 
 
+def check_length(fd: int, path: object, need: int, where: str) -> None:
+    """Raise ValueError where a mapped file was cut short: reading on would be a SIGBUS."""
+    have = os.fstat(fd).st_size
+    if have < need:
+        raise ValueError(f"{where}: {path} shrank to {have:,} bytes while mapped, {need:,} are needed")
+
+
 class MappedFile:
     """A regular file, held open, and the length that a tensor mapped from it needs."""
 
@@ -66,9 +73,7 @@ class MappedFile:
 
     def check(self, where: str) -> None:
         """Raise ValueError where the file is shorter than the tensor needs."""
-        have = os.fstat(self._fd).st_size
-        if have < self._need:
-            raise ValueError(f"{where}: {self.path} shrank to {have:,} bytes while mapped, {self._need:,} are needed")
+        check_length(self._fd, self.path, self._need, where)
 
     def close(self) -> None:
         self._release()

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from engram_kernels.checkpoints.parallel import Progress, spans
+
 HUGE_PAGE = 2 << 20
 NOHUGEPAGE, HUGEPAGE, DONTFORK, DONTNEED = 15, 14, 10, 4
 COLLAPSE, POPULATE_WRITE = 25, 23  # Linux 6.1 and 5.14; mmap does not name them
@@ -30,8 +32,6 @@ _THP = Path("/sys/kernel/mm/transparent_hugepage")
 _NODES = Path("/sys/devices/system/node/online")
 #: Fields of smaps that count bytes in huge pages: anonymous, shared memory, files, hugetlb.
 _HUGE_FIELDS = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb", "Private_Hugetlb")
-
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Pages:
 
     def _by_threads(self, work: Callable[[int, int], str | None], progress: Progress | None) -> str | None:
         """``work(address, nbytes)`` on every piece, ``progress`` in this thread; no piece is left running."""
-        pieces = [(at, min(_PIECE, self.nbytes - at)) for at in range(0, self.nbytes, _PIECE)]
+        pieces = [(begin, end - begin) for begin, end in spans(self.nbytes, _PIECE)]
         first, done = None, 0
         with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(pieces))) as threads:
             waiting = {threads.submit(work, self.address + at, nbytes): nbytes for at, nbytes in pieces}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import shared_protocol
 from .host import Mapping, RuntimeDriver, ensure_huge
+from .mapped_files import check_length
 from .pages import HUGEPAGE, Pages, Progress
 from .shared_protocol import DATA_OFFSET, Geometry
 
@@ -90,10 +91,8 @@ class SharedMapping(Mapping):
         shared_protocol.complete(self._fd)
 
     def check(self, where: str) -> None:
-        """Raise ValueError where another process cut the file short: reading on would be a SIGBUS."""
-        have, need = os.fstat(self._fd).st_size, DATA_OFFSET + self.nbytes
-        if have < need:
-            raise ValueError(f"{where}: {self.path} shrank to {have:,} bytes while mapped, {need:,} are needed")
+        """Raise ValueError where another process cut the file short."""
+        check_length(self._fd, self.path, DATA_OFFSET + self.nbytes, where)
 
     def close(self) -> None:
         """Unregister and let go of the file; the last process to do so removes it."""

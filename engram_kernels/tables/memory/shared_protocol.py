@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .host import check_room
+from .host import check_fits
 from .pages import HUGE_PAGE, Pages
 from .report import available_host_memory
 
@@ -58,8 +58,8 @@ def create(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path]:
     folder = next(folder for folder in _folders() if folder == _SHM or _free_huge_pages() >= total)
     try:
         if folder == _SHM:
-            check_room(total, _free(folder), str(folder), _ENLARGE)
-            check_room(total, available_host_memory(), "host memory", "free memory or use a smaller table")
+            check_fits(total, _free(folder), str(folder), _ENLARGE)
+            check_fits(total, available_host_memory(), "host memory", "free memory or use a smaller table")
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
     except OSError as error:
         raise RuntimeError(f"EngramTable: no shared memory can be made in {folder}: {error.strerror}") from None

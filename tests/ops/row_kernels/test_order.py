@@ -21,7 +21,7 @@ from engram_kernels.ops.row_kernels.order import (
     read_order,
     scale_words,
 )
-from engram_kernels.tables.memory.host import HUGE_PAGE
+from engram_kernels.tables.memory.pages import HUGE_PAGE
 from engram_kernels.tables.view import TableView, view_tables
 from tests.ops.test_hash_rows import parts_of, wanted
 from tests.ops.test_hashing import oracle, ragged, small_plan

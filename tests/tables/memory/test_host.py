@@ -12,7 +12,8 @@ import torch
 from engram_kernels import EngramTable
 from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import host as host_memory
-from engram_kernels.tables.memory.host import HUGE_PAGE, HostMapping
+from engram_kernels.tables.memory.host import HostMapping
+from engram_kernels.tables.memory.pages import HUGE_PAGE
 from engram_kernels.tables.memory.report import MemoryReport
 from tests.support.gpu.drivers import Accountant, FakeDriver, mapped_ranges
 

@@ -12,8 +12,8 @@ from engram_kernels import EngramTable
 from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import host as host_memory
 from engram_kernels.tables.memory import pages
-from engram_kernels.tables.memory.host import HUGE_PAGE, HostMapping
-from engram_kernels.tables.memory.pages import Pages
+from engram_kernels.tables.memory.host import HostMapping
+from engram_kernels.tables.memory.pages import HUGE_PAGE, Pages
 from tests.support.gpu.drivers import FakeDriver, mapped_ranges
 from tests.support.processes.forks import in_a_fork
 

