@@ -21,6 +21,7 @@ from engram_kernels.launching.tokens import ID_DTYPES, check_batch
 from engram_kernels.ops.conv_kernels.slots import ConvSlots, launch_store_conv
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.reference.ops import conv_slots as reference
+from engram_kernels.reference.serving.history import NO_TOKEN
 
 from .history import commit_history, gather_history
 
@@ -89,7 +90,7 @@ class EngramState:
         self.config, self.slots, self.max_drafts = config, slots, max_drafts
         self._span = max(0, config.conv_kernel - 1) * config.conv_dilation
         self._ring = 2 * self._span + max_drafts if self._span else 0
-        self._history = torch.full((slots, config.max_ngram - 1), -1, dtype=torch.int64, device=device)
+        self._history = torch.full((slots, config.max_ngram - 1), NO_TOKEN, dtype=torch.int64, device=device)
         self._cursor = torch.zeros(slots, dtype=torch.int32, device=device) if self._span else None
         self._rings: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = dict.fromkeys(config.layers)
         for layer in config.layers if self._span else ():
@@ -129,7 +130,7 @@ class EngramState:
     def reset(self, slots: torch.Tensor | int | None = None) -> None:
         """Make slots those of empty sequences: int32 ``[B]`` with -1 for none, one slot, or None for all."""
         if slots is None:
-            self._history.fill_(-1)
+            self._history.fill_(NO_TOKEN)
             if self._cursor is not None:
                 self._cursor.zero_()
             return
