@@ -10,6 +10,8 @@ TRITON ?= triton>=3.6
 JOBS ?= 2
 # Further arguments for the demo, pytest or the benchmarks: make test-cpu ARGS="-k hashing"
 ARGS ?=
+# Where `make gpu` leaves its results and its log.
+OUT ?= build/gpu
 
 # Triton reads it at import, so only the interpret lane may see it.
 unexport TRITON_INTERPRET
@@ -35,7 +37,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
-	@echo "PYTHON, VENV, TORCH, TRITON, JOBS and ARGS are explained at the top of the Makefile."
+	@echo "PYTHON, VENV, TORCH, TRITON, JOBS, ARGS and OUT are explained at the top of the Makefile."
 
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
 	$(PY) -m engram_kernels demo $(ARGS)
@@ -74,10 +76,8 @@ peers-report: $(call ready,test) $(OLDEST) ## write what the kernels of other li
 	$(PY) -m tests.reports.peers_report --peers peers
 	PYTHONPATH=$(OLDEST) $(PY) -m tests.reports.peers_report --peers peers
 
-# Most of the tests' time is compilation, which four processes share where pytest-xdist is there.
 gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed
-	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 4")' 2>/dev/null) --lane gpu tests
-	$(PYTHON) -m bench
+	$(PYTHON) -m tests.gpu --out $(OUT) $(ARGS)
 
 bench: $(call ready,bench) ## benchmarks
 	$(PY) -m bench $(ARGS)

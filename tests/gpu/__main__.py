@@ -1,0 +1,60 @@
+"""What `make gpu` does on a machine with a GPU: the tests, then the benchmarks, whatever the tests say.
+
+    python -m tests.gpu [--out DIR] [tests] [bench]
+
+Results and the output of every step go to DIR. The exit status is the worst one of the steps.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MOST = 8  # test processes: each holds half a GiB of the GPU before its first test
+
+
+def main(arguments=None):
+    steps = {"tests": run_tests, "bench": run_benchmarks}
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "steps", nargs="*", choices=(*steps, []), metavar="STEP", help="tests or bench; both, in this order, by default"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="where results go")
+    parser.add_argument("--processes", type=int, default=min(MOST, len(os.sched_getaffinity(0))), help="of the tests")
+    chosen = parser.parse_args(arguments)
+    chosen.out = chosen.out.resolve()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    return max(steps[name](chosen) for name in chosen.steps or steps)
+
+
+def run_tests(chosen):
+    parallel = ["-n", str(chosen.processes)] if importlib.util.find_spec("xdist") else []
+    return run(chosen, "pytest", *parallel, "--lane", "gpu", "tests")
+
+
+def run_benchmarks(chosen):
+    return run(chosen, "bench", "--out", str(chosen.out))
+
+
+def run(chosen, *words):
+    """``python -m words``, shown here and kept in log.txt as it comes; the exit status, 1 where a signal ended it."""
+    with (chosen.out / "log.txt").open("a") as log:
+        tell(log, f"$ python -m {' '.join(words)}\n")
+        command = [sys.executable, "-u", "-m", *words]  # unbuffered: what a killed step said last is in the log
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as step:
+            for line in step.stdout:
+                tell(log, line)
+    return step.returncode if step.returncode >= 0 else 1
+
+
+def tell(log, text):
+    for file in (sys.stdout, log):
+        file.write(text)
+        file.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
