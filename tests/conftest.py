@@ -27,6 +27,7 @@ import triton
 from engram_kernels import EngramConfig, HashPlan
 from engram_kernels.launching.launch import Launch
 from tests.support.gpu import results as gpu_results
+from tests.support.gpu.watch import Watch
 from tests.support.processes import sharing
 from tests.support.processes.peers import Peer
 
@@ -57,6 +58,7 @@ recent = {}  # kernel name -> the grid and the keyword arguments of its last lau
 def pytest_addoption(parser):
     parser.addoption("--lane", choices=tuple(LANES), default="cpu", help="which lane of tests to run")
     parser.addoption("--target", choices=("sm_80", "sm_90"), default="sm_90", help="what lane machine compiles for")
+    parser.addoption("--out", type=Path, default=gpu_results.RESULTS.parent, help="where lane gpu writes its results")
     parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
 
 
@@ -76,12 +78,13 @@ def pytest_configure(config):
     if lane in LAUNCHING:
         _count_launches()
     if lane == "gpu" and torch.cuda.is_available():
-        config.pluginmanager.register(gpu_results.Recorder())
+        config.pluginmanager.register(gpu_results.Recorder(config.getoption("--out")))
+        config.pluginmanager.register(Watch())
 
 
 def pytest_ignore_collect(collection_path, config):
     """On a GPU machine files without kernel tests stay closed: they import what it need not have."""
-    if config.getoption("--lane") == "gpu" and collection_path.name.startswith("test_"):
+    if config.getoption("--lane") == "gpu" and collection_path.match("test_*.py"):
         text = collection_path.read_text()
         return None if "mark.kernel" in text or "mark.gpu" in text else True
     return None

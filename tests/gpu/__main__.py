@@ -19,9 +19,7 @@ MOST = 8  # test processes: each holds half a GiB of the GPU before its first te
 def main(arguments=None):
     steps = {"tests": run_tests, "bench": run_benchmarks}
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "steps", nargs="*", choices=(*steps, []), metavar="STEP", help="tests or bench; both, in this order, by default"
-    )
+    parser.add_argument("steps", nargs="*", choices=(*steps, []), metavar="STEP", help="tests, bench; default: both")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="where results go")
     parser.add_argument("--processes", type=int, default=min(MOST, len(os.sched_getaffinity(0))), help="of the tests")
     chosen = parser.parse_args(arguments)
@@ -32,7 +30,7 @@ def main(arguments=None):
 
 def run_tests(chosen):
     parallel = ["-n", str(chosen.processes)] if importlib.util.find_spec("xdist") else []
-    return run(chosen, "pytest", *parallel, "--lane", "gpu", "tests")
+    return run(chosen, "pytest", *parallel, "--lane", "gpu", "--out", str(chosen.out), "tests")
 
 
 def run_benchmarks(chosen):

@@ -1,10 +1,12 @@
 """`make gpu` without a GPU: which steps run, and what one that fails, hangs or breaks the GPU costs the others."""
 
+import json
 import sys
 
 import pytest
 
 from tests.gpu import __main__ as command
+from tests.project.test_lanes import lane
 
 STEP = """
 import sys
@@ -35,7 +37,7 @@ def test_benchmarks_follow_red_tests(tmp_path, steps, capsys, codes, worst):
     assert command.main(["--out", str(out)]) == worst
     log = (out / "log.txt").read_text()
     assert log == capsys.readouterr().out
-    assert "step --lane gpu tests\n" in log and f"step --out {out}\n" in log and log.count("trouble") == 2
+    assert f"step --lane gpu --out {out} tests\n" in log and f"step --out {out}\n" in log and log.count("trouble") == 2
 
 
 def test_a_step_that_a_signal_ends_is_a_failure(tmp_path, steps):
@@ -54,4 +56,67 @@ def test_processes_share_the_tests_where_xdist_is_there(tmp_path, steps, monkeyp
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: sys)
     steps(pytest=0)
     command.main(["--out", str(tmp_path), "--processes", "7", "tests"])
-    assert "step -n 7 --lane gpu tests\n" in (tmp_path / "log.txt").read_text()
+    assert f"step -n 7 --lane gpu --out {tmp_path} tests\n" in (tmp_path / "log.txt").read_text()
+
+
+STAND_IN = """
+# A GPU as far as the lane itself asks for one: what it finds and whether it still answers.
+import types
+import torch
+
+broken = []
+def synchronize(device=None):
+    if broken:
+        raise RuntimeError(broken[0] if broken[0].startswith("sticky") else broken.pop())
+
+torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
+torch.cuda.synchronize = synchronize
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(name="stand-in", major=9, minor=0)
+"""
+TESTS = """
+import os, time
+import pytest, stand_in
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("number", range(8))
+def test_one(number):
+    assert not stand_in.broken, "an error of a test before this one"
+    {fault}
+"""
+
+
+@pytest.fixture
+def gpu_lane(tmp_path, monkeypatch):
+    """``run(fault, *words)``: eight tests on a stand-in, of which one has a fault; exit code, output, results."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+
+    def run(fault, *words, **options):
+        options = dict(PYTHONPATH=str(tmp_path)) | options
+        words = ("-p", "stand_in", "--out", tmp_path, *words)
+        code, output = lane(tmp_path, TESTS.format(fault=fault), "gpu", *words, **options)
+        path = tmp_path / "gpu_results.json"
+        return code, output, json.loads(path.read_text()) if path.exists() else {}
+
+    return run
+
+
+def by_number(results):
+    return {int(name[-2]): outcome for name, outcome in results["tests"].items()}
+
+
+EXPECTED = {number: "passed" for number in range(8)} | {3: "failed"}
+
+
+@pytest.mark.parametrize("processes", [(), ("-n", "2")])
+def test_an_error_is_the_failure_of_its_own_test(gpu_lane, processes):
+    """One that a test leaves behind is found before the next test, and does not touch it."""
+    code, output, results = gpu_lane("number == 3 and stand_in.broken.append('a copy failed')", *processes)
+    assert code == 1 and "after this test the GPU reports an error: a copy failed" in output
+    assert by_number(results) == EXPECTED
+
+
+def test_a_process_whose_gpu_is_lost_is_replaced(gpu_lane):
+    """An illegal access makes every later call of its process fail: another one runs the other tests."""
+    code, output, results = gpu_lane("number == 3 and stand_in.broken.append('sticky: illegal access')", "-n", "2")
+    assert code == 1 and "after this test the GPU reports an error: sticky: illegal access" in output
+    assert by_number(results) == EXPECTED

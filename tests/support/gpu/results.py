@@ -1,6 +1,6 @@
-"""What ran on a GPU: the gpu lane writes each test's outcome to ``tests/gpu_results.json``.
+"""What ran on a GPU: the gpu lane writes each test's outcome to ``gpu_results.json``, in ``tests`` by default.
 
-The README's "last run on" comes from that file; a test compares the two. Nothing else writes it.
+The README's "last run on" comes from the file there; a test compares the two. Nothing else writes it.
 """
 
 import json
@@ -17,7 +17,8 @@ RESULTS = Path(__file__).parents[2] / "gpu_results.json"
 class Recorder:
     """A pytest plugin that keeps the outcome of every test and writes all of them at the end."""
 
-    def __init__(self):
+    def __init__(self, folder):
+        self.path = folder / RESULTS.name
         self.outcomes = {}
 
     def pytest_runtest_logreport(self, report):
@@ -27,7 +28,7 @@ class Recorder:
 
     def pytest_sessionfinish(self, session):
         if self.outcomes and not hasattr(session.config, "workeroutput"):
-            RESULTS.write_text(
+            self.path.write_text(
                 json.dumps({**environment(), "tests": dict(sorted(self.outcomes.items()))}, indent=1) + "\n"
             )
 

@@ -1,0 +1,44 @@
+"""A pytest plugin for the gpu lane: what one test does to the GPU is that test's own failure, and no other's."""
+
+import os
+
+import pytest
+import torch
+
+#: Exit code of a process whose GPU is lost to it.
+LOST = 70
+
+
+class Watch:
+    """Looks at the GPU after every test, and ends a process for which the GPU answers no more."""
+
+    def __init__(self):
+        self._lost = False
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self):
+        """Errors come late: without a wait here the next test would have the blame."""
+        try:
+            return (yield)
+        finally:
+            error = gpu_error()
+            if error is not None:
+                self._lost = gpu_error() is not None  # a fault in a kernel stays; a refused call is reported once
+                pytest.fail(f"after this test the GPU reports an error: {error}", pytrace=False)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report):
+        """Once the outcome is on its way: pytest-xdist, or who started this process, starts another."""
+        if self._lost and report.when == "teardown":
+            os._exit(LOST)
+
+
+def gpu_error():
+    """What waiting for the GPU raises, in words; None where it answers, or nothing has used it."""
+    if not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).strip()
+    return None
