@@ -78,7 +78,8 @@ def pytest_configure(config):
     if lane in LAUNCHING:
         _count_launches()
     if lane == "gpu" and torch.cuda.is_available():
-        config.pluginmanager.register(gpu_results.Recorder(config.getoption("--out")))
+        if not hasattr(config, "workerinput"):  # what processes of pytest-xdist report comes to the one that writes
+            config.pluginmanager.register(gpu_results.Recorder(config.getoption("--out")))
         config.pluginmanager.register(Watch())
 
 

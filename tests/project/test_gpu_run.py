@@ -73,6 +73,12 @@ torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
 torch.cuda.synchronize = synchronize
 torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(name="stand-in", major=9, minor=0)
 """
+IMPATIENT = """
+from tests.support.gpu import watch
+
+def pytest_runtest_setup(item):
+    watch.PATIENCE = 1 if "[3]" in item.name else 90
+"""
 TESTS = """
 import os, time
 import pytest, stand_in
@@ -89,11 +95,11 @@ def test_one(number):
 def gpu_lane(tmp_path, monkeypatch):
     """``run(fault, *words)``: eight tests on a stand-in, of which one has a fault; exit code, output, results."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
 
-    def run(fault, *words, **options):
-        options = dict(PYTHONPATH=str(tmp_path)) | options
+    def run(fault, *words):
         words = ("-p", "stand_in", "--out", tmp_path, *words)
-        code, output = lane(tmp_path, TESTS.format(fault=fault), "gpu", *words, **options)
+        code, output = lane(tmp_path, TESTS.format(fault=fault), "gpu", *words, PYTHONPATH=str(tmp_path))
         path = tmp_path / "gpu_results.json"
         return code, output, json.loads(path.read_text()) if path.exists() else {}
 
@@ -104,7 +110,7 @@ def by_number(results):
     return {int(name[-2]): outcome for name, outcome in results["tests"].items()}
 
 
-EXPECTED = {number: "passed" for number in range(8)} | {3: "failed"}
+EXPECTED = dict.fromkeys(range(8), "passed") | {3: "failed"}
 
 
 @pytest.mark.parametrize("processes", [(), ("-n", "2")])
@@ -120,3 +126,21 @@ def test_a_process_whose_gpu_is_lost_is_replaced(gpu_lane):
     code, output, results = gpu_lane("number == 3 and stand_in.broken.append('sticky: illegal access')", "-n", "2")
     assert code == 1 and "after this test the GPU reports an error: sticky: illegal access" in output
     assert by_number(results) == EXPECTED
+
+
+def test_a_hang_ends_its_process_alone(gpu_lane):
+    """Not even the end of a wait for the GPU comes: the process goes, its stacks are shown, and the rest runs."""
+    code, output, results = gpu_lane("number == 3 and time.sleep(1800)", "-p", "impatient", "-n", "2")
+    assert code == 1 and "Timeout (0:00:01)!" in output and "in test_one" in output
+    assert by_number(results) == EXPECTED
+    (reason,) = results["reasons"].values()
+    assert "crashed while running" in reason
+
+
+def test_outcomes_are_there_before_the_end(gpu_lane):
+    """A run that is killed has left what it had: the test it was at is one that started."""
+    code, _, results = gpu_lane("os._exit(9) if number == 3 else number == 2 and pytest.skip('no room')")
+    assert code == 9
+    assert by_number(results) == {0: "passed", 1: "passed", 2: "skipped", 3: "started"}
+    assert results["reasons"] == {"test_it.py::test_one[2]": "Skipped: no room"}
+    assert results["gpu"] == "stand-in" and results["commit"]

@@ -12,25 +12,44 @@ import torch
 import triton
 
 RESULTS = Path(__file__).parents[2] / "gpu_results.json"
+_REASON = 3000  # characters of a failure that are kept
 
 
 class Recorder:
-    """A pytest plugin that keeps the outcome of every test and writes all of them at the end."""
+    """A pytest plugin that writes the outcome of every test as it comes: a run that is killed loses nothing.
+
+    A test that began and has no outcome yet is "started"; ``reasons`` says why one did not pass.
+    """
 
     def __init__(self, folder):
         self.path = folder / RESULTS.name
-        self.outcomes = {}
+        self.content = {**environment(), "tests": {}, "reasons": {}}
+
+    def pytest_runtest_logstart(self, nodeid):
+        self._set(nodeid, "started")
 
     def pytest_runtest_logreport(self, report):
-        known = self.outcomes.get(report.nodeid)
-        if report.when == "call" or report.failed or (report.skipped and known is None):
-            self.outcomes[report.nodeid] = report.outcome
+        known = self.content["tests"].get(report.nodeid)
+        if report.failed or report.skipped or (report.when == "call" and known != "failed"):
+            self._set(report.nodeid, report.outcome, reason_of(report))
 
-    def pytest_sessionfinish(self, session):
-        if self.outcomes and not hasattr(session.config, "workeroutput"):
-            self.path.write_text(
-                json.dumps({**environment(), "tests": dict(sorted(self.outcomes.items()))}, indent=1) + "\n"
-            )
+    def _set(self, nodeid, outcome, reason=""):
+        self.content["tests"][nodeid] = outcome
+        if reason:
+            reasons = self.content["reasons"]
+            reasons[nodeid] = "\n".join(filter(None, (reasons.get(nodeid), reason)))
+        part = self.path.with_suffix(".part")
+        part.write_text(
+            json.dumps(self.content | {"tests": dict(sorted(self.content["tests"].items()))}, indent=1) + "\n"
+        )
+        part.replace(self.path)
+
+
+def reason_of(report):
+    """The end of what pytest shows of a test that failed, why one was skipped, "" for one that passed."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return report.longrepr[-1]
+    return report.longreprtext[-_REASON:] if not report.passed else ""
 
 
 def environment():

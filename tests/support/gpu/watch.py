@@ -1,30 +1,55 @@
 """A pytest plugin for the gpu lane: what one test does to the GPU is that test's own failure, and no other's."""
 
+import faulthandler
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 #: Exit code of a process whose GPU is lost to it.
 LOST = 70
+#: Seconds for each of a test's set-up, call and teardown, a cold compilation included.
+PATIENCE = 90
 
 
 class Watch:
-    """Looks at the GPU after every test, and ends a process for which the GPU answers no more."""
+    """Looks at the GPU after every test, and ends a process for which the GPU answers no more, or that hangs."""
 
     def __init__(self):
         self._lost = False
+        self._stacks = os.dup(2)  # standard error itself: within a test pytest keeps what is written there
+
+    @contextmanager
+    def _patient(self):
+        """Ends the process where this takes longer, by a thread of C: no signal interrupts a wait for the GPU."""
+        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=self._stacks)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self):
+        with self._patient():
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self):
+        with self._patient():
+            return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self):
         """Errors come late: without a wait here the next test would have the blame."""
-        try:
-            return (yield)
-        finally:
-            error = gpu_error()
-            if error is not None:
-                self._lost = gpu_error() is not None  # a fault in a kernel stays; a refused call is reported once
-                pytest.fail(f"after this test the GPU reports an error: {error}", pytrace=False)
+        with self._patient():
+            try:
+                return (yield)
+            finally:
+                error = gpu_error()
+                if error is not None:
+                    self._lost = gpu_error() is not None  # a fault in a kernel stays; a refused call is reported once
+                    pytest.fail(f"after this test the GPU reports an error: {error}", pytrace=False)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report):
