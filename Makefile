@@ -33,7 +33,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest compile-report peers-report gpu bench lint check-python
+.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest compile-report peers-report gpu commit-file bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +78,10 @@ peers-report: $(call ready,test) $(OLDEST) ## write what the kernels of other li
 
 gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed
 	$(PYTHON) -m tests.gpu --out $(OUT) $(ARGS)
+
+commit-file: ## write the commit to COMMIT, for results of a copy of this folder that has no .git
+	$(PYTHON) -c 'from bench.running.environment import commit; print(commit())' > COMMIT.part
+	mv COMMIT.part COMMIT
 
 bench: $(call ready,bench) ## benchmarks
 	$(PY) -m bench $(ARGS)

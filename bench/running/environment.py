@@ -80,13 +80,17 @@ def smi(device, fields: tuple[str, ...]) -> dict:
     return dict(zip(names, found, strict=True))
 
 
-def commit() -> str | None:
-    """The checkout's commit, with ``+changes`` where files differ from it."""
-    revision = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
-    if revision is None:
-        return None
-    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return revision.strip() + ("+changes" if changed else "")
+def commit() -> str:
+    """The checkout's commit, with ``+changes`` where files differ from it; "unknown" where nothing tells.
+
+    Where .git does not travel, as to a borrowed machine, the file COMMIT does that ``make commit-file`` writes.
+    """
+    if (ROOT / ".git").exists():  # else git would answer for a repository around this folder
+        revision = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
+        if revision is not None:
+            changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+            return revision.strip() + ("+changes" if changed else "")
+    return _read(str(ROOT / "COMMIT")) or "unknown"
 
 
 def huge_share(address: int) -> float | None:

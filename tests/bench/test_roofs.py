@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -108,6 +109,21 @@ def test_environment(monkeypatch):
     monkeypatch.setattr(environment, "_output", lambda line: answers.get(line[1]))
     assert environment.smi(CPU, ("a", "b")) == dict(a="1", b="2")
     assert environment.smi(CPU, ("a", "c")) == dict(a="1", c=None)
+
+
+def test_the_commit_of_a_copy(tmp_path, monkeypatch):
+    """A file says it where .git did not travel; a repository around the copy is not asked; what is there goes first."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "around"], check=True)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    monkeypatch.setattr(environment, "ROOT", copy)
+    assert environment.commit() == "unknown"
+    (copy / "COMMIT").write_text("0123456789ab+changes\n")
+    assert environment.commit() == "0123456789ab+changes"
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", environment.commit())
 
 
 ROOFS_SCRIPT = """

@@ -2,14 +2,17 @@
 
     python -m tests.gpu [--out DIR] [tests] [bench]
 
-Results and the output of every step go to DIR. The exit status is the worst one of the steps.
+Results and the output of every step go to DIR, and all of it that is worth keeping to its first_run.json. The exit
+status is the worst one of the steps.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +28,14 @@ def main(arguments=None):
     chosen = parser.parse_args(arguments)
     chosen.out = chosen.out.resolve()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    return max(steps[name](chosen) for name in chosen.steps or steps)
+    join(chosen.out)  # what a run before this one left that was killed
+    codes = []
+    for name in chosen.steps or steps:
+        start = time.monotonic()
+        codes.append(steps[name](chosen))
+        join(chosen.out, dict(step=name, code=codes[-1], seconds=round(time.monotonic() - start, 1)))
+    print(f"Everything of it to send: {chosen.out / 'first_run.json'}")
+    return max(codes)
 
 
 def run_tests(chosen):
@@ -46,6 +56,19 @@ def run(chosen, *words):
             for line in step.stdout:
                 tell(log, line)
     return step.returncode if step.returncode >= 0 else 1
+
+
+def join(out, step=None):
+    """Write first_run.json anew: the steps so far, what the tests and what the benchmarks left."""
+    path = out / "first_run.json"
+    content = json.loads(path.read_text()) if path.exists() else dict(steps=[])
+    content["steps"] += [step] if step else []
+    for file in sorted(set(out.glob("*.json")) - {path}, key=lambda file: file.stat().st_mtime):
+        found = json.loads(file.read_text())
+        content |= {name: found for name, key in (("tests", "tests"), ("benchmarks", "cases")) if key in found}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
 
 
 def tell(log, text):

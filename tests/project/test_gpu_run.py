@@ -36,7 +36,7 @@ def test_benchmarks_follow_red_tests(tmp_path, steps, capsys, codes, worst):
     out = tmp_path / "deep" / "out"
     assert command.main(["--out", str(out)]) == worst
     log = (out / "log.txt").read_text()
-    assert log == capsys.readouterr().out
+    assert capsys.readouterr().out == f"{log}Everything of it to send: {out / 'first_run.json'}\n"
     assert f"step --lane gpu --out {out} tests\n" in log and f"step --out {out}\n" in log and log.count("trouble") == 2
 
 
@@ -57,6 +57,17 @@ def test_processes_share_the_tests_where_xdist_is_there(tmp_path, steps, monkeyp
     steps(pytest=0)
     command.main(["--out", str(tmp_path), "--processes", "7", "tests"])
     assert f"step -n 7 --lane gpu --out {tmp_path} tests\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_one_file_holds_what_all_steps_left(tmp_path, steps):
+    """Also what a run left that was killed, of which nothing else knows."""
+    (tmp_path / "gpu_results.json").write_text('{"gpu": "a", "tests": {"t": "passed"}}')
+    steps(pytest=0, bench="open('gpu-2026.json', 'w').write('{\"cases\": [1]}') and 2")
+    command.main(["--out", str(tmp_path), "bench"])
+    command.main(["--out", str(tmp_path), "tests"])
+    content = json.loads((tmp_path / "first_run.json").read_text())
+    assert [(step["step"], step["code"]) for step in content["steps"]] == [("bench", 2), ("tests", 0)]
+    assert content["tests"]["tests"] == {"t": "passed"} and content["benchmarks"] == {"cases": [1]}
 
 
 STAND_IN = """

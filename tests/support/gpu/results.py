@@ -54,6 +54,8 @@ def reason_of(report):
 
 def environment():
     """GPU, driver, versions and commit of this run."""
+    from bench.running.environment import commit
+
     properties = torch.cuda.get_device_properties(0)
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     return {
@@ -62,7 +64,7 @@ def environment():
         "driver": driver[0] if driver else "",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": _output("git", "rev-parse", "HEAD") or "not a git checkout",
+        "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": "python3 -m pytest --lane gpu tests",
     }
