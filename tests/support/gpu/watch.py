@@ -11,6 +11,8 @@ import torch
 LOST = 70
 #: Seconds for each of a test's set-up, call and teardown, a cold compilation included.
 PATIENCE = 90
+#: Seconds of a test marked alone: a run of the benchmarks.
+LONG_PATIENCE = 480
 
 
 class Watch:
@@ -21,28 +23,29 @@ class Watch:
         self._stacks = os.dup(2)  # standard error itself: within a test pytest keeps what is written there
 
     @contextmanager
-    def _patient(self):
+    def _patient(self, item):
         """Ends the process where this takes longer, by a thread of C: no signal interrupts a wait for the GPU."""
-        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=self._stacks)
+        seconds = LONG_PATIENCE if item.get_closest_marker("alone") else PATIENCE
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._stacks)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_setup(self):
-        with self._patient():
+    def pytest_runtest_setup(self, item):
+        with self._patient(item):
             return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_call(self):
-        with self._patient():
+    def pytest_runtest_call(self, item):
+        with self._patient(item):
             return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_teardown(self):
+    def pytest_runtest_teardown(self, item):
         """Errors come late: without a wait here the next test would have the blame."""
-        with self._patient():
+        with self._patient(item):
             try:
                 return (yield)
             finally:
