@@ -180,6 +180,7 @@ def test_launches_follow_the_tensors_device_and_stream(device):
     plan = HashPlan.from_parts(torch.tensor([[3, 5]]), torch.tensor([[101]]), pad=0, vocab_size=50).to(device)
     stream = torch.cuda.Stream()
     ids = torch.zeros(1 << 20, dtype=torch.int64, device=device)
+    ngram_hash(ids, plan)  # compiled: that takes longer than the sleep
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
