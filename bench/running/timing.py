@@ -7,6 +7,7 @@ GPU, graph: the calls of all input sets in one CUDA graph, replayed: the time of
 Host: calls in a row without waiting for the GPU.
 """
 
+import gc
 import math
 import statistics
 import time
@@ -130,6 +131,7 @@ class GpuTimer:
             step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
+        gc.collect()  # within the capture it would unregister tables, which the driver refuses there
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()

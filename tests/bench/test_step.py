@@ -1,5 +1,7 @@
 """Step cost and matmuls beside a lookup: toy decoders on a CPU, streams and graphs of a GPU simulated."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -190,6 +192,22 @@ def test_gpu_times(simulation):
     assert timer.rounds(work, 3, seen.append) == [pytest.approx([1e-3] * 3), pytest.approx([3e-3] * 3)]
     assert seen == [0, 1, 2, 3, 4, 5]
     assert timer.host(work) >= 0
+
+
+def test_garbage_goes_before_a_capture(simulation):
+    """Within it, memory of a table would be unregistered, which the driver refuses and the capture does not survive."""
+
+    class Cycle:
+        def __init__(self):
+            self.own = self
+            weakref.finalize(self, simulation.log.append, "collected")
+
+    gc.disable()
+    try:
+        timing.GpuTimer(CPU).record(Cycle)
+    finally:
+        gc.enable()
+    assert simulation.log.index("collected") < simulation.log.index("capture")
 
 
 def test_work_beside_work_starts_with_it(simulation):

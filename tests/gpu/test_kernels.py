@@ -3,6 +3,8 @@
 Written to need nothing but torch, Triton, numpy and pytest.
 """
 
+import gc
+
 import pytest
 import torch
 
@@ -120,6 +122,7 @@ def graph_of(step, warm_up=3):
         for _ in range(warm_up):
             step()
     torch.cuda.current_stream().wait_stream(side)
+    gc.collect()  # within the capture it would unregister tables, which the driver refuses there
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()

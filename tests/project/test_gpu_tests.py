@@ -5,6 +5,8 @@ sleeps on a stream or forbids waiting, that has to have happened.
 """
 
 import contextlib
+import gc
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,10 @@ def log(monkeypatch):
     """What torch.cuda and the ops were asked for, in their order."""
     log = []
     stand_ins = dict(
-        Stream=object,
+        Stream=mock.Mock,
+        current_stream=mock.Mock,
+        CUDAGraph=mock.Mock,
+        graph=lambda graph: log.append("capture") or contextlib.nullcontext(),
         stream=lambda stream: contextlib.nullcontext(),
         synchronize=lambda: log.append("end"),
         _sleep=lambda cycles: log.append("sleep"),
@@ -71,3 +76,9 @@ def test_no_order_makes_the_host_wait(log, order):
 def test_the_host_does_not_wait(log):
     test_cache.test_the_host_does_not_wait(CPU, "head")
     assert first_calls_after(log, "no waiting") == []
+
+
+def test_garbage_goes_before_a_capture(log, monkeypatch):
+    monkeypatch.setattr(gc, "collect", lambda: log.append("collected"))
+    assert test_kernels.graph_of(lambda: log.append("step"), warm_up=2)[0] is not None
+    assert log == ["step", "step", "collected", "capture", "step"]

@@ -61,6 +61,9 @@ class RuntimeDriver:
 
     def unregister(self, address: int) -> str | None:
         """Undo a registration; the driver's error where it refuses, else None."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # Asked now the driver would refuse, and the capture would not survive it.
+            return "a CUDA graph is being captured"
         return _described(torch.cuda.cudart().cudaHostUnregister(address))
 
     def numa_node(self) -> int | None:
@@ -87,10 +90,12 @@ class Registration:
     a chunk is refused.
     """
 
-    def __init__(self, address: int, nbytes: int, driver: RuntimeDriver):
+    def __init__(self, pages: Pages, driver: RuntimeDriver):
+        _try_again()
+        address, nbytes = pages.address, pages.nbytes
         self.addresses: list[int] = []
         self.alive = True  # a plain bool: torch.compile guards on what finalize.alive reads, which changes by itself
-        self._undo = weakref.finalize(self, _unregister, self.addresses, driver, os.getpid())
+        self._undo = weakref.finalize(self, _unregister, self.addresses, driver, os.getpid(), pages)
         try:
             for start in range(0, nbytes, _CHUNK):
                 error = driver.register(address + start, min(_CHUNK, nbytes - start))
@@ -111,13 +116,28 @@ class Registration:
         self._undo()
 
 
-def _unregister(addresses: list[int], driver: RuntimeDriver, owner: int) -> None:
+#: Ranges that their drivers would not let go (address, driver, process, memory): they stay mapped. State, because
+#: nobody else is left who knows of them.
+_refused: list[tuple[int, RuntimeDriver, int, object]] = []
+
+
+def _unregister(addresses: list[int], driver: RuntimeDriver, owner: int, pages: Pages) -> None:
     # A forked child inherits this call, but neither the registration nor a driver that it may talk to.
     if os.getpid() != owner:
         return
-    errors = [error for address in addresses if (error := driver.unregister(address)) is not None]
-    if errors:
-        degrade([], f"the driver refused to unregister host memory ({errors[0]}); it stays pinned")
+    _try_again()
+    errors = {address: error for address in addresses if (error := driver.unregister(address)) is not None}
+    _refused.extend((address, driver, owner, pages.buffer) for address in errors)
+    for error in list(errors.values())[:1]:
+        degrade([], f"the driver refused to unregister host memory ({error}); it stays pinned, and is tried again")
+
+
+def _try_again() -> None:
+    """Unregister what was refused, as while a graph is captured; ahead of the next registration or its undoing."""
+    waiting, _refused[:] = _refused[:], []
+    for address, driver, owner, memory in waiting:
+        if os.getpid() == owner and driver.unregister(address) is not None:
+            _refused.append((address, driver, owner, memory))
 
 
 class Mapping:
@@ -145,7 +165,7 @@ class Mapping:
     def register(self) -> None:
         """Let the driver hold it, where there is one."""
         if self.driver is not None and not self.registered:
-            self.registration = Registration(self.pages.address, self.nbytes, self.driver)
+            self.registration = Registration(self.pages, self.driver)
 
     def prefer_node(self) -> None:
         """Take pages from the GPU's NUMA node where there are several and the system tells which."""
