@@ -100,18 +100,21 @@ def _divide(
             return TableMemory(weight, _table_scale(fmt, scale), mapping)
         at, nbytes = -(-row_bytes // _PAGE) * _PAGE, rows * fmt.scale_bytes(width)
         mapped = mapping.bytes[at : at + nbytes].view(rows, -1) if at < mapping.nbytes else None
-        if scales == "device":
-            moved = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=_gpu())
-            mapped = moved if mapped is None else moved.copy_(mapped)
+        if scales == "device" and mapped is None:
+            mapped = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=_gpu())
+        elif scales == "device":
+            mapped = on_the_gpu(mapped, mapping)
         return TableMemory(weight, mapped, mapping)
     except BaseException:
         mapping.close()
         raise
 
 
-def on_the_gpu(scales: torch.Tensor) -> torch.Tensor:
-    """A copy of the scales of rows in GPU memory."""
-    return torch.empty_like(scales, device=_gpu()).copy_(scales)
+def on_the_gpu(scales: torch.Tensor, mapping: Mapping) -> torch.Tensor:
+    """A copy of the scales of rows, which lie in ``mapping``, in GPU memory."""
+    moved = torch.empty_like(scales, device=_gpu())
+    mapping.copy(moved, scales)
+    return moved
 
 
 def _gpu() -> torch.device:

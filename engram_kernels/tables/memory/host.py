@@ -9,6 +9,7 @@ or memory that is not there, is an error.
 import os
 import warnings
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -178,6 +179,18 @@ class Mapping:
         else:
             text = f"pages may lie on any NUMA node: the kernel refused to prefer the GPU's, {node} ({error})"
             degrade(self.notes, text)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """``target.copy_(source)`` of one dtype, one of them in this memory, in parts that the driver can copy.
+
+        It takes no copy that crosses from one registration into the next.
+        """
+        offsets = (tensor.data_ptr() - self.pages.address for tensor in (target, source))
+        first = next((offset for offset in offsets if 0 <= offset < self.nbytes), 0)
+        edges = [0, *range(_CHUNK - first % _CHUNK, target.nbytes, _CHUNK), target.nbytes]
+        into, out_of = (tensor.reshape(-1).view(torch.uint8) for tensor in (target, source))
+        for begin, end in pairwise(edges):
+            into[begin:end].copy_(out_of[begin:end])
 
     def close(self) -> None:
         """Unregister. The memory itself goes with the last tensor that views it."""
