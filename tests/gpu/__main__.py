@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,8 @@ def main(arguments=None):
         start = time.monotonic()
         codes.append(steps[name](chosen))
         join(chosen.out, dict(step=name, code=codes[-1], seconds=round(time.monotonic() - start, 1)))
+    for line in summary(chosen.out):
+        print(line)
     print(f"Everything of it to send: {chosen.out / 'first_run.json'}")
     return max(codes)
 
@@ -71,6 +74,17 @@ def join(out, step=None):
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
+
+
+def summary(out):
+    """Lines: how many tests came out how, and of each that was skipped why."""
+    tests = json.loads((out / "first_run.json").read_text()).get("tests")
+    if tests is not None:
+        counts = Counter(tests["tests"].values())
+        yield "Tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+        for name, outcome in tests["tests"].items():
+            if outcome == "skipped":
+                yield f"Skipped: {name}: {tests['reasons'].get(name, '')}"
 
 
 def tell(log, text):

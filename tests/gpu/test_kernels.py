@@ -17,6 +17,7 @@ from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_registration import same
 from tests.ops.test_rows import CASES, ROWS, ids_around
 from tests.support import tables, tolerances
+from tests.support.gpu.room import need_host_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +53,7 @@ def test_hash_lookup_with_one_table_on_the_host(device):
 def test_host_table_larger_than_4_gib(device):
     """Rows on both sides of 2^31 and 2^32 bytes of a registered host table, exact in size and given back on close."""
     rows = (5 << 30) // 256
+    need_host_memory(6 << 30)
     with EngramTable.empty(rows, 256, "e4m3_ue8m0", placement="host") as table:
         picked = torch.tensor([0, 2**31 // 256 - 1, 2**31 // 256, 2**32 // 256, rows - 1])
         for place, row in enumerate(picked.tolist()):

@@ -7,6 +7,7 @@ import pytest
 
 from tests.gpu import __main__ as command
 from tests.project.test_lanes import lane
+from tests.support.gpu import room
 
 STEP = """
 import sys
@@ -61,15 +62,25 @@ def test_processes_share_the_tests_where_xdist_is_there(tmp_path, steps, monkeyp
     assert ran == [f"step -n 7 {lane}", f"step --alone {lane}"], "what looks at times comes last, in one process"
 
 
-def test_one_file_holds_what_all_steps_left(tmp_path, steps):
-    """Also what a run left that was killed, of which nothing else knows."""
-    (tmp_path / "gpu_results.json").write_text('{"gpu": "a", "tests": {"t": "passed"}}')
+def test_one_file_holds_what_all_steps_left(tmp_path, steps, capsys):
+    """Also what a run left that was killed, of which nothing else knows. What was skipped is said, and why."""
+    tests = {"gpu": "a", "tests": {"s": "skipped", "t": "passed"}, "reasons": {"s": "needs more memory"}}
+    (tmp_path / "gpu_results.json").write_text(json.dumps(tests))
     steps(pytest=0, bench="open('gpu-2026.json', 'w').write('{\"cases\": [1]}') and 2")
     command.main(["--out", str(tmp_path), "bench"])
     command.main(["--out", str(tmp_path), "tests"])
     content = json.loads((tmp_path / "first_run.json").read_text())
     assert [(step["step"], step["code"]) for step in content["steps"]] == [("bench", 2), ("tests", 0)]
-    assert content["tests"]["tests"] == {"t": "passed"} and content["benchmarks"] == {"cases": [1]}
+    assert "Tests: 1 skipped, 1 passed\nSkipped: s: needs more memory\n" in capsys.readouterr().out
+    assert content["tests"] == tests and content["benchmarks"] == {"cases": [1]}
+
+
+def test_want_of_memory_is_said(monkeypatch):
+    monkeypatch.setattr(room, "available_host_memory", lambda: 3 << 29)
+    monkeypatch.setattr(room, "total_host_memory", lambda: 8 << 30)
+    room.need_host_memory(1 << 30)
+    with pytest.raises(pytest.skip.Exception, match="needs 70.0 GiB .*; this machine has 1.5 GiB free now, of 8.0 GiB"):
+        room.need_host_memory(70 << 30)
 
 
 STAND_IN = """
