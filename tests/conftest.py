@@ -82,7 +82,8 @@ def pytest_configure(config):
         _count_launches()
     if lane == "gpu" and torch.cuda.is_available():
         if not hasattr(config, "workerinput"):  # what processes of pytest-xdist report comes to the one that writes
-            config.pluginmanager.register(gpu_results.Recorder(config.getoption("--out"), config.getoption("--alone")))
+            recorder = gpu_results.Recorder(config.getoption("--out"), config.getoption("--alone"))
+            config.pluginmanager.register(recorder, "gpu_results")
         config.pluginmanager.register(Watch())
 
 

@@ -87,11 +87,16 @@ STAND_IN = """
 # A GPU as far as the lane itself asks for one: what it finds and whether it still answers.
 import types
 import torch
+import triton
 
 broken = []
 def synchronize(device=None):
     if broken:
         raise RuntimeError(broken[0] if broken[0].startswith("sticky") else broken.pop())
+
+def compile():
+    times = types.SimpleNamespace(total=2_000_000)
+    triton.knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=times, cache_hit=False)
 
 torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
 torch.cuda.synchronize = synchronize
@@ -139,8 +144,11 @@ EXPECTED = dict.fromkeys(range(8), "passed") | {3: "failed"}
 
 @pytest.mark.parametrize("processes", [(), ("-n", "2")])
 def test_an_error_is_the_failure_of_its_own_test(gpu_lane, processes):
-    """One that a test leaves behind is found before the next test, and does not touch it."""
-    code, output, results = gpu_lane("number == 3 and stand_in.broken.append('a copy failed')", *processes)
+    """One that a test leaves behind is found before the next test, and does not touch it. Compilations are counted."""
+    fault = "stand_in.compile(); number == 3 and stand_in.broken.append('a copy failed')"
+    code, output, results = gpu_lane(fault, *processes)
+    assert results["compiled"] == dict(variants=8, seconds=16.0)
+    assert "compiled 8 kernels, in 16 s of one core" in output
     assert code == 1 and "after this test the GPU reports an error: a copy failed" in output
     assert by_number(results) == EXPECTED
 

@@ -8,6 +8,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 import torch
 import triton
 
@@ -25,11 +26,11 @@ class Recorder:
     def __init__(self, folder, go_on=False):
         """go_on: keep what the file has of a run on the same GPU, driver, versions and commit."""
         self.path = folder / RESULTS.name
-        self.content = {**environment(), "tests": {}, "reasons": {}}
+        self.content = {**environment(), "compiled": dict(variants=0, seconds=0.0), "tests": {}, "reasons": {}}
         if go_on and self.path.exists():
             before = json.loads(self.path.read_text())
             if all(before.get(name) == self.content[name] for name in _SAME):
-                self.content |= {name: before[name] for name in ("tests", "reasons")}
+                self.content |= {name: before[name] for name in ("compiled", "tests", "reasons") if name in before}
 
     def pytest_runtest_logstart(self, nodeid):
         self._set(nodeid, "started")
@@ -39,15 +40,32 @@ class Recorder:
         if report.failed or report.skipped or (report.when == "call" and known != "failed"):
             self._set(report.nodeid, report.outcome, reason_of(report))
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        self.add_compiled(getattr(node, "workeroutput", {}).get("compiled", {}))
+
+    def pytest_terminal_summary(self, terminalreporter):
+        text = "compiled {variants} kernels, in {seconds:.0f} s of one core"
+        terminalreporter.write_line(text.format(**self.content["compiled"]))
+
+    def add_compiled(self, compiled):
+        """Kernels that one process compiled, and its seconds for it."""
+        for name, value in compiled.items():
+            self.content["compiled"][name] += value
+        self._write()
+
     def _set(self, nodeid, outcome, reason=""):
         self.content["tests"][nodeid] = outcome
         if reason:
             reasons = self.content["reasons"]
             reasons[nodeid] = "\n".join(filter(None, (reasons.get(nodeid), reason)))
+        self._write()
+
+    def _write(self):
+        content = self.content | {"tests": dict(sorted(self.content["tests"].items()))}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(
-            json.dumps(self.content | {"tests": dict(sorted(self.content["tests"].items()))}, indent=1) + "\n"
-        )
+        part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(self.path)
 
 

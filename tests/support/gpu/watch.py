@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import triton
 
 #: Exit code of a process whose GPU is lost to it.
 LOST = 70
@@ -21,6 +22,20 @@ class Watch:
     def __init__(self):
         self._lost = False
         self._stacks = os.dup(2)  # standard error itself: within a test pytest keeps what is written there
+        self._compiled = dict(variants=0, seconds=0.0)
+        triton.knobs.compilation.listener = self._count
+
+    def _count(self, *, times, cache_hit, **_):
+        if not cache_hit:
+            self._compiled["variants"] += 1
+            self._compiled["seconds"] += times.total / 1e6
+
+    def pytest_sessionfinish(self, session):
+        recorder = session.config.pluginmanager.getplugin("gpu_results")
+        if recorder is None:  # a process of pytest-xdist
+            session.config.workeroutput["compiled"] = self._compiled
+        else:
+            recorder.add_compiled(self._compiled)
 
     @contextmanager
     def _patient(self, item):
