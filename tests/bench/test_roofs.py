@@ -1,11 +1,13 @@
 """Roofs, timing and machine of the benchmarks: the roofs' kernels in the interpreter, compiled, and on a GPU."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from bench.running.cases import load_cases
 from tests.reports.offline import TARGETS, compiling_for, machine_code
 from tests.support.patience import HANG
 
-from .toys import CPU
+from .toys import CPU, FakeTimer
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,6 +126,25 @@ def test_the_commit_of_a_copy(tmp_path, monkeypatch):
     assert environment.commit() == "0123456789ab+changes"
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert re.fullmatch("[0-9a-f]{12}", environment.commit())
+
+
+def test_clocks_are_read_while_a_kernel_runs(monkeypatch):
+    """After the roofs the GPU rests, and its clocks say nothing of the kernels that were measured."""
+    loaded = threading.Event()
+    monkeypatch.setattr(environment, "smi", lambda device, fields: dict(fields=fields) if loaded.wait(HANG) else None)
+    (fields,) = environment.clocks_under(loaded.set, CPU).values()
+    assert {"clocks.sm", "clocks_throttle_reasons.active"} < set(fields)
+
+
+def test_the_copy_within_a_device_is_of_random_bytes(monkeypatch):
+    seen = []
+
+    def launch(source, target, nbytes, shape):
+        seen.append(len(set(ctypes.string_at(source, nbytes))))
+
+    monkeypatch.setattr(roofs, "launch_copy", launch)
+    roofs._device_copy(FakeTimer(), CPU, 1 << 16)
+    assert len(seen) == 6 and set(seen) == {256}
 
 
 ROOFS_SCRIPT = """
