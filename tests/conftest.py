@@ -27,7 +27,7 @@ import triton
 from engram_kernels import EngramConfig, HashPlan
 from engram_kernels.launching.launch import Launch
 from tests.support.gpu import results as gpu_results
-from tests.support.gpu.watch import Watch
+from tests.support.gpu.watch import PATIENCE, Watch
 from tests.support.processes import sharing
 from tests.support.processes.peers import Peer
 
@@ -62,6 +62,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--alone", action="store_true", help="of lane gpu the tests that need it for themselves, no others"
     )
+    parser.addoption("--patience", type=float, default=PATIENCE, help="seconds until lane gpu takes a test for hung")
     parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
 
 
@@ -84,7 +85,7 @@ def pytest_configure(config):
         if not hasattr(config, "workerinput"):  # what processes of pytest-xdist report comes to the one that writes
             recorder = gpu_results.Recorder(config.getoption("--out"), config.getoption("--alone"))
             config.pluginmanager.register(recorder, "gpu_results")
-        config.pluginmanager.register(Watch())
+        config.pluginmanager.register(Watch(config.getoption("--patience")), "watch")
 
 
 def pytest_ignore_collect(collection_path, config):

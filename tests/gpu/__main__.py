@@ -1,6 +1,6 @@
 """What `make gpu` does on a machine with a GPU: the tests, then the benchmarks, whatever the tests say.
 
-    python -m tests.gpu [--out DIR] [tests] [bench]
+    python -m tests.gpu [--out DIR] [tests] [bench] [sanitize]
 
 Results and the output of every step go to DIR, and all of it that is worth keeping to its first_run.json. The exit
 status is the worst one of the steps.
@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,13 +18,16 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+DEFAULT = ("tests", "bench")
+#: Of device memory alone, and whole in minutes under a sanitizer, which slows kernels down tens of times.
+SANITIZED = tuple(f"tests/ops/test_{name}.py" for name in ("hashing", "gate", "gate_conv"))
 MOST = 8  # test processes: each holds half a GiB of the GPU before its first test
 
 
 def main(arguments=None):
-    steps = {"tests": run_tests, "bench": run_benchmarks}
+    steps = {"tests": run_tests, "bench": run_benchmarks, "sanitize": run_sanitizers}
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("steps", nargs="*", choices=(*steps, []), metavar="STEP", help="tests, bench; default: both")
+    parser.add_argument("steps", nargs="*", choices=(*steps, []), metavar="STEP", help=", ".join(steps))
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="where results go")
     parser.add_argument("--processes", type=int, default=min(MOST, len(os.sched_getaffinity(0))), help="of the tests")
     chosen = parser.parse_args(arguments)
@@ -31,7 +35,7 @@ def main(arguments=None):
     chosen.out.mkdir(parents=True, exist_ok=True)
     join(chosen.out)  # what a run before this one left that was killed
     codes = []
-    for name in chosen.steps or steps:
+    for name in chosen.steps or DEFAULT:
         start = time.monotonic()
         codes.append(steps[name](chosen))
         join(chosen.out, dict(step=name, code=codes[-1], seconds=round(time.monotonic() - start, 1)))
@@ -52,11 +56,42 @@ def run_benchmarks(chosen):
     return run(chosen, "bench", "--out", str(chosen.out))
 
 
-def run(chosen, *words):
-    """``python -m words``, shown here and kept in log.txt as it comes; the exit status, 1 where a signal ended it."""
+def run_sanitizers(chosen):
+    """One case of each test of the operations, under NVIDIA's sanitizer and under Triton's, where they are here."""
+    codes = [0]
+
+    def tests(name, *options, before=()):
+        words = ["--lane", "gpu", "--out", str(chosen.out / "sanitizers" / name), "--one-case", "--patience", "1200"]
+        codes.append(run(chosen, "pytest", *options, *words, *SANITIZED, before=before))
+
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not here: left out")
+    for check in ("memcheck", "racecheck") if tool else ():
+        # Each tensor an allocation of its own: one that is part of a block of torch's has no end to run over.
+        before = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", check, "--error-exitcode", "9"]
+        tests(check, before=before)
+    if importlib.util.find_spec("triton.experimental.gsan"):
+        tests("gsan", "-p", "tests.support.gpu.gsan")
+    else:
+        print("Triton's sanitizer is not here: left out")
+    return max(codes)
+
+
+def run(chosen, *words, before=()):
+    """``python -m words``, shown here and kept in log.txt as it comes; the exit status, 1 where a signal ended it.
+
+    before: a command that starts it.
+    """
     with (chosen.out / "log.txt").open("a") as log:
-        tell(log, f"$ python -m {' '.join(words)}\n")
-        command = [sys.executable, "-u", "-m", *words]  # unbuffered: what a killed step said last is in the log
+        tell(log, f"$ {' '.join([*before, 'python', '-m', *words])}\n")
+        command = [
+            *before,
+            sys.executable,
+            "-u",
+            "-m",
+            *words,
+        ]  # unbuffered: what a killed step said last is in the log
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as step:
             for line in step.stdout:
                 tell(log, line)
@@ -71,6 +106,8 @@ def join(out, step=None):
     for file in sorted(set(out.glob("*.json")) - {path}, key=lambda file: file.stat().st_mtime):
         found = json.loads(file.read_text())
         content |= {name: found for name, key in (("tests", "tests"), ("benchmarks", "cases")) if key in found}
+    for file in out.glob("sanitizers/*/gpu_results.json"):
+        content.setdefault("sanitizers", {})[file.parent.name] = json.loads(file.read_text())
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)

@@ -62,6 +62,28 @@ def test_processes_share_the_tests_where_xdist_is_there(tmp_path, steps, monkeyp
     assert ran == [f"step -n 7 {lane}", f"step --alone {lane}"], "what looks at times comes last, in one process"
 
 
+def test_sanitizers_run_where_they_are(tmp_path, steps, monkeypatch, capsys):
+    """The step is asked for by name; its results are apart, and what is missing is said and no failure."""
+    steps(pytest=0)
+    monkeypatch.setattr(command.shutil, "which", lambda name: None)
+    assert command.main(["--out", str(tmp_path), "sanitize"]) == 0
+    assert capsys.readouterr().out.count("is not here: left out") == 2
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "tool $*"\nexit 9\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(command.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: sys)
+    assert command.main(["--out", str(tmp_path), "sanitize"]) == 9
+    ran = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith(("tool", "step"))]
+    assert [line.split()[:3] for line in ran] == [
+        ["tool", "--tool", "memcheck"],
+        ["tool", "--tool", "racecheck"],
+        ["step", "-p", "tests.support.gpu.gsan"],
+    ]
+    for line, name in zip(ran, ("memcheck", "racecheck", "gsan"), strict=True):
+        assert f"--lane gpu --out {tmp_path / 'sanitizers' / name} --one-case" in line
+
+
 def test_one_file_holds_what_all_steps_left(tmp_path, steps, capsys):
     """Also what a run left that was killed, of which nothing else knows. What was skipped is said, and why."""
     tests = {"gpu": "a", "tests": {"s": "skipped", "t": "passed"}, "reasons": {"s": "needs more memory"}}
@@ -103,10 +125,8 @@ torch.cuda.synchronize = synchronize
 torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(name="stand-in", major=9, minor=0)
 """
 IMPATIENT = """
-from tests.support.gpu import watch
-
 def pytest_runtest_setup(item):
-    watch.PATIENCE = 1 if "[3]" in item.name else 90
+    item.config.pluginmanager.getplugin("watch").patience = 1 if "[3]" in item.name else 90
 """
 TESTS = """
 import os, time

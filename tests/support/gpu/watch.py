@@ -19,8 +19,8 @@ LONG_PATIENCE = 480
 class Watch:
     """Looks at the GPU after every test, and ends a process for which the GPU answers no more, or that hangs."""
 
-    def __init__(self):
-        self._lost = False
+    def __init__(self, patience=PATIENCE):
+        self.patience, self._lost = patience, False
         self._stacks = os.dup(2)  # standard error itself: within a test pytest keeps what is written there
         self._compiled = dict(variants=0, seconds=0.0)
         triton.knobs.compilation.listener = self._count
@@ -40,7 +40,7 @@ class Watch:
     @contextmanager
     def _patient(self, item):
         """Ends the process where this takes longer, by a thread of C: no signal interrupts a wait for the GPU."""
-        seconds = LONG_PATIENCE if item.get_closest_marker("alone") else PATIENCE
+        seconds = LONG_PATIENCE if item.get_closest_marker("alone") else self.patience
         faulthandler.dump_traceback_later(seconds, exit=True, file=self._stacks)
         try:
             yield
