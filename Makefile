@@ -76,7 +76,7 @@ peers-report: $(call ready,test) $(OLDEST) ## write what the kernels of other li
 	$(PY) -m tests.reports.peers_report --peers peers
 	PYTHONPATH=$(OLDEST) $(PY) -m tests.reports.peers_report --peers peers
 
-gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed
+gpu: check-python ## tests, then benchmarks on this machine's GPU, nothing installed: see docs/first_run.md
 	$(PYTHON) -m tests.gpu --out $(OUT) $(ARGS)
 
 commit-file: ## write the commit to COMMIT, for results of a copy of this folder that has no .git

@@ -62,6 +62,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--alone", action="store_true", help="of lane gpu the tests that need it for themselves, no others"
     )
+    parser.addoption("--go-on", action="store_true", help="lane gpu, in one process: keep results, run what has none")
     parser.addoption("--patience", type=float, default=PATIENCE, help="seconds until lane gpu takes a test for hung")
     parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
 
@@ -83,7 +84,8 @@ def pytest_configure(config):
         _count_launches()
     if lane == "gpu" and torch.cuda.is_available():
         if not hasattr(config, "workerinput"):  # what processes of pytest-xdist report comes to the one that writes
-            recorder = gpu_results.Recorder(config.getoption("--out"), config.getoption("--alone"))
+            keep = config.getoption("--alone") or config.getoption("--go-on")
+            recorder = gpu_results.Recorder(config.getoption("--out"), keep)
             config.pluginmanager.register(recorder, "gpu_results")
         config.pluginmanager.register(Watch(config.getoption("--patience")), "watch")
 
@@ -103,6 +105,8 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--lane") == "gpu":
         alone = config.getoption("--alone")
         kept = [item for item in kept if (item.get_closest_marker("alone") is not None) == alone]
+        if config.getoption("--go-on") and (recorder := config.pluginmanager.getplugin("gpu_results")):
+            kept = [item for item in kept if item.nodeid not in recorder.content["tests"]]
     if config.getoption("--one-case"):
         kept = list({item.nodeid.split("[")[0]: item for item in reversed(kept)}.values())[::-1]
     chosen = set(kept)
@@ -173,7 +177,7 @@ def pytest_sessionfinish(session, exitstatus):
             machine = config.stash[MACHINE]
             config.workeroutput.update(executed=dict(machine.ran), benign=dict(machine.benign))
         return
-    partial = config.option.keyword or config.getoption("--alone")
+    partial = config.option.keyword or config.getoption("--alone") or config.getoption("--go-on")
     whole_lane = not partial and all("::" not in arg and ".py" not in arg for arg in config.args)
     if not whole_lane or config.option.collectonly:
         return

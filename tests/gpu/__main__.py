@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 DEFAULT = ("tests", "bench")
 #: Of device memory alone, and whole in minutes under a sanitizer, which slows kernels down tens of times.
 SANITIZED = tuple(f"tests/ops/test_{name}.py" for name in ("hashing", "gate", "gate_conv"))
+LOST = 70  # exit code of a process that has lost the GPU: watch.LOST, whose module imports torch
 MOST = 8  # test processes: each holds half a GiB of the GPU before its first test
 
 
@@ -48,8 +49,25 @@ def main(arguments=None):
 def run_tests(chosen):
     parallel = ["-n", str(chosen.processes)] if importlib.util.find_spec("xdist") else []
     words = ("--lane", "gpu", "--out", str(chosen.out), "tests")
+    codes = [run(chosen, "pytest", *parallel, *words)]
+    while not parallel and ended_early(chosen.out, codes[-1]):  # pytest-xdist itself starts another process
+        codes.append(run(chosen, "pytest", "--go-on", *words))
     # Last and in one process what looks at times: beside other tests these say nothing.
-    return max(run(chosen, "pytest", *parallel, *words), run(chosen, "pytest", "--alone", *words))
+    codes.append(run(chosen, "pytest", "--alone", *words))
+    return max(codes)
+
+
+def ended_early(out, code):
+    """Whether the process of the tests lost the GPU, or ended in the middle of one, which is then a failure."""
+    path = out / "gpu_results.json"
+    if not path.exists():
+        return False
+    results = json.loads(path.read_text())
+    started = [name for name, outcome in results["tests"].items() if outcome == "started"]
+    for name in started:
+        results["tests"][name], results["reasons"][name] = "failed", "its process ended: see log.txt"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return code == LOST or bool(started)
 
 
 def run_benchmarks(chosen):

@@ -7,7 +7,8 @@ import pytest
 
 from tests.gpu import __main__ as command
 from tests.project.test_lanes import lane
-from tests.support.gpu import room
+from tests.support.documents import Document
+from tests.support.gpu import room, watch
 
 STEP = """
 import sys
@@ -95,6 +96,17 @@ def test_one_file_holds_what_all_steps_left(tmp_path, steps, capsys):
     assert [(step["step"], step["code"]) for step in content["steps"]] == [("bench", 2), ("tests", 0)]
     assert "Tests: 1 skipped, 1 passed\nSkipped: s: needs more memory\n" in capsys.readouterr().out
     assert content["tests"] == tests and content["benchmarks"] == {"cases": [1]}
+
+
+def test_the_guide_names_the_steps_and_what_they_leave(tmp_path, steps):
+    guide = Document("docs/first_run.md").text
+    steps(pytest=0, bench=0)
+    command.main(["--out", str(tmp_path)])
+    assert all(f"DIR/{name}`" in guide for name in ("first_run.json", "log.txt") if (tmp_path / name).exists())
+    for step in ("tests", "bench", "sanitize"):
+        assert f"make gpu OUT=DIR ARGS={step}" in guide
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path), "else"])
 
 
 def test_want_of_memory_is_said(monkeypatch):
@@ -218,3 +230,23 @@ def test_what_looks_at_times_runs_alone(tmp_path):
         assert "1 deselected" in output
     outcomes = json.loads((tmp_path / "gpu_results.json").read_text())["tests"]
     assert outcomes == {"test_it.py::test_bits": "passed", "test_it.py::test_times": "failed"}
+
+
+@pytest.mark.parametrize("fault", ["os._exit(1)", "stand_in.broken.append('sticky: illegal access')"])
+def test_without_xdist_the_rest_runs_in_another_process(gpu_lane, tmp_path, monkeypatch, fault):
+    """After a hang, whose process ends itself, and after the GPU was lost: the test has the blame, the others run."""
+    assert command.LOST == watch.LOST
+    codes, outputs = [], []
+
+    def run(chosen, module, *words):
+        own = [word for word in words if word in ("--go-on", "--alone")]
+        code, output, _ = gpu_lane(f"number == 3 and {fault}", *own)
+        codes.append(code)
+        outputs.append(output)
+        return code
+
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "run", run)
+    assert command.main(["--out", str(tmp_path), "tests"]) == max(codes) and len(codes) == 3
+    assert by_number(json.loads((tmp_path / "gpu_results.json").read_text())) == EXPECTED
+    assert "4 passed" in outputs[1] and "4 deselected" in outputs[1]
