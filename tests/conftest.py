@@ -58,7 +58,7 @@ recent = {}  # kernel name -> the grid and the keyword arguments of its last lau
 def pytest_addoption(parser):
     parser.addoption("--lane", choices=tuple(LANES), default="cpu", help="which lane of tests to run")
     parser.addoption("--target", choices=("sm_80", "sm_90"), default="sm_90", help="what lane machine compiles for")
-    parser.addoption("--out", type=Path, default=gpu_results.RESULTS.parent, help="where lane gpu writes its results")
+    parser.addoption("--out", default=str(gpu_results.RESULTS.parent), help="where lane gpu writes its results")
     parser.addoption(
         "--alone", action="store_true", help="of lane gpu the tests that need it for themselves, no others"
     )

@@ -25,7 +25,7 @@ class Recorder:
 
     def __init__(self, folder, go_on=False):
         """go_on: keep what the file has of a run on the same GPU, driver, versions and commit."""
-        self.path = folder / RESULTS.name
+        self.path = Path(folder) / RESULTS.name
         self.content = {**environment(), "compiled": dict(variants=0, seconds=0.0), "tests": {}, "reasons": {}}
         if go_on and self.path.exists():
             before = json.loads(self.path.read_text())

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from tests.gpu import __main__ as command
 from tests.project.test_lanes import lane
 from tests.support.documents import Document
 from tests.support.gpu import room, watch
+
+from . import __main__ as command
 
 STEP = """
 import sys

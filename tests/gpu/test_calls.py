@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from engram_kernels.launching.streams import NoStreams
-from tests.gpu import test_cache, test_kernels, test_prefetch
+
+from . import test_cache, test_kernels, test_prefetch
 
 CPU = torch.device("cpu")
 
