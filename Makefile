@@ -10,6 +10,8 @@ TRITON ?= triton>=3.6
 JOBS ?= 2
 # Further arguments for the demo, pytest or the benchmarks: make test-cpu ARGS="-k hashing"
 ARGS ?=
+# Where `make gpu` leaves its results and its log.
+OUT ?= build/gpu
 
 # Triton reads it at import, so only the interpret lane may see it.
 unexport TRITON_INTERPRET
@@ -31,11 +33,12 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest test-oldest-torch compile-report peers-report gpu bench lint check-python
+.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest test-oldest-torch compile-report \
+	peers-report gpu commit-file bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
-	@echo "PYTHON, VENV, TORCH, TRITON, JOBS and ARGS are explained at the top of the Makefile."
+	@echo "PYTHON, VENV, TORCH, TRITON, JOBS, ARGS and OUT are explained at the top of the Makefile."
 
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
 	$(PY) -m engram_kernels demo $(ARGS)
@@ -78,10 +81,12 @@ peers-report: $(call ready,test) $(OLDEST) ## write what the kernels of other li
 	$(PY) -m tests.reports.peers_report --peers peers
 	PYTHONPATH=$(OLDEST) $(PY) -m tests.reports.peers_report --peers peers
 
-# Most of the tests' time is compilation, which four processes share where pytest-xdist is there.
-gpu: check-python ## tests, then benchmarks on this machine's GPU, with PYTHON as it is: nothing is installed
-	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 4")' 2>/dev/null) --lane gpu tests
-	$(PYTHON) -m bench
+gpu: check-python ## tests, then benchmarks on this machine's GPU, nothing installed: see docs/first_run.md
+	$(PYTHON) -m tests.gpu --out $(OUT) $(ARGS)
+
+commit-file: ## write the commit to COMMIT, for results of a copy of this folder that has no .git
+	$(PYTHON) -c 'from bench.running.environment import commit; print(commit())' > COMMIT.part
+	mv COMMIT.part COMMIT
 
 bench: $(call ready,bench) ## benchmarks
 	$(PY) -m bench $(ARGS)

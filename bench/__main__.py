@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from bench.peers.adapters import Peers
 from bench.serving.interference import FIRST_PAIR, Interference, interference_names
 from bench.serving.step import FIRST_STEP, Steps, step_names
 from bench.serving.step_report import record_text
+from engram_kernels.tables.memory.report import available_host_memory
 
 from .running.cases import Case, Workbench, load_cases
-from .running.environment import clocks, describe_gpu, describe_software, huge_share, slug
+from .running.environment import clocks, clocks_under, describe_gpu, describe_software, huge_share, slug
 from .running.footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
 from .running.plots import write_plots
 from .running.report import COLUMNS, cells, markdown, print_report
@@ -96,12 +98,11 @@ def run(chosen: argparse.Namespace, budget: Budget) -> int:
     """Roofs, then cases, on the current GPU. Exit code 1 where a case failed."""
     device = torch.device("cuda", torch.cuda.current_device())
     environment = {**describe_gpu(device), **describe_software()}
-    host, on_device = table_limits(
-        environment["host_bytes_available"],
-        torch.cuda.mem_get_info(device)[0],
-        (chosen.host_gib or (64 if chosen.full else 16)) * GIB,
-        (chosen.device_gib or 8) * GIB,
-    )
+    free = environment["host_bytes_available"], torch.cuda.mem_get_info(device)[0]
+    wanted = (chosen.host_gib or (64 if chosen.full else 16)) * GIB, (chosen.device_gib or 8) * GIB
+    host, on_device = table_limits(*free, *wanted)
+    tell_small_tables(free, wanted, (host, on_device))
+    environment.update(host_table_wanted=wanted[0], device_table_wanted=wanted[1])
     environment.update(host_table_bytes=host, device_table_bytes=on_device)
     return measure(chosen, budget, device, environment, GpuTimer(device))
 
@@ -133,7 +134,7 @@ def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, en
         run_each(
             "interference", pairs, lambda name: pair().measure(name), budget, results, FIRST_PAIR, device, tell_record
         )
-        content["environment"]["at_the_end"] = clocks(device)
+        content["environment"]["at_the_end"] = clocks(device) | {"host_bytes_available": available_host_memory()}
         content["finished"] = True
         results.save()
     report_again(results.path)
@@ -148,8 +149,20 @@ def measure_table(bench: Workbench, timer, full: bool, wide: list[dict], budget:
     if results.content["roofs"] is None:
         say("roofs")
         results.content["roofs"] = all_roofs(timer, bench.device, table, full, wide, budget, say)
-        environment["under_load"] = clocks(bench.device)
+        environment["under_load"] = clocks_under(copying(bench.device), bench.device)
         results.save()
+
+
+def copying(device: torch.device) -> Callable[[], None]:
+    """Work of about 30 ms for a GPU: copies within its memory."""
+    source = torch.randint(0, 256, (256 << 20 if device.type == "cuda" else 256,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(200):
+            target.copy_(source)
+
+    return copy
 
 
 def table_limits(host_free: int, device_free: int, host_wanted: int, device_wanted: int) -> tuple[int, int]:
@@ -161,6 +174,16 @@ def table_limits(host_free: int, device_free: int, host_wanted: int, device_want
     host, device = min(host_wanted, host_free * 16 // 25), min(device_wanted, device_free // 4)
     # Whole GiB, so that a run that goes on later finds the same.
     return host // GIB * GIB or host, device // GIB * GIB or device
+
+
+def tell_small_tables(free: tuple[int, int], wanted: tuple[int, int], given: tuple[int, int]) -> None:
+    """Where tables come out smaller than wanted, what was seen; memory may be less at the start than it is later."""
+    for name, seen, most, nbytes in zip(("host", "device"), free, wanted, given, strict=True):
+        if nbytes < most:
+            say(
+                f"WARNING: the {name} table has {nbytes / GIB:.1f} GiB, not {most / GIB:.1f}: of {name} memory "
+                f"{seen / GIB:.1f} GiB are free now"
+            )
 
 
 def select(

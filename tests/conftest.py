@@ -27,6 +27,7 @@ import triton
 from engram_kernels import EngramConfig, HashPlan
 from engram_kernels.launching.launch import Launch
 from tests.support.gpu import results as gpu_results
+from tests.support.gpu.watch import PATIENCE, Watch
 from tests.support.processes import sharing
 from tests.support.processes.peers import Peer
 
@@ -57,6 +58,12 @@ recent = {}  # kernel name -> the grid and the keyword arguments of its last lau
 def pytest_addoption(parser):
     parser.addoption("--lane", choices=tuple(LANES), default="cpu", help="which lane of tests to run")
     parser.addoption("--target", choices=("sm_80", "sm_90"), default="sm_90", help="what lane machine compiles for")
+    parser.addoption("--out", default=str(gpu_results.RESULTS.parent), help="where lane gpu writes its results")
+    parser.addoption(
+        "--alone", action="store_true", help="of lane gpu the tests that need it for themselves, no others"
+    )
+    parser.addoption("--go-on", action="store_true", help="lane gpu, in one process: keep results, run what has none")
+    parser.addoption("--patience", type=float, default=PATIENCE, help="seconds until lane gpu takes a test for hung")
     parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
 
 
@@ -76,12 +83,16 @@ def pytest_configure(config):
     if lane in LAUNCHING:
         _count_launches()
     if lane == "gpu" and torch.cuda.is_available():
-        config.pluginmanager.register(gpu_results.Recorder())
+        if not hasattr(config, "workerinput"):  # what processes of pytest-xdist report comes to the one that writes
+            keep = config.getoption("--alone") or config.getoption("--go-on")
+            recorder = gpu_results.Recorder(config.getoption("--out"), keep)
+            config.pluginmanager.register(recorder, "gpu_results")
+        config.pluginmanager.register(Watch(config.getoption("--patience")), "watch")
 
 
 def pytest_ignore_collect(collection_path, config):
     """On a GPU machine files without kernel tests stay closed: they import what it need not have."""
-    if config.getoption("--lane") == "gpu" and collection_path.name.startswith("test_"):
+    if config.getoption("--lane") == "gpu" and collection_path.match("test_*.py"):
         text = collection_path.read_text()
         return None if "mark.kernel" in text or "mark.gpu" in text else True
     return None
@@ -91,6 +102,11 @@ def pytest_collection_modifyitems(config, items):
     wanted = set(LANES[config.getoption("--lane")])
     special = {mark for marks in LANES.values() for mark in marks}
     kept = [item for item in items if _belongs(special & {mark.name for mark in item.iter_markers()}, wanted)]
+    if config.getoption("--lane") == "gpu":
+        alone = config.getoption("--alone")
+        kept = [item for item in kept if (item.get_closest_marker("alone") is not None) == alone]
+        if config.getoption("--go-on") and (recorder := config.pluginmanager.getplugin("gpu_results")):
+            kept = [item for item in kept if item.nodeid not in recorder.content["tests"]]
     if config.getoption("--one-case"):
         kept = list({item.nodeid.split("[")[0]: item for item in reversed(kept)}.values())[::-1]
     chosen = set(kept)
@@ -161,7 +177,8 @@ def pytest_sessionfinish(session, exitstatus):
             machine = config.stash[MACHINE]
             config.workeroutput.update(executed=dict(machine.ran), benign=dict(machine.benign))
         return
-    whole_lane = not config.option.keyword and all("::" not in arg and ".py" not in arg for arg in config.args)
+    partial = config.option.keyword or config.getoption("--alone") or config.getoption("--go-on")
+    whole_lane = not partial and all("::" not in arg and ".py" not in arg for arg in config.args)
     if not whole_lane or config.option.collectonly:
         return
     lane, took = config.getoption("--lane"), time.monotonic() - config.stash[STARTED]

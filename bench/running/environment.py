@@ -5,11 +5,13 @@ import os
 import platform
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _LINK_QUERY = ("pcie.link.gen.current", "pcie.link.gen.max", "pcie.link.width.current", "pcie.link.width.max")
 _CLOCK_QUERY = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.draw", "power.limit")
+_THROTTLE_QUERY = ("clocks_throttle_reasons.active", "temperature.gpu")
 #: What must be equal for a run to go on where another one stopped.
 IDENTITY = ("gpu", "driver", "torch", "triton", "python", "engram_kernels", "commit", "host_table_bytes", "text")
 
@@ -56,8 +58,21 @@ def describe_software() -> dict:
 
 
 def clocks(device) -> dict:
-    """Clocks (MHz), power (W) and the state of the link as they are now: measured under load, and again at the end."""
-    return smi(device, (*_CLOCK_QUERY, *_LINK_QUERY))
+    """Clocks (MHz), what holds them back, power (W) and the state of the link as they are now."""
+    return smi(device, (*_CLOCK_QUERY, *_THROTTLE_QUERY, *_LINK_QUERY))
+
+
+def clocks_under(load, device) -> dict:
+    """:func:`clocks` while the device works: ``load()`` is called until they have been read. Idle ones say nothing."""
+    import torch
+
+    with ThreadPoolExecutor(1) as reader:
+        found = reader.submit(clocks, device)
+        while not found.done():
+            load()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    return found.result()
 
 
 def smi(device, fields: tuple[str, ...]) -> dict:
@@ -80,13 +95,17 @@ def smi(device, fields: tuple[str, ...]) -> dict:
     return dict(zip(names, found, strict=True))
 
 
-def commit() -> str | None:
-    """The checkout's commit, with ``+changes`` where files differ from it."""
-    revision = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
-    if revision is None:
-        return None
-    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return revision.strip() + ("+changes" if changed else "")
+def commit() -> str:
+    """The checkout's commit, with ``+changes`` where files differ from it; "unknown" where nothing tells.
+
+    Where .git does not travel, as to a borrowed machine, the file COMMIT does that ``make commit-file`` writes.
+    """
+    if (ROOT / ".git").exists():  # else git would answer for a repository around this folder
+        revision = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
+        if revision is not None:
+            changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+            return revision.strip() + ("+changes" if changed else "")
+    return _read(str(ROOT / "COMMIT")) or "unknown"
 
 
 def huge_share(address: int) -> float | None:

@@ -81,14 +81,16 @@ def cells(record: dict, roofs: dict | None) -> list[str]:
         microseconds(record.get("host")),
         _joined(kernel["registers"] for kernel in kernels),
         _joined(kernel["programs"] for kernel in kernels),
-        "; ".join(baseline_text(name, entry, record["median"]) for name, entry in record["baselines"].items()),
+        "; ".join(baseline_text(name, entry, record) for name, entry in record["baselines"].items()),
     ]
 
 
-def baseline_text(name: str, entry: dict, median: float) -> str:
+def baseline_text(name: str, entry: dict, record: dict) -> str:
     if "failed" in entry:
         return f"{name} failed ({entry['failed'][:60]})"
-    return f"{name} {entry['median'] / median:.3g}x"
+    own, ours = entry.get("graph"), record.get("graph")
+    in_graphs = f" ({own / ours:.3g}x in a graph)" if own and ours else ""
+    return f"{name} {entry['median'] / record['median']:.3g}x{in_graphs}"
 
 
 def microseconds(seconds: float | None) -> str:

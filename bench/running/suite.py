@@ -21,7 +21,11 @@ FIRST_CASE, COMPILATION = 6.0, 30.0
 LARGE_TOKENS = 2048  # from here on a case's memory is worth giving back at once
 #: The lists of records in a result.
 KINDS = ("cases", "steps", "interference")
-GRAPH_TOKENS = 128  # up to so many tokens the time without launches is measured too
+#: Up to so many tokens the time without launches is measured too: many small ones outlast the flush that hides the
+#: host's time to launch.
+GRAPH_TOKENS = 128
+#: Baselines whose calls work on the CPU, which no graph holds: their time is that of the whole call.
+ON_CPU = ("demo", "cpu_gather", "staged")
 
 
 class UsageError(ValueError):
@@ -144,10 +148,12 @@ def run_case(case: Case, bench: Workbench, timer, budget: Budget, most_baselines
             record.update(measure_calls(prepared, timer))
             if isinstance(timer, GpuTimer):
                 record["host"] = timer.host(prepared.calls)
-                record["graph"] = _graph(timer, prepared, record) if case.tokens <= GRAPH_TOKENS else None
+                record["graph"] = None
+                if case.tokens <= GRAPH_TOKENS:
+                    record["graph"] = _graph(timer, prepared.calls, record["facts"])
             record["status"] = "ok"
             for name in _chosen(prepared.baselines, most_baselines):
-                record["baselines"][name] = _baseline(name, prepared, timer, budget)
+                record["baselines"][name] = _baseline(name, case, prepared, timer, budget)
         else:
             record["reason"] = problem
     except Exception as error:  # one case that cannot run must not cost the others
@@ -186,11 +192,11 @@ def _checked(prepared: Prepared) -> tuple[list[dict], str | None]:
     return kernels, problem
 
 
-def _graph(timer: GpuTimer, prepared: Prepared, record: dict) -> float | None:
+def _graph(timer: GpuTimer, calls: list, facts: dict) -> float | None:
     try:
-        return timer.graph(prepared.calls)
+        return timer.graph(calls)
     except Exception as error:  # the cold time stands
-        record["facts"]["graph_failed"] = _one_line(error)
+        facts["graph_failed"] = _one_line(error)
         return None
 
 
@@ -201,7 +207,7 @@ def _chosen(names: Iterable[str], most: int) -> list[str]:
     return peers + [name for name in names if name not in PEERS][:most]
 
 
-def _baseline(name: str, prepared: Prepared, timer, budget: Budget) -> dict:
+def _baseline(name: str, case: Case, prepared: Prepared, timer, budget: Budget) -> dict:
     if budget.left() < (COMPILATION if name == "compiled" else 0):
         return {"failed": NO_TIME}
     try:
@@ -210,8 +216,12 @@ def _baseline(name: str, prepared: Prepared, timer, budget: Budget) -> dict:
         if problem is not None:
             return {"failed": problem}
         calls = [lambda index=index: call(index) for index in range(len(prepared.calls))]
-        measured = timer.measure(calls) if prepared.in_turn is None else timer.once(calls[1:-1])
-        return measured.as_dict()
+        if prepared.in_turn is not None:
+            return timer.once(calls[1:-1]).as_dict()
+        entry = timer.measure(calls).as_dict()
+        if isinstance(timer, GpuTimer) and case.tokens <= GRAPH_TOKENS and name not in ON_CPU:
+            entry["graph"] = _graph(timer, calls, entry)
+        return entry
     except Exception as error:  # what it needs may be missing here; the case itself stands
         return {"failed": _one_line(error)}
 

@@ -1,12 +1,14 @@
 """How time is measured: cold calls between events, graphs of many calls, and the host's own time.
 
-GPU, cold: before each sample a buffer larger than the L2 cache is overwritten; its time covers the host's time to
+GPU, cold: before each sample a buffer larger than the L2 cache is read; written, its dirty lines would leave the cache
+within the timed call. Its time covers the host's time to
 launch, so that the events around one call see no gap of the host's. What the events themselves and one launch cost is
 measured in the same way, on an empty kernel (roofs.py).
 GPU, graph: the calls of all input sets in one CUDA graph, replayed: the time of one without launches between.
 Host: calls in a row without waiting for the GPU.
 """
 
+import gc
 import math
 import statistics
 import time
@@ -20,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 Call = Callable[[], object]
 GRAPH_CALLS = 32
-_FLUSH_BYTES = 512 << 20  # about 150 us on an H200, more than the host takes for two launches
+_FLUSH_BYTES = 512 << 20  # at 4 TB/s about 130 us, more than the host takes for two launches
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class GpuTimer:
     def __init__(self, device: torch.device, samples: int = 30, limit: float = 2.0):
         self.device, self._samples, self._limit = device, samples, limit
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        self._flush = torch.empty(max(_FLUSH_BYTES, 2 * cache), dtype=torch.uint8, device=device)
+        self._cold_bytes = torch.zeros(max(_FLUSH_BYTES, 2 * cache) // 4, dtype=torch.float32, device=device).normal_()
+        self._sum = torch.zeros((), dtype=torch.float32, device=device)
 
     def measure(self, calls: Sequence[Call]) -> Measurement:
         """Cold: one call between two events, its inputs out of the cache and others than the last call's."""
@@ -130,6 +133,7 @@ class GpuTimer:
             step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
+        gc.collect()  # within the capture it would unregister tables, which the driver refuses there
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
@@ -149,7 +153,7 @@ class GpuTimer:
     def beside(self, call: Call, other: Call, side: SideStream) -> tuple[float, float]:
         """Seconds that ``call`` takes beside ``other`` on the side stream, and ``other`` beside it, from one start."""
         start, end, other_end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        self._flush.zero_()
+        self._flush()
         start.record()
         (done,) = side.start(lambda: (other(), other_end.record()))
         call()
@@ -170,11 +174,14 @@ class GpuTimer:
         torch.cuda.synchronize(self.device)
         return statistics.median(per_call)
 
+    def _flush(self) -> None:
+        torch.sum(self._cold_bytes, 0, out=self._sum)
+
     def _cold(self, calls: Sequence[Call], before: Call = lambda: None) -> list[float]:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
         for call, (start, end) in zip(calls, events, strict=True):
             before()
-            self._flush.zero_()
+            self._flush()
             start.record()
             call()
             end.record()

@@ -93,9 +93,9 @@ class EngramTable(TrainableRows):
         if placement in REGISTERED:
 
             def copy(table: "EngramTable") -> None:
-                table.weight.view(torch.uint8).copy_(weight.view(torch.uint8))
+                table._mapping.copy(table.weight, weight)
                 if fmt.scaling == "group":
-                    table.scale.copy_(scale)
+                    table._mapping.copy(table.scale, scale)
 
             value = float(scale) if fmt.scaling == "table" else 1.0
             options = dict(placement=placement, scale=value, scales=scales, name=name, progress=progress)
@@ -148,7 +148,7 @@ class EngramTable(TrainableRows):
         self._mapping.publish(progress)
         self.rows_changed()
         if self._scales == "device":
-            self._scale = table_memory.on_the_gpu(self._scale)
+            self._scale = table_memory.on_the_gpu(self._scale, self._mapping)
         self._describe()
 
     @classmethod

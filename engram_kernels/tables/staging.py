@@ -14,6 +14,7 @@ import itertools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -90,8 +91,9 @@ class StagingRing:
         capacity = (self._slots[0].numel() - _ALIGNED * (1 + len(widths))) // sum(widths)
         if capacity < 1:
             raise ValueError(f"StagingRing: a slot must hold a row of {sum(widths)} bytes, got {len(self._slots[0])}")
-        with self._lock:
+        with self._lock, ExitStack() as stack:
             block = self._runtime.block(total)
+            stack.callback(self._runtime.finish)  # where a gather raises too: the block may be given out again
             addresses = [block.data_ptr() + start for start in starts[1:]] + [0]
             descriptor = np.array(TableDescriptor(*addresses[:2], n, scale_bits), dtype=np.int64).view(np.uint8)
             for begin in range(0, n, capacity):
@@ -112,7 +114,6 @@ class StagingRing:
                             self._runtime.copy(target, slot[at:][: count * width])
                 finally:
                     self._events[index] = self._runtime.event()
-            self._runtime.finish()
         return block[:32].view(torch.int64).view(1, 4), block[starts[0] :][: 4 * n].view(torch.int32)
 
     def close(self) -> None:

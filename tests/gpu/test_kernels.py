@@ -3,6 +3,8 @@
 Written to need nothing but torch, Triton, numpy and pytest.
 """
 
+import gc
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_registration import same
 from tests.ops.test_rows import CASES, ROWS, ids_around
 from tests.support import tables, tolerances
+from tests.support.gpu.room import need_host_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +53,7 @@ def test_hash_lookup_with_one_table_on_the_host(device):
 def test_host_table_larger_than_4_gib(device):
     """Rows on both sides of 2^31 and 2^32 bytes of a registered host table, exact in size and given back on close."""
     rows = (5 << 30) // 256
+    need_host_memory(6 << 30)
     with EngramTable.empty(rows, 256, "e4m3_ue8m0", placement="host") as table:
         picked = torch.tensor([0, 2**31 // 256 - 1, 2**31 // 256, 2**32 // 256, rows - 1])
         for place, row in enumerate(picked.tolist()):
@@ -120,6 +124,7 @@ def graph_of(step, warm_up=3):
         for _ in range(warm_up):
             step()
     torch.cuda.current_stream().wait_stream(side)
+    gc.collect()  # within the capture it would unregister tables, which the driver refuses there
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
@@ -180,6 +185,7 @@ def test_launches_follow_the_tensors_device_and_stream(device):
     plan = HashPlan.from_parts(torch.tensor([[3, 5]]), torch.tensor([[101]]), pad=0, vocab_size=50).to(device)
     stream = torch.cuda.Stream()
     ids = torch.zeros(1 << 20, dtype=torch.int64, device=device)
+    ngram_hash(ids, plan)  # compiled: that takes longer than the sleep
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)

@@ -5,16 +5,15 @@ import torch
 
 from engram_kernels import EngramTable, hash_lookup, lookup
 from engram_kernels.tables.memory.host import HostMapping, RuntimeDriver
-from engram_kernels.tables.memory.report import available_host_memory
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
 from tests.support import tables
+from tests.support.gpu.room import GIB, need_host_memory
 from tests.support.processes.forks import in_a_fork
 from tests.support.processes.peers import Peer
 
 pytestmark = pytest.mark.gpu
-GIB = 1 << 30
 
 
 def test_a_host_table_is_registered_and_says_so(device):
@@ -42,8 +41,7 @@ def test_a_refusal_names_the_error_and_leaves_none_behind(device):
 def test_rows_across_chunks(device):
     """The last row of the first 64 GiB and the first one behind it, which are two registrations."""
     rows = (65 * GIB) // 256
-    if available_host_memory() < 70 * GIB:
-        pytest.skip("needs 70 GiB of free host memory")
+    need_host_memory(70 * GIB)
     with EngramTable.empty(rows, 256, "e4m3", placement="host") as table:
         assert table.memory_report().chunks == 2
         picked = torch.tensor([0, 64 * GIB // 256 - 1, 64 * GIB // 256, rows - 1])

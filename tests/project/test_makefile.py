@@ -17,7 +17,7 @@ from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]
 # A `make` above this test would pass its own variables down, MAKEFLAGS among them.
-OURS = {"PYTHON", "VENV", "TORCH", "TRITON", "JOBS", "ARGS", "MFLAGS", "TRITON_INTERPRET"}
+OURS = {"PYTHON", "VENV", "TORCH", "TRITON", "JOBS", "ARGS", "OUT", "MFLAGS", "TRITON_INTERPRET"}
 ENV = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith("MAKE")}
 
 NO_VENV = "import sys; sys.modules['ensurepip'] = None"
@@ -208,10 +208,9 @@ def test_lint_checks_imports_with_the_environments_own_tool(checkout):
 def test_gpu_uses_the_active_interpreter(checkout):
     python = checkout.fake("python", prologue=NO_VENV)
     _, commands = checkout.make("gpu", f"PYTHON={python}", env={"TRITON_INTERPRET": "1"})
-    assert commands == ["TRITON_INTERPRET= -m pytest -n 4 --lane gpu tests", "TRITON_INTERPRET= -m bench"]
-    python = checkout.fake("alone", prologue="import sys; sys.modules['xdist'] = None")
-    _, commands = checkout.make("gpu", f"PYTHON={python}")
-    assert commands == ["TRITON_INTERPRET= -m pytest --lane gpu tests", "TRITON_INTERPRET= -m bench"]
+    assert commands == ["TRITON_INTERPRET= -m tests.gpu --out build/gpu"]
+    _, commands = checkout.make("gpu", f"PYTHON={python}", "OUT=there", "ARGS=tests")
+    assert commands == ["TRITON_INTERPRET= -m tests.gpu --out there tests"]
 
 
 @pytest.mark.parametrize("venv", [".venv", ""])

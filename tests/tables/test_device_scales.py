@@ -9,6 +9,7 @@ import torch
 from engram_kernels import EngramTable, hash_lookup, lookup
 from engram_kernels.ops.row_kernels.output import make_view_out
 from engram_kernels.tables.memory import allocation as table_memory
+from engram_kernels.tables.memory import host
 from engram_kernels.tables.view import view_tables
 from tests.ops.test_hash_rows import parts_of, wanted
 from tests.ops.test_hashing import oracle, ragged, small_plan
@@ -58,6 +59,35 @@ def test_shared_scales_are_copied_when_all_are_there(stand_in, shared_name):
         with attach(shared_name, scales="device") as reader, attach(shared_name) as plain:
             shared.zero_()
             assert reader.scale[-1].tolist() == [5998 % 251, 5999 % 251] and not plain.scale.any()
+
+
+@pytest.mark.parametrize("scales", [None, "device"])
+def test_no_copy_crosses_two_registrations(stand_in, monkeypatch, shared_name, scales):
+    """One that does is an invalid value to the driver: rows in, scales in, scales to the GPU of writer and reader."""
+    chunk, original, crossing = 40_960, torch.Tensor.copy_, []
+    monkeypatch.setattr(host, "_CHUNK", chunk)
+    weight, scale = tables.random_parts(3000, 64, "e4m3_ue8m0")
+
+    def copy(target, source, *args, **options):
+        for tensor in (target, source):
+            for first, size in stand_in.held.items():
+                begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+                if begin < first + size < end and first <= begin:
+                    crossing.append((begin - first, end - first))
+        return original(target, source, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    with EngramTable.from_tensors(weight, scale, placement="host", scales=scales) as table:
+        assert same_parts(table, weight, scale) and len(stand_in.held) > 4
+    with EngramTable.from_tensors(weight, scale, placement="shared", name=shared_name, scales=scales) as table:
+        assert same_parts(table, weight, scale)
+        with attach(shared_name, scales=scales) as reader:
+            assert same_parts(reader, weight, scale)
+    assert not crossing
+
+
+def same_parts(table, weight, scale):
+    return torch.equal(table.weight.view(torch.uint8), weight.view(torch.uint8)) and torch.equal(table.scale, scale)
 
 
 def test_out_of_device_memory_undoes_the_mapping(stand_in, monkeypatch):

@@ -166,6 +166,22 @@ def test_an_error_in_a_gathering_thread_is_raised(monkeypatch):
     ring.close()
 
 
+def test_an_error_leaves_no_copy_into_a_block_that_may_be_reused(monkeypatch):
+    """The second slot's gather raises while the first one's copy is under way: the caller's stream waits for it."""
+    sources, ids = sources_of(*tables.random_parts(ROWS, 64, "bfloat16")), np.arange(40)
+    runtime, original = LateRuntime(), np.take
+
+    def take(source, ids, **options):
+        if ids[0] > 0:
+            raise KeyError("second slot")
+        return original(source, ids, **options)
+
+    monkeypatch.setattr(np, "take", take)
+    with pytest.raises(KeyError, match="second slot"):
+        StagingRing(runtime, slots=2, slot_bytes=4096, threads=1).fetch(sources, ids, ROWS, 0, 2)
+    assert 0 < len(runtime.waiting) == runtime.done
+
+
 def test_without_pinned_memory_it_warns_once_and_works():
     class Bare(LateRuntime):
         def pinned(self, nbytes):

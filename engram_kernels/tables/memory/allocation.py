@@ -103,16 +103,18 @@ def _divide(
         if mapped is None:
             mapped = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=_gpu())
         elif scales == "device":
-            mapped = on_the_gpu(mapped)
+            mapped = on_the_gpu(mapped, mapping)
         return TableMemory(weight, mapped, mapping)
     except BaseException:
         mapping.close()
         raise
 
 
-def on_the_gpu(scales: torch.Tensor) -> torch.Tensor:
-    """A copy of the scales of rows in GPU memory."""
-    return scales.to(_gpu(), copy=True)
+def on_the_gpu(scales: torch.Tensor, mapping: Mapping) -> torch.Tensor:
+    """A copy of the scales of rows, which lie in ``mapping``, in GPU memory."""
+    moved = torch.empty_like(scales, device=_gpu())
+    mapping.copy(moved, scales)
+    return moved
 
 
 def _gpu() -> torch.device:

@@ -9,6 +9,7 @@ or memory that is not there, is an error.
 import os
 import warnings
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -58,6 +59,9 @@ class RuntimeDriver:
 
     def unregister(self, address: int) -> str | None:
         """Undo a registration; the driver's error where it refuses, else None."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # Asked now the driver would refuse, and the capture would not survive it.
+            return "a CUDA graph is being captured"
         return _described(torch.cuda.cudart().cudaHostUnregister(address))
 
     def numa_node(self) -> int | None:
@@ -84,10 +88,12 @@ class Registration:
     a chunk is refused.
     """
 
-    def __init__(self, address: int, nbytes: int, driver: RuntimeDriver):
+    def __init__(self, pages: Pages, driver: RuntimeDriver):
+        _try_again()
+        address, nbytes = pages.address, pages.nbytes
         self.addresses: list[int] = []
         self.alive = True  # a plain bool: torch.compile guards on what finalize.alive reads, which changes by itself
-        self._undo = weakref.finalize(self, _unregister, self.addresses, driver, os.getpid())
+        self._undo = weakref.finalize(self, _unregister, self.addresses, driver, os.getpid(), pages)
         try:
             for start in range(0, nbytes, _CHUNK):
                 error = driver.register(address + start, min(_CHUNK, nbytes - start))
@@ -108,13 +114,28 @@ class Registration:
         self._undo()
 
 
-def _unregister(addresses: list[int], driver: RuntimeDriver, owner: int) -> None:
+#: Ranges that their drivers would not let go (address, driver, process, memory): they stay mapped. State, because
+#: nobody else is left who knows of them.
+_refused: list[tuple[int, RuntimeDriver, int, object]] = []
+
+
+def _unregister(addresses: list[int], driver: RuntimeDriver, owner: int, pages: Pages) -> None:
     # A forked child inherits this call, but neither the registration nor a driver that it may talk to.
     if os.getpid() != owner:
         return
-    errors = [error for address in addresses if (error := driver.unregister(address)) is not None]
-    if errors:
-        degrade([], f"the driver refused to unregister host memory ({errors[0]}); it stays pinned")
+    _try_again()
+    errors = {address: error for address in addresses if (error := driver.unregister(address)) is not None}
+    _refused.extend((address, driver, owner, pages.buffer) for address in errors)
+    for error in list(errors.values())[:1]:
+        degrade([], f"the driver refused to unregister host memory ({error}); it stays pinned, and is tried again")
+
+
+def _try_again() -> None:
+    """Unregister what was refused, as while a graph is captured; ahead of the next registration or its undoing."""
+    waiting, _refused[:] = _refused[:], []
+    for address, driver, owner, memory in waiting:
+        if os.getpid() == owner and driver.unregister(address) is not None:
+            _refused.append((address, driver, owner, memory))
 
 
 class Mapping:
@@ -142,7 +163,7 @@ class Mapping:
     def register(self) -> None:
         """Let the driver hold it, where there is one."""
         if self.driver is not None and not self.registered:
-            self.registration = Registration(self.pages.address, self.nbytes, self.driver)
+            self.registration = Registration(self.pages, self.driver)
 
     def prefer_node(self) -> None:
         """Take pages from the GPU's NUMA node where there are several and the system tells which."""
@@ -155,6 +176,18 @@ class Mapping:
         else:
             text = f"pages may lie on any NUMA node: the kernel refused to prefer the GPU's, {node} ({error})"
             degrade(self.notes, text)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """``target.copy_(source)`` of one dtype, one of them in this memory, in parts that the driver can copy.
+
+        It takes no copy that crosses from one registration into the next.
+        """
+        offsets = (tensor.data_ptr() - self.pages.address for tensor in (target, source))
+        first = next((offset for offset in offsets if 0 <= offset < self.nbytes), 0)
+        edges = [0, *range(_CHUNK - first % _CHUNK, target.nbytes, _CHUNK), target.nbytes]
+        into, out_of = (tensor.reshape(-1).view(torch.uint8) for tensor in (target, source))
+        for begin, end in pairwise(edges):
+            into[begin:end].copy_(out_of[begin:end])
 
     def close(self) -> None:
         """Unregister. The memory itself goes with the last tensor that views it."""

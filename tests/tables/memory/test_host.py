@@ -124,6 +124,33 @@ def test_a_refusal_to_unregister_is_a_warning():
         mapping.close()
 
 
+@pytest.mark.parametrize("next_one", ["registration", "undoing"])
+def test_a_refused_range_stays_mapped_and_is_tried_again(monkeypatch, next_one):
+    """As one that is collected while a graph is captured: unmapping what the driver holds would be a fault later."""
+    monkeypatch.setattr(host_memory, "_refused", [])
+    other, driver = HostMapping(MIB, FakeDriver()), FakeDriver()
+    mapping = HostMapping(MIB, driver)
+    first = mapping.pages.address
+    with monkeypatch.context() as refusing:
+        refusing.setattr(driver, "unregister", lambda address: "a CUDA graph is being captured")
+        with pytest.warns(RuntimeWarning, match="is being captured.; it stays pinned, and is tried again"):
+            del mapping
+            gc.collect()
+        HostMapping(MIB, FakeDriver()).close()  # refused again
+    assert any(range_[0] == first for range_ in mapped_ranges()) and driver.held
+    other.close() if next_one == "undoing" else HostMapping(MIB, FakeDriver())
+    assert driver.released == [first] and not driver.held
+    assert not any(range_[0] == first for range_ in mapped_ranges())
+
+
+def test_a_capture_is_left_in_peace(monkeypatch):
+    """Asked to unregister, a driver would refuse and break it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: pytest.fail("the driver was asked"))
+    assert host_memory.RuntimeDriver().unregister(4096) == "a CUDA graph is being captured"
+
+
 def test_memory_outlives_close_while_a_tensor_views_it():
     mapping = HostMapping(MIB, FakeDriver())
     first = mapping.bytes.data_ptr()
