@@ -20,6 +20,9 @@ class Launch:
         self.kernel, self.grid = kernel, grid
         #: Parameters that tensors come for.
         self.tensors = [name for name in names if name.endswith("_ptr") and name not in fixed]
+        missing = [name for name in names if name not in fixed and name not in self.tensors]
+        if missing:
+            raise TypeError(f"Launch: fixed must have all but tensors, and lacks {', '.join(missing)}")
         self._values = [fixed.get(name) for name in names]
         self._places = [names.index(name) for name in self.tensors]
         self._options = {name: value for name, value in fixed.items() if name not in names}

@@ -72,6 +72,11 @@ def test_the_interpreter_compiles_nothing():
     assert [kind for kind, *_ in kernel.log] == ["first"] * 3
 
 
+def test_what_is_no_tensor_must_be_given():
+    with pytest.raises(TypeError, match="lacks size"):
+        Launch(Kernel(), (5,), dict(BLOCK=32, num_warps=2))
+
+
 def test_as_many_tensors_as_named():
     with pytest.raises(ValueError, match="zip"):
         launch_of(Kernel())(tensor())
