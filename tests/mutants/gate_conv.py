@@ -47,10 +47,8 @@ stride swapped: hidden @ ops/conv_kernels/residual -k test_kernel and 12-4-64
 - token64[:, None] * stride_hidden_t + branch64 * stride_hidden_h
 + token64[:, None] * stride_hidden_h + branch64 * stride_hidden_t
 stride swapped: weight @ ops/conv_kernels/residual
-- stride_weight_d,
--     stride_weight_k,
-+ stride_weight_k,
-+     stride_weight_d,
+- stride_h, stride_d, stride_k = conv_weight.stride()
++ stride_h, stride_k, stride_d = conv_weight.stride()
 32-bit product: branch @ ops/conv_kernels/residual -k branches_beyond
 - branch64 = tl.cast(branch, tl.int64)
 + branch64 = branch
