@@ -61,8 +61,8 @@ test-machine: $(call ready,test) ## the kernels' machine code (PTX), executed on
 mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice?
 	$(PY) -m tests.mutation --jobs $(JOBS)
 
-test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3.6.0, of lane machine a case of each test, on sm_80
-	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret tests $(ARGS)
+test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3.6.0, a case of each test where they run
+	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret --one-case tests $(ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --one-case tests $(ARGS)
 
