@@ -10,6 +10,8 @@ from .checks import check_tensor
 
 ID_DTYPES = (torch.int32, torch.int64)
 _MAX_TOKENS = 2**31 - 1
+#: Tokens in the schema of a registered op.
+TOKENS_SCHEMA = "Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead"
 
 
 class Tokens(NamedTuple):

@@ -14,7 +14,7 @@ from engram_kernels import reference
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.checks import check_programs
 from engram_kernels.launching.device import is_kernel_device
-from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
+from engram_kernels.launching.tokens import TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.staging import check_stageable, stage
@@ -203,11 +203,12 @@ def _new_values(token_ids, cu_seqlens, history, dead, *rest):
     return op_result(make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
 
 
-_TOKENS = "Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead"
 _OPTIONS = f"bool storage, int? programs, str? order, {PLAN_SCHEMA}"
 
 
-@registered("hash_lookup", f"({_TOKENS}, {VIEW_SCHEMA}, ScalarType? out_dtype, {_OPTIONS}) -> Tensor[]", _new_values)
+@registered(
+    "hash_lookup", f"({TOKENS_SCHEMA}, {VIEW_SCHEMA}, ScalarType? out_dtype, {_OPTIONS}) -> Tensor[]", _new_values
+)
 def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
     """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
     view, (out_dtype, storage, programs, order), plan = _split(rest, 4)
@@ -218,7 +219,7 @@ def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
 
 @registered(
     "hash_lookup_out",
-    f"({_TOKENS}, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, {_OPTIONS}) -> ()",
+    f"({TOKENS_SCHEMA}, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, {_OPTIONS}) -> ()",
     writes_alone,
     mutates=("out", "out_scales"),
 )

@@ -14,7 +14,7 @@ from engram_kernels import reference
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.checks import check_out
 from engram_kernels.launching.device import is_kernel_device
-from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
+from engram_kernels.launching.tokens import TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 
 from .call import Op, form_of, registered, writes_alone
 from .hash_kernels.row_ids import prepare_ngram_hash
@@ -75,17 +75,16 @@ class NgramHash(Op):
 
 
 HASH = NgramHash()
-_TOKENS = "Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead"
 
 
-@registered("ngram_hash", f"({_TOKENS}, {PLAN_SCHEMA}) -> Tensor", lambda *args: HASH.allocate(HashCall.of(args)))
+@registered("ngram_hash", f"({TOKENS_SCHEMA}, {PLAN_SCHEMA}) -> Tensor", lambda *args: HASH.allocate(HashCall.of(args)))
 def ngram_hash_op(*arguments):
     """:func:`ngram_hash` for torch.compile."""
     call = HashCall.of(arguments)
     return HASH.prepare(call, None)(call, None)
 
 
-@registered("ngram_hash_out", f"({_TOKENS}, Tensor(a!) out, {PLAN_SCHEMA}) -> ()", writes_alone, mutates=("out",))
+@registered("ngram_hash_out", f"({TOKENS_SCHEMA}, Tensor(a!) out, {PLAN_SCHEMA}) -> ()", writes_alone, mutates=("out",))
 def ngram_hash_out_op(token_ids, cu_seqlens, history, dead, out, *plan_parts):
     """:func:`ngram_hash` for torch.compile, into ``out``."""
     call = HashCall(Tokens(token_ids, cu_seqlens, history, dead), HashPlan(*plan_parts))

@@ -103,13 +103,7 @@ def run(chosen, *words, before=()):
     """
     with (chosen.out / "log.txt").open("a") as log:
         tell(log, f"$ {' '.join([*before, 'python', '-m', *words])}\n")
-        command = [
-            *before,
-            sys.executable,
-            "-u",
-            "-m",
-            *words,
-        ]  # unbuffered: what a killed step said last is in the log
+        command = [*before, sys.executable, "-u", "-m", *words]  # unbuffered: a killed step's last words are in the log
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as step:
             for line in step.stdout:
                 tell(log, line)

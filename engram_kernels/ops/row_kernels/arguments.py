@@ -63,15 +63,10 @@ def is_staged(table: EngramTable, device: torch.device) -> bool:
     return table.placement == "staged" and device.type != "cpu"
 
 
-def view_rows(
-    table: EngramTable, row_ids: torch.Tensor, where: str, host_ids: torch.Tensor | None = None
-) -> tuple[torch.Tensor, TableView]:
-    """Ids and the view to look them up in: the table's own, or of a staged one a copy of the rows asked for.
-
-    host_ids: the same ids on the CPU, where the caller has them.
-    """
+def view_rows(table: EngramTable, row_ids: torch.Tensor, where: str) -> tuple[torch.Tensor, TableView]:
+    """Ids and the view to look them up in: the table's own, or of a staged one a copy of the rows asked for."""
     if is_staged(table, row_ids.device):
-        return stage(table, row_ids, where, host_ids)
+        return stage(table, row_ids, where)
     return row_ids, view_tables((table,), row_ids.device)
 
 
