@@ -1,236 +1,216 @@
-"""Swap the Engram modules of a model built like the DeepSeek demo for ours.
+"""Swap the Engram modules of a model for ours. ``FAMILIES`` lists whose: what each looks for, and what comes of it."""
 
-A module counts as the demo's if it has most of these attributes: ``hash_mapping``, ``multi_head_embedding``,
-``key_projs``, ``value_proj``, ``norm1`` (keys), ``norm2`` (queries) and ``short_conv``. Source: the demo published with
-arXiv 2601.07372.
-"""
-
-from operator import attrgetter
+import warnings
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.reference.ops.gate import rms_norm
+from engram_kernels.geometry.row_format import format_of
 from engram_kernels.tables.engram import EngramTable
 
-from .engram import Engram
+from .demo import DemoEngram
+from .drop_in import DropIn, TableRows, check_common
+from .qwen import QwenEngram
 
-_MODULE = ("hash_mapping", "multi_head_embedding", "key_projs", "value_proj", "norm1", "norm2", "short_conv")
-_NEEDED = (
-    "layer_id",
-    "hash_mapping.compressed_tokenizer.lookup_table",
-    "hash_mapping.pad_id",
-    "hash_mapping.layer_multipliers",
-    "hash_mapping.vocab_size_across_layers",
-    "multi_head_embedding.offsets",
-    "multi_head_embedding.embedding.weight",
-    "key_projs",
-    "value_proj.weight",
-    "norm1",
-    "norm2",
-    "short_conv.conv.weight",
-    "short_conv.norms",
-)
+#: What modules become, by family. The first that a module resembles is its own.
+FAMILIES: tuple[type[DropIn], ...] = (QwenEngram, DemoEngram)
 
 
-class DemoEngram(nn.Module):
-    """Our :class:`Engram` behind the demo's call, ``module(hidden_states=, input_ids=)``: it returns the addend."""
+class Replaced(dict):
+    """{name: the module that was replaced}. tables: {name: the table that its rows are in now}."""
 
-    def __init__(self, engram: Engram):
-        super().__init__()
-        self.engram = engram
+    def __init__(self, model: nn.Module, found: Mapping[str, nn.Module], drop_ins: Mapping[str, DropIn]):
+        super().__init__(found)
+        self.tables = {name: drop_in.table for name, drop_in in drop_ins.items()}
+        self._model, self._drop_ins = model, dict(drop_ins)
+        self._versions = {name: table.version for name, table in self.tables.items()}
 
-    def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """``[B, S, H, D]`` from hidden_states of that shape and raw ids ``[B, S]``."""
-        return self.engram(hidden_states, input_ids)
+    def undo(self) -> None:
+        """Put the old modules back, with what was trained since: rows too, unless their tables were given.
+
+        ValueError, and nothing is changed, where the model has something else in their places by now.
+        """
+        for name, drop_in in self._drop_ins.items():
+            if self._model.get_submodule(name) is not drop_in:
+                raise ValueError(f"Replaced.undo: {name} is no longer the module that replace_engram put there")
+        for name, drop_in in self._drop_ins.items():
+            _put(self._model, name, self[name].train(drop_in.training))
+            rows, table = drop_in.get_submodule(drop_in.embedding), drop_in.table
+            weight = self[name].get_submodule(drop_in.embedding).weight
+            if rows.in_state_dict and not table.closed and table.version != self._versions[name]:
+                values = rows.values()
+                if values.data_ptr() != weight.data_ptr():
+                    with torch.no_grad():
+                        weight.copy_(values)
 
 
-def replace_engram(model: nn.Module, *, placement: str) -> dict[str, nn.Module]:
-    """Replace every Engram module like the demo's in ``model``; returns {name: the module that was replaced}.
+def replace_engram(
+    model: nn.Module,
+    *,
+    placement: str | None = None,
+    tables: Mapping[int, EngramTable] | None = None,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+) -> Replaced:
+    """Replace every Engram module of ``model`` by ours; returns {name: the module that was replaced}, with ``undo()``.
 
+    Modules of transformers' Qwen PLE (``Qwen4ExpTextPLELayer``) and of the DeepSeek demo's shape. Calls, results,
+    parameters and names in state dicts stay; rows go from an ``nn.Embedding`` to an :class:`EngramTable`, which is no
+    parameter. It is trainable (``requires_row_grad_``) where the embedding was. Embeddings that were one stay one.
     placement: of the tables, as for :class:`EngramTable`; "cpu" shares the embedding's memory, "device" does where it
     is on that device already, "host" copies it.
-    Weights are shared, not doubled: ours hold the projections and norms of all branches in one tensor each, and the
-    parameters of the modules returned become views of them. Only a weight of another dtype or device than the value
-    projection's is copied.
-    ValueError where a module looks like the demo's and lacks an attribute, or differs in what it computes.
+    tables: in its place, {number of the model's layer: its table}, for a model whose embeddings were never loaded (on
+    the meta device). Such rows are not in state dicts that ``model`` makes, but in those of :func:`export_state`.
+    optimizer: one or several made before, to be told which of their parameters they do not train any more.
+
+    UserWarning where an embedding had a gradient, or is an optimizer's.
+    ValueError, and nothing is replaced, where there is no such module, or one that looks like it differs in what it
+    computes, or would lose something: its hooks, a tie of its embedding, a gradient that the placement cannot have.
     """
-    found, replacements = {}, {}
-    # A module that the model holds under two names is replaced under both.
+    if (placement is None) == (tables is None):
+        raise ValueError("replace_engram: expected either placement or tables, got both or neither")
+    found = _found(model)
+    by_module: dict[nn.Module, tuple[str, type[DropIn]]] = {}
+    for name, (module, family) in found.items():
+        by_module.setdefault(module, (name, family))
+    _check(model, found, by_module)
+    made = _made_tables(by_module, placement) if tables is None else _given_tables(by_module, tables)
+    drop_ins = {module: family(module, made[module], tables is None) for module, (_, family) in by_module.items()}
+    for name, (module, _) in found.items():
+        _put(model, name, drop_ins[module])
+    _warn(by_module, [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer))
+    modules = {name: module for name, (module, _) in found.items()}
+    return Replaced(model, modules, {name: drop_ins[module] for name, module in modules.items()})
+
+
+def export_state(model: nn.Module, **options) -> dict[str, torch.Tensor]:
+    """``model.state_dict(**options)`` with the rows of all tables, under the names that their embeddings had.
+
+    Rows of dense formats are the tables' own memory, others are dequantised to bfloat16.
+    """
+    left_out = [module for module in model.modules() if isinstance(module, TableRows) and not module.in_state_dict]
+    try:
+        for rows in left_out:
+            rows.in_state_dict = True
+        return model.state_dict(**options)
+    finally:
+        for rows in left_out:
+            rows.in_state_dict = False
+
+
+def _found(model: nn.Module) -> dict[str, tuple[nn.Module, type[DropIn]]]:
+    """Modules that resemble a family's, under every name that they have."""
+    found, done = {}, []
     for name, module in model.named_modules(remove_duplicate=False):
-        present = [attribute for attribute in _MODULE if hasattr(module, attribute)]
-        if len(present) > len(_MODULE) // 2:
-            found[name] = module
+        family = next((family for family in FAMILIES if family.resembles(module)), None)
+        if isinstance(module, DropIn):
+            done.append(name)
+        elif family is not None:
+            found[name] = module, family
     if "" in found:
         raise ValueError("replace_engram: model is itself an Engram module; expected a model that contains some")
-    for name, module in found.items():
-        if module not in replacements:
-            replacements[module] = DemoEngram(_converted(name, module, placement))
-    for name, module in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacements[module])
+    if not found:
+        looked_for = "; ".join(family.looked_for for family in FAMILIES)
+        already = f" ({', '.join(done)}: replaced already)" if done else ""
+        raise ValueError(f"replace_engram: {type(model).__name__} has no module of these kinds{already}: {looked_for}")
     return found
 
 
-def _converted(name: str, module: nn.Module, placement: str) -> Engram:
-    for path in _NEEDED:
+def _check(model: nn.Module, found: dict, by_module: dict) -> None:
+    """ValueError that names every module that cannot be replaced, and those that could."""
+    right, wrong = [], []
+    for module, (name, family) in by_module.items():
         try:
-            attrgetter(path)(module)
-        except AttributeError:
-            text = f"replace_engram: {name} looks like the demo's Engram but has no attribute {path!r}"
-            raise ValueError(text) from None
-    config, plan = _geometry(name, module)
-    _check_options(name, module, config, plan)
-    _check_results(name, module, config)
-    embedding, conv = module.multi_head_embedding.embedding, module.short_conv.conv
-    table = EngramTable.from_tensors(embedding.weight.detach(), placement=placement)
-    weight = module.value_proj.weight
-    engram = Engram(config, module.layer_id, plan, table, residual=False, device="meta", dtype=weight.dtype)
-    projections = [*module.key_projs, module.value_proj]
-    engram.wkv.weight = _joined([projection.weight for projection in projections], torch.cat, weight)
-    if config.projection_bias:
-        engram.wkv.bias = _joined([projection.bias for projection in projections], torch.cat, weight)
-    engram.q_weight = _joined([norm.weight for norm in module.norm2], torch.stack, weight)
-    engram.k_weight = _joined([norm.weight for norm in module.norm1], torch.stack, weight)
-    engram.conv_norm = _joined([norm.weight for norm in module.short_conv.norms], torch.stack, weight)
-    shape = (config.branches, config.hidden_size, config.conv_kernel)
-    engram.conv_weight = nn.Parameter(conv.weight.detach().to(weight).view(shape), conv.weight.requires_grad)
-    return engram.train(module.training)
+            family.check(name, module)
+            check_common(family, name, module)
+            _check_ties(model, name, module, family, by_module)
+            right.append(name)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        others = f" (of the right kind: {', '.join(right)})" if right else ""
+        raise ValueError(f"replace_engram: {'; '.join(wrong)}. Nothing was replaced{others}")
 
 
-def _geometry(name: str, module: nn.Module) -> tuple[EngramConfig, HashPlan]:
-    mapping, layer = module.hash_mapping, module.layer_id
-    for attribute in ("layer_multipliers", "vocab_size_across_layers"):
-        if layer not in getattr(mapping, attribute):
-            raise ValueError(f"replace_engram: {name}.hash_mapping.{attribute} has nothing for layer_id {layer}")
-    sizes = mapping.vocab_size_across_layers[layer]  # [N - 1][heads]
-    if len({len(order) for order in sizes}) != 1:
-        lengths = [len(order) for order in sizes]
-        raise ValueError(
-            f"replace_engram: {name}.hash_mapping.vocab_size_across_layers[{layer}] must have equally many heads in "
-            f"every order, got {lengths}"
-        )
-    if not len(module.key_projs):
-        raise ValueError(f"replace_engram: {name}.key_projs must have one projection for each branch, got none")
-    embedding = module.multi_head_embedding.embedding.weight
+def _check_ties(model: nn.Module, name: str, module: nn.Module, family: type[DropIn], by_module: dict) -> None:
+    """ValueError where something else than another embedding to be replaced has the embedding's weight as well."""
+    weight = _embedding(module, family).weight
+    embeddings = {_embedding(other, kind) for other, (_, kind) in by_module.items()}
+    for path, owner in model.named_modules():
+        for key, parameter in owner.named_parameters(recurse=False):
+            if parameter is weight and owner not in embeddings:
+                raise ValueError(f"{name}.{family.embedding}.weight is {path}.{key} too, and cannot be a table")
+
+
+def _made_tables(by_module: dict, placement: str) -> dict[nn.Module, EngramTable]:
+    """A table of each module's rows; one for those that share an embedding's weight. All or none."""
+    by_weight: dict[int, EngramTable] = {}
+    made = {}
     try:
-        primes = torch.as_tensor(sizes)
-        plan = HashPlan.from_parts(
-            torch.as_tensor(mapping.layer_multipliers[layer])[None],
-            primes.reshape(1, -1),
-            pad=int(mapping.pad_id),
-            token_map=torch.as_tensor(mapping.compressed_tokenizer.lookup_table),
-        )
+        for module, (name, family) in by_module.items():
+            weight = _embedding(module, family).weight
+            if id(weight) not in by_weight:
+                by_weight[id(weight)] = _table(f"{name}.{family.embedding}", weight, placement, module)
+            made[module] = by_weight[id(weight)]
+    except BaseException:
+        for table in by_weight.values():
+            table.close()
+        raise
+    return made
+
+
+def _table(name: str, weight: nn.Parameter, placement: str, module: nn.Module) -> EngramTable:
+    if weight.is_meta:
+        raise ValueError(f"replace_engram: {name}.weight is on the meta device and has no rows: pass tables=")
+    device = None
+    if placement == "device":  # the GPU that the rest of the module is on
+        device = next((p.device for p in (weight, *module.parameters()) if p.is_cuda), None)
+    try:
+        format_of(weight, None, "EngramTable")[0].check_width(weight.shape[1], "EngramTable")
+        table = EngramTable.from_tensors(weight.detach(), placement=placement, device=device)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"replace_engram: {name}.hash_mapping does not make a plan: {error}") from None
-    config = EngramConfig(
-        layers=(layer,),
-        max_ngram=plan.max_ngram,
-        heads=primes.shape[1],
-        row_width=embedding.shape[1],
-        table_sizes=tuple(primes[:, 0].tolist()),
-        hidden_size=module.value_proj.weight.shape[0],
-        branches=len(module.key_projs),
-        raw_vocab_size=plan.vocab_size,
-        vocab_size=int(plan.token_map.max()) + 1,
-        format=str(embedding.dtype).removeprefix("torch."),
-        eps=_shared_eps(name, "norm1 and norm2", [*module.norm1, *module.norm2]),
-        projection_bias=module.value_proj.bias is not None,
-        conv_kernel=module.short_conv.conv.weight.shape[-1],
-        conv_eps=_shared_eps(name, "short_conv.norms", module.short_conv.norms),
-        zero_gate="sign",
-    )
-    return config, plan
+        raise ValueError(f"replace_engram: {name}.weight cannot be a table: {error}") from None
+    if weight.requires_grad:
+        try:
+            table.requires_row_grad_()
+        except ValueError as error:
+            table.close()
+            text = f"{name}.weight requires a gradient (freeze it with requires_grad_(False), or place it elsewhere)"
+            raise ValueError(f"replace_engram: {text}: {error}") from None
+    return table
 
 
-def _shared_eps(name: str, which: str, norms) -> float | None:
-    if not all(hasattr(norm, "eps") for norm in norms):
-        raise ValueError(f"replace_engram: {name}: {which} must be RMS norms with an attribute 'eps'")
-    values = {norm.eps for norm in norms}
-    if len(values) != 1:
-        raise ValueError(f"replace_engram: {name}: {which} must share one eps, got {sorted(map(str, values))}")
-    return values.pop()
+def _given_tables(by_module: dict, tables: Mapping[int, EngramTable]) -> dict[nn.Module, EngramTable]:
+    """The tables given, by module. Each must have the rows of its module's embedding."""
+    layers = {module: getattr(module, family.layer_number) for module, (_, family) in by_module.items()}
+    if set(tables) != set(layers.values()):
+        wanted = sorted(set(layers.values()))
+        raise ValueError(f"replace_engram: tables must be of layers {wanted}, got {sorted(tables)}")
+    for module, (name, family) in by_module.items():
+        table, shape = tables[layers[module]], tuple(_embedding(module, family).weight.shape)
+        if (table.rows, table.width) != shape:
+            wanted = f"{shape[0]} rows of {shape[1]} elements"
+            raise ValueError(f"replace_engram: {name} needs a table of {wanted}, got {table!r}")
+    return {module: tables[layer] for module, layer in layers.items()}
 
 
-def _check_options(name: str, module: nn.Module, config: EngramConfig, plan: HashPlan) -> None:
-    """ValueError where sizes or options are not those that ours will have."""
-    conv, channels = module.short_conv.conv, config.branches * config.hidden_size
-    rows, embedding = plan.rows_per_layer[0], module.multi_head_embedding.embedding
-    checks = (
-        ("norm1", len(module.norm1), config.branches),
-        ("norm2", len(module.norm2), config.branches),
-        ("short_conv.norms", len(module.short_conv.norms), config.branches),
-        ("multi_head_embedding.offsets", module.multi_head_embedding.offsets.tolist(), plan.offsets[0].tolist()),
-        ("multi_head_embedding.embedding.weight", embedding.weight.shape[0], rows),
-        ("multi_head_embedding.embedding.max_norm", getattr(embedding, "max_norm", None), None),
-        ("short_conv.conv.groups", conv.groups, channels),
-        ("short_conv.conv.dilation", tuple(conv.dilation), (config.conv_dilation,)),
-        ("short_conv.conv.padding", tuple(conv.padding), ((config.conv_kernel - 1) * config.conv_dilation,)),
-        ("short_conv.conv.bias", conv.bias, None),
-        ("short_conv.activation", bool(getattr(module.short_conv, "activation", True)), True),
-        ("key_projs", {getattr(one, "bias", None) is not None for one in module.key_projs}, {config.projection_bias}),
-    )
-    for attribute, got, expected in checks:
-        if got != expected:
-            raise ValueError(f"replace_engram: {name}.{attribute} must be {expected}, got {got}")
+def _warn(by_module: dict, optimizers: list[torch.optim.Optimizer]) -> None:
+    held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    for module, (name, family) in by_module.items():
+        weight = _embedding(module, family).weight
+        if weight.grad is not None or id(weight) in held:
+            why = "is a parameter of the optimizer" if id(weight) in held else "had a gradient"
+            warnings.warn(
+                f"replace_engram: {name}.{family.embedding}.weight {why}, and no optimizer made before trains its rows "
+                "any more: they are in a table, for RowAdagrad or RowAdam",
+                stacklevel=3,
+            )
 
 
-@torch.no_grad()
-def _check_results(name: str, module: nn.Module, config: EngramConfig) -> None:
-    """ValueError where a submodule has a weight of another shape, or computes something else with it than ours would.
-
-    A LayerNorm has the attributes of an RMSNorm, and so have norms that use 1 + weight: only a trial tells them apart.
-    """
-    width, hidden_size = config.columns * config.row_width, config.hidden_size
-    short_conv, span = module.short_conv, (config.conv_kernel - 1) * config.conv_dilation
-
-    def trial(attribute, submodule, shape, x_shape, expected):
-        weight = getattr(submodule, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.shape != shape:
-            got = list(weight.shape) if isinstance(weight, torch.Tensor) else weight
-            raise ValueError(f"replace_engram: {name}.{attribute}.weight must have shape {list(shape)}, got {got}")
-        numbers = torch.arange(torch.Size(x_shape).numel(), device=weight.device) * 0.618
-        x = (numbers % 1.5 + 0.25).to(weight.dtype).view(x_shape)
-        got, wanted = submodule(x), expected(x.double(), weight.double())
-        options = dict(rtol=0.05, atol=0.02 * float(wanted.abs().max()), equal_nan=True)
-        if got.shape != wanted.shape or not torch.allclose(got.double(), wanted, **options):
-            raise ValueError(f"replace_engram: {name}.{attribute} computes something else than the demo's")
-
-    def linear(bias):
-        return lambda x, weight: nn.functional.linear(x, weight, None if bias is None else bias.double())
-
-    def norm(eps):
-        return lambda x, weight: rms_norm(x, weight, torch.finfo(torch.float32).eps if eps is None else eps)
-
-    def conv(x, weight):
-        options = dict(padding=span, dilation=config.conv_dilation, groups=len(weight))
-        return nn.functional.conv1d(x, weight, **options)
-
-    for attribute, projections in (("value_proj", [module.value_proj]), ("key_projs", module.key_projs)):
-        for projection in projections:
-            trial(attribute, projection, (hidden_size, width), (1, width), linear(projection.bias))
-    for attribute, norms, eps in (
-        ("norm1", module.norm1, config.eps),
-        ("norm2", module.norm2, config.eps),
-        ("short_conv.norms", short_conv.norms, config.conv_eps),
-    ):
-        for each in norms:
-            trial(attribute, each, (hidden_size,), (1, hidden_size), norm(eps))
-    channels = config.branches * hidden_size
-    trial("short_conv.conv", short_conv.conv, (channels, 1, config.conv_kernel), (1, channels, span + 2), conv)
-    if hasattr(short_conv, "act_fn"):
-        x = torch.linspace(-3, 3, 13)
-        if not torch.allclose(short_conv.act_fn(x), nn.functional.silu(x), atol=1e-3):
-            raise ValueError(f"replace_engram: {name}.short_conv.act_fn computes something else than SiLU")
+def _embedding(module: nn.Module, family: type[DropIn]) -> nn.Embedding:
+    return module.get_submodule(family.embedding)
 
 
-def _joined(parameters: list[nn.Parameter], join, like: torch.Tensor) -> nn.Parameter:
-    """One parameter of all ``parameters``, which become views of it where they have its dtype and device."""
-    whole = join([each.detach().to(like) for each in parameters])
-    views = whole.unbind() if join is torch.stack else whole.split([len(each) for each in parameters])
-    for each, view in zip(parameters, views, strict=True):
-        if each.dtype == whole.dtype and each.device == whole.device:
-            each.data = view
-    return nn.Parameter(whole, parameters[0].requires_grad)
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

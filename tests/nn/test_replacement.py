@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engram_kernels import replace_engram
-from engram_kernels.nn.replacement import DemoEngram
+from engram_kernels.nn.demo import DemoEngram
 
 ROOT = Path(__file__).parents[2]
 
