@@ -57,6 +57,23 @@ def conv_bound(exact, hidden, value, gate, gate_error, size, hidden_size, taps, 
     return gated_bound(exact, hidden, value, gate_error, dtype) + 1.1 * relative * size
 
 
+def eager_conv_bound(exact, value, gate, d, magnitude, size, zero_gate, dtype, clamp=1e-6):
+    """Bound on ``v + silu(conv)`` where every step is an operation of torch, and rounds to ``dtype``.
+
+    Into d go five roundings of each term: two norms, product, sum, division. A gate is then a root and a logistic
+    function, v a product, and an input of the convolution one more, normed: where elements of v are off by their own
+    roundings and a common factor, norms follow it, so that twice the relative error bounds it. Convolution, silu and
+    sum round once each.
+    """
+    u = UNIT[dtype]
+    delta = 5 * u * magnitude
+    low, high = (oracles.gate_of(d + side, clamp, zero_gate) for side in (-delta, delta))
+    gate_error = np.maximum(high - gate, gate - low) + u * (np.sqrt(np.abs(d) + delta) / 4 + gate)
+    v = np.abs(gate[..., None] * value[:, None])
+    relative = 2 * float((gate_error / gate).max()) + 6 * u
+    return np.abs(value)[:, None] * gate_error[..., None] + u * v + 1.1 * relative * size + 3 * u * (v + size)
+
+
 def slope_bound(d, delta, clamp):
     """The slope of the gate at ``d``, and how far it may be off where d is off by ``delta``.
 
