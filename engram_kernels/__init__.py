@@ -5,7 +5,7 @@ from .geometry.config import EngramConfig
 from .geometry.plan import HashPlan
 from .geometry.token_map import build_token_map
 from .nn.engram import Engram
-from .nn.replacement import replace_engram
+from .nn.replacement import export_state, replace_engram
 from .nn.warmup import warmup
 from .ops.gate import gate_residual
 from .ops.gate_conv import gate_conv_residual
@@ -33,6 +33,7 @@ __all__ = [
     "RowAdam",
     "ShardedTable",
     "build_token_map",
+    "export_state",
     "gate_conv_residual",
     "gate_residual",
     "hash_lookup",

@@ -5,11 +5,11 @@ A module counts as the demo's if it has most of these attributes: ``hash_mapping
 """
 
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.ops.gate_conv import gate_conv_residual
 from engram_kernels.reference.ops.gate import rms_norm
@@ -26,12 +26,23 @@ _NEEDED = (
     "multi_head_embedding.offsets",
     "multi_head_embedding.embedding.weight",
     "key_projs",
-    "value_proj.weight",
+    "value_proj",
     "norm1",
     "norm2",
     "short_conv.conv.weight",
     "short_conv.norms",
 )
+
+
+class Shape(NamedTuple):
+    """Of one module, and the eps of its norms; None is the machine epsilon."""
+
+    branches: int
+    hidden_size: int
+    taps: int
+    dilation: int
+    eps: float | None
+    conv_eps: float | None
 
 
 class DemoEngram(DropIn):
@@ -53,30 +64,34 @@ class DemoEngram(DropIn):
                 attrgetter(path)(module)
             except AttributeError:
                 raise ValueError(f"{name} looks like the demo's Engram but has no attribute {path!r}") from None
-        config, plan = _geometry(name, module)
-        _check_options(name, module, config, plan)
-        _check_results(name, module, config)
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        if absent := [path for path, tensor in tensors if tensor.is_meta and not path.startswith(cls.embedding)]:
+            raise ValueError(f"{name}.{absent[0]} is on the meta device; the embedding alone may be, with tables=")
+        shape, plan = _geometry(name, module)
+        _check_options(name, module, shape, plan)
+        _check_results(name, module, shape)
 
     def __init__(self, module: nn.Module, *arguments):
         super().__init__(module, *arguments)
-        self._config, plan = _geometry("", module)
+        self._shape, plan = _geometry("", module)
         self._plans[plan.device] = plan
 
     def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """``[B, S, H, D]`` from hidden_states of that shape and raw ids ``[B, S]``: a tensor, an array or lists."""
-        hidden, config = hidden_states.contiguous(), self._config
+        hidden, shape = hidden_states.contiguous(), self._shape
         rows = self._rows(as_token_ids(input_ids, hidden.device), None, hidden)
         key = torch.stack([project(rows) for project in self.key_projs], -2).to(hidden.dtype)
         value = self.value_proj(rows).to(hidden.dtype)
         norms = (self.norm2, self.norm1, self.short_conv.norms)
         norms = [torch.stack([norm.weight for norm in branches]) for branches in norms]
-        weight = self.short_conv.conv.weight.view(config.branches, config.hidden_size, config.conv_kernel)
-        options = dict(dilation=config.conv_dilation, eps=config.eps, conv_eps=config.conv_eps)
-        options |= dict(zero_gate=config.zero_gate, residual=False)
+        weight = self.short_conv.conv.weight.view(shape.branches, shape.hidden_size, shape.taps)
+        options = dict(
+            dilation=shape.dilation, eps=shape.eps, conv_eps=shape.conv_eps, zero_gate="sign", residual=False
+        )
         return gate_conv_residual(hidden, key, value, *norms, weight, **options)
 
 
-def _geometry(name: str, module: nn.Module) -> tuple[EngramConfig, HashPlan]:
+def _geometry(name: str, module: nn.Module) -> tuple[Shape, HashPlan]:
     mapping, layer = module.hash_mapping, module.layer_id
     for attribute in ("layer_multipliers", "vocab_size_across_layers"):
         if layer not in getattr(mapping, attribute):
@@ -90,35 +105,25 @@ def _geometry(name: str, module: nn.Module) -> tuple[EngramConfig, HashPlan]:
         )
     if not len(module.key_projs):
         raise ValueError(f"{name}.key_projs must have one projection for each branch, got none")
-    embedding = module.multi_head_embedding.embedding.weight
     try:
-        primes = torch.as_tensor(sizes)
         plan = HashPlan.from_parts(
             torch.as_tensor(mapping.layer_multipliers[layer])[None],
-            primes.reshape(1, -1),
+            torch.as_tensor(sizes).reshape(1, -1),
             pad=int(mapping.pad_id),
             token_map=torch.as_tensor(mapping.compressed_tokenizer.lookup_table),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}.hash_mapping does not make a plan: {error}") from None
-    config = EngramConfig(
-        layers=(layer,),
-        max_ngram=plan.max_ngram,
-        heads=primes.shape[1],
-        row_width=embedding.shape[1],
-        table_sizes=tuple(primes[:, 0].tolist()),
-        hidden_size=module.value_proj.weight.shape[0],
+    conv = module.short_conv.conv.weight
+    shape = Shape(
         branches=len(module.key_projs),
-        raw_vocab_size=plan.vocab_size,
-        vocab_size=int(plan.token_map.max()) + 1,
-        format=str(embedding.dtype).removeprefix("torch."),
+        hidden_size=conv.shape[0] // len(module.key_projs),
+        taps=conv.shape[-1],
+        dilation=plan.max_ngram,
         eps=_shared_eps(name, "norm1 and norm2", [*module.norm1, *module.norm2]),
-        projection_bias=module.value_proj.bias is not None,
-        conv_kernel=module.short_conv.conv.weight.shape[-1],
         conv_eps=_shared_eps(name, "short_conv.norms", module.short_conv.norms),
-        zero_gate="sign",
     )
-    return config, plan
+    return shape, plan
 
 
 def _shared_eps(name: str, which: str, norms) -> float | None:
@@ -130,23 +135,22 @@ def _shared_eps(name: str, which: str, norms) -> float | None:
     return values.pop()
 
 
-def _check_options(name: str, module: nn.Module, config: EngramConfig, plan: HashPlan) -> None:
+def _check_options(name: str, module: nn.Module, shape: Shape, plan: HashPlan) -> None:
     """ValueError where sizes or options are not those that ours will have."""
-    conv, channels = module.short_conv.conv, config.branches * config.hidden_size
+    conv, channels = module.short_conv.conv, shape.branches * shape.hidden_size
     rows, embedding = plan.rows_per_layer[0], module.multi_head_embedding.embedding
     checks = (
-        ("norm1", len(module.norm1), config.branches),
-        ("norm2", len(module.norm2), config.branches),
-        ("short_conv.norms", len(module.short_conv.norms), config.branches),
+        ("norm1", len(module.norm1), shape.branches),
+        ("norm2", len(module.norm2), shape.branches),
+        ("short_conv.norms", len(module.short_conv.norms), shape.branches),
         ("multi_head_embedding.offsets", module.multi_head_embedding.offsets.tolist(), plan.offsets[0].tolist()),
         ("multi_head_embedding.embedding.weight", embedding.weight.shape[0], rows),
         ("multi_head_embedding.embedding.max_norm", getattr(embedding, "max_norm", None), None),
         ("short_conv.conv.groups", conv.groups, channels),
-        ("short_conv.conv.dilation", tuple(conv.dilation), (config.conv_dilation,)),
-        ("short_conv.conv.padding", tuple(conv.padding), ((config.conv_kernel - 1) * config.conv_dilation,)),
+        ("short_conv.conv.dilation", tuple(conv.dilation), (shape.dilation,)),
+        ("short_conv.conv.padding", tuple(conv.padding), ((shape.taps - 1) * shape.dilation,)),
         ("short_conv.conv.bias", conv.bias, None),
         ("short_conv.activation", bool(getattr(module.short_conv, "activation", True)), True),
-        ("key_projs", {getattr(one, "bias", None) is not None for one in module.key_projs}, {config.projection_bias}),
     )
     for attribute, got, expected in checks:
         if got != expected:
@@ -154,19 +158,19 @@ def _check_options(name: str, module: nn.Module, config: EngramConfig, plan: Has
 
 
 @torch.no_grad()
-def _check_results(name: str, module: nn.Module, config: EngramConfig) -> None:
+def _check_results(name: str, module: nn.Module, shape: Shape) -> None:
     """ValueError where a submodule has a weight of another shape, or computes something else with it than ours would.
 
     A LayerNorm has the attributes of an RMSNorm, and so have norms that use 1 + weight: only a trial tells them apart.
     """
-    width, hidden_size = config.columns * config.row_width, config.hidden_size
-    short_conv, span = module.short_conv, (config.conv_kernel - 1) * config.conv_dilation
+    hidden_size, short_conv = shape.hidden_size, module.short_conv
+    span = (shape.taps - 1) * shape.dilation
 
-    def trial(attribute, submodule, shape, x_shape, expected):
+    def trial(attribute, submodule, weight_shape, x_shape, expected):
         weight = getattr(submodule, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.shape != shape:
+        if not isinstance(weight, torch.Tensor) or weight.shape != weight_shape:
             got = list(weight.shape) if isinstance(weight, torch.Tensor) else weight
-            raise ValueError(f"{name}.{attribute}.weight must have shape {list(shape)}, got {got}")
+            raise ValueError(f"{name}.{attribute}.weight must have shape {list(weight_shape)}, got {got}")
         numbers = torch.arange(torch.Size(x_shape).numel(), device=weight.device) * 0.618
         x = (numbers % 1.5 + 0.25).to(weight.dtype).view(x_shape)
         got, wanted = submodule(x), expected(x.double(), weight.double())
@@ -174,28 +178,22 @@ def _check_results(name: str, module: nn.Module, config: EngramConfig) -> None:
         if got.shape != wanted.shape or not torch.allclose(got.double(), wanted, **options):
             raise ValueError(f"{name}.{attribute} computes something else than the demo's")
 
-    def linear(bias):
-        return lambda x, weight: nn.functional.linear(x, weight, None if bias is None else bias.double())
-
     def norm(eps):
         return lambda x, weight: rms_norm(x, weight, torch.finfo(torch.float32).eps if eps is None else eps)
 
     def conv(x, weight):
-        options = dict(padding=span, dilation=config.conv_dilation, groups=len(weight))
+        options = dict(padding=span, dilation=shape.dilation, groups=len(weight))
         return nn.functional.conv1d(x, weight, **options)
 
-    for attribute, projections in (("value_proj", [module.value_proj]), ("key_projs", module.key_projs)):
-        for projection in projections:
-            trial(attribute, projection, (hidden_size, width), (1, width), linear(projection.bias))
     for attribute, norms, eps in (
-        ("norm1", module.norm1, config.eps),
-        ("norm2", module.norm2, config.eps),
-        ("short_conv.norms", short_conv.norms, config.conv_eps),
+        ("norm1", module.norm1, shape.eps),
+        ("norm2", module.norm2, shape.eps),
+        ("short_conv.norms", short_conv.norms, shape.conv_eps),
     ):
         for each in norms:
             trial(attribute, each, (hidden_size,), (1, hidden_size), norm(eps))
-    channels = config.branches * hidden_size
-    trial("short_conv.conv", short_conv.conv, (channels, 1, config.conv_kernel), (1, channels, span + 2), conv)
+    channels = shape.branches * hidden_size
+    trial("short_conv.conv", short_conv.conv, (channels, 1, shape.taps), (1, channels, span + 2), conv)
     if hasattr(short_conv, "act_fn"):
         x = torch.linspace(-3, 3, 13)
         if not torch.allclose(short_conv.act_fn(x), nn.functional.silu(x), atol=1e-3):

@@ -8,8 +8,9 @@ Between calls the layer keeps two tensors in the model's own cache, where transf
     conv state 2    int64 [B, N - 1]      the last ids; EOS before the first
     conv state 1    [B, D + X, span]      of the last span = (K - 1) N tokens: the value, then the scale of each branch
 
-in hidden's dtype. X is H where that is float32 or float64; elsewhere a scale is float32 all the same, and two elements are its
-bits. transformers' own layer has ``[B, H * D, span]`` there: what cuts, reorders or copies a cache does so to both.
+in hidden's dtype. X is H where that is float32 or float64; elsewhere a scale is float32 all the same, and two elements
+are its bits. transformers' own layer has ``[B, H * D, span]`` there, and what cuts, reorders or copies a cache does so
+to both.
 """
 
 import sys
@@ -163,8 +164,7 @@ class QwenEngram(DropIn):
                 f"and keeps {hidden.dtype} [B, {channels}, span]: a cache goes on with the modules that filled it"
             )
         state = _last(state, self.short_conv_state_len, 0).transpose(1, 2)
-        # Copies: the cache writes into its own memory, which a backward pass may still read.
-        value, scale = (part.clone(memory_format=torch.contiguous_format) for part in state.tensor_split([width], -1))
+        value, scale = (part.contiguous() for part in state.tensor_split([width], -1))
         return value, scale.view(scale_dtype)
 
 
@@ -184,9 +184,12 @@ def _plan_of(hashing: nn.Module, name: str) -> HashPlan:
 
 
 def _last(state: torch.Tensor, size: int, fill) -> torch.Tensor:
-    """A copy of the last ``size`` entries of the last dimension, ``fill`` ahead of them where there are fewer."""
+    """The last ``size`` entries of the last dimension, ``fill`` ahead of them where there are fewer.
+
+    A copy: the cache writes into its own memory, and a backward pass may read this later.
+    """
     state = state[..., -size:]
-    return nn.functional.pad(state, (size - state.shape[-1], 0), value=fill).clone()
+    return torch.cat([state.new_full((*state.shape[:-1], size - state.shape[-1]), fill), state], -1)
 
 
 def _as_elements(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

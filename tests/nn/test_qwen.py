@@ -201,6 +201,34 @@ def test_a_cache_of_the_old_module_is_refused(models):
             ours(streams(1, 1), token_ids(1, 1), cache)
 
 
+def test_a_gate_at_zero_is_a_half(models):
+    (theirs, ours), streams = layers(models)
+    hidden, ids = streams(2, 12), token_ids(2, 12)
+    hidden[:, ::2] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(ours(hidden, ids, None), theirs(hidden, ids, None), **CLOSE)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_gradients_end_at_the_cache(models, cache):
+    """Tokens of a second piece read what the first left, which the cache may have overwritten by then, as numbers."""
+    (_, ours), streams = layers(models)
+    hidden, ids, kept = streams(2, 14), token_ids(2, 14), CACHES[cache](models[0])
+    whole = ours(hidden, ids, None)
+    pieces = [ours(hidden[:, part], ids[:, part], kept) for part in (slice(0, 9), slice(9, 11), slice(11, 14))]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, **CLOSE)
+    assert not kept.layers[0].conv_states[1].requires_grad
+    gradients = []
+    for out in (whole[:, -1].sum(), pieces[-1][:, -1].sum()):
+        ours.table.zero_row_grad()
+        ours.zero_grad()
+        out.backward()
+        gradients.append((ours.norm_query.weight.grad, set(ours.table.row_grad.ids.tolist())))
+    assert 0 < gradients[1][0].abs().max() and gradients[1][1] < gradients[0][1]
+    ours.table.zero_row_grad()
+    ours.zero_grad()
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_half_precision_state_is_exact(cache):
     """In pieces through the cache and in one go: the same bits, since scales keep theirs."""

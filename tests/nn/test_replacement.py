@@ -101,16 +101,16 @@ def test_model_in_bfloat16_is_no_further_from_float64():
 def test_weights_are_shared():
     model = demo.Model()
     embedding = model.engrams["1"].multi_head_embedding.embedding.weight
-    (_, original), _ = replace_engram(model, placement="cpu").items()
-    ours = model.engrams["1"].engram
-    assert ours.table.weight.data_ptr() == embedding.data_ptr()
-    start = ours.wkv.weight.untyped_storage().data_ptr()
-    for projection in (*original.key_projs, original.value_proj):
-        assert projection.weight.untyped_storage().data_ptr() == start
-    assert original.short_conv.conv.weight.data_ptr() == ours.conv_weight.data_ptr()
+    parameters = dict(model.named_parameters())
+    replaced = replace_engram(model, placement="cpu")
+    original = replaced["engrams.1"]
+    assert model.engrams["1"].table.weight.data_ptr() == embedding.data_ptr()
+    assert replaced.tables == {name: model.get_submodule(name).table for name in replaced}
+    rest = {name: parameter for name, parameter in parameters.items() if not name.endswith("embedding.weight")}
+    assert len(parameters) - len(rest) == 2
+    assert dict(model.named_parameters()) == rest  # the same objects, under the same names
     with torch.no_grad():
         original.norm2[1].weight.fill_(5)
-    assert ours.q_weight[1].eq(5).all()
     hidden, ids = torch.randn(1, 4, 4, 64), torch.randint(0, 500, (1, 4))
     torch.testing.assert_close(original(hidden, ids), model.engrams["1"](hidden, ids), rtol=1e-4, atol=1e-4)
 
@@ -124,7 +124,19 @@ def test_a_module_under_two_names_is_replaced_under_both():
 
 
 def test_nothing_to_replace():
-    assert replace_engram(nn.Sequential(nn.Linear(2, 2)), placement="cpu") == {}
+    kinds = r"Sequential has no module of these kinds: Qwen4ExpTextPLELayer of .*; .* hash_mapping, .*DeepSeek demo"
+    with pytest.raises(ValueError, match=kinds):
+        replace_engram(nn.Sequential(nn.Linear(2, 2)), placement="cpu")
+    model = demo.Model()
+    replace_engram(model, placement="cpu")
+    with pytest.raises(ValueError, match=r"of these kinds \(engrams.1, engrams.3: replaced already\): "):
+        replace_engram(model, placement="cpu")
+
+
+@pytest.mark.parametrize("given", [dict(), dict(placement="cpu", tables={})])
+def test_placement_or_tables(given):
+    with pytest.raises(ValueError, match="expected either placement or tables"):
+        replace_engram(demo.Model(), **given)
 
 
 def put(index, replacement):
@@ -136,6 +148,11 @@ class OffsetNorm(nn.RMSNorm):
 
     def forward(self, x):
         return super().forward(x) + nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
 
 
 def broken(change):
@@ -155,7 +172,6 @@ def broken(change):
         (lambda e: e.multi_head_embedding.offsets.add_(1), "offsets must be"),
         (lambda e: setattr(e.short_conv.conv, "dilation", (2,)), r"dilation must be \(3,\), got \(2,\)"),
         (lambda e: setattr(e.short_conv, "activation", False), "activation must be True, got False"),
-        (lambda e: setattr(e, "value_proj", nn.Linear(64, 64, bias=False)), "key_projs must be {False}, got {True}"),
         (lambda e: e.hash_mapping.layer_multipliers.pop(3), "layer_multipliers has nothing for layer_id 3"),
         (lambda e: e.hash_mapping.vocab_size_across_layers.pop(3), "across_layers has nothing for layer_id 3"),
         (lambda e: e.hash_mapping.vocab_size_across_layers.update({3: [[2], [3, 5]]}), r"every order, got \[1, 2\]"),
@@ -163,7 +179,6 @@ def broken(change):
         (lambda e: setattr(e, "key_projs", nn.ModuleList()), "key_projs must have one projection for each branch"),
         (lambda e: put(0, nn.RMSNorm(32))(e.norm1), r"norm1.weight must have shape \[64\], got \[32\]"),
         (lambda e: put(1, nn.RMSNorm(64, elementwise_affine=False))(e.norm2), "norm2.weight must have .* got None"),
-        (lambda e: put(1, nn.Linear(32, 64))(e.key_projs), r"weight must have shape \[64, 64\], got \[64, 32\]"),
         (lambda e: put(1, nn.Identity())(e.norm1), "must be RMS norms with an attribute 'eps'"),
         (lambda e: put(1, nn.LayerNorm(64, 1e-5))(e.short_conv.norms), "short_conv.norms computes something else"),
         (lambda e: put(3, OffsetNorm(64))(e.norm2), "norm2 computes something else than the demo's"),
@@ -171,12 +186,19 @@ def broken(change):
         (lambda e: setattr(e.short_conv.conv, "stride", (2,)), "short_conv.conv computes something else"),
         (lambda e: setattr(e.short_conv, "act_fn", nn.GELU()), "act_fn computes something else than SiLU"),
         (lambda e: setattr(e.multi_head_embedding.embedding, "max_norm", 1.0), "max_norm must be None, got 1.0"),
+        (lambda e: setattr(e.multi_head_embedding.embedding, "padding_idx", 0), "padding_idx must be None, got 0"),
+        (lambda e: e.norm1[2].register_forward_hook(print), "norm1.2 has hooks, which would not be called any more"),
+        (lambda e: e.multi_head_embedding.register_full_backward_hook(print), "multi_head_embedding has hooks"),
+        (lambda e: setattr(e, "forward", e.forward), "has a forward of its own"),
+        (lambda e: setattr(e.short_conv, "forward", e.short_conv.forward), "short_conv has a forward of its own"),
+        (lambda e: e.short_conv.to("meta"), "short_conv.conv.weight is on the meta device"),
+        (lambda e: setattr(e.multi_head_embedding, "embedding", Scaled(2328, 8)), "an nn.Embedding .* got Scaled"),
     ],
 )
 def test_near_misses_change_nothing(change, message):
     model = broken(change)
     modules = dict(model.named_modules())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"engrams\.3.*{message}.*of the right kind: engrams\.1"):
         replace_engram(model, placement="cpu")
     assert dict(model.named_modules()) == modules
 

@@ -114,6 +114,7 @@ EXTRAS = (
     "xdist",
     "matplotlib",
     "pytest_timeout",
+    "transformers",
 )
 
 
