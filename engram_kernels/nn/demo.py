@@ -149,7 +149,7 @@ def _check_options(name: str, module: nn.Module, shape: Shape, plan: HashPlan) -
         ("short_conv.conv.groups", conv.groups, channels),
         ("short_conv.conv.dilation", tuple(conv.dilation), (shape.dilation,)),
         ("short_conv.conv.padding", tuple(conv.padding), ((shape.taps - 1) * shape.dilation,)),
-        ("short_conv.conv.bias", conv.bias, None),
+        ("short_conv.conv.bias", None if conv.bias is None else "one", None),
         ("short_conv.activation", bool(getattr(module.short_conv, "activation", True)), True),
     )
     for attribute, got, expected in checks:

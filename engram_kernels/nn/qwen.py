@@ -69,7 +69,7 @@ class QwenEngram(DropIn):
             ("conv1d.dilation", tuple(conv.dilation), (dilation,)),
             ("conv1d.padding", tuple(conv.padding), (0,)),
             ("conv1d.stride", tuple(conv.stride), (1,)),
-            ("conv1d.bias", conv.bias, None),
+            ("conv1d.bias", None if conv.bias is None else "one", None),
             ("norm_key.eps", module.norm_key.eps, module.norm_query.eps),
             ("norm_*.group_size", {norm.group_size for norm in norms}, {hidden_size}),
             ("norm_*.weight.shape", {tuple(norm.weight.shape) for norm in norms}, {(channels,)}),

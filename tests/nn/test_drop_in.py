@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -250,6 +251,14 @@ def test_tables_must_fit():
         replace_engram(model, tables={1: table})
     with pytest.raises(ValueError, match="engrams.1 needs a table of 2138 rows of 8 elements, got EngramTable"):
         replace_engram(model, tables={1: table, 3: table})
+
+
+def test_the_old_embedding_is_freed_with_the_result():
+    _, ours, replaced = pair(placement="host")
+    weight = weakref.ref(replaced["engrams.1"].multi_head_embedding.embedding.weight)
+    assert weight() is not None
+    del replaced
+    assert weight() is None and ours(torch.zeros(1, 2, dtype=torch.int64)).isfinite().all()
 
 
 @pytest.mark.parametrize("placement", ["cpu", "host"])
