@@ -1,8 +1,8 @@
 """Load a Qwen checkpoint with a per-layer embedding into transformers without ever holding its table twice.
 
-python examples/transformers_qwen.py FOLDER, with the folder of a text model (``Qwen4ExpForCausalLM``). The tables are
-read from its files straight into the memory that kernels read; transformers loads all else. With a GPU they go to pinned
-host memory.
+python examples/transformers_qwen.py FOLDER, with the folder of a text model (``Qwen4ExpForCausalLM``). Tables are read
+from its files straight into the memory that kernels read, pinned host memory where there is a GPU; transformers loads
+all else.
 """
 
 import sys

@@ -21,7 +21,7 @@ class TrainableRows(PlacedRows):
     @property
     def requires_row_grad(self) -> bool:
         """Whether autograd follows values that ops read from this table."""
-        return self._anchor is not None
+        return self._anchor is not None and self._anchor.requires_grad
 
     @property
     def anchor(self) -> torch.Tensor | None:
@@ -31,13 +31,16 @@ class TrainableRows(PlacedRows):
         that gradient's norm. What scales the one, such as clip_grad_norm_ or a GradScaler, scales the other when an
         optimizer of this package takes its step.
         """
-        return self._anchor
+        return self._anchor if self.requires_row_grad else None
 
     def requires_row_grad_(self, requires: bool = True) -> Self:
-        """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged"."""
+        """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged".
+
+        An optimizer passes over a table while it is not trainable, and goes on when it is again.
+        """
         where = "EngramTable.requires_row_grad_"
         self.check_usable(where)
-        if requires and self._anchor is not None:
+        if requires == self.requires_row_grad:
             return self
         if requires and self.format.scaling != "none":
             raise ValueError(
@@ -48,18 +51,19 @@ class TrainableRows(PlacedRows):
             raise ValueError(
                 f"{where}: kernels cannot write to placement 'staged'; use 'host' or 'device', got {self!r}"
             )
-        device = self.weight.device
-        if self.placement in REGISTERED and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
-        dtype = torch.float64 if self.format.dtype == torch.float64 else torch.float32
-        self._anchor = torch.zeros(1, dtype=dtype, device=device, requires_grad=True) if requires else None
-        self._steps_on = device if requires else self._steps_on
+        if self._anchor is None:
+            device = self.weight.device
+            if self.placement in REGISTERED and torch.cuda.is_available():
+                device = torch.device("cuda", torch.cuda.current_device())
+            dtype = torch.float64 if self.format.dtype == torch.float64 else torch.float32
+            self._anchor, self._steps_on = torch.zeros(1, dtype=dtype, device=device), device
+        self._anchor.requires_grad_(requires)
         self.zero_row_grad()
         return self
 
     def accumulate_row_grad(self, row_ids: torch.Tensor, grad: torch.Tensor) -> None:
         """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]``, as the backward pass of a lookup does."""
-        if self._anchor is None:
+        if not self.requires_row_grad:
             raise ValueError("EngramTable.accumulate_row_grad: the table is not trainable (requires_row_grad_)")
         new = row_gradient(row_ids, grad, self.rows)
         old = self.row_grad if self._anchor.grad is not None else None

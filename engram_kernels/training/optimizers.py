@@ -70,6 +70,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable | None = None):
         """Move every row that has a gradient; the rest of the tables is not touched. Waits for nothing.
 
+        A table that is not trainable at the moment is passed over.
+
         closure: as for torch optimizers. A gradient that was scaled through the table's anchor counts as scaled.
         """
         loss = None
@@ -79,8 +81,6 @@ class RowOptimizer(torch.optim.Optimizer):
         self.steps += 1
         (group,) = self.param_groups
         for table, state, anchor in zip(self.tables, self._states, group["params"], strict=True):
-            if table.anchor is not anchor:
-                raise ValueError(f"{type(self).__name__}: {table!r} has stopped being trainable since this was made")
             if table.row_grad is not None and anchor.grad is not None:
                 self._update(table, state, group)
         return loss

@@ -119,7 +119,7 @@ def become(kind):
         (lambda layer: setattr(layer, "norm_key", nn.RMSNorm(64)), "norm_key must be .* got torch.*RMSNorm"),
         (lambda layer: delattr(layer, "norm_query"), "norm_query must be a .* got builtins.NoneType"),
         (lambda layer: setattr(layer.norm_key, "eps", 1e-3), "norm_key.eps must be 1e-06, got 0.001"),
-        (lambda layer: setattr(layer.norm_conv, "group_size", None), "group_size must be {32}, got {"),
+        (lambda layer: setattr(layer.norm_conv, "group_size", None), "group_size must be .32., got ."),
         (lambda layer: setattr(layer.conv1d, "dilation", (2,)), r"conv1d.dilation must be \(3,\), got \(2,\)"),
         (
             lambda layer: setattr(layer.conv1d, "bias", nn.Parameter(torch.zeros(64))),

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from engram_kernels import Engram, EngramTable, HashPlan, RowAdagrad, RowAdam
+from engram_kernels import Engram, EngramTable, HashPlan, RowAdagrad, RowAdam, lookup
 from engram_kernels.checkpoints import reading
 from engram_kernels.checkpoints.writing import locked_file
 from engram_kernels.training import saving as optimizer_saving
@@ -324,13 +324,38 @@ def test_a_copied_model_reads_the_same_table():
     assert torch.equal(other(hidden, ids), run.module(hidden, ids))
 
 
-def test_one_group_and_tables_that_stay_trainable():
+def test_one_group_of_tables():
     made = optimizer()
     with pytest.raises(ValueError, match="RowAdam: tables are one group"):
         made.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
-    table = made.tables[1]
-    anchor = table.anchor
-    assert table.requires_row_grad_().anchor is anchor
-    table.requires_row_grad_(False).requires_row_grad_()
-    with pytest.raises(ValueError, match="has stopped being trainable since this was made"):
-        made.step()
+
+
+@pytest.mark.parametrize("kind", [RowAdagrad, RowAdam])
+def test_a_table_frozen_for_a_while(kind):
+    """It stays as it is meanwhile, and goes on with its anchor and state as if those steps had not been."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(16, 32, generator=generator) for _ in range(2)]
+
+    def tables():
+        made = [EngramTable.from_tensors(weight.clone(), placement="cpu").requires_row_grad_() for weight in weights]
+        return made, kind(made, lr=0.1)
+
+    def step(tables, optimizer):
+        optimizer.zero_grad()
+        sum(lookup(table, torch.arange(4)[:, None]).square().sum() for table in tables).backward()
+        optimizer.step()
+
+    (first, second), optimizer = tables()
+    anchor = first.anchor
+    step((first, second), optimizer)
+    first.requires_row_grad_(False)
+    assert first.anchor is None and not first.requires_row_grad
+    frozen, moved = first.weight.clone(), second.weight.clone()
+    step((first, second), optimizer)
+    assert torch.equal(first.weight, frozen) and not torch.equal(second.weight, moved)
+    assert first.requires_row_grad_().anchor is anchor and first.row_grad is None
+    step((first, second), optimizer)
+    (alone, _), other = tables()
+    for _ in range(2):
+        step((alone,), other)
+    assert torch.equal(first.weight, alone.weight) and not torch.equal(first.weight, frozen)
