@@ -378,3 +378,28 @@ def test_projections_stay_modules():
         replace_engram(theirs, placement="cpu")
         torch.testing.assert_close(theirs(ids).logits, before, **CLOSE)
     assert called == [1, 2, 1, 2]
+
+
+@pytest.mark.kernel
+def test_kernels(device):
+    """A layer on kernels through a static cache, padding and all, and its gradients."""
+    theirs, ours = tiny_model().to(device), tiny_model().to(device)
+    replace_engram(ours, placement="device" if device.type == "cuda" else "cpu")
+    (before, after), streams = layers((theirs, ours))
+    hidden, ids = streams(2, 11).to(device), token_ids(2, 11).to(device)
+    mask, caches = left_padded(ids), [CACHES["static"](theirs) for _ in range(2)]
+    with torch.no_grad():
+        for part in (slice(0, 6), slice(6, 7), slice(7, 11)):
+            results = [
+                layer(hidden[:, part], ids[:, part], cache, conv_mask=mask[:, part])
+                for layer, cache in zip((before, after), caches, strict=True)
+            ]
+            torch.testing.assert_close(*results, **CLOSE)
+    for layer in (before, after):
+        layer(hidden, ids, None).square().sum().backward()
+    found = after.table.row_grad
+    grad = torch.zeros_like(after.table.weight)
+    grad[found.ids[: found.count]] = found.values[: found.count]
+    torch.testing.assert_close(grad, before.ple_embedding.ngram_embedding.weight.grad, rtol=1e-3, atol=1e-4)
+    for name, parameter in after.named_parameters():
+        torch.testing.assert_close(parameter.grad, before.get_parameter(name).grad, rtol=1e-3, atol=1e-4)
