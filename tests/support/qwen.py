@@ -13,6 +13,7 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 EOS, VOCABULARY = 5, 97
+CLOSE = dict(rtol=1e-4, atol=2e-5)  # float32, through three layers
 CACHES = {
     "dynamic": lambda model: DynamicCache(config=model.config),
     "static": lambda model: StaticCache(config=model.config, max_cache_len=64),
@@ -60,3 +61,11 @@ def token_ids(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(6, 40, shape, generator=generator)
     return ids.masked_fill(torch.rand(shape, generator=generator) < 0.1, EOS)
+
+
+def layers(models, dtype=torch.float32):
+    """The first PLE layer of both, and random streams for as many tokens as are asked for."""
+    generator = torch.Generator().manual_seed(4)
+    return [model.model.layers[0].ple for model in models], lambda *shape: torch.randn(
+        *shape, 64, generator=generator, dtype=torch.float32
+    ).to(dtype)
