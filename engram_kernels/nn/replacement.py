@@ -29,6 +29,7 @@ class Replaced(dict):
     def undo(self) -> None:
         """Put the old modules back, with what was trained since: rows too, unless their tables were given.
 
+        Their embeddings are on the device and in the dtype that they had: undo before the model is moved or cast.
         ValueError, and nothing is changed, where the model has something else in their places by now.
         """
         for name, drop_in in self._drop_ins.items():
@@ -50,7 +51,7 @@ def replace_engram(
     *,
     placement: str | None = None,
     tables: Mapping[int, EngramTable] | None = None,
-    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
 ) -> Replaced:
     """Replace every Engram module of ``model`` by ours; returns {name: the module that was replaced}, with ``undo()``.
 
@@ -74,11 +75,11 @@ def replace_engram(
     for name, (module, family) in found.items():
         by_module.setdefault(module, (name, family))
     _check(model, found, by_module)
+    _warn(by_module, optimizer)
     made = _made_tables(by_module, placement) if tables is None else _given_tables(by_module, tables)
     drop_ins = {module: family(module, made[module], tables is None) for module, (_, family) in by_module.items()}
     for name, (module, _) in found.items():
         _put(model, name, drop_ins[module])
-    _warn(by_module, [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer))
     modules = {name: module for name, (module, _) in found.items()}
     return Replaced(model, modules, {name: drop_ins[module] for name, module in modules.items()})
 
@@ -194,7 +195,8 @@ def _given_tables(by_module: dict, tables: Mapping[int, EngramTable]) -> dict[nn
     return {module: tables[layer] for module, layer in layers.items()}
 
 
-def _warn(by_module: dict, optimizers: list[torch.optim.Optimizer]) -> None:
+def _warn(by_module: dict, optimizer) -> None:
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
     held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     for module, (name, family) in by_module.items():
         weight = _embedding(module, family).weight

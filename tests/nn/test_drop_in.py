@@ -93,6 +93,7 @@ def test_embeddings_that_are_one_stay_one():
 @pytest.mark.parametrize("reason", ["optimizer", "gradient"])
 def test_what_an_optimizer_no_longer_trains_is_said(reason):
     model, options = randomised(), {}
+    before = copy.deepcopy(model)
     if reason == "optimizer":
         options["optimizer"] = torch.optim.SGD(model.parameters(), lr=1)
         embedding(model, "3").requires_grad_(False)
@@ -104,6 +105,14 @@ def test_what_an_optimizer_no_longer_trains_is_said(reason):
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 2 and all(why in text and "RowAdagrad or RowAdam" in text for text in texts)
     assert caught[0].filename == __file__
+    # Where warnings are errors, nothing is replaced.
+    again = copy.deepcopy(before)
+    modules = dict(again.named_modules())
+    options = dict(optimizer=[torch.optim.SGD(again.parameters(), lr=1)])
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="is a parameter of the optimizer"):
+        warnings.simplefilter("error")
+        replace_engram(again, placement="cpu", **options)
+    assert dict(again.named_modules()) == modules
 
 
 def test_a_gradient_that_a_placement_cannot_have_is_an_error():
