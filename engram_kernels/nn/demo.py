@@ -79,7 +79,7 @@ class DemoEngram(DropIn):
     def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """``[B, S, H, D]`` from hidden_states of that shape and raw ids ``[B, S]``: a tensor, an array or lists."""
         hidden, shape = hidden_states.contiguous(), self._shape
-        rows = self._rows(as_token_ids(input_ids, hidden.device), None, hidden)
+        rows = self._rows(as_token_ids(input_ids, hidden.device), None, self.value_proj, hidden)
         key = torch.stack([project(rows) for project in self.key_projs], -2).to(hidden.dtype)
         value = self.value_proj(rows).to(hidden.dtype)
         norms = (self.norm2, self.norm1, self.short_conv.norms)

@@ -10,11 +10,10 @@ from torch import nn
 
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.tokens import ID_DTYPES
+from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ops.rows import lookup
 from engram_kernels.tables.engram import EngramTable
-
-_FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class TableRows(nn.Module):
@@ -101,10 +100,10 @@ class DropIn(nn.Module):
             self._plans[device] = (self._make_plan() if plan is None else plan).to(device)
         return self._plans[device]
 
-    def _rows(self, ids: torch.Tensor, history: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
-        """``[B, S, C * R]`` as the value projection takes them: in its dtype, or in hidden's where it is quantised."""
-        dtype = getattr(getattr(self.value_proj, "weight", hidden), "dtype", hidden.dtype)
-        dtype = dtype if dtype in _FLOAT_DTYPES else hidden.dtype
+    def _rows(self, ids, history, projection: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """``[B, S, C * R]`` in the dtype that ``projection`` takes: its own, or hidden's where it is quantised."""
+        dtype = getattr(getattr(projection, "weight", hidden), "dtype", hidden.dtype)
+        dtype = dtype if dtype in FLOAT_DTYPES else hidden.dtype
         out_dtype = None if dtype == torch.float64 else dtype
         rows = hash_lookup(ids, self._plan(ids.device), (self.table,), history=history, out_dtype=out_dtype)[0]
         return rows.flatten(-2).to(dtype)

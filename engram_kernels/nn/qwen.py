@@ -14,7 +14,6 @@ to both.
 """
 
 import sys
-from functools import partial
 
 import torch
 from torch import nn
@@ -96,7 +95,7 @@ class QwenEngram(DropIn):
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         for name, buffer in self.ple_embedding.named_buffers(f"{prefix}ple_embedding"):
-            if name in state_dict and not torch.equal(state_dict[name].to(buffer), buffer):
+            if self._plans and name in state_dict and not torch.equal(state_dict[name].to(buffer), buffer):
                 self._plans.clear()  # made again of what is being loaded
 
     def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor, cache=None, conv_mask=None) -> torch.Tensor:
@@ -104,27 +103,17 @@ class QwenEngram(DropIn):
         shape = (self.hc_count, self.hidden_size)
         hidden = hidden_states.contiguous().unflatten(-1, shape)
         ids = as_token_ids(input_ids, hidden.device)
-        rows = self._rows(ids, self._history(ids, cache), hidden)
+        rows = self._rows(ids, self._history(cache), self.value_proj, hidden)
         key = self.key_proj(rows).to(hidden.dtype).unflatten(-1, shape)
         value = self.value_proj(rows).to(hidden.dtype)
         mask = None if conv_mask is None else conv_mask.bool().expand(ids.shape).contiguous()
-        return self._gated(hidden, key, value, mask, cache).flatten(-2)
+        out, entries = self._gated(hidden, key, value, mask, cache)
+        if cache is not None:  # at the end: what raises before leaves the cache as it was
+            self._store(cache, ids.long(), entries)
+        return out.flatten(-2)
 
-    def _history(self, ids: torch.Tensor, cache) -> torch.Tensor | None:
-        """The N - 1 ids before these, None where there are none; and these ids into the cache."""
-        if cache is None:
-            return None
-        size, eos = self.ple_embedding.context_len, self.ple_embedding.eos_token_id
-        past, new = cache.get_conv_state(self.layer_idx, state_idx=_IDS_STATE), ids.long()
-        if past is not None:
-            past = _last(past, size, eos)
-        elif ids.shape[1] < size:
-            new = _last(new, size, eos)  # the cache itself would fill up with zeros
-        cache.update_conv_state(new, self.layer_idx, state_idx=_IDS_STATE, conv_kernel_size=size)
-        return past
-
-    def _gated(self, hidden, key, value, mask, cache) -> torch.Tensor:
-        """The addend ``[B, S, H, D]``; and what later tokens read of these into the cache."""
+    def _gated(self, hidden, key, value, mask, cache) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The addend ``[B, S, H, D]``, and what a cache is to keep of these tokens, ``[B, D + X, up to S]``."""
         shape, span = hidden.shape[-2:], self.short_conv_state_len
         norms = [1.0 + norm.weight.float().view(shape) for norm in (self.norm_query, self.norm_key, self.norm_conv)]
         options = dict(dilation=self.ple_embedding.ngram_size, eps=self.norm_key.eps, conv_eps=self.norm_conv.eps)
@@ -135,20 +124,32 @@ class QwenEngram(DropIn):
             return gate_conv_residual(hidden, key, value, *norms, weight, mask=mask, conv_state=state, **options)
 
         if cache is None or span == 0:
-            return gated(hidden, key, value, mask)
-        length, recording = hidden.shape[1], cache.is_recording_past(self.layer_idx)
-        past = self._conv_state(cache, hidden)
+            return gated(hidden, key, value, mask), None
+        past, length = self._conv_state(cache, hidden), hidden.shape[1]
+        kept = length if cache.is_recording_past(self.layer_idx) else min(length, span)
         if past is None:
             out = gated(hidden, key, value, mask)
         else:
             out, state = gated(hidden, key, value, mask, past)
-        kept = length if recording else min(length, span)
         if past is None or kept > span:
             state = _states(gated, (hidden, key, value, mask), kept, span)
-        new = torch.cat([state[0], _as_elements(state[1], hidden.dtype)], -1)[:, -kept:].detach()
-        store = partial(cache.update_conv_state, state_idx=_CONV_STATE, conv_kernel_size=span)
-        store(new.transpose(1, 2), self.layer_idx)
-        return out
+        # The bits of a scale are elements of the cache's dtype, of which a half-precision one needs two.
+        entries = torch.cat([state[0], state[1].contiguous().view(hidden.dtype)], -1)
+        return out, entries[:, -kept:].detach().transpose(1, 2)
+
+    def _history(self, cache) -> torch.Tensor | None:
+        """The last N - 1 ids in the cache, None where there are none."""
+        past = None if cache is None else cache.get_conv_state(self.layer_idx, state_idx=_IDS_STATE)
+        return None if past is None else _last(past, self.ple_embedding.context_len, self.ple_embedding.eos_token_id)
+
+    def _store(self, cache, ids: torch.Tensor, entries: torch.Tensor | None) -> None:
+        size = self.ple_embedding.context_len
+        if ids.shape[1] < size and not cache.has_previous_state(self.layer_idx, _IDS_STATE):
+            ids = _last(ids, size, self.ple_embedding.eos_token_id)  # the cache itself would fill up with zeros
+        cache.update_conv_state(ids, self.layer_idx, state_idx=_IDS_STATE, conv_kernel_size=size)
+        if entries is not None:
+            options = dict(state_idx=_CONV_STATE, conv_kernel_size=self.short_conv_state_len)
+            cache.update_conv_state(entries, self.layer_idx, **options)
 
     def _conv_state(self, cache, hidden) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Value ``[B, span, D]`` and scale ``[B, span, H]`` of the tokens before, None where there are none."""
@@ -176,7 +177,8 @@ def _theirs(kind: str) -> type | None:
 def _plan_of(hashing: nn.Module, name: str) -> HashPlan:
     """From the tensors of a ``Qwen4ExpTextNGramEmbedding``, which checkpoints hold; name: of its layer, for errors."""
     eos, offsets = hashing.eos_token_id, hashing.ngram_heads_offsets.tolist()
-    parts = hashing.layer_multipliers[None], hashing.ngram_heads_vocab_sizes[None]
+    # Copies: a plan is made anew where the module's tensors change, and never changes by itself.
+    parts = (tensor[None].clone() for tensor in (hashing.layer_multipliers, hashing.ngram_heads_vocab_sizes))
     plan = HashPlan.from_parts(*parts, pad=eos, eos=eos, vocab_size=hashing.unigram_vocab_size)
     if (expected := plan.offsets[0].tolist()) != offsets:
         raise ValueError(f"{name}.ple_embedding.ngram_heads_offsets must be {expected}, got {offsets}")
@@ -190,11 +192,6 @@ def _last(state: torch.Tensor, size: int, fill) -> torch.Tensor:
     """
     state = state[..., -size:]
     return torch.cat([state.new_full((*state.shape[:-1], size - state.shape[-1]), fill), state], -1)
-
-
-def _as_elements(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bits of ``scale`` as elements of ``dtype``."""
-    return scale.contiguous().view(dtype)
 
 
 @torch.no_grad()

@@ -91,6 +91,7 @@ def test_a_cache_of_the_old_module_is_refused(models):
             ValueError, match=r"layer 0 finds torch.float32 \[B, 64, span\] .* keeps .* \[B, 34, span\]"
         ):
             ours(streams(1, 1), token_ids(1, 1), cache)
+    assert torch.equal(cache.layers[0].conv_states[2], token_ids(1, 4)[:, -2:])  # as it was
 
 
 @pytest.mark.parametrize("cache", CACHES)
