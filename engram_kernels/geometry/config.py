@@ -4,16 +4,15 @@ Presets follow the published models; :meth:`EngramConfig.from_hf` reads a checkp
 Sources: arXiv 2601.07372 (paper and demo), the DeepSeek-V4.1-Flash and Qwen3.8-Flash-Next configurations.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .bounds import BOUNDS, INT64, MAX_COLUMNS, finite, whole
+from .published import read_published
 from .row_format import row_format
-
-# What transformers' Qwen4Exp configuration assumes where a config.json, which drops defaults, leaves a field out.
-_QWEN_DEFAULTS = {"make_ngram_vocab_size_divisible_by": 128, "split_ngram_parts": 128, "hc_count": 4}
-_QWEN_FORMATS = {"float8_e4m3fn": "e4m3", "fp8": "e4m3", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,19 @@ class EngramConfig:
     zero_gate: str = "copysign"  #: sign of a gate at d = 0: "copysign" (+1) or "sign" (0)
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "table_sizes", tuple(self.table_sizes))
-        positive = ("heads", "row_width", "hidden_size", "branches", "raw_vocab_size", "row_multiple")
-        for name in positive:
-            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _expect(self.max_ngram >= 2, "max_ngram", "at least 2", self.max_ngram)
+        for name in ("layers", "table_sizes"):
+            given = getattr(self, name)
+            _expect(isinstance(given, Iterable), name, "a tuple of integers", given)
+            self._settle(name, tuple(whole(each, name, "EngramConfig", INT64) for each in given))
+        for name, bounds in BOUNDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, tuple) and (value is not None or name not in ("vocab_size", "pad_id", "eos_id")):
+                self._settle(name, whole(value, name, "EngramConfig", bounds))
+        for name in ("eps", "conv_eps", "norm_offset"):
+            value, least = getattr(self, name), -math.inf if name == "norm_offset" else 0.0
+            if value is not None or name == "norm_offset":
+                self._settle(name, finite(value, name, "EngramConfig", least))
+        _expect(isinstance(self.projection_bias, bool), "projection_bias", "True or False", self.projection_bias)
         _expect(self.layers and min(self.layers) >= 0, "layers", "one or more layer numbers from 0", self.layers)
         _expect(len(set(self.layers)) == len(self.layers), "layers", "distinct layer numbers", self.layers)
         _expect(
@@ -70,7 +76,9 @@ class EngramConfig:
             self.multiplier_rule,
         )
         _expect(self.zero_gate in ("copysign", "sign"), "zero_gate", "'copysign' or 'sign'", self.zero_gate)
-        _expect(self.conv_kernel >= 0, "conv_kernel", "0 (no convolution) or more taps", self.conv_kernel)
+        _expect(self.seed >= 0 or self.multiplier_rule != "numpy", "seed", "at least 0 for rule 'numpy'", self.seed)
+        few = f"so few that all layers have at most {MAX_COLUMNS:,} columns"
+        _expect(len(self.layers) * self.columns <= MAX_COLUMNS, "heads", few, self.heads)
         boundary, name = (self.eos_id, "eos_id") if self.window == "eos" else (self.pad_id, "pad_id")
         valid = f"a valid id for window {self.window!r}, 0 <= id < {self.raw_vocab_size}"
         _expect(boundary is not None and 0 <= boundary < self.raw_vocab_size, name, valid, boundary)
@@ -78,6 +86,9 @@ class EngramConfig:
             distinct = f"between 1 and raw_vocab_size = {self.raw_vocab_size}"
             _expect(1 <= self.vocab_size <= self.raw_vocab_size, "vocab_size", distinct, self.vocab_size)
         row_format(self.format, "EngramConfig").check_width(self.row_width, "EngramConfig")
+
+    def _settle(self, name: str, value) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def columns(self) -> int:
@@ -177,24 +188,22 @@ class EngramConfig:
         )
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "EngramConfig":
-        """Read a checkpoint's ``config.json``, already parsed; a nested ``text_config`` is followed.
+    def from_hf(cls, config: Any) -> "EngramConfig":
+        """Read a checkpoint's ``config.json``, already parsed, or a config object of transformers.
 
-        Knows DeepSeek-V4.1 (``engram_*`` fields) and Qwen (``ple_*`` and ``ngram_*`` fields).
-        ValueError names the field that is missing or does not fit the others.
+        Knows DeepSeek-V4.1 (``engram_*`` fields) and Qwen (``ple_*`` and ``ngram_*`` fields), also where they stand in
+        a ``text_config``; other fields are left alone. Qwen's layers are sorted, and what is absent or null has the
+        value that transformers gives it; rows without a dtype of their own have the checkpoint's.
+        ValueError names the field that is missing, out of bounds or does not fit the others.
         """
-        if not isinstance(config, Mapping):
-            raise TypeError(f"EngramConfig.from_hf: config must be a dict, got {type(config).__name__}")
-        fields = config
-        if isinstance(config.get("text_config"), Mapping):
-            fields = {**config, **config["text_config"]}
-        if fields.get("engram_layer_ids"):
-            return _from_deepseek(cls, fields)
-        if fields.get("ple_layer_ids"):
-            return _from_qwen(cls, fields)
-        raise ValueError(
-            "EngramConfig.from_hf: config has neither 'engram_layer_ids' (DeepSeek-V4.1) nor 'ple_layer_ids' (Qwen)"
-        )
+        arguments, rows = read_published(config)
+        found = cls(**arguments)
+        if rows not in (None, found.rows_per_layer):
+            raise ValueError(
+                "EngramConfig.from_hf: 'engram_num_embeddings' does not fit 'engram_vocab_size', 'engram_n_heads' and "
+                f"'engram_layer_ids': their primes add up to {found.rows_per_layer}, got {rows}"
+            )
+        return found
 
 
 # What the demo and both models of the paper share. V is None: their tokenizer's map decides it.
@@ -214,98 +223,3 @@ _PAPER = dict(
 def _expect(holds, field: str, expected: str, got) -> None:
     if not holds:
         raise ValueError(f"EngramConfig: {field} must be {expected}, got {got!r}")
-
-
-def _field(fields: Mapping[str, Any], name: str):
-    """A required field of a checkpoint's config; where it is an integer by nature, callers convert it."""
-    value = fields.get(name, _QWEN_DEFAULTS.get(name))
-    if value is None:
-        raise ValueError(f"EngramConfig.from_hf: config has no field {name!r}")
-    return value
-
-
-def _integer(fields: Mapping[str, Any], name: str) -> int:
-    value = _field(fields, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"EngramConfig.from_hf: {name!r} must be an integer, got {value!r}")
-    return value
-
-
-def _integers(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """A required field that is an integer or a list of at least one."""
-    value = _field(fields, name)
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not values or not all(isinstance(entry, int) for entry in values):
-        raise ValueError(f"EngramConfig.from_hf: {name!r} must be one or more integers, got {value!r}")
-    return values
-
-
-def _from_deepseek(cls, fields: Mapping[str, Any]) -> EngramConfig:
-    max_ngram = _integer(fields, "engram_max_ngram_size")
-    config = cls(
-        layers=_integers(fields, "engram_layer_ids"),
-        max_ngram=max_ngram,
-        heads=_integer(fields, "engram_n_heads"),
-        row_width=_integer(fields, "engram_head_dim"),
-        table_sizes=(_integer(fields, "engram_vocab_size"),) * (max_ngram - 1),
-        hidden_size=_integer(fields, "hidden_size"),
-        branches=_integer(fields, "hc_mult"),
-        raw_vocab_size=_integer(fields, "vocab_size"),
-        vocab_size=_integer(fields, "engram_compressed_vocab_size"),
-        pad_id=_integer(fields, "engram_pad_token_id"),
-        format="e4m3_ue8m0",
-        eps=float(_field(fields, "rms_norm_eps")),
-    )
-    stored = _integers(fields, "engram_num_embeddings")
-    if stored != config.rows_per_layer:
-        raise ValueError(
-            "EngramConfig.from_hf: 'engram_num_embeddings' does not fit 'engram_vocab_size', 'engram_n_heads' and "
-            f"'engram_layer_ids': their primes add up to {config.rows_per_layer}, got {stored}"
-        )
-    return config
-
-
-def _from_qwen(cls, fields: Mapping[str, Any]) -> EngramConfig:
-    max_ngram, heads = _integer(fields, "ngram_size"), _integer(fields, "heads_per_ngram")
-    width, rest = divmod(_integer(fields, "ple_embed_dim"), max(1, (max_ngram - 1) * heads))
-    if rest:
-        raise ValueError(
-            f"EngramConfig.from_hf: 'ple_embed_dim' must be a multiple of (ngram_size - 1) * heads_per_ngram = "
-            f"{(max_ngram - 1) * heads}, got {fields['ple_embed_dim']}"
-        )
-    dtype = str(_field(fields, "ple_embedding_dtype")).removeprefix("torch.")
-    if dtype not in _QWEN_FORMATS:
-        raise ValueError(
-            f"EngramConfig.from_hf: 'ple_embedding_dtype' must be one of {', '.join(_QWEN_FORMATS)}, got {dtype!r}"
-        )
-    eos = _integers(fields, "eos_token_id")  # one id or a list, the first of which ends a document
-    rows, parts = _integer(fields, "make_ngram_vocab_size_divisible_by"), _integer(fields, "split_ngram_parts")
-    config = cls(
-        # ple_layer_ids count from 1
-        layers=tuple(layer - 1 for layer in _integers(fields, "ple_layer_ids")),
-        max_ngram=max_ngram,
-        heads=heads,
-        row_width=width,
-        table_sizes=(_integer(fields, "ngram_vocab_size_base"),) * (max_ngram - 1),
-        hidden_size=_integer(fields, "hidden_size"),
-        branches=_integer(fields, "hc_count"),
-        raw_vocab_size=_integer(fields, "vocab_size"),
-        vocab_size=_integer(fields, "vocab_size"),
-        eos_id=eos[0],
-        window="eos",
-        multiplier_rule="splitmix64",
-        seed=_integer(fields, "seed"),
-        row_multiple=rows,
-        format=_QWEN_FORMATS[dtype],
-        eps=float(_field(fields, "rms_norm_eps")),
-        conv_kernel=_integer(fields, "ple_conv_kernel_size"),
-        conv_eps=float(_field(fields, "rms_norm_eps")),
-        norm_offset=1.0,
-        zero_gate="sign",
-    )
-    uneven = [total for total in config.rows_per_layer if parts < 1 or total % parts]
-    if uneven:
-        raise ValueError(
-            f"EngramConfig.from_hf: 'split_ngram_parts' must divide the padded rows {uneven[0]}, got {parts}"
-        )
-    return config

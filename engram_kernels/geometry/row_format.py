@@ -60,7 +60,7 @@ FORMATS = {
 
 def row_format(name: str, where: str) -> RowFormat:
     """The format called ``name``; ValueError naming the choices otherwise."""
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"{where}: format must be one of {', '.join(FORMATS)}, got {name!r}")
     return FORMATS[name]
 

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from engram_kernels import EngramConfig
+from engram_kernels.geometry.published import QWEN_DEFAULTS
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "deepseek_v41_layout.json").read_text())
@@ -44,8 +48,7 @@ QWEN = {
     "hc_count": 4,
     "rms_norm_eps": 1e-6,
 }
-# What a Qwen config.json may leave out: the model's own configuration class has defaults for these.
-QWEN_DEFAULTED = {"make_ngram_vocab_size_divisible_by": 128, "split_ngram_parts": 128, "hc_count": 4}
+QWEN_REQUIRED = ("ple_layer_ids", "eos_token_id")
 
 
 def tiny(**changes):
@@ -200,10 +203,83 @@ def test_from_hf_equals_the_preset(fields, preset, nested):
 
 
 def test_from_hf_variants_of_qwen():
-    assert EngramConfig.from_hf(QWEN | {"eos_token_id": [248_044]}) == EngramConfig.qwen38_flash_next()
+    preset = EngramConfig.qwen38_flash_next()
+    assert EngramConfig.from_hf(QWEN | {"eos_token_id": [248_044, 7]}) == preset
     assert EngramConfig.from_hf(QWEN | {"ple_embedding_dtype": "torch.bfloat16"}).format == "bfloat16"
-    for name, default in QWEN_DEFAULTED.items():
-        assert EngramConfig.from_hf(without(QWEN, name)) == EngramConfig.from_hf(QWEN | {name: default})
+    for parts in (1, 7, 128, 1024):  # of which the last may be shorter
+        assert EngramConfig.from_hf(QWEN | {"split_ngram_parts": parts}) == preset
+    assert EngramConfig.from_hf(QWEN | {"ple_embed_dim": None, "hidden_size": 1280}).row_width == 80
+
+
+@pytest.mark.parametrize(
+    "changes, format",
+    [
+        ({"ple_embedding_dtype": None}, "bfloat16"),
+        ({"ple_embedding_dtype": None, "dtype": "float16"}, "float16"),
+        ({"ple_embedding_dtype": None, "dtype": None, "torch_dtype": torch.float32}, "float32"),
+        ({"ple_embedding_dtype": "fp8", "dtype": "bfloat16"}, "e4m3"),
+    ],
+)
+def test_rows_of_qwen_have_the_checkpoints_dtype_unless_one_of_their_own(changes, format):
+    assert EngramConfig.from_hf(QWEN | changes).format == format
+    absent = {name: value for name, value in (QWEN | changes).items() if value is not None}
+    assert EngramConfig.from_hf(absent).format == format
+    if "dtype" in absent:  # of a model of several parts, that of the whole
+        whole = {"dtype": absent.pop("dtype"), "text_config": absent}
+        assert EngramConfig.from_hf(whole).format == format
+
+
+def test_layers_of_qwen_are_sorted_and_counted_once():
+    """As transformers does before it derives primes and multipliers of the layers."""
+    assert EngramConfig.from_hf(QWEN | {"ple_layer_ids": [5, 2, 5]}) == EngramConfig.from_hf(
+        QWEN | {"ple_layer_ids": [2, 5]}
+    )
+    assert EngramConfig.from_hf(QWEN | {"ple_layer_ids": [5, 2]}).layers == (1, 4)
+
+
+def test_defaults_of_qwen_are_those_of_transformers():
+    """Each alone, absent or null; all at once; and as its config objects and what they save."""
+    from transformers.models.qwen4_exp import configuration_qwen4_exp as qwen4
+
+    least = dict(ple_layer_ids=[5, 2], eos_token_id=[7, 8])
+    ours = qwen4.Qwen4ExpTextConfig(**least)
+    assert {name: getattr(ours, name) for name in QWEN_DEFAULTS} == QWEN_DEFAULTS
+    expected = EngramConfig.from_hf(least)
+    assert (expected.seed, expected.row_width, expected.eos_id, expected.layers) == (1234, 128, 7, (1, 4))
+    whole = qwen4.Qwen4ExpConfig(text_config=ours.to_dict())
+    for config in (
+        ours,
+        ours.to_dict(),
+        ours.to_diff_dict(),
+        whole,
+        whole.to_dict(),
+        json.loads(whole.to_json_string()),
+    ):
+        assert EngramConfig.from_hf(config) == expected
+    for name in [name for name in QWEN if name not in QWEN_REQUIRED]:
+        assert EngramConfig.from_hf(least | {name: None}) == expected
+    for name in QWEN_DEFAULTS:
+        assert EngramConfig.from_hf(without(QWEN, name)) == EngramConfig.from_hf(QWEN | {name: None})
+
+
+def test_from_hf_takes_objects():
+    """Of any class that keeps its fields as attributes, one within another included."""
+    inner = SimpleNamespace(**DEEPSEEK)
+    for config in (inner, SimpleNamespace(text_config=inner), {"language_config": inner}):
+        assert EngramConfig.from_hf(config) == EngramConfig.deepseek_v41_flash()
+
+
+def test_from_hf_leaves_other_fields_alone():
+    more = {
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32], "text_config": 3},
+        "engram_from_the_future": {"engram_layer_ids": [9]},
+        "text_config": None,
+        "rope_scaling": None,
+    }
+    assert EngramConfig.from_hf(DEEPSEEK | more) == EngramConfig.deepseek_v41_flash()
+    assert EngramConfig.from_hf(more | {"text_config": DEEPSEEK | more}) == EngramConfig.deepseek_v41_flash()
+    assert EngramConfig.from_hf(QWEN | more) == EngramConfig.qwen38_flash_next()
 
 
 def without(fields, name):
@@ -217,7 +293,7 @@ def test_from_hf_names_a_missing_field_of_deepseek(name):
             EngramConfig.from_hf(config)
 
 
-@pytest.mark.parametrize("name", [name for name in QWEN if name not in QWEN_DEFAULTED])
+@pytest.mark.parametrize("name", QWEN_REQUIRED)
 def test_from_hf_names_a_missing_field_of_qwen(name):
     with pytest.raises(ValueError, match=f"'{name}'"):
         EngramConfig.from_hf(without(QWEN, name))
@@ -235,20 +311,40 @@ def test_from_hf_names_a_missing_field_of_qwen(name):
         (DEEPSEEK, "engram_n_heads", "eight"),
         (QWEN, "ple_embed_dim", 2561),
         (QWEN, "ple_embedding_dtype", "int4"),
-        (QWEN, "split_ngram_parts", 7),
+        (QWEN, "ple_embed_dim", 0),
         (QWEN, "split_ngram_parts", 0),
-        (QWEN, "split_ngram_parts", 1024),  # 128 divides the padded rows, and 512 does by chance
         (QWEN, "eos_token_id", []),
+        (QWEN, "eos_token_id", [None]),
         (QWEN, "seed", "many"),
+        (QWEN, "seed", 1234.0),
+        (QWEN, "ple_layer_ids", [0]),
+        (QWEN, "ple_layer_ids", [True]),
+        *(
+            (fields, "rms_norm_eps", eps)
+            for fields in (DEEPSEEK, QWEN)
+            for eps in (-1, math.nan, math.inf, "1e-6", True)
+        ),
+        # What would be minutes of searching primes, or a tuple beyond all memory.
+        *(
+            (DEEPSEEK, name, 10**12)
+            for name in ("engram_n_heads", "engram_max_ngram_size", "engram_head_dim", "hc_mult")
+        ),
+        *(
+            (QWEN, name, 10**12)
+            for name in ("heads_per_ngram", "ngram_size", "ple_embed_dim", "hc_count", "vocab_size")
+        ),
+        *((QWEN, name, -5) for name in ("ngram_vocab_size_base", "make_ngram_vocab_size_divisible_by", "hidden_size")),
+        (QWEN, "ngram_vocab_size_base", 10**30),
+        (QWEN, "ple_conv_kernel_size", 10**12),
     ],
 )
 def test_from_hf_names_a_field_that_is_off(fields, name, off):
-    with pytest.raises(ValueError, match=f"'{name}'"):
+    with pytest.raises(ValueError, match=f"^EngramConfig.from_hf: .*'{name}'"):
         EngramConfig.from_hf(fields | {name: off})
 
 
 def test_from_hf_refuses_what_is_no_engram_config():
-    with pytest.raises(TypeError, match="EngramConfig.from_hf: config must be a dict, got str"):
+    with pytest.raises(TypeError, match="EngramConfig.from_hf: config must be a dict or a config object, got str"):
         EngramConfig.from_hf("config.json")
     for config in ({}, {"hidden_size": 5120}, {"engram_layer_ids": []}):
         with pytest.raises(ValueError, match="neither 'engram_layer_ids'.*nor 'ple_layer_ids'"):
@@ -271,7 +367,27 @@ def test_from_hf_refuses_what_is_no_engram_config():
         ({"window": "bos"}, "window must be 'pad' or 'eos', got 'bos'"),
         ({"multiplier_rule": "torch"}, "multiplier_rule must be 'numpy' or 'splitmix64', got 'torch'"),
         ({"zero_gate": "one"}, "zero_gate must be 'copysign' or 'sign', got 'one'"),
-        ({"conv_kernel": -1}, r"conv_kernel must be 0 \(no convolution\) or more taps, got -1"),
+        ({"conv_kernel": -1}, "conv_kernel must be at least 0, got -1"),
+        ({"heads": 10**12}, "heads must be at most 1,024, got 10{12}"),
+        (
+            {"heads": 1024, "layers": range(3)},
+            "heads must be so few that all layers have at most 4,096 columns, got 1024",
+        ),
+        ({"heads": 2.0}, "heads must be an integer, got 2.0"),
+        ({"heads": True}, "heads must be an integer, got True"),
+        ({"max_ngram": 10**12}, "max_ngram must be at most 64"),
+        ({"layers": "03"}, "layers must be an integer, got '0'"),
+        ({"layers": 3}, "layers must be a tuple of integers, got 3"),
+        ({"table_sizes": (10.5, 12)}, "table_sizes must be an integer, got 10.5"),
+        ({"seed": -1}, "seed must be at least 0 for rule 'numpy', got -1"),
+        *(
+            ({name: value}, f"{name} must be a finite number of at least 0, got ")
+            for name in ("eps", "conv_eps")
+            for value in (-1, math.nan, math.inf, "1e-6")
+        ),
+        ({"norm_offset": None}, "norm_offset must be a finite number, got None"),
+        ({"projection_bias": "no"}, "projection_bias must be True or False, got 'no'"),
+        ({"format": ["e4m3"]}, "format must be one of float32"),
         ({"pad_id": 50}, "pad_id must be a valid id for window 'pad', 0 <= id < 50, got 50"),
         ({"pad_id": -1}, "pad_id must be a valid id for window 'pad', 0 <= id < 50, got -1"),
         ({"pad_id": None}, "pad_id must be a valid id for window 'pad', 0 <= id < 50, got None"),
@@ -295,6 +411,7 @@ def test_every_constraint_is_checked(changes, expected):
 def test_bounds_that_are_still_allowed():
     config = tiny(layers=[0], table_sizes=[2, 2], heads=1, pad_id=49, vocab_size=50)
     assert (config.layers, config.table_sizes) == ((0,), (2, 2))  # lists become tuples
+    assert type(tiny(heads=np.int64(2), eps=1).heads) is int  # and integers of NumPy Python's own
     assert config.primes == ((2, 3),)
     assert tiny(vocab_size=1, conv_kernel=0).vocab_size == 1
     assert tiny(window="eos", eos_id=0, pad_id=-1).eos_id == 0  # the other dialect's boundary is not looked at
