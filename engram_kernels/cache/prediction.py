@@ -68,7 +68,7 @@ def text_keys(token_ids: np.ndarray, plan: HashPlan) -> np.ndarray:
     """Keys int64 ``[N - 1, T]`` of a text, one sequence, in the plan's first layer."""
     plan = plan.select(layers=[0])
     ids = torch.from_numpy(np.ascontiguousarray(token_ids, dtype=np.int64))
-    before = torch.full((plan.max_ngram - 1,), -1)
+    before = torch.full((plan.max_ngram - 1,), -1, device="cpu")
     parts = []
     for chunk in ids.split(_CHUNK):
         parts.append(ngram_keys(chunk, plan, history=before[None]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels.geometry.row_format import RowFormat, row_format
+from engram_kernels.geometry.row_format import RowFormat, checked_scale, row_format
 
 from .encoding import E4M3_MAX, decode_rows, encode_rows, greatest, table_scale
 from .files import Checkpoint, Paths
@@ -98,6 +98,8 @@ def _check_pair(source: RowFormat, target: RowFormat, scale: float | None, where
         raise ValueError(f"{where}: float64 rows convert to float32 alone, got {source.name} to {target.name}")
     if scale is not None and (target.scaling != "table" or not 0 < scale < float("inf")):
         raise ValueError(f"{where}: a scale is a positive number and for format 'e4m3', got {scale} for {target.name}")
+    if scale is not None:
+        checked_scale(scale, where)
 
 
 def _decoded(checkpoint: Checkpoint, stored: StoredTable, chunk: RowChunk) -> tuple[torch.Tensor, int]:

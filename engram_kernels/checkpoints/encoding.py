@@ -37,7 +37,8 @@ def encode_rows(
         raise ValueError(f"{where}: {format.name} has no infinity, and row {row} of these {len(values)} holds one")
     if format.scaling == "table":
         # torch's cast saturates since 2.12; before, what rounds beyond 448 became NaN.
-        return (values / torch.tensor(scale, dtype=torch.float32)).clamp_(-E4M3_MAX, E4M3_MAX).to(format.dtype), None
+        divisor = torch.tensor(scale, dtype=torch.float32, device=values.device)
+        return (values / divisor).clamp_(-E4M3_MAX, E4M3_MAX).to(format.dtype), None
     exponents = _group_exponents(maxima)
     # Every 2^-e is a normal float32, and the product exact but for what is far below e4m3's smallest step.
     factors = torch.ldexp(torch.ones_like(maxima), -exponents)
@@ -52,7 +53,7 @@ def greatest(values: torch.Tensor) -> torch.Tensor:
 
 def table_scale(magnitude: float) -> float:
     """The scale that takes ``magnitude`` to 448, in float32; 1 for a table of zeros."""
-    return float(torch.tensor(magnitude, dtype=torch.float32) / E4M3_MAX) or 1.0
+    return float(torch.tensor(magnitude, dtype=torch.float32, device="cpu") / E4M3_MAX) or 1.0
 
 
 def _group_exponents(maxima: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def fill_tensors(
             checkpoint.read_into(tensor, begin, memoryview(target[at : at + end - begin].numpy()))
         else:
             if not hasattr(buffers, "bytes"):
-                buffers.bytes = torch.empty(CHUNK, dtype=torch.uint8)
+                buffers.bytes = torch.empty(CHUNK, dtype=torch.uint8, device="cpu")
             buffer = buffers.bytes[: end - begin]
             checkpoint.read_into(tensor, begin, memoryview(buffer.numpy()))
             target[at : at + end - begin].copy_(buffer)
@@ -84,7 +84,7 @@ def read_chunk(checkpoint: Checkpoint, chunk: RowChunk) -> tuple[torch.Tensor, t
 
     def read(tensor: StoredTensor | None) -> torch.Tensor:
         size = 0 if tensor is None else tensor.nbytes // tensor.shape[0]
-        content = torch.empty(chunk.end - chunk.begin, size, dtype=torch.uint8)
+        content = torch.empty(chunk.end - chunk.begin, size, dtype=torch.uint8, device="cpu")
         if size:
             checkpoint.read_into(tensor, chunk.begin * size, memoryview(content.view(-1).numpy()))
         return content

@@ -140,7 +140,7 @@ class TableWriter(RowsFiles):
                 os.ftruncate(shard.fd, shard.nbytes)
                 write_all(shard.fd, shard.header, 0)
                 if "table" in shard.offsets:
-                    value = torch.tensor([scale], dtype=torch.float32)
+                    value = torch.tensor([scale], dtype=torch.float32, device="cpu")
                     write_all(shard.fd, value.numpy().tobytes(), shard.offsets["table"])
         except BaseException:
             self.close()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP, RowFormat
+from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP, RowFormat, checked_scale
 
 from .files import Checkpoint, StoredTensor
 from .names import SCALE_NAMES, SHARD, choose_table, layer_of
@@ -145,9 +145,10 @@ def _scales(checkpoint, prefix, members, stems, weights) -> tuple[str, tuple[Sto
         scale = checkpoint.tensor(members[found[0]])
         if scale.dtype in DENSE and math.prod(scale.shape) == 1:
             value = float(checkpoint.read(scale, FORMATS[DENSE[scale.dtype]].dtype))
-            if not 0 < value < float("inf"):
-                raise checkpoint.error(f"{scale} must be a positive number, got {value}")
-            return "e4m3", (), value
+            try:
+                return "e4m3", (), float(checked_scale(value, str(scale)))
+            except ValueError as error:
+                raise checkpoint.error(str(error)) from None
     else:
         rests = [each + found[0].removeprefix(stem) for each in stems]
         if missing := [rest for rest in rests if rest not in members]:

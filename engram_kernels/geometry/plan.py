@@ -4,15 +4,19 @@ Per layer l, ``mix_n = XOR over s < n of id[t-s] * multipliers[l, s]`` in wrappi
 row ``floor_mod(mix_n, primes[l, c]) + offsets[l, c]``. Source: arXiv 2601.07372, section 2.2, and the demo's code.
 """
 
-from collections.abc import Sequence
+import hashlib
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from .bounds import INT64, whole
 from .config import EngramConfig
 
-_INT64_MAX = 2**63 - 1
+_INT64_MAX = INT64[1]
 _MASK64 = 2**64 - 1
 #: A HashPlan in the schema of a registered op; what HashPlan.parts() returns, and what HashPlan() takes.
 PLAN_SCHEMA = (
@@ -41,12 +45,14 @@ class HashPlan:
 
     @classmethod
     def build(cls, config: EngramConfig, token_map: torch.Tensor | None = None) -> "HashPlan":
-        """The plan of ``config`` on the CPU.
+        """The plan of ``config`` on the CPU, whatever torch's default device is.
 
         token_map: integers ``[V_raw]`` from :func:`build_token_map`; required for window "pad", refused for "eos".
         ValueError where its size or its number of distinct ids differs from the config's: every multiplier
-        derives from them, and the hash would silently be another one.
+        derives from them, and the hash would silently be another one. ValueError also where the rows of a layer
+        have no int64 number.
         """
+        _check_rows(config.rows_per_layer, "primes from table_sizes on", "HashPlan.build")
         if config.window == "eos":
             if token_map is not None:
                 raise ValueError("HashPlan.build: window 'eos' hashes raw ids and takes no token_map, got one")
@@ -74,8 +80,8 @@ class HashPlan:
                     f"got {int(token_map.max())}"
                 )
         plan = cls.from_parts(
-            torch.tensor([_layer_multipliers(config, index, vocab) for index in range(len(config.layers))]),
-            torch.tensor(config.primes),
+            _int64([_layer_multipliers(config, index, vocab) for index in range(len(config.layers))]),
+            _int64(config.primes),
             pad=pad,
             token_map=token_map,
             eos=config.eos_id if config.window == "eos" else None,
@@ -94,7 +100,7 @@ class HashPlan:
         eos: int | None = None,
         vocab_size: int | None = None,
     ) -> "HashPlan":
-        """A plan from a model's own constants.
+        """A plan from a model's own constants, on the CPU.
 
         multipliers: int64 ``[L, N]``. primes: integers ``[L, C]``, C a multiple of N - 1, order-major: all heads of
         2-grams, then of 3-grams, and so on.
@@ -104,35 +110,42 @@ class HashPlan:
         """
         where = "HashPlan.from_parts"
         for name, tensor in (("multipliers", multipliers), ("primes", primes)):
-            if not isinstance(tensor, torch.Tensor) or tensor.is_floating_point() or tensor.dim() != 2:
-                raise TypeError(f"{where}: {name} must be a 2-dimensional integer tensor, got {_describe(tensor)}")
+            _check_integers(tensor, 2, name, where)
         layers, max_ngram = multipliers.shape
         if max_ngram < 2 or primes.shape[0] != layers or primes.shape[1] % (max_ngram - 1) or not primes.numel():
             raise ValueError(
                 f"{where}: expected multipliers [L, N >= 2] and primes [L, (N - 1) * heads], "
                 f"got {list(multipliers.shape)} and {list(primes.shape)}"
             )
-        if int(primes.min()) < 2:
-            raise ValueError(f"{where}: primes must be at least 2, got {int(primes.min())}")
+        factors, columns = multipliers.tolist(), primes.tolist()
+        if min(map(min, columns)) < 2:
+            raise ValueError(f"{where}: primes must be at least 2, got {min(map(min, columns))}")
+        _check_rows(map(sum, columns), "primes", where)
+        if max(map(max, factors)) > _INT64_MAX:
+            raise ValueError(f"{where}: multipliers must be int64, got {max(map(max, factors))}")
+        pad, eos, vocab_size = (
+            value if value is None and name != "pad" else whole(value, name, where, INT64)
+            for name, value in (("pad", pad), ("eos", eos), ("vocab_size", vocab_size))
+        )
         if eos is not None and (token_map is not None or pad != eos):
             raise ValueError(f"{where}: with eos={eos}, pad must equal it and token_map be None, got pad={pad}")
         if token_map is not None:
             token_map = _checked_token_map(token_map, where)
             vocab_size = len(token_map)
-        multipliers, primes = (tensor.detach().to("cpu", torch.int64).contiguous() for tensor in (multipliers, primes))
+        multipliers, primes = _int64(factors), _int64(columns)
         largest_id = int(token_map.max()) if token_map is not None else (vocab_size or 0) - 1
         columns_per_order = primes.shape[1] // (max_ngram - 1)
         return cls(
             multipliers=multipliers,
             primes=primes,
             offsets=primes.cumsum(1) - primes,
-            reciprocals=torch.tensor([[_signed(2**64 // prime) for prime in layer] for layer in primes.tolist()]),
-            orders=torch.arange(2, max_ngram + 1, dtype=torch.int32).repeat_interleave(columns_per_order),
+            reciprocals=_int64([[_signed(2**64 // prime) for prime in layer] for layer in columns]),
+            orders=torch.arange(2, max_ngram + 1, dtype=torch.int32, device="cpu").repeat_interleave(columns_per_order),
             token_map=token_map,
-            pad=int(pad),
+            pad=pad,
             eos=eos,
             vocab_size=vocab_size,
-            rows_per_layer=tuple(primes.sum(1).tolist()),
+            rows_per_layer=tuple(map(sum, columns)),
             non_negative=largest_id >= 0
             and pad >= 0
             and int(multipliers.min()) >= 0
@@ -150,6 +163,13 @@ class HashPlan:
     def max_ngram(self) -> int:
         """N, the longest n-gram."""
         return self.multipliers.shape[1]
+
+    @cached_property
+    def token_map_digest(self) -> str | None:
+        """SHA-256 of the token map, by which files tell the tokenizer they were made with; None without a map."""
+        if self.token_map is None:
+            return None
+        return hashlib.sha256(self.token_map.cpu().contiguous().numpy().astype("<i4").tobytes()).hexdigest()
 
     @property
     def index_dtype(self) -> torch.dtype:
@@ -169,7 +189,8 @@ class HashPlan:
     def select(self, layers: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> "HashPlan":
         """The plan of some of its layers and columns, by position, in the order given.
 
-        Row ids are those of the whole plan: offsets stay as they are. A column must not be named twice.
+        Row ids are those of the whole plan: offsets stay as they are. A column must not be named twice. TypeError for
+        positions that are no integers.
         """
         layers = _positions(layers, self.primes.shape[0], "layers")
         columns = _positions(columns, self.primes.shape[1], "columns")
@@ -228,9 +249,29 @@ def _signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
+def _int64(numbers) -> torch.Tensor:
+    """On the CPU, where torch's default device would put what is made from numbers elsewhere."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _check_rows(rows: Iterable[int], name: str, where: str) -> None:
+    """Raise ValueError where row ids or offsets would wrap."""
+    if (most := max(rows)) > _INT64_MAX:
+        raise ValueError(f"{where}: {name} must add up to at most 2^63 - 1 rows in every layer, got {most}")
+
+
+def _check_integers(tensor, dimensions: int, name: str, where: str) -> None:
+    """Raise TypeError unless it is a tensor of integers, ValueError where it has no content."""
+    number = isinstance(tensor, torch.Tensor) and tensor.dtype != torch.bool
+    if not number or tensor.is_floating_point() or tensor.is_complex() or tensor.dim() != dimensions:
+        expected = f"a {dimensions}-dimensional integer tensor"
+        raise TypeError(f"{where}: {name} must be {expected}, got {_describe(tensor)}")
+    if tensor.is_meta:
+        raise ValueError(f"{where}: {name} must hold numbers, and a tensor on the meta device has none")
+
+
 def _checked_token_map(token_map: torch.Tensor, where: str) -> torch.Tensor:
-    if not isinstance(token_map, torch.Tensor) or token_map.is_floating_point() or token_map.dim() != 1:
-        raise TypeError(f"{where}: token_map must be a 1-dimensional integer tensor, got {_describe(token_map)}")
+    _check_integers(token_map, 1, "token_map", where)
     if not token_map.numel() or int(token_map.min()) < 0 or int(token_map.max()) >= 2**31:
         raise ValueError(f"{where}: token_map must hold at least one id, all within 0 <= id < 2^31")
     return token_map.detach().to("cpu", torch.int32).contiguous()
@@ -243,7 +284,17 @@ def _describe(value) -> str:
 
 
 def _positions(chosen: Sequence[int] | None, size: int, what: str) -> list[int]:
-    chosen = list(range(size)) if chosen is None else [int(position) for position in chosen]
+    chosen = list(range(size)) if chosen is None else [_position(position, what) for position in chosen]
     if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size:
         raise ValueError(f"HashPlan.select: {what} must be distinct positions within 0..{size - 1}, got {chosen}")
     return chosen
+
+
+def _position(position, what: str) -> int:
+    try:
+        # True is an index of 1 to Python and to torch, and was meant for a mask.
+        if isinstance(position, bool) or getattr(position, "dtype", None) == torch.bool:
+            raise TypeError
+        return operator.index(position)
+    except TypeError:
+        raise TypeError(f"HashPlan.select: {what} must be integers, got {position!r}") from None

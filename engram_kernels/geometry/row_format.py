@@ -65,6 +65,16 @@ def row_format(name: str, where: str) -> RowFormat:
     return FORMATS[name]
 
 
+def checked_scale(scale: torch.Tensor | float, where: str) -> torch.Tensor:
+    """The scale of a whole table as a float32 scalar on the CPU; ValueError unless it is positive and finite there."""
+    given = float(scale)
+    value = torch.tensor(given, dtype=torch.float32, device="cpu")
+    if not 0 < value < float("inf"):
+        note = f", which is {float(value)} in float32" if 0 < given < float("inf") else ""
+        raise ValueError(f"{where}: the table's scale must be a positive number, got {given}{note}")
+    return value
+
+
 def format_of(weight: torch.Tensor, scale, where: str) -> tuple[RowFormat, torch.Tensor | None]:
     """The format of a weight and its scale, and the scale as tables keep it."""
     if weight.dtype != torch.float8_e4m3fn:
@@ -79,7 +89,7 @@ def format_of(weight: torch.Tensor, scale, where: str) -> tuple[RowFormat, torch
     if isinstance(scale, (int, float)) or (
         isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.dtype in _SCALE_DTYPES
     ):
-        return FORMATS["e4m3"], torch.tensor(float(scale), dtype=torch.float32)
+        return FORMATS["e4m3"], checked_scale(scale, where)
     expected = [weight.shape[0], weight.shape[1] // SCALE_GROUP]
     if (
         not isinstance(scale, torch.Tensor)

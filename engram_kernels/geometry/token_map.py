@@ -11,13 +11,16 @@ _LONE_SPACE = "\ue000"  # stands in for a token that is one space, which strip()
 
 
 def build_token_map(tokenizer) -> torch.Tensor:
-    """Compressed id of every raw id, int32 ``[V_raw]``; ids are numbered as they first appear.
+    """Compressed id of every raw id, int32 ``[V_raw]`` on the CPU; ids are numbered as they first appear.
+
+    V_raw is the greatest id and one, of added tokens beyond the vocabulary too. An id that no token has reads as
+    nothing, and shares its number with all that do, as in the demo.
 
     tokenizer: a ``tokenizers.Tokenizer``, or a fast transformers tokenizer (its ``backend_tokenizer`` is used).
     Needs the ``tokenizers`` package (extra ``hf``). Takes about two seconds for 129,280 tokens.
     """
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    for method in ("decode", "id_to_token", "get_vocab_size"):
+    for method in ("decode", "id_to_token", "get_vocab"):
         if not hasattr(tokenizer, method):
             raise TypeError(
                 "build_token_map: tokenizer must be a tokenizers.Tokenizer or a fast transformers tokenizer, "
@@ -26,14 +29,15 @@ def build_token_map(tokenizer) -> torch.Tensor:
     normalizer = _normalizer()
     numbers: dict[str, int] = {}
     compressed = []
-    for raw in range(tokenizer.get_vocab_size(with_added_tokens=True)):
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    for raw in range(max(ids, default=-1) + 1):
         text = tokenizer.decode([raw], skip_special_tokens=False)
         if "\ufffd" in text:  # bytes of half a UTF-8 sequence are no text: such a token stands for itself
             key = tokenizer.id_to_token(raw)
         else:
             key = normalizer.normalize_str(text) or text
         compressed.append(numbers.setdefault(key, len(numbers)))
-    return torch.tensor(compressed, dtype=torch.int32)
+    return torch.tensor(compressed, dtype=torch.int32, device="cpu")
 
 
 def _normalizer():

@@ -11,7 +11,7 @@ from engram_kernels.checkpoints.files import Checkpoint, Paths
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.checkpoints.validate import select_table
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import RowFormat, format_of, row_format
+from engram_kernels.geometry.row_format import RowFormat, checked_scale, format_of, row_format
 
 from .files import check_room, fill_table, map_table, save_table
 from .memory import allocation as table_memory
@@ -53,6 +53,7 @@ class EngramTable(TrainableRows):
         where = "EngramTable.empty"
         fmt = _checked_geometry(where, rows, width, format)
         device = check_placement(where, placement, fmt, device, name, scales)
+        scale = float(checked_scale(scale, where)) if fmt.scaling == "table" else 1.0
         options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress)
         memory = table_memory.allocate(rows, width, fmt, placement=placement, **options)
         return cls(*memory[:2], fmt, placement, memory.mapping, scales)
@@ -131,6 +132,8 @@ class EngramTable(TrainableRows):
         where = "EngramTable.attach"
         fmt = _checked_geometry(where, rows, width, format)
         check_scales(where, "shared", fmt, scales)
+        if scale is not None and fmt.scaling == "table":
+            scale = float(checked_scale(scale, where))
         memory = table_memory.attach(name, rows, width, fmt, scale=scale, scales=scales, timeout=timeout)
         table = cls(*memory[:2], fmt, "shared", memory.mapping, scales)
         table.attached = True

@@ -40,7 +40,7 @@ class StreamRuntime:
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Host memory that copies can leave from while the CPU goes on."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def block(self, nbytes: int) -> torch.Tensor:
         """Device memory of the current stream, for the side stream to write to after what that stream does now."""
@@ -73,7 +73,7 @@ class StagingRing:
             memory = runtime.pinned(slots * slot_bytes)
         except RuntimeError as error:
             degrade([], f"staging without pinned memory, whose copies the CPU waits for ({str(error).splitlines()[0]})")
-            memory = torch.empty(slots * slot_bytes, dtype=torch.uint8)
+            memory = torch.empty(slots * slot_bytes, dtype=torch.uint8, device="cpu")
         self._slots = list(memory.view(slots, slot_bytes))
         self._events: list = [None] * slots
         self._next = 0

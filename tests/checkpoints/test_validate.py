@@ -65,6 +65,11 @@ FAULTS = {
         {},
     ),
     "a scale of 0": (table(weight=fp8(4, 64), weight_scale=zeros(1)), "must be a positive number, got 0.0", {}),
+    "a scale beyond float32": (
+        table(weight=fp8(4, 64), weight_scale=torch.full((1,), 1e300, dtype=torch.float64)),
+        r"weight_scale F64 \[1\]: the table's scale must be a positive number, got 1e\+300, which is inf in float32",
+        {},
+    ),
     "a scale of dense rows": (table(weight=zeros(4, 64), scale=zeros(1)), "takes no scale, got .*embed.scale", {}),
     "integers": (table(weight=zeros(4, 64, dtype=torch.int32)), "a table of packed or integer elements, I32", {}),
     "e5m2": (table(weight=zeros(4, 64, dtype=torch.float8_e5m2)), "rows must be of dtype F8_E4M3, F32, .*F8_E5M2", {}),

@@ -1,5 +1,6 @@
 """HashPlan: golden layouts of published models, constants by second formulations, selections, and every refusal."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def small_map(raw=50, distinct=20):
 
 def small_plan(multipliers=((3, 5, 7), (9, 11, 13)), primes=((11, 13, 17, 19), (23, 29, 31, 37)), **options):
     options = {"pad": 0, "vocab_size": 50} | options
-    return HashPlan.from_parts(torch.tensor(multipliers), torch.tensor(primes), **options)
+    return HashPlan.from_parts(torch.as_tensor(multipliers), torch.as_tensor(primes), **options)
 
 
 def assert_same(plan, other):
@@ -250,6 +251,93 @@ def test_from_parts_names_the_type_of_what_is_no_tensor():
         parts = {"multipliers": torch.ones(2, 3).long(), "primes": torch.full((2, 4), 7), name: [[1]]}
         with pytest.raises(TypeError, match=f"HashPlan.from_parts: {name} must be .* got list"):
             HashPlan.from_parts(**parts, pad=0)
+
+
+@pytest.fixture
+def default_device():
+    """What a model that is built inside ``torch.device(...)`` has around it; "meta" stands for a GPU."""
+    with torch.device("meta"):
+        yield
+
+
+def test_build_and_from_parts_ignore_the_default_device(default_device):
+    """All of a plan is on the CPU, and as it is without a default device."""
+    token_map = torch.arange(50, device="cpu") % 20
+    config = small_config()
+    plans = [HashPlan.build(config, token_map), HashPlan.build(EngramConfig.qwen38_flash_next())]
+    primes = torch.tensor(config.primes, device="cpu")
+    plans.append(HashPlan.from_parts(plans[0].multipliers, primes, pad=4, token_map=token_map))
+    plans.append(plans[0].select(layers=[1], columns=[3, 0]))
+    for plan in plans:
+        assert {tensor.device.type for name in TENSORS if (tensor := getattr(plan, name)) is not None} == {"cpu"}
+    assert_same(plans[0], plans[2])
+    with torch.device("cpu"):
+        assert_same(plans[0], HashPlan.build(config, token_map))
+    with pytest.raises(ValueError, match="token_map must hold numbers, and a tensor on the meta device has none"):
+        HashPlan.build(config, torch.arange(50))
+
+
+@pytest.mark.parametrize(
+    "primes, rows",
+    [
+        ([[2**62, 2**62]], 2**63),  # int64 sums wrap
+        ([[5, 7], [2**62, 2**62]], 2**63),
+        ([[2**63 - 25, 2**63 - 25]], 2**64 - 50),
+    ],
+)
+def test_rows_that_leave_int64_are_refused(primes, rows):
+    """Otherwise offsets wrap, and any table is large enough."""
+    multipliers = torch.ones(len(primes), 3).long()
+    with pytest.raises(ValueError, match=f"^HashPlan.from_parts: primes must add up to at most 2.63 - 1 .* got {rows}"):
+        HashPlan.from_parts(multipliers, torch.tensor(primes), pad=0)
+    size = primes[-1][0]
+    config = small_config(table_sizes=(size, size), heads=1, layers=range(len(primes)))
+    with pytest.raises(ValueError, match="^HashPlan.build: primes from table_sizes on must add up to at most 2.63 - 1"):
+        HashPlan.build(config, small_map())
+
+
+def test_padding_that_leaves_int64_is_refused():
+    config = small_config(table_sizes=(2**62 - 2**20, 2**62 - 2**20), heads=1, row_multiple=2**31, layers=(0,))
+    assert sum(config.primes[0]) < 2**63 <= config.rows_per_layer[0]
+    with pytest.raises(ValueError, match="^HashPlan.build: .* rows in every layer"):
+        HashPlan.build(config, small_map())
+
+
+def test_unsigned_parts_are_what_they_say():
+    plan = small_plan(primes=torch.tensor([[11, 13, 17, 19]] * 2).to(torch.uint64))
+    assert plan.primes.tolist() == [[11, 13, 17, 19]] * 2
+    top = torch.tensor([[2**63 + 3] * 4] * 2, dtype=torch.uint64)
+    with pytest.raises(ValueError, match="primes must add up to at most"):
+        small_plan(primes=top)
+    with pytest.raises(ValueError, match="multipliers must be int64, got 9223372036854775811"):
+        small_plan(multipliers=top[:, :3])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pad": "0"}, {"pad": 0.5}, {"pad": None}, {"vocab_size": 50.0}, {"eos": True, "pad": 1}]
+)
+def test_from_parts_refuses_ids_that_are_no_integers(changes):
+    with pytest.raises(ValueError, match="^HashPlan.from_parts: (pad|vocab_size|eos) must be an integer, got "):
+        small_plan(**changes)
+
+
+@pytest.mark.parametrize(
+    "positions", ["01", ["0"], [0.0], [1.9], [True, False], np.array([True]), torch.tensor([True])]
+)
+@pytest.mark.parametrize("what", ["layers", "columns"])
+def test_select_refuses_what_is_no_position(what, positions):
+    with pytest.raises(TypeError, match=f"^HashPlan.select: {what} must be integers, got "):
+        small_plan().select(**{what: positions})
+
+
+def test_the_digest_tells_token_maps_apart():
+    plan = small_plan(token_map=small_map())
+    assert plan.token_map_digest == hashlib.sha256(small_map().to(torch.int32).numpy().tobytes()).hexdigest()
+    assert plan.select(layers=[0]).token_map_digest == plan.to("cpu").token_map_digest == plan.token_map_digest
+    other = small_map()
+    other[7] = 8
+    assert small_plan(token_map=other).token_map_digest != plan.token_map_digest
+    assert small_plan().token_map_digest is None
 
 
 IDS = torch.tensor([3, 49, 0, 7, 7, 12, 31, 49])

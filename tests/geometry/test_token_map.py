@@ -100,6 +100,26 @@ def test_added_and_special_tokens_count():
     assert build_token_map(tokenizer).tolist() == [0, 1, 2, 0, 2]
 
 
+def test_every_id_that_a_tokenizer_can_emit_has_an_entry():
+    """Vocabularies with holes, and added tokens beyond them; what no token has reads as nothing."""
+    holes = Tokenizer(models.WordLevel({"a": 0, "b": 1, "A": 2, "<pad>": 9}, unk_token="a"))
+    assert build_token_map(holes).tolist() == [0, 1, 0, 2, 2, 2, 2, 2, 2, 3]
+    holes.add_special_tokens([AddedToken("<s>", special=True)])
+    holes.add_tokens(["B"])
+    top = max(holes.get_vocab().values())
+    numbers = build_token_map(holes).tolist()
+    assert len(numbers) == top + 1 and numbers[holes.token_to_id("B")] == 1
+    assert sorted(set(numbers)) == list(range(max(numbers) + 1))  # as HashPlan.build needs it
+    bytes_ = Tokenizer(models.BPE({"a": 3, "Ġa": 1}, []))
+    bytes_.decoder = decoders.ByteLevel()
+    assert build_token_map(bytes_).tolist() == [0, 1, 0, 1]
+
+
+def test_the_map_is_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert build_token_map(word_level("a", "A")).tolist() == [0, 0]
+
+
 def test_the_rule_against_the_standard_library(deepseek, real_map):
     """A second formulation with unicodedata, on the tokens that are plain Latin text: equal keys, equal ids."""
     numbers = {}

@@ -356,3 +356,29 @@ def test_descriptors_hold_addresses_rows_and_scale_bits():
     # Kept for the same tables, by value: a table closed and made anew elsewhere is another one.
     assert view_tables(tables, torch.device("cpu")).descriptors is lines
     assert view_tables([tables[0], group], torch.device("cpu")).descriptors is not lines
+
+
+BAD_SCALES = {0.0: "0.0", -1.0: "-1.0", float("nan"): "nan", float("inf"): "inf"}
+BAD_SCALES |= {1e300: "1e[+]300, which is inf in float32", 1e-300: "1e-300, which is 0.0 in float32"}
+
+
+@pytest.mark.parametrize("scale", BAD_SCALES)
+def test_a_scale_that_no_file_could_hold_is_refused_where_it_comes_in(scale):
+    weight, _ = tensors_of("e4m3")
+    expected = f"the table's scale must be a positive number, got {BAD_SCALES[scale]}$"
+    for given in (scale, torch.tensor([scale], dtype=torch.float64)):
+        with pytest.raises(ValueError, match=f"^EngramTable.from_tensors: {expected}"):
+            EngramTable.from_tensors(weight, given, placement="cpu")
+    with pytest.raises(ValueError, match=f"^EngramTable.empty: {expected}"):
+        EngramTable.empty(4, 64, "e4m3", placement="cpu", scale=scale)
+    with pytest.raises(ValueError, match=f"^EngramTable.attach: {expected}"):
+        EngramTable.attach("nobody", 4, 64, "e4m3", scale=scale)
+    assert EngramTable.empty(4, 64, "bfloat16", placement="cpu", scale=scale).scale is None  # where none is used
+
+
+def test_a_table_scale_is_on_the_cpu_whatever_the_default_device():
+    weight, _ = tensors_of("e4m3")
+    with torch.device("meta"):
+        for placement in ("cpu", "host", "staged"):
+            assert EngramTable.from_tensors(weight, 0.5, placement=placement).scale.item() == 0.5
+            assert EngramTable.empty(4, 64, "e4m3", placement=placement, scale=0.5).scale.item() == 0.5

@@ -130,7 +130,7 @@ def _geometry(rows: int, width: int, fmt: RowFormat, scale: float | None) -> Geo
 
 
 def _table_scale(fmt: RowFormat, scale: float) -> torch.Tensor | None:
-    return torch.tensor(float(scale), dtype=torch.float32) if fmt.scaling == "table" else None
+    return torch.tensor(float(scale), dtype=torch.float32, device="cpu") if fmt.scaling == "table" else None
 
 
 def _mapped_bytes(rows: int, width: int, fmt: RowFormat, scales: str | None = None) -> int:
