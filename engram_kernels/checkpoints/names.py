@@ -74,10 +74,12 @@ def layer_of(prefix: str) -> int | None:
 
 def module_prefix(checkpoint: Checkpoint, layer: int) -> str:
     """What comes before the names of the layer's projection, norms and convolution."""
-    name = re.compile(rf"((?:.*\.)?layers\.{layer}\.(?:engram|ple)\.)(?:wkv|key_proj)\.weight")
-    found = [match[1] for name_there in checkpoint.names if (match := name.fullmatch(name_there))]
+    projection = re.compile(rf"((?:.*\.)?layers\.{layer}\.(?:engram|ple)\.)(?:wkv|key_proj)\.(.+)")
+    matches = [match for name in checkpoint.names if (match := projection.fullmatch(name))]
+    found = [match[1] for match in matches if match[2] == "weight"]
     if len(found) != 1:
         got = f"both {found[0]} and {found[1]} (choose by prefix=)" if found else "neither"
+        got += f", only {', '.join(match[0] for match in matches[:4])}" if matches and not found else ""
         raise checkpoint.error(
             f"expected layers.{layer}.engram.wkv.weight (DeepSeek-V4.1) or layers.{layer}.ple.key_proj.weight (Qwen), "
             f"got {got}"

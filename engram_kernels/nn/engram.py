@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Paths
-from engram_kernels.checkpoints.names import module_prefix
+from engram_kernels.checkpoints.names import as_prefix, module_prefix
+from engram_kernels.checkpoints.weights import dense_tensor, matrix
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.launching.checks import check_tensor
@@ -146,36 +147,55 @@ class Engram(nn.Module):
 
         tensors: a mapping from names, or files as :meth:`EngramTable.from_safetensors` takes them, where the layer's
         number tells the prefix.
-        DeepSeek-V4.1 (prefix ``layers.{i}.engram.``): wkv.weight, with wkv.scale where it is fp8, q_weight, k_weight.
-        Qwen (``...layers.{i}.ple.``): key_proj, value_proj, norm_query, norm_key, norm_conv, conv1d.
-        ValueError names a tensor that is missing or has another shape; nothing is changed then.
+        DeepSeek-V4.1 (prefix ``layers.{i}.engram.``): wkv.weight, q_weight, k_weight; and those of the state dict that
+        the config has besides. Qwen (``...layers.{i}.ple.``): key_proj, value_proj, norm_query, norm_key, norm_conv,
+        conv1d. Projections in e4m3 are multiplied by their scale (checkpoints/weights.py).
+        ValueError names a tensor that is missing, has another shape, is of a dtype that is no weight's or is more than
+        the config has, and refuses a module on the meta device; nothing is changed then.
         """
+        where = "Engram.load_checkpoint"
+        parameters = dict(self.named_parameters())
+        if empty := [name for name, parameter in parameters.items() if parameter.is_meta]:
+            raise ValueError(
+                f"{where}: {', '.join(empty)} are on the meta device, which holds nothing; give the module memory "
+                "first (engram.to_empty(device=...))"
+            )
+        prefix = as_prefix(prefix, where)
         if not isinstance(tensors, Mapping):
-            with Checkpoint(tensors, "Engram.load_checkpoint") as checkpoint:
+            with Checkpoint(tensors, where) as checkpoint:
                 prefix = prefix or module_prefix(checkpoint, self.layer)
                 return self.load_checkpoint(CheckpointTensors(checkpoint), prefix)
         if prefix + "wkv.weight" in tensors:
-            loaded = {"wkv.weight": _dequantised(tensors, prefix + "wkv")}
-            loaded |= {name: _tensor(tensors, prefix + name) for name in ("q_weight", "k_weight")}
+            loaded = {"wkv.weight": matrix(tensors, prefix + "wkv", where)}
+            optional = [name for name in ("wkv.bias", "conv_norm", "conv_weight") if prefix + name in tensors]
+            for name in ("q_weight", "k_weight", *optional):
+                loaded[name] = dense_tensor(tensors, prefix + name, where)
         elif prefix + "key_proj.weight" in tensors:
-            loaded = self._qwen_tensors(tensors, prefix)
+            loaded = self._qwen_tensors(tensors, prefix, where)
         else:
             raise ValueError(
-                f"Engram.load_checkpoint: expected {prefix}wkv.weight (DeepSeek-V4.1) or {prefix}key_proj.weight "
-                "(Qwen), got neither"
+                f"{where}: expected {prefix}wkv.weight (DeepSeek-V4.1) or {prefix}key_proj.weight (Qwen), got neither"
             )
-        parameters = dict(self.named_parameters())
+        if more := sorted(loaded.keys() - parameters.keys()):
+            raise ValueError(f"{where}: the checkpoint has {', '.join(more)}, and this config has none")
         for name, parameter in parameters.items():
             if name not in loaded:
-                raise ValueError(f"Engram.load_checkpoint: this config needs {name}, and the checkpoint has none")
+                raise ValueError(f"{where}: this config needs {name}, and the checkpoint has none")
             if loaded[name].shape != parameter.shape:
                 raise ValueError(
-                    f"Engram.load_checkpoint: {name} must have shape {list(parameter.shape)}, "
-                    f"got {list(loaded[name].shape)}"
+                    f"{where}: {name} must have shape {list(parameter.shape)}, got {list(loaded[name].shape)}"
                 )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(loaded[name])
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        """As of torch, which would cast whatever it is given: quantised numbers are no weights."""
+        for name, _ in self.named_parameters():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, torch.Tensor) and not given.is_meta:
+                dense_tensor(state_dict, prefix + name, "Engram.load_state_dict")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _mask(self, hidden, cu_seqlens, dead) -> torch.Tensor | None:
         """A gate's mask: True unless a token is dead or padding, which the convolution finds itself. None: all True."""
@@ -192,14 +212,23 @@ class Engram(nn.Module):
             mask = inside if mask is None else mask & inside
         return mask
 
-    def _qwen_tensors(self, tensors, prefix) -> dict[str, torch.Tensor]:
-        shape = (self.config.branches, self.config.hidden_size)
-        projections = [_tensor(tensors, f"{prefix}{name}_proj.weight") for name in ("key", "value")]
-        loaded = {"wkv.weight": torch.cat(projections)}
+    def _qwen_tensors(self, tensors, prefix: str, where: str) -> dict[str, torch.Tensor]:
+        branches, hidden_size = shape = (self.config.branches, self.config.hidden_size)
+        projections = {f"{prefix}{name}_proj": rows for name, rows in (("key", branches), ("value", 1))}
+        weights = {name: matrix(tensors, name, where) for name in projections}
+        width = self.config.columns * self.config.row_width
+        for name, weight in weights.items():
+            _check_shape(f"{name}.weight", weight, [projections[name] * hidden_size, width], where)
+        loaded = {"wkv.weight": torch.cat(list(weights.values()))}
+        if any(f"{name}.bias" in tensors for name in projections):
+            loaded["wkv.bias"] = torch.cat([dense_tensor(tensors, f"{name}.bias", where) for name in projections])
         for ours, theirs in (("q_weight", "query"), ("k_weight", "key"), ("conv_norm", "conv")):
-            norm = _tensor(tensors, f"{prefix}norm_{theirs}.weight")
-            loaded[ours] = norm.float().reshape(shape) + self.config.norm_offset
-        loaded["conv_weight"] = _tensor(tensors, f"{prefix}conv1d.weight").reshape(*shape, -1)
+            norm = dense_tensor(tensors, name := f"{prefix}norm_{theirs}.weight", where)
+            _check_shape(name, norm, [branches * hidden_size], where)
+            loaded[ours] = norm.float().view(shape) + self.config.norm_offset
+        conv = dense_tensor(tensors, name := f"{prefix}conv1d.weight", where)
+        _check_shape(name, conv, [branches * hidden_size, 1, self.config.conv_kernel], where)
+        loaded["conv_weight"] = conv.view(*shape, -1)
         return loaded
 
     def _plan(self, device: torch.device) -> HashPlan:
@@ -208,27 +237,6 @@ class Engram(nn.Module):
         return self._plans[device]
 
 
-def _tensor(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    if name not in tensors:
-        raise ValueError(f"Engram.load_checkpoint: the checkpoint has no tensor {name}")
-    return tensors[name]
-
-
-def _dequantised(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A projection's weight; one in fp8 is multiplied by its scale, one entry per block of rows and columns."""
-    weight = _tensor(tensors, f"{name}.weight")
-    if weight.dtype != torch.float8_e4m3fn:
-        return weight
-    scale = _tensor(tensors, f"{name}.scale")
-    # Blocks are powers of two (32 x 32 as published), and the last of a dimension may be a part of one.
-    blocks = [1 << (-(-size // count) - 1).bit_length() for size, count in zip(weight.shape, scale.shape, strict=True)]
-    expected = [-(-size // block) for size, block in zip(weight.shape, blocks, strict=True)]
-    if list(scale.shape) != expected:
-        raise ValueError(
-            f"Engram.load_checkpoint: {name}.scale must have one entry per block of {name}.weight "
-            f"{list(weight.shape)}, got {list(scale.shape)}"
-        )
-    scale = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
-    for dim, block in enumerate(blocks):
-        scale = scale.to(torch.float32).repeat_interleave(block, dim)
-    return weight.to(torch.float32) * scale[: weight.shape[0], : weight.shape[1]]
+def _check_shape(name: str, tensor: torch.Tensor, shape: list[int], where: str) -> None:
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{where}: {name} must have shape {shape}, got {list(tensor.shape)}")
