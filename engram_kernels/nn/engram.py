@@ -37,8 +37,8 @@ from engram_kernels.tables.engram import EngramTable
 class Engram(nn.Module):
     """Engram of model layer ``layer``; H branches, D hidden size, C columns of R elements.
 
-    plan: the plan of all the config's layers, or of this one alone. table: this layer's rows; of a
-    :class:`ShardedTable` each rank looks up its own tokens, in forward passes that all ranks make.
+    plan: the plan of all the config's layers, or of this one alone. table: this layer's rows, as many as the config
+    says; of a :class:`ShardedTable` each rank looks up its own tokens, in forward passes that all ranks make.
     residual: False returns what is to be added to the hidden state instead of the sum, as the demo's module does.
     """
 
@@ -59,6 +59,7 @@ class Engram(nn.Module):
         plan = layer_plan(plan, config, layer, "Engram")
         if table.width != config.row_width:
             raise ValueError(f"Engram: table must have rows of {config.row_width} elements, got {table.width}")
+        _check_rows(config, layer, plan, table)
         self.config, self.layer, self.table, self.residual = config, layer, table, residual
         self._plans = {plan.device: plan}
         branches, hidden_size = config.branches, config.hidden_size
@@ -103,6 +104,7 @@ class Engram(nn.Module):
             raise ValueError("Engram.forward: expected either token_ids or rows, got both or neither")
         if rows is None:
             rows = self.rows(token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead)
+        self._check_hidden(hidden, rows)
         kv = self.wkv(rows.flatten(-2).to(self.wkv.weight.dtype))
         if torch.is_autocast_enabled(hidden.device.type):
             kv = kv.to(hidden.dtype)
@@ -197,6 +199,21 @@ class Engram(nn.Module):
                 dense_tensor(state_dict, prefix + name, "Engram.load_state_dict")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
+    def _check_hidden(self, hidden: torch.Tensor, rows: torch.Tensor) -> None:
+        """Raise ValueError unless rows are the config's, and hidden has their tokens and its branches and elements."""
+        branches, hidden_size, where = self.config.branches, self.config.hidden_size, "Engram.forward"
+        if tuple(rows.shape[-2:]) != (self.config.columns, self.config.row_width):
+            expected = f"C = {self.config.columns} and R = {self.config.row_width}"
+            raise ValueError(f"{where}: rows must have shape [..., C, R], {expected}, got {list(rows.shape)}")
+        tokens = tuple(rows.shape[:-2])
+        if tuple(hidden.shape) != (*tokens, branches, hidden_size):
+            bare = branches == 1 and tuple(hidden.shape) == (*tokens, hidden_size)
+            raise ValueError(
+                f"{where}: hidden must have shape [T, H, D] or [B, S, H, D], got {list(hidden.shape)}; for these "
+                f"tokens, H = {branches} and D = {hidden_size} that is {[*tokens, branches, hidden_size]}"
+                + ("; hidden.unsqueeze(-2) has it" if bare else "")
+            )
+
     def _mask(self, hidden, cu_seqlens, dead) -> torch.Tensor | None:
         """A gate's mask: True unless a token is dead or padding, which the convolution finds itself. None: all True."""
         where, tokens, device = "Engram.forward", hidden.shape[:-2], hidden.device
@@ -235,6 +252,20 @@ class Engram(nn.Module):
         if device not in self._plans:
             self._plans[device] = next(iter(self._plans.values())).to(device)
         return self._plans[device]
+
+
+def _check_rows(config: EngramConfig, layer: int, plan: HashPlan, table: EngramTable | ShardedTable) -> None:
+    """Raise ValueError where the plan or the table is another layer's: they would fit, and mean other n-grams.
+
+    A plan of a model's own primes, which are not the config's, knows by itself how many rows there are.
+    """
+    primes = tuple(plan.primes[0].tolist())
+    number = dict(zip(config.primes, config.layers, strict=True)).get(primes)
+    if number not in (layer, None):
+        raise ValueError(f"Engram: plan must be of layer {layer}, got that of layer {number}")
+    rows = plan.rows_per_layer[0] if number is None else config.rows_per_layer[config.layers.index(layer)]
+    if table.rows != rows:
+        raise ValueError(f"Engram: table must have the {rows:,} rows of layer {layer}, got {table.rows:,}")
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: list[int], where: str) -> None:

@@ -353,6 +353,28 @@ def test_a_module_on_the_meta_device_is_refused_and_can_be_given_memory():
     assert torch.equal(empty(hidden, ids), module(hidden, ids))
 
 
+def test_one_branch_has_a_dimension_of_its_own():
+    """A model without branches keeps hidden as [B, S, D]; its error says what is wanted, and the result fits back."""
+    config = dataclasses.replace(FORMS["v41"], branches=1)
+    plan = HashPlan.build(config, torch.arange(40))
+    table = EngramTable.from_tensors(torch.randn(plan.rows_per_layer[0], 8), placement="cpu")
+    module = Engram(config, 1, plan, table)
+    hidden, ids = torch.randn(2, 5, 24), torch.randint(0, 40, (2, 5))
+    expected = (
+        r"got \[2, 5, 24\]; for these tokens, H = 1 and D = 24 that is \[2, 5, 1, 24\]; hidden.unsqueeze\(-2\) has it"
+    )
+    with pytest.raises(ValueError, match=rf"^Engram.forward: hidden must have shape .*{expected}$"):
+        module(hidden, ids)
+    out = module(hidden.unsqueeze(-2), ids).squeeze(-2)
+    assert out.shape == hidden.shape
+    with pytest.raises(ValueError, match=r"got \[5, 24\]; .* that is \[5, 1, 24\]; hidden.unsqueeze"):
+        module(hidden[0], ids[0])
+    with pytest.raises(ValueError, match=r"got \[2, 1, 24\]; .* that is \[2, 1, 1, 24\]; hidden.unsqueeze"):
+        module(hidden[:, :1], ids[:, :1].contiguous())  # as if it were two tokens of one branch
+    with pytest.raises(ValueError, match=r"got \[5, 1, 23\]; for these tokens, H = 1 and D = 24 that is \[5, 1, 24\]$"):
+        module(hidden[0, :, None, 1:], ids[0])
+
+
 def test_bad_arguments():
     module, plan, tables = built("v41")
     config = module.config
@@ -362,6 +384,19 @@ def test_bad_arguments():
         Engram(config, 1, plan.select(columns=[0, 1]), tables[0])
     with pytest.raises(ValueError, match="table must have rows of 16 elements, got 8"):
         Engram(dataclasses.replace(config, row_width=16), 1, plan, tables[0])
+    rows = plan.rows_per_layer
+    for layer, table in ((1, tables[1]), (4, tables[0])):
+        expected = f"table must have the {rows[config.layers.index(layer)]} rows of layer {layer}, got {table.rows}"
+        with pytest.raises(ValueError, match=f"^Engram: {expected}$"):
+            Engram(config, layer, plan, table)
+    for more in (-1, 1, 100):
+        table = EngramTable.empty(rows[0] + more, 8, "float32", placement="cpu")
+        with pytest.raises(
+            ValueError, match=f"^Engram: table must have the {rows[0]} rows of layer 1, got {table.rows}"
+        ):
+            Engram(config, 1, plan, table)
+    with pytest.raises(ValueError, match="^Engram: plan must be of layer 1, got that of layer 4"):
+        Engram(config, 1, plan.select(layers=[1]), tables[1])
     hidden, ids = torch.randn(3, 2, 24), torch.tensor([1, 2, 3])
     with pytest.raises(ValueError, match="either token_ids or rows, got both or neither"):
         module(hidden)
@@ -369,6 +404,8 @@ def test_bad_arguments():
         module(hidden, ids, rows=torch.zeros(3, 4, 8))
     with pytest.raises(ValueError, match="has no convolution and takes no conv_state"):
         module(hidden, ids, conv_state=module.new_conv_state(1))
+    with pytest.raises(ValueError, match=r"rows must have shape \[..., C, R\], C = 4 and R = 8, got \[3, 32\]"):
+        module(hidden, rows=torch.zeros(3, 32))
 
 
 @pytest.mark.kernel
