@@ -75,7 +75,8 @@ def convert_table(
         elif same:
             scale = stored.scale
         overflows = []
-        names = dict(prefix=stored.prefix if out_prefix is None else out_prefix, scale=scale, shard_bytes=shard_bytes)
+        names = dict(prefix=stored.prefix if out_prefix is None else out_prefix, shard_bytes=shard_bytes)
+        names |= dict(scale=scale, token_map=stored.token_map)
         with TableWriter(out, where, format=target, rows=stored.rows, width=stored.width, **names) as writer:
 
             def copy(chunk: RowChunk) -> int:
@@ -120,7 +121,7 @@ def _measured_scale(checkpoint: Checkpoint, stored: StoredTable, chunks: list[Ro
 
     run_chunks(chunks, measure, **options)
     if max(maxima) == float("inf"):
-        raise ValueError(f"{checkpoint.where}: {stored.prefix}weight holds an infinity, which e4m3 cannot hold")
+        raise ValueError(f"{checkpoint.where}: {stored.name} holds an infinity, which e4m3 cannot hold")
     return table_scale(max(maxima))
 
 

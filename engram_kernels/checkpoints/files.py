@@ -23,6 +23,8 @@ Paths = str | os.PathLike | Sequence[str | os.PathLike]
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # bytes, the library's own
+#: Texts in headers, JSON: what save_safetensors says of a table, and of an optimizer's state.
+TABLE_KEY, OPTIMIZER_KEY = "engram_table", "row_optimizer"
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -57,9 +59,14 @@ class Checkpoint:
         #: Of the files whose header was read: descriptor, tensors, and the texts in the header.
         self._files: dict[Path, tuple[int, dict[str, StoredTensor], dict[str, str]]] = {}
         self._path_of: dict[str, Path] = {}
+        #: The files that were given, in a folder or by name, where no index tells which there are.
+        self.given: list[Path] = []
         try:
-            for path in _given(paths, where):
-                self._add(path)
+            found = _given(paths, where)
+            for path in found:
+                self._add(path, alone=len(found) == 1)
+            if len(found) > 1 and not self._path_of:
+                raise self.error(f"{found[0]} and {len(found) - 1} more files hold states of optimizers alone")
         except BaseException:
             self.close()
             raise
@@ -136,10 +143,14 @@ class Checkpoint:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _add(self, path: Path) -> None:
+    def _add(self, path: Path, alone: bool) -> None:
+        """Take the tensors of a file or an index; unless alone, not an optimizer's, which lies beside its table."""
         if path.name.endswith(".json"):
             found = {name: path.parent / file for name, file in _weight_map(path, self.where).items()}
+        elif not alone and OPTIMIZER_KEY in self.metadata(path):
+            return
         else:
+            self.given.append(path)
             found = dict.fromkeys(self._header(path), path)
         for name, holder in found.items():
             other = self._path_of.setdefault(name, holder)

@@ -4,6 +4,7 @@
                                             .scale ue8m0 [rows, R / 32]
     shard_{k}.weight, weight_scale          Qwen: [model.language_model.]layers.{i}.ple.ple_embedding.ngram_embedding.,
                                             the rows in several tensors; one scale for all of them, where they are fp8
+    shards.{k}.weight                       Qwen as MLX's converters write it, which is refused by name
     shard_{k}.weight, shard_{k}.scale       what save_safetensors writes into more than one file
 
 Scales may be called weight_scale or weight_scale_inv as well: their shape says what they are. Sources: the published
@@ -12,12 +13,13 @@ checkpoints, and the loaders of vLLM (models/deepseek_v41, qwen4_exp) and SGLang
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from .files import Checkpoint
 
 SCALE_NAMES = ("scale", "weight_scale", "weight_scale_inv")
-#: A name behind the prefix, of one of several tensors that hold the rows: its number, and the rest of the name.
-SHARD = re.compile(r"shard_(\d+)\.(.+)")
+#: A name behind the prefix, of one of several tensors that hold the rows.
+_SHARD = re.compile(r"(?P<stem>(?:shard_|shards\.)(?P<number>\d{1,9})\.)(?P<rest>.+)")
 _KNOWN = re.compile(
     r"(?P<prefix>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:engram\.embed|ple\.ple_embedding\.ngram_embedding)\.)(?P<rest>.+)"
 )
@@ -36,10 +38,23 @@ def find_tables(names: Iterable[str]) -> dict[str, dict[str, str]]:
     if found:
         return found
     first = next((name for name in names if re.fullmatch(r"(.*\.)?weight", name)), None)
-    prefix = first and re.sub(r"(shard_\d+\.)?weight$", "", first)
+    prefix = first and re.sub(r"((shard_|shards\.)\d+\.)?weight$", "", first)
     if prefix is None or not all(name.startswith(prefix) and _is_member(name[len(prefix) :]) for name in names):
         return {}
     return {prefix: {name[len(prefix) :]: name for name in names}}
+
+
+class Part(NamedTuple):
+    """What a name behind a table's prefix says: ``stem`` names one of several tensors of rows, "" the only one."""
+
+    stem: str
+    number: int | None
+    rest: str
+
+
+def part_of(name: str) -> Part:
+    match = _SHARD.fullmatch(name)
+    return Part(match["stem"], int(match["number"]), match["rest"]) if match else Part("", None, name)
 
 
 def choose_table(checkpoint: Checkpoint, layer: int | None, prefix: str | None) -> tuple[str, dict[str, str]]:
@@ -95,15 +110,19 @@ def as_prefix(prefix: str, where: str) -> str:
 
 
 def _what_there_is(checkpoint: Checkpoint) -> str:
-    tables = list(find_tables(checkpoint.names))
+    tables = list(find_tables(checkpoint.names).values())
     if tables:
-        return f"there is {', '.join(f'{prefix}weight' for prefix in tables[:8])}"
+        return f"there is {', '.join(map(_first_member, tables[:8]))}"
     names = sorted(checkpoint.names)
     return f"the {len(names)} tensors are {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
+def _first_member(members: dict[str, str]) -> str:
+    """The name that says best where a table is."""
+    return next((name for rest, name in members.items() if rest.endswith("weight")), next(iter(members.values())))
+
+
 def _is_member(rest: str) -> bool:
     """Whether a name can belong to a table whose prefix was taken off."""
-    match = SHARD.fullmatch(rest)
-    stem, *more = (match[2] if match else rest).split(".")
+    stem, *more = part_of(rest).rest.split(".")
     return stem == "weight" or (stem in ("weight_packed", "weight_scale_2", "input_scale", *SCALE_NAMES) and not more)

@@ -16,7 +16,7 @@ import torch
 
 from engram_kernels.geometry.row_format import RowFormat
 
-from .files import INDEX_SUFFIX, SUFFIX
+from .files import INDEX_SUFFIX, SUFFIX, TABLE_KEY
 from .names import as_prefix, find_tables
 from .parallel import spans
 from .validate import DENSE
@@ -105,6 +105,7 @@ class RowsFiles:
 class TableWriter(RowsFiles):
     """A table's files, written in any order of rows and by any number of threads, then given their names by commit().
 
+    metadata: texts for the files' headers, to which rows, parts and the digest ``token_map`` are added.
     As a context manager it removes what it wrote unless it was committed.
     """
 
@@ -120,6 +121,7 @@ class TableWriter(RowsFiles):
         scale: float | None = None,
         shard_bytes: int | None = None,
         metadata: Mapping[str, str] | None = None,
+        token_map: str | None = None,
     ):
         super().__init__([], (format.row_bytes(width), format.scale_bytes(width)))
         self._format, self._prefix = format, as_prefix(prefix, where)
@@ -127,6 +129,7 @@ class TableWriter(RowsFiles):
         self._path = file_path(path, where, f"model{SUFFIX}")
         self._index = _index_of(self._path)
         self._metadata = checked_metadata(metadata, where)
+        self._said = dict(prefix=self._prefix, rows=rows, token_map=token_map)
         if shard_bytes is not None and (not isinstance(shard_bytes, int) or shard_bytes < 1):
             raise ValueError(f"{where}: shard_bytes must be a positive int or None, got {shard_bytes!r}")
         self._old = _replaceable(self._path, where)
@@ -181,6 +184,8 @@ class TableWriter(RowsFiles):
     def _layout(self, rows: int, shard_bytes: int | None) -> list[_Shard]:
         count = 1 if shard_bytes is None else min(rows, -(-rows * self.row_bytes // shard_bytes))
         pieces = list(spans(rows, -(-rows // count)))
+        # Of a file or two that are missing, the rest tells.
+        metadata = self._metadata | {TABLE_KEY: json.dumps(self._said | dict(parts=len(pieces)))}
         stem, token, shards = self._path.name.removesuffix(SUFFIX), secrets.token_hex(4), []
         for k, (begin, end) in enumerate(pieces):
             final, prefix = self._path, self._prefix
@@ -190,7 +195,7 @@ class TableWriter(RowsFiles):
             tensors = self._tensors(prefix, end - begin)
             if self._format.scaling == "table" and k == 0:
                 tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
-            header, starts = header_of(list(tensors.values()), self._metadata)
+            header, starts = header_of(list(tensors.values()), metadata)
             offsets, names = dict(zip(tensors, starts, strict=False)), [tensor.name for tensor in tensors.values()]
             partial = partial_path(self._path, f"{k + 1:05d}")
             shards.append(_Shard(final, partial, begin, end, header, offsets, names, starts[-1]))

@@ -1,14 +1,18 @@
 """A checkpoint's table put together from its tensors, and checked before a byte of its rows is read."""
 
+import itertools
+import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP, RowFormat, checked_scale
 
-from .files import Checkpoint, StoredTensor
-from .names import SCALE_NAMES, SHARD, choose_table, layer_of
+from .files import TABLE_KEY, Checkpoint, StoredTensor
+from .names import SCALE_NAMES, choose_table, layer_of, part_of
 
 #: Dense formats by what safetensors calls their dtype.
 DENSE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -16,6 +20,8 @@ _WAY_OUT = (
     "load the model's fp8 or bfloat16 checkpoint instead, or write the rows out in bfloat16 with the tool that packed "
     "them, and `python -m engram_kernels table convert` those"
 )
+#: A file that is one of several by its name, as Hugging Face's libraries call them.
+_OF = re.compile(r"(?P<stem>.*?)-(?P<number>\d{1,9})-of-(?P<all>\d{1,9})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,13 @@ class StoredTable:
     scales: tuple[StoredTensor, ...]  #: one for each of ``weights``, for format "e4m3_ue8m0"; else empty
     scale: float | None  #: the table's own, for format "e4m3"
     scale_name: str | None
+    counted: bool = True  #: whether something told how many parts there are
+    token_map: str | None = None  #: digest of the token map that the rows were made with, where the files tell it
+
+    @property
+    def name(self) -> str:
+        """The tensors of rows, by names that are there."""
+        return self.weights[0].name + (f" to {self.weights[-1].name}" if len(self.weights) > 1 else "")
 
     @property
     def rows(self) -> int:
@@ -71,49 +84,125 @@ def select_table(
         if layer not in config.layers:
             raise ValueError(f"{where}: layer must be one of the config's, {config.layers}, for {table.prefix}")
         for mismatch in table.mismatches(config, layer):
-            raise checkpoint.error(f"{table.prefix}weight does not fit layer {layer}: {mismatch}")
+            raise checkpoint.error(f"{table.name} does not fit layer {layer}: {mismatch}")
+    else:
+        check_all_given(checkpoint, table)
     return table
 
 
 def read_table(checkpoint: Checkpoint, prefix: str, members: dict[str, str]) -> StoredTable:
     """The table of these tensors; CheckpointError where one is missing, foreign, or of another type or shape."""
     _refuse_packed(checkpoint, prefix, members)
+    parts = sorted((part.number, part.stem) for part in map(part_of, members) if part.stem and part.rest == "weight")
     whole = "weight" in members
-    shards = sorted(int(match[1]) for rest in members if (match := SHARD.fullmatch(rest)) and match[2] == "weight")
-    if whole == bool(shards):
+    if whole == bool(parts):
         got = "both" if whole else "neither"
-        raise checkpoint.error(f"expected either {prefix}weight or parts {prefix}shard_0.weight and on, got {got}")
-    missing = sorted(set(range(shards[-1] + 1)) - set(shards)) if shards else []
-    if missing:
-        raise checkpoint.error(f"{prefix}shard_{{k}}.weight is missing for {len(missing)} k, {missing[0]} the first")
-    stems = [""] if whole else [f"shard_{k}." for k in shards]
+        there_is = ", ".join(sorted(members.values())[:8])
+        raise checkpoint.error(
+            f"expected either {prefix}weight or parts {prefix}shard_0.weight and on, got {got}; there is {there_is}"
+        )
+    if mlx := next((stem for _, stem in parts if not stem.startswith("shard_")), None):
+        # Not read: such a conversion may hold norms as 1 + w too, and nothing in it says so.
+        raise checkpoint.error(
+            f"{members[mlx + 'weight']} is of MLX's layout, shards.{{k}}.weight; load the model's own checkpoint, or "
+            "rename the parts to shard_{k}.weight, which `python -m engram_kernels table convert` makes one tensor"
+        )
+    numbers = [number for number, _ in parts]
+    if twice := [number for number, after in itertools.pairwise(numbers) if number == after]:
+        raise checkpoint.error(f"{prefix} has two parts of number {twice[0]}")
+    if parts and numbers[-1] != len(numbers) - 1:
+        first = next(k for k, number in enumerate(numbers) if number != k)
+        count = numbers[-1] + 1 - len(numbers)
+        raise checkpoint.error(f"{prefix}shard_{{k}}.weight is missing for {count:,} k, {first} the first")
+    stems = [stem for _, stem in parts] or [""]
     weights = tuple(checkpoint.tensor(members[f"{stem}weight"]) for stem in stems)
     for weight in weights:
         if len(weight.shape) != 2 or (weight.dtype, weight.shape[1]) != (weights[0].dtype, weights[0].shape[1]):
             raise checkpoint.error(f"rows must be alike in all parts, [rows, width] of one dtype, got {weight}")
-    if sum(weight.shape[0] for weight in weights) == 0:
+    rows = sum(weight.shape[0] for weight in weights)
+    if rows == 0:
         raise checkpoint.error(f"{weights[0]} has no rows")
+    said = _what_is_said(checkpoint, prefix, weights)
+    for what, number in (("rows", rows), ("parts", len(weights))):
+        if said.get(what, number) != number:
+            title = prefix.rstrip(".") or "the table"
+            raise checkpoint.error(f"{title} was saved with {said[what]:,} {what}, and these files have {number:,}")
     name, scales, scale = _scales(checkpoint, prefix, members, stems, weights)
     fmt = FORMATS[name]
-    fmt.check_width(weights[0].shape[1], f"{checkpoint.where}: {prefix}weight")
+    fmt.check_width(weights[0].shape[1], f"{checkpoint.where}: {weights[0].name}")
     scale_name = next((rest for rest in SCALE_NAMES if stems[0] + rest in members or rest in members), None)
-    return StoredTable(prefix, layer_of(prefix), fmt, weights[0].shape[1], weights, scales, scale, scale_name)
+    return StoredTable(
+        prefix,
+        layer_of(prefix),
+        fmt,
+        weights[0].shape[1],
+        weights,
+        scales,
+        scale,
+        scale_name,
+        counted=bool(said) or not parts,
+        token_map=said.get("token_map"),
+    )
+
+
+def check_all_given(checkpoint: Checkpoint, table: StoredTable) -> None:
+    """Raise CheckpointError where parts may be missing: files called "-of-N" were given, not all N, and nothing counts.
+
+    An index or what save_safetensors wrote into the files counts, as does a config, whose rows are exact.
+    """
+    given: dict[tuple[Path, str, int], set[int]] = {}
+    for path in checkpoint.given:
+        if match := _OF.fullmatch(path.name):
+            given.setdefault((path.parent, match["stem"], int(match["all"])), set()).add(int(match["number"]))
+    for path in () if table.counted else table.paths:
+        match = _OF.fullmatch(path.name)
+        if match is None or path not in checkpoint.given:
+            continue
+        count = int(match["all"])
+        numbers = given[path.parent, match["stem"], count]
+        if len(numbers) < count:
+            first = next(number for number in range(1, count + 1) if number not in numbers)
+            raise checkpoint.error(
+                f"{table.name} may lack parts: {count - len(numbers):,} of {count:,} files like {path} were not given, "
+                f"number {first} the first; give all of them, their index, or config= to tell the rows"
+            )
+
+
+def _what_is_said(checkpoint: Checkpoint, prefix: str, weights: tuple[StoredTensor, ...]) -> dict[str, Any]:
+    """Rows, parts and token map of this table where save_safetensors wrote them into the files' headers."""
+    found = {}
+    for path in dict.fromkeys(weight.path for weight in weights):
+        text = checkpoint.metadata(path).get(TABLE_KEY)
+        try:
+            said = {} if text is None else json.loads(text)
+            numbers = [said.get(name) for name in ("rows", "parts")]
+        except (ValueError, AttributeError):
+            raise checkpoint.error(f"{path} has a {TABLE_KEY!r} in its header that cannot be read: {text!r}") from None
+        if said.get("prefix") != prefix or not all(type(number) is int for number in numbers):
+            continue  # of another table, which a tool has renamed or put elsewhere
+        if found and said != found:
+            raise checkpoint.error(f"{path} is of another save than {weights[0].path}")
+        found = said
+    return found
 
 
 def _refuse_packed(checkpoint: Checkpoint, prefix: str, members: dict[str, str]) -> None:
     """Refuse tables of packed elements by the name of their format."""
-    rests = [match[2] if (match := SHARD.fullmatch(rest)) else rest for rest in members]
+    parts = {rest: part_of(rest) for rest in members}
+    rests = [part.rest for part in parts.values()]
     packed = next((rest for rest in members if rest.endswith("weight_packed")), None)
-    first = packed or next((rest for rest in ("weight", "shard_0.weight") if rest in members), None)
+    first = packed or next((rest for rest, part in parts.items() if part.rest == "weight"), None)
     if first is None:
         return
     weight = checkpoint.tensor(members[first])
-    if packed is None and weight.dtype not in ("U8", "I8", "F4", "I32"):
+    if packed is None and weight.dtype[0] not in "UI" and weight.dtype != "F4":
         return
     stem = first.rpartition("weight")[0]
     scale = next((checkpoint.tensor(members[stem + name]) for name in SCALE_NAMES if stem + name in members), None)
     if "weight_scale_2" in rests or (scale is not None and scale.dtype == "F8_E4M3"):
         kind = "an nvfp4 table (4-bit elements, one e4m3 scale per 16, one for all)"
+    elif "biases" in rests:
+        kind = "an MLX table of packed elements (a scale and a bias per group)"
     elif any(rest.startswith("weight.") for rest in rests) or (scale is None and weight.dtype == "U8"):
         kind = "an nf4 table (4-bit codes of a Gaussian's levels)"
     else:
@@ -141,26 +230,40 @@ def _scales(checkpoint, prefix, members, stems, weights) -> tuple[str, tuple[Sto
             f"or {prefix}weight_scale, one float for the table (Qwen)"
         )
     rests = found
-    if found[0] in SCALE_NAMES:  # one for all parts
-        scale = checkpoint.tensor(members[found[0]])
-        if scale.dtype in DENSE and math.prod(scale.shape) == 1:
-            value = float(checkpoint.read(scale, FORMATS[DENSE[scale.dtype]].dtype))
-            try:
-                return "e4m3", (), float(checked_scale(value, str(scale)))
-            except ValueError as error:
-                raise checkpoint.error(str(error)) from None
-    else:
+    if found[0] not in SCALE_NAMES:  # one for each part
         rests = [each + found[0].removeprefix(stem) for each in stems]
         if missing := [rest for rest in rests if rest not in members]:
             raise checkpoint.error(f"{prefix}{missing[0]} is missing, where other parts have one")
     scales = tuple(checkpoint.tensor(members[rest]) for rest in rests)
+    if all(scale.dtype in DENSE and math.prod(scale.shape) == 1 for scale in scales):
+        values = {float(checkpoint.read(scale, FORMATS[DENSE[scale.dtype]].dtype)) for scale in scales}
+        if len(values) > 1:
+            raise checkpoint.error(
+                f"{scales[0]} and those of other parts are one scale per part, which is none of our formats: {_WAY_OUT}"
+            )
+        try:
+            return "e4m3", (), float(checked_scale(values.pop(), str(scales[0])))
+        except ValueError as error:
+            raise checkpoint.error(str(error)) from None
     for scale, weight in zip(scales, weights, strict=False):
         expected = (weight.shape[0], width // SCALE_GROUP)
         if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected or len(scales) != len(weights):
-            per_row = scale.shape in ((weight.shape[0],), (weight.shape[0], 1)) and width != SCALE_GROUP
-            hint = f"; one scale per row is none of our formats: {_WAY_OUT}" if per_row else ""
+            kind = _kind_of_scale(scale.shape, weight.shape)
+            hint = f"; one scale per {kind} is none of our formats: {_WAY_OUT}" if kind else ""
             raise checkpoint.error(
                 f"scales of {weight} must be F8_E8M0 or U8 {list(expected)}, or one float for the table, "
                 f"got {scale}{hint}"
             )
     return "e4m3_ue8m0", scales, None
+
+
+def _kind_of_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
+    """What a scale of this shape is one of each of, where that is none of ours."""
+    rows, width = weight
+    if shape in ((rows,), (rows, 1)) and width != SCALE_GROUP:
+        return "row"
+    if shape in ((width,), (1, width)):
+        return "channel"
+    if len(shape) == 2 and 0 < shape[0] < rows and 0 < shape[1] < width:
+        return "block"
+    return None

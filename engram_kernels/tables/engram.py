@@ -193,7 +193,7 @@ class EngramTable(TrainableRows):
                     )
                 return cls.from_tensors(*map_table(checkpoint, stored), placement=placement, **options)
             way_out = "free memory, or read it where it lies (placement='cpu', mapped=True)"
-            check_room(f"{stored.prefix}weight", stored.nbytes, placement, where, way_out)
+            check_room(stored.name, stored.nbytes, placement, where, way_out)
             if stored.scale is not None:
                 options["scale"] = stored.scale
 

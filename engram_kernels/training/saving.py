@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engram_kernels.checkpoints.files import SUFFIX, Checkpoint
+from engram_kernels.checkpoints.files import OPTIMIZER_KEY, SUFFIX, Checkpoint
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
 from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.writing import (
@@ -31,7 +31,7 @@ from engram_kernels.checkpoints.writing import (
     write_all,
 )
 
-KEY = "row_optimizer"
+KEY = OPTIMIZER_KEY
 _DEFAULT = f"optimizer{SUFFIX}"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32"}
 

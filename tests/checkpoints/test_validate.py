@@ -54,6 +54,57 @@ FAULTS = {
         "one scale per row is none of our formats: load the model's fp8 or bfloat16 checkpoint instead",
         {},
     ),
+    "a scale per channel": (
+        table(weight=fp8(4, 64), weight_scale=zeros(1, 64)),
+        r"got .*weight_scale BF16 \[1, 64\]; one scale per channel is none of our formats: load the model's",
+        {},
+    ),
+    "a scale per block": (
+        table(weight=fp8(256, 256), weight_scale_inv=zeros(2, 2)),
+        "got .*weight_scale_inv .*; one scale per block is none of our formats: load the model's",
+        {},
+    ),
+    "a scale per part": (
+        table(
+            QWEN_TABLE,
+            shard_0__weight=fp8(4, 64),
+            shard_0__weight_scale=torch.ones(1),
+            shard_1__weight=fp8(4, 64),
+            shard_1__weight_scale=torch.ones(1) * 2,
+        ),
+        "shard_0.weight_scale F32 .* and those of other parts are one scale per part, which is none of our formats: ",
+        {},
+    ),
+    "MLX": (
+        table(QWEN_TABLE, shards__0__weight=zeros(4, 64), shards__1__weight=zeros(4, 64)),
+        r"shards.0.weight is of MLX's layout, shards.\{k\}.weight; load the model's own .* table convert` makes one",
+        {},
+    ),
+    "MLX, quantised": (
+        table(
+            QWEN_TABLE,
+            shards__0__weight=zeros(4, 8, dtype=torch.int32).view(torch.uint32),
+            shards__0__scales=zeros(4, 1),
+            shards__0__biases=zeros(4, 1),
+        ),
+        r"shards.0.weight U32 \[4, 8\] is an MLX table of packed elements \(a scale and a bias per group\), which",
+        {},
+    ),
+    "GPTQ": (
+        table(QWEN_TABLE, qweight=zeros(4, 8, dtype=torch.int32), scales=zeros(4, 1)),
+        "expected either .* got neither; there is .*ngram_embedding.qweight, .*ngram_embedding.scales$",
+        {},
+    ),
+    "two parts of one number": (
+        table(shard_0__weight=zeros(4, 64), shard_1__weight=zeros(4, 64), shard_01__weight=zeros(4, 64)),
+        "has two parts of number 1",
+        {},
+    ),
+    "a part of a huge number": (
+        table(shard_0__weight=zeros(4, 64), shard_999999999__weight=zeros(4, 64)),
+        r"shard_\{k\}.weight is missing for 999,999,998 k, 1 the first",
+        {},
+    ),
     "scales of some parts": (
         table(shard_0__weight=fp8(4, 64), shard_0__scale=zeros(4, 2, dtype=U8), shard_1__weight=fp8(4, 64)),
         "shard_1.scale is missing, where other parts have one",
@@ -143,8 +194,31 @@ def test_tables(tmp_path, case, monkeypatch):
     tensors, expected, options = FAULTS[case]
     monkeypatch.setattr(EngramTable, "empty", lambda *_, **__: pytest.fail("asked for memory"))
     path = save(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(ValueError, match=f"^EngramTable.from_safetensors: .*{expected}"):
+    with pytest.raises(ValueError, match=f"^EngramTable.from_safetensors: .*{expected}") as raised:
         load(path, placement="cpu", **options)
+    _, _, there_is = str(raised.value).partition("there is ")
+    assert set(filter(None, there_is.split(", "))) <= tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "wanted", [{}, {"layer": 1}, {"layer": 2}, {"prefix": "no"}, {"prefix": QWEN_TABLE + "shards"}]
+)
+@pytest.mark.parametrize("names", [("shards.0.weight", "shards.1.weight"), ("qweight", "scales"), ("weight_q", "max")])
+def test_messages_name_tensors_that_are_there(tmp_path, names, wanted):
+    """Whatever they are called, and whatever was asked for."""
+    path = save(tmp_path / "a.safetensors", table(QWEN_TABLE, **{name: zeros(4, 64) for name in names}))
+    with pytest.raises(CheckpointError) as raised:
+        load(path, placement="cpu", **wanted)
+    assert "shards.0.weight is of MLX's layout" in str(raised.value) or "there is " in str(raised.value)
+    _, _, there_is = str(raised.value).partition("there is ")
+    assert set(filter(None, there_is.split(", "))) <= {QWEN_TABLE + name for name in names}
+
+
+def test_parts_of_one_scale_each_that_are_equal(tmp_path):
+    parts = {f"shard_{k}__weight": fp8(4, 64) for k in range(2)}
+    scales = {f"shard_{k}__weight_scale": torch.full((1,), 0.25) for k in range(2)}
+    loaded = load(save(tmp_path / "a.safetensors", table(**parts, **scales)), placement="cpu")
+    assert (loaded.format.name, loaded.rows, float(loaded.scale)) == ("e4m3", 8, 0.25)
 
 
 def test_files(tmp_path):

@@ -74,7 +74,9 @@ def test_files_are_what_other_readers_expect(tmp_path):
     assert tensors[f"{prefix}.scale"].dtype == torch.float8_e8m0fnu
     assert torch.equal(raw(tensors[f"{prefix}.scale"]), table.scale)
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "source": "a test"}
+        texts = file.metadata()
+    assert json.loads(texts.pop("engram_table")) == dict(prefix=f"{prefix}.", rows=101, parts=1, token_map=None)
+    assert texts == {"format": "pt", "source": "a test"}
     assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 4096 == 0
     assert same(load(path, placement="cpu", layer=1), table)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointError, Paths
 from engram_kernels.checkpoints.names import find_tables
-from engram_kernels.checkpoints.validate import StoredTable, read_table
+from engram_kernels.checkpoints.validate import StoredTable, check_all_given, read_table
 from engram_kernels.commands.console import gib
 from engram_kernels.commands.presets import PRESETS
 from engram_kernels.geometry.config import EngramConfig
@@ -38,7 +38,9 @@ def inspect_sections(paths: Paths, where: str) -> list[Section]:
         sections = [[("checkpoint", f"{there_is}, {count_of(len(tables), 'table')} among them")]]
         for prefix, members in tables.items():
             try:
-                sections.append(describe_table(read_table(checkpoint, prefix, members)))
+                table = read_table(checkpoint, prefix, members)
+                check_all_given(checkpoint, table)
+                sections.append(describe_table(table))
             except (CheckpointError, FileNotFoundError) as error:
                 sections.append([(prefix.rstrip("."), f"refused: {without_caller(error, where)}")])
         return sections

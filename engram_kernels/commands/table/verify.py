@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointError, Paths
 from engram_kernels.checkpoints.names import find_tables, layer_of, table_under
 from engram_kernels.checkpoints.parallel import Progress
-from engram_kernels.checkpoints.validate import read_table
+from engram_kernels.checkpoints.validate import check_all_given, read_table
 from engram_kernels.checkpoints.verify import check_config, check_hash, check_values, has_hash
 from engram_kernels.geometry.config import EngramConfig
 
@@ -41,6 +41,8 @@ def verify_sections(
             title = name.rstrip(".") or "table"
             try:
                 table = read_table(checkpoint, name, members)
+                if config is None:  # whose rows are exact
+                    check_all_given(checkpoint, table)
             except (CheckpointError, OSError) as error:
                 sections.append([(title, f"FAILED: {without_caller(error, where)}")])
                 continue
