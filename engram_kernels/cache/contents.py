@@ -19,7 +19,7 @@ from engram_kernels.reference.cache.simulator import set_of, unscramble
 
 from .store import CacheStore
 
-_FORMAT = 1
+_FORMAT = 2
 _SLOTS_AT_ONCE = 1 << 20
 _WARM_TOKENS = 2048
 
@@ -109,9 +109,8 @@ def save_keys(cache: CacheStore, path: str | Path) -> Path:
     with cache.in_order() as state:
         keys, stamps, clock = (tensor.cpu().numpy() for tensor in (state.keys, state.stamps, state.clock))
     group, _, _ = held = np.nonzero(stamps)
-    arrays = dict(
-        format=_FORMAT, plan=_digest(cache.plan), clock=clock, group=group, key=keys[held], stamp=stamps[held]
-    )
+    arrays = dict(format=_FORMAT, plan=_digest(cache.plan), token_map=cache.plan.token_map_digest or "")
+    arrays |= dict(clock=clock, group=group, key=keys[held], stamp=stamps[held])
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(partial, "wb") as file:
@@ -125,14 +124,18 @@ def save_keys(cache: CacheStore, path: str | Path) -> Path:
 def load_keys(cache: CacheStore, path: str | Path) -> None:
     """Hold the keys of a file, the most recently used ones where there are more than fit; rows come from the tables."""
     where = "NgramCache.load"
-    names = ("format", "plan", "clock", "group", "key", "stamp")
+    names = ("format", "plan", "token_map", "clock", "group", "key", "stamp")
     try:
         with np.load(path, allow_pickle=False) as file:
-            version, plan, clock, group, key, stamp = (file[name] for name in names)
+            version, plan, token_map, clock, group, key, stamp = (file[name] for name in names)
     except (KeyError, ValueError, EOFError) as error:
         raise ValueError(f"{where}: {path} must be a file that NgramCache.save wrote, got {error}") from None
     if int(version) != _FORMAT:
         raise ValueError(f"{where}: {path} must be of format {_FORMAT}, got {int(version)}")
+    if str(token_map) != (cache.plan.token_map_digest or ""):
+        raise ValueError(
+            f"{where}: {path} must hold keys of the cache's own token map; is the tokenizer of another revision?"
+        )
     if str(plan) != _digest(cache.plan):
         raise ValueError(f"{where}: {path} must hold keys of the cache's own plan, got those of another")
     with cache.in_order() as state:

@@ -60,6 +60,7 @@ class Engram(nn.Module):
         if table.width != config.row_width:
             raise ValueError(f"Engram: table must have rows of {config.row_width} elements, got {table.width}")
         _check_rows(config, layer, plan, table)
+        table.token_map = plan.token_map_digest
         self.config, self.layer, self.table, self.residual = config, layer, table, residual
         self._plans = {plan.device: plan}
         branches, hidden_size = config.branches, config.hidden_size
@@ -266,6 +267,11 @@ def _check_rows(config: EngramConfig, layer: int, plan: HashPlan, table: EngramT
     rows = plan.rows_per_layer[0] if number is None else config.rows_per_layer[config.layers.index(layer)]
     if table.rows != rows:
         raise ValueError(f"Engram: table must have the {rows:,} rows of layer {layer}, got {table.rows:,}")
+    if table.token_map not in (None, plan.token_map_digest):
+        raise ValueError(
+            f"Engram: table was made with token map {table.token_map[:12]}, and the plan has "
+            f"{(plan.token_map_digest or 'none')[:12]}: is its tokenizer of another revision?"
+        )
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: list[int], where: str) -> None:

@@ -50,20 +50,23 @@ def load_sharded(
         # What headers tell: ranks that read different checkpoints find out before they read rows.
         tensors = [(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in (*stored.weights, *stored.scales)]
         facts = {"checkpoint's tensors": tensors, "checkpoint's scale": stored.scale}
+        facts["checkpoint's token map"] = stored.token_map
         groups.attempt(_LOAD, "comparing checkpoints", lambda: groups.ranks.check_equal(facts, _LOAD))
 
         def fill(shard, ranges) -> None:
             fill_table(shard, checkpoint, stored, ranges=ranges, **reading)
 
         scale = 1.0 if stored.scale is None else stored.scale
-        return kind(config, layer, group, format=stored.format.name, scale=scale, fill=fill, **options)
+        table = kind(config, layer, group, format=stored.format.name, scale=scale, fill=fill, **options)
+        table.token_map = stored.token_map
+        return table
 
 
 def save_sharded(table: ShardedRows, path: str | os.PathLike, writing: dict) -> Path:
     """:meth:`ShardedTable.save_safetensors`. writing: its prefix, shard_bytes and metadata."""
     ranks = table.ranks
     scale = float(table.part.scale) if table.format.scaling == "table" else None
-    shape = dict(format=table.format, rows=table.rows, width=table.width, scale=scale)
+    shape = dict(format=table.format, rows=table.rows, width=table.width, scale=scale, token_map=table.token_map)
     with ExitStack() as held:
 
         def lay_out() -> TableWriter | None:

@@ -231,6 +231,15 @@ class ShardedTable(ShardedRows):
         """What stands for the rows in autograd; its gradient is the norm over all ranks' rows, the same on each."""
         return self.part.anchor
 
+    @property
+    def token_map(self) -> str | None:
+        """Digest of the token map by which rows are chosen, which files keep; see :class:`EngramTable`."""
+        return self.part.token_map
+
+    @token_map.setter
+    def token_map(self, digest: str | None) -> None:
+        self.part.token_map = digest
+
     def requires_row_grad_(self, requires: bool = True) -> "ShardedTable":
         """Make the rows trainable, on every rank, or no longer so; optimizers take ``part``. Returns the table."""
         self.part.requires_row_grad_(requires)

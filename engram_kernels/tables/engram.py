@@ -191,13 +191,16 @@ class EngramTable(TrainableRows):
                         f"{where}: mapped=True needs placement 'cpu' or 'staged', whose rows a CPU reads, "
                         f"got {placement!r}"
                     )
-                return cls.from_tensors(*map_table(checkpoint, stored), placement=placement, **options)
+                table = cls.from_tensors(*map_table(checkpoint, stored), placement=placement, **options)
+                table.token_map = stored.token_map
+                return table
             way_out = "free memory, or read it where it lies (placement='cpu', mapped=True)"
             check_room(stored.name, stored.nbytes, placement, where, way_out)
             if stored.scale is not None:
                 options["scale"] = stored.scale
 
             def read(table: "EngramTable") -> None:
+                table.token_map = stored.token_map
                 fill_table(table, checkpoint, stored, threads=threads, progress=progress)
 
             return cls._filled(read, stored.rows, stored.width, stored.format.name, placement=placement, **options)

@@ -65,7 +65,7 @@ def save_table(table: PlacedRows, path: str | os.PathLike, where: str, progress:
     weight, scale, fmt = table.weight, table.scale, table.format
     shape = dict(format=fmt, rows=table.rows, width=table.width)
     own_scale = float(scale) if fmt.scaling == "table" else None
-    with TableWriter(path, where, **shape, scale=own_scale, **writing) as writer:
+    with TableWriter(path, where, **shape, scale=own_scale, token_map=table.token_map, **writing) as writer:
 
         def write(chunk: tuple[int, int]) -> int:
             begin, end = chunk

@@ -28,6 +28,9 @@ class PlacedRows:
 
     #: Whether another process published the rows, and is the one to write them.
     attached = False
+    #: Digest of the token map by which rows are chosen (:attr:`HashPlan.token_map_digest`), kept in files of the table
+    #: and of its optimizers; None until files or :class:`Engram` tell it.
+    token_map: str | None = None
     _changes = 0
 
     def __init__(

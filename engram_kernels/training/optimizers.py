@@ -155,7 +155,10 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def facts(self) -> dict[str, Any]:
         """What was counted, and of which optimizer and tables, in plain numbers; ``version`` is that of the file."""
-        tables = [dict(rows=table.rows, width=table.width, format=table.format.name) for table in self.tables]
+        tables = [
+            dict(rows=table.rows, width=table.width, format=table.format.name, token_map=table.token_map)
+            for table in self.tables
+        ]
         counted = dict(steps=self.steps, skipped=self.skipped, seed=self._seed)
         return dict(version=1, optimizer=type(self).__name__, tables=tables) | counted
 
@@ -201,6 +204,8 @@ class RowOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.close()  # some states are the saved ones and some are not: no step may follow
             raise
+        for table, saved in zip(self.tables, content.facts["tables"], strict=True):
+            table.token_map = table.token_map or saved.get("token_map")
         self.steps, self._seed = content.facts["steps"], content.facts["seed"]
         self._skipped_before, self._skipped = content.facts["skipped"], {}
         self.param_groups[0].update(group)

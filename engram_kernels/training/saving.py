@@ -53,11 +53,16 @@ class Content(NamedTuple):
         for name in ("version", "optimizer"):
             if facts[name] != ours[name]:
                 raise ValueError(f"{where}: expected a state of {name} {ours[name]}, got {facts[name]}")
-        if facts["tables"] != ours["tables"]:
-            expected, got = (
-                ", ".join("{rows:,} x {width} {format}".format_map(each) for each in x["tables"]) for x in (ours, facts)
-            )
-            raise ValueError(f"{where}: expected states of tables {expected}, got {got}")
+        expected, got = (_described(found["tables"], where) for found in (ours, facts))
+        if expected != got:
+            raise ValueError(f"{where}: expected states of tables {', '.join(expected)}, got {', '.join(got)}")
+        for table, saved in zip(ours["tables"], facts["tables"], strict=True):
+            maps = table["token_map"], saved.get("token_map")
+            if None not in maps and maps[0] != maps[1]:
+                raise ValueError(
+                    f"{where}: expected states of rows chosen by token map {maps[0][:12]}, got {str(maps[1])[:12]}: is "
+                    "the tokenizer of another revision?"
+                )
         for name in ("steps", "skipped", "seed"):
             value = facts[name]
             if name == "seed" and value is None:
@@ -76,6 +81,14 @@ class Content(NamedTuple):
                 raise ValueError(f"{where}: {name} must be {dtype} {list(shape)}, got {got}")
         found = {name: value for name, value in self.group.items() if name != "params"}
         return found | ({"betas": tuple(found["betas"])} if "betas" in found else {})
+
+
+def _described(tables: Any, where: str) -> list[str]:
+    """Tables in words; ValueError where that is no list of them."""
+    try:
+        return ["{rows:,} x {width} {format}".format_map(each) for each in tables]
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise ValueError(f"{where}: expected rows, width and format of tables, got {tables!r}"[:400]) from None
 
 
 def tensors_of(state: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

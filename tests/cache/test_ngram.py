@@ -199,6 +199,18 @@ def test_warm_start():
     assert np.array(pair.cache.stats().used).max() <= 40, "sequences start at each row"
 
 
+def test_keys_of_another_token_map_are_refused(tmp_path):
+    """As many ids, of a tokenizer of another revision."""
+    maps = torch.arange(50), torch.arange(50).flip(0)
+    pairs = [Pair(CPU, small_plan(token_map=token_map), 8, "float32", sets=8, ways=4) for token_map in maps]
+    path = pairs[0].cache.save(tmp_path / "cache.npz")
+    with pytest.raises(
+        ValueError, match="NgramCache.load: .* must hold keys of the cache's own token map; is the token"
+    ):
+        pairs[1].cache.load(path)
+    pairs[0].cache.load(path)
+
+
 def test_save_and_load(tmp_path):
     pair, other = (Pair(CPU, small_plan(), 8, "float32", sets=3, ways=2) for _ in range(2))
     for ids in stream():

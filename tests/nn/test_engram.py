@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, hash_lookup, reference
+from engram_kernels.checkpoints.convert import convert_table
 
 SMALL = dict(
     max_ngram=3, heads=2, row_width=8, table_sizes=(30, 50), hidden_size=24, branches=2, raw_vocab_size=40, eps=1e-6
@@ -351,6 +352,29 @@ def test_a_module_on_the_meta_device_is_refused_and_can_be_given_memory():
     empty.load_state_dict(module.state_dict(), assign=True)
     hidden, ids = torch.randn(4, 2, 24), torch.randint(0, 40, (4,))
     assert torch.equal(empty(hidden, ids), module(hidden, ids))
+
+
+def test_a_table_remembers_the_token_map_it_was_made_with(tmp_path):
+    """From the module into files, converted ones too, and back; None where nothing told it."""
+    module, plan, tables = built("v41")
+    assert tables[-1].token_map == plan.token_map_digest and tables[0].token_map is None
+    path = tables[-1].save_safetensors(tmp_path, shard_bytes=500)
+    convert_table(path, tmp_path / "b.safetensors", "test", format="bfloat16")
+    other = HashPlan.build(module.config, torch.arange(40).flip(0))
+    for placement, file, mapped in (
+        ("cpu", path, False),
+        ("host", path, False),
+        ("cpu", tmp_path / "b.safetensors", True),
+    ):
+        with EngramTable.from_safetensors(file, placement=placement, mapped=mapped) as loaded:
+            Engram(module.config, 4, plan, loaded)
+            with pytest.raises(
+                ValueError, match=r"^Engram: table was made with token map [0-9a-f]{12}, and the plan has"
+            ):
+                Engram(module.config, 4, other, loaded)
+    with pytest.raises(ValueError, match="and the plan has none: is its tokenizer of another revision"):
+        multipliers, primes = plan.multipliers, plan.primes
+        Engram(module.config, 4, HashPlan.from_parts(multipliers, primes, pad=0, vocab_size=40), tables[-1])
 
 
 def test_one_branch_has_a_dimension_of_its_own():

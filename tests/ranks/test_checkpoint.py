@@ -36,7 +36,9 @@ def test_saved_by_four_and_loaded_by_three(worlds, tmp_path, kind, format, optio
     """The file is the one that a single process writes, to the byte."""
     path = tmp_path / "table.safetensors"
     (saved,) = set(worlds[4].run("save", str(path), kind, format, **options))
-    alone = whole(kind, format).save_safetensors(tmp_path / "alone.safetensors", **options)
+    alone = whole(kind, format)
+    alone.token_map = "0" * 64
+    alone = alone.save_safetensors(tmp_path / "alone.safetensors", **options)
     if "shard_bytes" not in options:
         assert path.read_bytes() == alone.read_bytes()
     files = sorted(file.name for file in tmp_path.iterdir() if "alone" not in file.name)

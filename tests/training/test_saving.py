@@ -231,6 +231,7 @@ BAD = {
     ),
     "format": (lambda x: optimizer(dtype=torch.bfloat16).state_dict(), "got 37 x 8 bfloat16, 38 x 8 bfloat16"),
     "tables": (lambda x: optimizer(count=1).state_dict(), "got 37 x 8 float32$"),
+    "no tables": (lambda x: changed(x, tables=[{"rows": 3}, None]), "expected rows, width and format of tables, got"),
     "steps": (lambda x: changed(x, steps=-1), "steps must be a whole number, got -1"),
     "seed": (lambda x: changed(x, seed=0.5), "seed must be a whole number, got 0.5"),
     "an option": (lambda x: without(x, "betas"), r"expected hyper-parameters lr, betas, .*got none of \['betas'\]"),
@@ -251,6 +252,35 @@ def test_states_that_do_not_fit_change_nothing(tmp_path, change, message, monkey
     with pytest.raises((ValueError, TypeError), match=f"^RowAdam.load_safetensors: .*{message}"):
         made.load_safetensors(other.save_safetensors(tmp_path))
     assert same(states(made), before[0]) and made.facts() == before[1] and made.param_groups[0] == before[2]
+
+
+def test_states_of_rows_that_another_token_map_chose(tmp_path):
+    """A tokenizer of another revision gives as many ids, and other rows for them."""
+    config, maps = FORMS["v41"], (torch.arange(40), torch.arange(40).flip(0))
+    runs = []
+    for token_map in (maps[0], maps[0], maps[1]):
+        plan = HashPlan.build(config, token_map)
+        table = EngramTable.from_tensors(torch.zeros(plan.rows_per_layer[0], 8), placement="cpu").requires_row_grad_()
+        Engram(config, 1, plan, table)
+        runs.append((plan.token_map_digest, table, RowAdam(table)))
+    (digest, table, saved), (_, _, same_map), (other_digest, _, other_map) = runs
+    path, content = saved.save_safetensors(tmp_path), saved.state_dict()
+    same_map.load_safetensors(path)
+    same_map.load_state_dict(content)
+    expected = f"expected states of rows chosen by token map {other_digest[:12]}, got {digest[:12]}: is the tokenizer"
+    for load in (lambda: other_map.load_safetensors(path), lambda: other_map.load_state_dict(content)):
+        with pytest.raises(ValueError, match=f"^RowAdam.load_.*: {expected}"):
+            load()
+    # A table that no module has taken yet learns it here, and the module that takes it finds out.
+    untaken = EngramTable.from_tensors(torch.zeros(table.rows, 8), placement="cpu").requires_row_grad_()
+    RowAdam(untaken).load_safetensors(path)
+    with pytest.raises(ValueError, match=f"^Engram: table was made with token map {digest[:12]}, and the plan has"):
+        Engram(config, 1, HashPlan.build(config, maps[1]), untaken)
+    # What was saved before files told it is taken as it is.
+    (old,) = content["row_optimizer"]["tables"]
+    old = {name: value for name, value in old.items() if name != "token_map"}
+    other_map.load_state_dict(changed(content, tables=[old]))
+    assert other_map.tables[0].token_map == other_digest
 
 
 def test_states_of_another_kind_of_optimizer():
