@@ -1,5 +1,6 @@
 """NgramCache without kernels: sizes, errors, what empties it, order between streams, statistics, warm start, files."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -201,12 +202,12 @@ def test_warm_start():
 
 def test_keys_of_another_token_map_are_refused(tmp_path):
     """As many ids, of a tokenizer of another revision."""
-    maps = torch.arange(50), torch.arange(50).flip(0)
-    pairs = [Pair(CPU, small_plan(token_map=token_map), 8, "float32", sets=8, ways=4) for token_map in maps]
+    plan = small_plan()
+    map_ = torch.arange(50, dtype=torch.int32)
+    plans = [dataclasses.replace(plan, token_map=token_map) for token_map in (map_, map_.flip(0))]
+    pairs = [Pair(CPU, each, 8, "float32", sets=8, ways=4) for each in plans]
     path = pairs[0].cache.save(tmp_path / "cache.npz")
-    with pytest.raises(
-        ValueError, match="NgramCache.load: .* must hold keys of the cache's own token map; is the token"
-    ):
+    with pytest.raises(ValueError, match="NgramCache.load: .* must hold keys of the cache's own token map"):
         pairs[1].cache.load(path)
     pairs[0].cache.load(path)
 
