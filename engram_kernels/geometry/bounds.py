@@ -1,6 +1,7 @@
 """Bounds of a geometry's numbers, so that a typing error in a config is an error at once and not an hour of work."""
 
 import math
+import sys
 from numbers import Integral, Real
 
 INT64 = (-(2**63), 2**63 - 1)
@@ -28,17 +29,24 @@ MAX_COLUMNS = 4096
 def whole(value, name: str, where: str, bounds: tuple[int, int]) -> int:
     """``value`` as an int; ValueError unless it is a whole number within the bounds, both of which are allowed."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{where}: {name} must be an integer, got {value!r}")
+        raise ValueError(f"{where}: {name} must be an integer, got {short(value)}")
     least, most = bounds
     if not least <= value <= most:
         expected = f"at least {least}" if value < least else f"at most {most:,}"
-        raise ValueError(f"{where}: {name} must be {expected}, got {value}")
+        raise ValueError(f"{where}: {name} must be {expected}, got {short(value)}")
     return int(value)
 
 
 def finite(value, name: str, where: str, least: float = -math.inf) -> float:
     """``value`` as a float; ValueError unless it is a finite number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value < math.inf or value == -math.inf:
+    number = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not least <= number <= sys.float_info.max or number < -sys.float_info.max:
         expected = "a finite number" + (f" of at least {least:g}" if least > -math.inf else "")
-        raise ValueError(f"{where}: {name} must be {expected}, got {value!r}")
-    return float(value)
+        raise ValueError(f"{where}: {name} must be {expected}, got {short(value)}")
+    return float(number)
+
+
+def short(value) -> str:
+    """A value as an error shows it, which may be a list of any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

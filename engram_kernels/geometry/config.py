@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .bounds import BOUNDS, INT64, MAX_COLUMNS, finite, whole
+from .bounds import BOUNDS, INT64, MAX_COLUMNS, finite, short, whole
 from .published import read_published
 from .row_format import row_format
 
@@ -222,4 +222,4 @@ _PAPER = dict(
 
 def _expect(holds, field: str, expected: str, got) -> None:
     if not holds:
-        raise ValueError(f"EngramConfig: {field} must be {expected}, got {got!r}")
+        raise ValueError(f"EngramConfig: {field} must be {expected}, got {short(got)}")

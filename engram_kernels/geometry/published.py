@@ -8,7 +8,7 @@ Qwen3.8-Flash-Next   ple_* and ngram_* fields; a config.json may leave out what 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .bounds import BOUNDS, INT64, finite, whole
+from .bounds import BOUNDS, INT64, finite, short, whole
 
 _WHERE = "EngramConfig.from_hf"
 #: Where a model of several parts keeps the configuration of its text model.
@@ -80,7 +80,7 @@ def _integers(fields: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> 
     value = _required(fields, name)
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not values:
-        raise ValueError(f"{_WHERE}: {name!r} must be one or more integers, got {value!r}")
+        raise ValueError(f"{_WHERE}: {name!r} must be one or more integers, got {short(value)}")
     return tuple(whole(entry, repr(name), _WHERE, bounds) for entry in values)
 
 
@@ -148,5 +148,5 @@ def _qwen_format(fields: Mapping[str, Any]) -> str:
     name = next((name for name in names if name in fields), None)
     dtype = "bfloat16" if name is None else str(fields[name]).removeprefix("torch.")
     if dtype not in _FORMATS:
-        raise ValueError(f"{_WHERE}: {name!r} must be one of {', '.join(_FORMATS)}, got {dtype!r}")
+        raise ValueError(f"{_WHERE}: {name!r} must be one of {', '.join(_FORMATS)}, got {short(dtype)}")
     return _FORMATS[dtype]
