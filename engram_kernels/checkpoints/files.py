@@ -181,8 +181,12 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
         if name not in self._checkpoint:
             raise KeyError(name)
         path = self._checkpoint.tensor(name).path
-        with library(self._checkpoint.where).safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+        safetensors = library(self._checkpoint.where)
+        with safetensors.safe_open(path, framework="pt") as file:
+            try:
+                return file.get_tensor(name)
+            except safetensors.SafetensorError as error:  # a dtype that torch has not
+                raise self._checkpoint.error(f"{self._checkpoint.tensor(name)} cannot be read: {error}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._checkpoint

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 
 import torch
 
+from engram_kernels.geometry.row_format import check_content
+
 from .names import SCALE_NAMES
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -90,8 +92,7 @@ def _tensor(tensors: Mapping[str, torch.Tensor], name: str, where: str) -> torch
     tensor = tensors[name]
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.is_meta:
-        raise ValueError(f"{where}: {name} must hold numbers, and a tensor on the meta device has none")
+    check_content(tensor, name, where)
     return tensor
 
 

@@ -15,6 +15,7 @@ import torch
 
 from .bounds import INT64, whole
 from .config import EngramConfig
+from .row_format import check_content
 
 _INT64_MAX = INT64[1]
 _MASK64 = 2**64 - 1
@@ -266,8 +267,7 @@ def _check_integers(tensor, dimensions: int, name: str, where: str) -> None:
     if not number or tensor.is_floating_point() or tensor.is_complex() or tensor.dim() != dimensions:
         expected = f"a {dimensions}-dimensional integer tensor"
         raise TypeError(f"{where}: {name} must be {expected}, got {_describe(tensor)}")
-    if tensor.is_meta:
-        raise ValueError(f"{where}: {name} must hold numbers, and a tensor on the meta device has none")
+    check_content(tensor, name, where)
 
 
 def _checked_token_map(token_map: torch.Tensor, where: str) -> torch.Tensor:

@@ -65,9 +65,18 @@ def row_format(name: str, where: str) -> RowFormat:
     return FORMATS[name]
 
 
+def check_content(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Raise ValueError for a tensor on the meta device."""
+    if tensor.is_meta:
+        raise ValueError(f"{where}: {name} must hold numbers, and a tensor on the meta device has none")
+
+
 def checked_scale(scale: torch.Tensor | float, where: str) -> torch.Tensor:
     """The scale of a whole table as a float32 scalar on the CPU; ValueError unless it is positive and finite there."""
-    given = float(scale)
+    try:
+        given = float(scale)
+    except OverflowError:  # an int beyond every float
+        given = float("inf")
     value = torch.tensor(given, dtype=torch.float32, device="cpu")
     if not 0 < value < float("inf"):
         note = f", which is {float(value)} in float32" if 0 < given < float("inf") else ""
@@ -77,6 +86,8 @@ def checked_scale(scale: torch.Tensor | float, where: str) -> torch.Tensor:
 
 def format_of(weight: torch.Tensor, scale, where: str) -> tuple[RowFormat, torch.Tensor | None]:
     """The format of a weight and its scale, and the scale as tables keep it."""
+    if isinstance(scale, torch.Tensor):
+        check_content(scale, "scale", where)
     if weight.dtype != torch.float8_e4m3fn:
         if weight.dtype not in {fmt.dtype for fmt in FORMATS.values()}:
             raise TypeError(
@@ -86,9 +97,8 @@ def format_of(weight: torch.Tensor, scale, where: str) -> tuple[RowFormat, torch
             raise ValueError(f"{where}: a {weight.dtype} weight takes no scale, got one")
         return FORMATS[str(weight.dtype).removeprefix("torch.")], None
     # One element of a float type is the table's scale; a single byte would be an exponent, for one row of one group.
-    if isinstance(scale, (int, float)) or (
-        isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.dtype in _SCALE_DTYPES
-    ):
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if number or (isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.dtype in _SCALE_DTYPES):
         return FORMATS["e4m3"], checked_scale(scale, where)
     expected = [weight.shape[0], weight.shape[1] // SCALE_GROUP]
     if (

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from engram_kernels.checkpoints.files import Paths
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan, layer_plan
-from engram_kernels.geometry.row_format import format_of
+from engram_kernels.geometry.row_format import check_content, format_of
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
 from engram_kernels.ops.hashing import ngram_hash
@@ -76,6 +76,7 @@ class ShardedTable(ShardedRows):
         def check():
             shape = [config.rows_per_layer[layer_index(config, layer)], config.row_width]
             found = format_of(weight, scale, where)
+            check_content(weight, "weight", where)
             if list(weight.shape) != shape:
                 raise ValueError(f"{where}: weight must have shape {shape}, got {list(weight.shape)}")
             return found

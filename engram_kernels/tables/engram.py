@@ -11,7 +11,7 @@ from engram_kernels.checkpoints.files import Checkpoint, Paths
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.checkpoints.validate import select_table
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import RowFormat, checked_scale, format_of, row_format
+from engram_kernels.geometry.row_format import RowFormat, check_content, checked_scale, format_of, row_format
 
 from .files import check_room, fill_table, map_table, save_table
 from .memory import allocation as table_memory
@@ -92,6 +92,7 @@ class EngramTable(TrainableRows):
         fmt.check_width(weight.shape[1], where)
         device = check_placement(where, placement, fmt, device, name, scales)
         if placement in REGISTERED:
+            check_content(weight, "weight", where)
 
             def copy(table: "EngramTable") -> None:
                 table._mapping.copy(table.weight, weight)

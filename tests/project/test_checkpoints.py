@@ -79,6 +79,10 @@ def test_load_checkpoint_from_files(tmp_path):
     checkpoints.save(path, mine)
     with pytest.raises(ValueError, match=r"wkv.scale must have one entry per block of .*\[48, 256\], got \[5, 8\]"):
         engram.load_checkpoint(path, "my.engram.")
+    entry = dict(dtype="F6_E2M3", shape=[4, 4], data_offsets=[0, 12])
+    odd = checkpoints.by_hand(tmp_path / "odd.safetensors", {"a.wkv.weight": entry}, bytes(12))
+    with pytest.raises(ValueError, match=r"load_checkpoint: a.wkv.weight F6_E2M3 \[4, 4\] cannot be read"):
+        engram.load_checkpoint(odd, "a")
     both = tensors | {f"mtp.{name}": value.clone() for name, value in tensors.items()}
     path = checkpoints.save(tmp_path / "both.safetensors", both)
     with pytest.raises(ValueError, match=r"got both (mtp.)?layers.4.engram. and .* \(choose by prefix=\)"):

@@ -366,6 +366,10 @@ BAD_SCALES |= {1e300: "1e[+]300, which is inf in float32", 1e-300: "1e-300, whic
 def test_a_scale_that_no_file_could_hold_is_refused_where_it_comes_in(scale):
     weight, _ = tensors_of("e4m3")
     expected = f"the table's scale must be a positive number, got {BAD_SCALES[scale]}$"
+    with pytest.raises(
+        ValueError, match="^EngramTable.from_tensors: scale of a float8_e4m3fn weight must be one float"
+    ):
+        EngramTable.from_tensors(weight, True, placement="cpu")
     for given in (scale, torch.tensor([scale], dtype=torch.float64)):
         with pytest.raises(ValueError, match=f"^EngramTable.from_tensors: {expected}"):
             EngramTable.from_tensors(weight, given, placement="cpu")
@@ -374,6 +378,16 @@ def test_a_scale_that_no_file_could_hold_is_refused_where_it_comes_in(scale):
     with pytest.raises(ValueError, match=f"^EngramTable.attach: {expected}"):
         EngramTable.attach("nobody", 4, 64, "e4m3", scale=scale)
     assert EngramTable.empty(4, 64, "bfloat16", placement="cpu", scale=scale).scale is None  # where none is used
+
+
+def test_tensors_on_the_meta_device_are_refused():
+    weight, scale = tensors_of("e4m3_ue8m0")
+    for given, name in (((weight.to("meta"), scale), "weight"), ((weight, scale.to("meta")), "scale")):
+        for placement in ("cpu", "host"):
+            with pytest.raises(
+                ValueError, match=f"^EngramTable.from_tensors: {name} must hold numbers, and a tensor on"
+            ):
+                EngramTable.from_tensors(*given, placement=placement)
 
 
 def test_a_table_scale_is_on_the_cpu_whatever_the_default_device():
