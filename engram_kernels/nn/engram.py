@@ -264,6 +264,8 @@ def _check_rows(config: EngramConfig, layer: int, plan: HashPlan, table: EngramT
     number = dict(zip(config.primes, config.layers, strict=True)).get(primes)
     if number not in (layer, None):
         raise ValueError(f"Engram: plan must be of layer {layer}, got that of layer {number}")
+    if isinstance(table, ShardedTable) and table.layer != layer:
+        raise ValueError(f"Engram: table must be of layer {layer}, got that of layer {table.layer}")
     rows = plan.rows_per_layer[0] if number is None else config.rows_per_layer[config.layers.index(layer)]
     if table.rows != rows:
         raise ValueError(f"Engram: table must have the {rows:,} rows of layer {layer}, got {table.rows:,}")

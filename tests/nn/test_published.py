@@ -1,4 +1,4 @@
-"""Qwen's per-layer embedding as transformers computes it: constants, rows and results from its config and its weights."""
+"""Qwen's per-layer embedding as transformers computes it: constants, rows and results from its config and weights."""
 
 import pytest
 import torch

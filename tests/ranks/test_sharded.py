@@ -77,8 +77,9 @@ def test_clipping_counts_the_rows_of_all_ranks(world):
 
 
 def test_the_module_takes_it(world):
-    for equal, has_gradient in world.run("module"):
+    for equal, has_gradient, refused in world.run("module"):
         assert all(equal) and has_gradient
+        assert refused == "Engram: table must be of layer 1, got that of layer 4"
 
 
 ROW, ENTRY, ID = 2 * WIDTH, 2 * WIDTH, 4  # bfloat16 rows and gradients

@@ -244,7 +244,11 @@ def module():
             out = engram(hidden, own)
             out.sum().backward()
             outputs.append((out.detach(), hidden.grad, engram.wkv.weight.grad))
-        return [same(a, b) for a, b in zip(*outputs, strict=True)], table.part.row_grad is not None
+        try:
+            Engram(config, 1, plan, table)
+        except ValueError as error:
+            refused = str(error)
+        return [same(a, b) for a, b in zip(*outputs, strict=True)], table.part.row_grad is not None, refused
 
 
 def save(path, kind, format, split="columns", fault=None, struck=1, **options):
