@@ -149,14 +149,7 @@ class Machine:
                     allocation.bytes[:] = bytes_
                 allocations = self.memory.of_launch(given)
             where = f"{kernel.name}, warps {order}" if order else kernel.name
-            try:
-                run = execute(kernel, values, grid, shared_bytes, allocations, schedule=order)
-            except Fault as fault:
-                raise Report(f"{where}: {fault}") from fault
-            self.ran.update(runs=1)
-            found = [report for report in run.reports if not self.is_benign(kernel.name, report)]
-            if found:
-                raise Report(f"{where}: " + "; ".join(f"{r.kind}: {r.text} {r.location}" for r in found[:4]))
+            self.execute_once(where, kernel, values, grid, shared_bytes, allocations, schedule=order)
             if not ordered:
                 return
             after = [each.bytes.copy() for each in allocations]
@@ -164,6 +157,17 @@ class Machine:
             for allocation, one, other in zip(allocations, first, after, strict=True):
                 if not np.array_equal(one, other):
                     raise Report(f"{where}: {allocation.name} has other bits than with all warps in step")
+
+    def execute_once(self, where, kernel, values, grid, shared_bytes, allocations, **options):
+        """Execute a launch, and raise what is reported but BENIGN; options as for :func:`execute`."""
+        try:
+            run = execute(kernel, values, grid, shared_bytes, allocations, **options)
+        except Fault as fault:
+            raise Report(f"{where}: {fault}") from fault
+        self.ran.update(runs=1)
+        found = [report for report in run.reports if not self.is_benign(kernel.name, report)]
+        if found:
+            raise Report(f"{where}: " + "; ".join(f"{r.kind}: {r.text} {r.location}" for r in found[:4]))
 
     def is_benign(self, kernel, report):
         """Whether BENIGN lists a report, which is counted then."""
