@@ -41,8 +41,8 @@ def examples(kind, seed):
         edges = [FLOAT32.encode(each) for each in FLOATS]
         edges += [each | 0x80000000 for each in edges] + NANS
         return edges + random.integers(0, 2**32, 14).tolist() + (0x3F800000 + random.integers(0, 2**24, 8)).tolist()
-    if kind == "bf16x2":
-        halves = examples("bf16", seed)
+    if kind in ("bf16x2", "f16x2"):
+        halves = examples(kind.removesuffix("x2"), seed)
         return [low | high << 16 for low, high in zip(halves, halves[7:] + halves[:7], strict=True)]
     if kind == "f32x2":
         halves = examples("f32", seed)

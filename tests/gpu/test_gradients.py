@@ -6,9 +6,10 @@ Written to need nothing but torch, Triton, numpy and pytest.
 import pytest
 import torch
 
-from engram_kernels import gate_conv_residual, gate_residual, reference
+from engram_kernels import gate_conv_residual, gate_residual
 from engram_kernels.ops.gate_kernels.gradients import split_kv
-from tests.ops.conv_kernels.test_backward import ALL
+from tests.ops.conv_kernels.test_backward import ALL, exact_gradients
+from tests.ops.conv_kernels.test_backward import check_gradients as check_conv_gradients
 from tests.ops.gate_kernels.test_backward import backward, check_gradients, gradient_of
 from tests.ops.test_gate import EPS, inputs
 from tests.ops.test_gate_conv import CONV_EPS, conv_inputs
@@ -32,16 +33,10 @@ def test_gate_gradients_at_size(device, dtype, tokens, branches, width):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv_gradients_at_size(device, dtype):
-    """Against the reference in float64 on the GPU: within what float32 sums of this length, or a rounding, explain."""
-    tensors = [x.to(device) for x in conv_inputs(1030, 4, 2560, 4, dtype, dtype)]
-    grad = gradient_of(1030, 4, 2560, dtype).to(device)
-    _, found = backward(gate_conv_residual, tensors, grad, ALL, **CONV)
-    _, exact = backward(reference.gate_conv_residual, [x.double() for x in tensors], grad.double(), ALL, **CONV)
-    step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-12
-    for a, b in zip(found, exact, strict=True):
-        error, size = (a.double() - b).abs(), b.abs().flatten(0, -2).amax(-1)
-        assert (error.flatten(0, -2).amax(-1) <= step * size).float().mean() > 0.999
-        assert float(error.square().mean().sqrt()) < step * float(b.square().mean().sqrt())
+    tensors, grad = conv_inputs(1030, 4, 2560, 4, dtype, dtype), gradient_of(1030, 4, 2560, dtype)
+    _, found = backward(gate_conv_residual, [x.to(device) for x in tensors], grad.to(device), ALL, **CONV)
+    exact = exact_gradients(tensors, grad, **CONV)
+    check_conv_gradients(found, tensors, grad, (dtype, dtype), dilation=3, starts=[0] * 1030, exact=exact)
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 1000, 5000])

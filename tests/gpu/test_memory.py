@@ -5,6 +5,7 @@ import torch
 
 from engram_kernels import EngramTable, hash_lookup, lookup
 from engram_kernels.tables.memory.host import HostMapping, RuntimeDriver
+from engram_kernels.tables.staging import stage
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
@@ -12,6 +13,8 @@ from tests.support import tables
 from tests.support.gpu.room import GIB, need_host_memory
 from tests.support.processes.forks import in_a_fork
 from tests.support.processes.peers import Peer
+
+from .test_prefetch import LONG
 
 pytestmark = pytest.mark.gpu
 
@@ -81,6 +84,28 @@ def test_staged_rows_on_two_streams(device):
     torch.cuda.synchronize()
     assert all(same(rows, wanted) for wanted, results in zip(expected, kept, strict=True) for rows in results)
     table.close()
+
+
+def test_a_staged_block_waits_for_the_last_use_of_its_memory(device):
+    """Memory that is freed while its stream still reads it, and given out as the block that copies write to."""
+    weight, scale = tables.random_parts(500, 256, "bfloat16")
+    ids = torch.arange(500)
+    on_device = ids.to(device)
+    with tables.place(weight, scale, device, "staged") as table:
+
+        def staged_rows():
+            local, view = stage(table, on_device, "test", ids)
+            return local.untyped_storage()
+
+        first = staged_rows()  # the ring and its slots
+        torch.cuda.synchronize()
+        before = torch.full((first.nbytes(),), 7, dtype=torch.uint8, device=device)
+        torch.cuda._sleep(LONG)
+        late, address = before.clone(), before.data_ptr()
+        del before
+        block = staged_rows()
+        assert block.data_ptr() == address, "the allocator gave other memory: this shows nothing"
+        assert late.eq(7).all()
 
 
 def test_staged_tables_refuse_graphs(device):

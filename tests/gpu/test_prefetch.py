@@ -257,6 +257,29 @@ def test_lookups_overlap_with_the_callers_work(device):
     assert same(prefetcher.rows(0), hash_lookup(ids, plan, placed)[0])
 
 
+@pytest.mark.parametrize("sleeping", ["side", "reader"])
+def test_buffers_freed_while_streams_use_them(device, sleeping):
+    """A Prefetcher that goes while its lookups, or another stream's reads, still wait: its memory is not given out."""
+    plan, placed = setting(device)
+    (ids,) = batches(device, 1)
+    expected = values(ids, plan, placed)
+    prefetcher, reader = Prefetcher(plan, placed, TOKENS), torch.cuda.Stream()
+    prefetcher.start(ids)
+    size = prefetcher._rows.numel()
+    torch.cuda.synchronize()
+    asleep = prefetcher._streams.side if sleeping == "side" else reader
+    with torch.cuda.stream(asleep):
+        torch.cuda._sleep(LONG)
+    prefetcher.start(ids)
+    with torch.cuda.stream(reader):
+        read = prefetcher.rows(1).clone() if sleeping == "reader" else None
+    del prefetcher
+    others = [torch.full((size,), 7, dtype=expected.dtype, device=device) for _ in range(64)]
+    torch.cuda.synchronize()
+    assert all(other.eq(7).all() for other in others), "lookups wrote to memory that had been given out"
+    assert read is None or same(read, expected[1])
+
+
 def test_buffers_are_not_allocated_again(device):
     plan, placed = setting(device)
     prefetcher = Prefetcher(plan, placed, TOKENS, order="direct")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from .build import DRIVER, FOLDER, HERE, RUNTIME, build
+from .build import FOLDER, HERE, RUNTIME, build
 
 ROOT = HERE.parents[1]
 

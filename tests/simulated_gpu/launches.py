@@ -49,7 +49,9 @@ class Launcher:
         kernel, signature = self._kernel, self._kernel.src.signature
         kept = [name for name, kind in signature.items() if kind != "constexpr"]
         if len(arguments) != len(kept):  # Inductor leaves constants out
-            arguments = [value for value, kind in zip(arguments, signature.values(), strict=True) if kind != "constexpr"]
+            arguments = [
+                value for value, kind in zip(arguments, signature.values(), strict=True) if kind != "constexpr"
+            ]
         given = list(zip(kept, arguments, strict=True))
         MACHINE.launch(kernel.asm["ptx"], given, (x, y, z), kernel.metadata.shared, function)
 

@@ -7,7 +7,7 @@ import warnings
 
 import torch
 import torch._tensor_str
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import library, timeline
 
@@ -82,7 +82,9 @@ class Call:
                 self.function = op.overloadpacket  # a number that was made a tensor on the way is one again here
         self.capturing = torch.cuda.is_current_stream_capturing()
         self.random = torch.Tag.nondeterministic_seeded in op.tags
-        self.written = [argument for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+        self.written = [
+            argument for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write
+        ]
         self.device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if isinstance(kwargs.get("generator"), torch.Generator) and kwargs["generator"].device.type == "cuda":
             raise NotImplementedError(f"{self}: random numbers of CUDA's are not there")
@@ -189,7 +191,7 @@ class Call:
         return tensor if copy is not None and not copy[0] else tensor.clone()
 
     def _in_place(self):
-        outputs = self._outputs()
+        outputs, function = self._outputs(), self.function  # work must hold no tensor: it may be freed before it runs
         if self.schema.returns and not all(each.alias_info for each in self.schema.returns):
             raise NotImplementedError(f"{self}: it writes and returns")
         args, kwargs = self._arguments(self._seen)
@@ -201,7 +203,7 @@ class Call:
             drawn = self._run(lambda tensor: torch.empty_like(tensor, device="cpu"))
             timeline.submit(lambda: args[0].copy_(drawn))
         else:
-            timeline.submit(lambda: self.function(*args, **kwargs), cost)
+            timeline.submit(lambda: function(*args, **kwargs), cost)
         return self._returned(outputs)
 
     def _check_registrations(self):
@@ -211,18 +213,18 @@ class Call:
                     raise RuntimeError(f"{self}: invalid argument: host memory of a copy leaves its registration")
 
     def _into_new(self):
-        args, kwargs = self._arguments(self._seen)
+        args, kwargs, function = *self._arguments(self._seen), self.function
         try:
             shapes = self._run(without_memory, "meta")
         except Exception:  # no shape without a result
             if not self.capturing:
                 library.wait(library.now(torch.cuda.current_stream().cuda_stream))
-            shapes = self.function(*args, **kwargs)
+            shapes = function(*args, **kwargs)
         result = _on_device(on_device, shapes)
         targets = [on_cpu(each) for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
 
         def work():
-            found = [each for each in tree_leaves(self.function(*args, **kwargs)) if isinstance(each, torch.Tensor)]
+            found = [each for each in tree_leaves(function(*args, **kwargs)) if isinstance(each, torch.Tensor)]
             for target, each in zip(targets, found, strict=True):
                 target.copy_(each)
 
@@ -246,7 +248,9 @@ def install():
         _installed.impl("_fused_sdp_choice", lambda *args, **kwargs: 0, "CUDA", allow_override=True)
     text = torch._tensor_str._str
     torch._tensor_str._str = lambda self, *, tensor_contents=None: (
-        f"<{self.dtype} {list(self.shape)} of the device>" if self.is_cuda else text(self, tensor_contents=tensor_contents)
+        f"<{self.dtype} {list(self.shape)} of the device>"
+        if self.is_cuda
+        else text(self, tensor_contents=tensor_contents)
     )
 
 

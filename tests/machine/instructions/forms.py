@@ -176,7 +176,13 @@ def _floats():
         FORMS[f"fma.rn.f32.{kind}"] = Form(mixed, "f32", (kind, kind, "f32"))
         FORMS[f"add.rn.f32.{kind}"] = Form(mixed_sum, "f32", (kind, "f32"))
         FORMS[f"sub.rn.f32.{kind}"] = Form(mixed_difference, "f32", (kind, "f32"))
-    FORMS["mul.rn.bf16x2"] = Form(values.multiply_bf16x2, "bf16x2", ("bf16x2",) * 2)
+    narrow_types = {"bf16": (values.widen_bf16, values.round_bf16), "f16": (values.widen_f16, values.round_f16)}
+    for kind, conversions in narrow_types.items():
+        for name, function in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply)):
+            once = values.rounded_once(function, *conversions)
+            for opcode in (name, f"{name}.rn"):
+                FORMS[f"{opcode}.{kind}"] = Form(once, kind, (kind,) * 2)
+                FORMS[f"{opcode}.{kind}x2"] = Form(values.both_halves(once), f"{kind}x2", (f"{kind}x2",) * 2)
     one = {"abs": np.abs, "neg": np.negative}
     for name, function in (("min", values.smaller), ("max", values.larger)):
         FORMS[f"{name}.f32"] = Form(function, "f32", ("f32",) * 2)

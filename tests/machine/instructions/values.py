@@ -296,14 +296,21 @@ def widen_bf16(bits):
     return (bits.astype(u32) << u32(16)).view(f32)
 
 
-def multiply_bf16x2(a, b):
-    """Both halves' products, each rounded once: above half the least bfloat16 they are float32 numbers, of 16 bits."""
+def rounded_once(function, widen, narrow):
+    """Sum, difference or product of two 16-bit floats: float32 has over twice their bits, so it rounds them once."""
+    return lambda a, b: narrow(canonical(function(widen(a), widen(b))))
 
-    def product(a, b):
-        return round_bf16(canonical(widen_bf16(a) * widen_bf16(b))).astype(u32)
 
-    low = product((a & u32(0xFFFF)).astype(u16), (b & u32(0xFFFF)).astype(u16))
-    return product((a >> u32(16)).astype(u16), (b >> u32(16)).astype(u16)) << u32(16) | low
+def both_halves(function):
+    """For packed operands of 2 x 16 bits what ``function`` is for 16."""
+
+    def halves(a, b):
+        low, high = (
+            function((a >> u32(shift)).astype(u16), (b >> u32(shift)).astype(u16)).astype(u32) for shift in (0, 16)
+        )
+        return high << u32(16) | low
+
+    return halves
 
 
 def widen_f16(bits):

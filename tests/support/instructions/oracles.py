@@ -50,13 +50,15 @@ def oracle(opcode):
         return lambda a, b, p: a if p else b
     if base == "setp":
         return _comparison(words[0], kind)
-    if opcode == "mul.rn.bf16x2":
-        return _multiply_bf16x2
-    if kind == "f32x2":
-        half = oracle(opcode.removesuffix("x2"))
-        return lambda *bits: half(*(each & 0xFFFFFFFF for each in bits)) | half(*(each >> 32 for each in bits)) << 32
+    if kind in ("f32x2", "bf16x2", "f16x2"):
+        half, width = oracle(opcode.removesuffix("x2")), 32 if kind == "f32x2" else 16
+        low = (1 << width) - 1
+        return lambda *bits: half(*(each & low for each in bits)) | half(*(each >> width for each in bits)) << width
     if kind == "f32":
         return _float(base, words)
+    if kind in ("bf16", "f16"):
+        narrow = FORMATS[kind]
+        return lambda *bits: narrow.encode(EXACT[base](*map(narrow.decode, bits)))
     return _integer(base, words)
 
 
@@ -173,12 +175,6 @@ def _float(base, words):
         return bits & 0x80000000 if flush and not bits & 0x7F800000 else bits
 
     return apply
-
-
-def _multiply_bf16x2(a, b):
-    halves = [(a >> shift & 0xFFFF, b >> shift & 0xFFFF) for shift in (0, 16)]
-    low, high = (BFLOAT16.encode(EXACT["mul"](*map(BFLOAT16.decode, half))) for half in halves)
-    return high << 16 | low
 
 
 def _plain(function):
