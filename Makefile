@@ -33,11 +33,11 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest test-oldest-torch compile-report \
-	peers-report gpu commit-file bench lint check-python
+.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest test-oldest-torch \
+	test-simulated-gpu simulated-gpu compile-report peers-report gpu commit-file bench lint check-python
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
 	@echo "PYTHON, VENV, TORCH, TRITON, JOBS, ARGS and OUT are explained at the top of the Makefile."
 
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
@@ -67,8 +67,17 @@ test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3
 	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --one-case tests $(ARGS)
 
 # Built for CUDA, as every torch of the index is: 5 GB to download, once. Triton's interpreter of then takes no later numpy.
+OLDEST_TORCH := VENV=build/torch-2.11.0 TORCH=torch==2.11.0 TRITON='triton==3.6.0 numpy<2.4'
+
 test-oldest-torch: ## the cpu and interpret lanes with the oldest torch supported, 2.11.0; before every release
-	$(MAKE) test-cpu test-interpret VENV=build/torch-2.11.0 TORCH=torch==2.11.0 TRITON='triton==3.6.0 numpy<2.4'
+	$(MAKE) test-cpu test-interpret $(OLDEST_TORCH)
+
+test-simulated-gpu: ## the gpu lane, in that environment, on a GPU that is not there; before every release
+	$(MAKE) simulated-gpu $(OLDEST_TORCH)
+
+simulated-gpu: $(call ready,test)
+	$(PY) -m tests.simulated_gpu -n $(JOBS) tests $(ARGS)
+	$(PY) -m tests.simulated_gpu faults
 
 compile-report: $(call ready,test) $(OLDEST) ## write what the kernels compile to and execute, under both Tritons
 	$(PY) -m tests.reports.executed_report
