@@ -15,8 +15,8 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
 import engram_kernels.launching.device
-from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
 from tests.reports.offline import TARGETS
+from tests.support.launches import forget_launches
 
 from . import Fault, Kernel, execute
 from .given import GivenMemory
@@ -176,12 +176,6 @@ class Machine:
                 self.benign[known.name] += 1
                 return True
         return False
-
-
-def forget_launches():
-    """Drop the launches that ops keep: they are for one target, and only tests have two in a process."""
-    for op in (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV):
-        op.forget()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from engram_kernels.nn.warmup import variant_lengths
 from engram_kernels.ops.row_kernels import order as read_order
 from engram_kernels.serving import prefetch
 from tests.conftest import package_kernels
+from tests.support.launches import forget_launches
 
 from .test_engram import FORMS, built
 
@@ -38,7 +39,8 @@ def sizes_of(values):
 
 
 def record(monkeypatch):
-    """The set that variants launched from now on go to."""
+    """The set that variants launched from now on go to, by Triton's search, which launches that are kept spare."""
+    forget_launches()
     seen = set()
     free = {name: unspecialised(kernel) for name, kernel in package_kernels().items()}
     kind = type(package_kernels()["hash_lookup_kernel"])

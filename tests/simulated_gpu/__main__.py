@@ -17,6 +17,7 @@ PATIENCE = 600  # seconds of a test
 #: Tests that are left out, and why.
 BEYOND = {
     "tests/gpu/test_gradients.py::test_the_same_bits_again_and_for_a_part[5000]": "minutes in the executor",
+    "tests/ranks/test_kernels.py": "NCCL",
 }
 
 

@@ -6,13 +6,14 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SOURCES = HERE / "libraries"
 FOLDER = HERE.parents[1] / "build" / "simulated_gpu"
 RUNTIME, DRIVER = "libcudart.so.13", "libcuda.so.1"
 
 
 def build():
     """The folder that holds both libraries, made anew where a source is newer."""
-    sources = [*HERE.glob("*.cpp"), HERE / "exports.map", Path(__file__)]
+    sources = [*SOURCES.iterdir(), Path(__file__)]
     packages = Path(importlib.util.find_spec("torch").origin).parents[1]
     made = FOLDER / "made_for"  # last, so that it says that all was made
     if made.exists() and made.read_text() == str(packages):
@@ -32,12 +33,13 @@ def build():
         options = ("-O1", "-g", "-fPIC", "-shared", "-std=c++17", "-Wall", f"-Wl,-soname,{name}")
         subprocess.run(["g++", *options, *include, *map(str, parts), "-o", str(FOLDER / name)], check=True)
 
-    runtime = (HERE / "runtime.cpp", f"-Wl,--version-script={HERE / 'exports.map'}", "-ldl")
+    parts = [SOURCES / f"{name}.cpp" for name in ("host", "device", "memory", "streams")]
+    runtime = (*parts, f"-Wl,--version-script={SOURCES / 'exports.map'}", "-ldl")
     compile_library(RUNTIME, *runtime)
     refused = FOLDER / "refused.cpp"
     refused.write_text(refusals(packages))
     compile_library(RUNTIME, refused, *runtime)
-    compile_library(DRIVER, HERE / "driver.cpp", f"-L{FOLDER}", f"-l:{RUNTIME}")
+    compile_library(DRIVER, SOURCES / "driver.cpp", f"-L{FOLDER}", f"-l:{RUNTIME}")
     link = FOLDER / "libcuda.so"
     link.unlink(missing_ok=True)
     link.symlink_to(DRIVER)

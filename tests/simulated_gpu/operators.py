@@ -69,6 +69,18 @@ def arriving(result):
     return _on_device(arrive, result)
 
 
+_generators = {}  # id of one of CUDA's -> (its seed, one of the CPU's that draws in its place)
+
+
+def drawing_as(generator):
+    """The CPU's generator in the place of one of CUDA's, from the same seed on; it draws other numbers."""
+    seed, other = _generators.get(id(generator), (None, None))
+    if seed != generator.initial_seed():
+        other = torch.Generator().manual_seed(generator.initial_seed())
+        _generators[id(generator)] = generator.initial_seed(), other
+    return other
+
+
 class Call:
     """One call of an operator for tensors of the device."""
 
@@ -87,7 +99,7 @@ class Call:
         ]
         self.device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if isinstance(kwargs.get("generator"), torch.Generator) and kwargs["generator"].device.type == "cuda":
-            raise NotImplementedError(f"{self}: random numbers of CUDA's are not there")
+            self.kwargs = kwargs | {"generator": drawing_as(kwargs["generator"])}
 
     def __str__(self):
         return f"{self.schema.name} on a simulated GPU"
@@ -232,6 +244,25 @@ class Call:
         return result
 
 
+def sparse_call(op, *args, **kwargs):
+    """An operator of sparse tensors, at once."""
+
+    def to_cpu(tensor):
+        if not tensor.is_sparse:
+            return tensor.cpu()
+        parts = tensor._indices().cpu(), tensor._values().cpu()
+        return torch.sparse_coo_tensor(*parts, tensor.shape, is_coalesced=tensor.is_coalesced())
+
+    def to_device(tensor):
+        if not tensor.is_sparse:
+            return tensor.cuda()
+        parts = tensor._indices().cuda(), tensor._values().cuda()
+        return torch.sparse_coo_tensor(*parts, tensor.shape, is_coalesced=tensor.is_coalesced())
+
+    args, kwargs = _on_device(to_cpu, (args, kwargs))
+    return _on_device(to_device, op(*args, **kwargs))
+
+
 _installed = torch.library.Library("aten", "IMPL")
 
 
@@ -245,6 +276,8 @@ def install():
             if namespace == "aten" and name not in NATIVE | ABSENT and not _is_view(name):
                 if name == "copy_" or torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
                     _installed.impl(name, _caller(_overload(name)), "CUDA", allow_override=True)
+        for name in ("_coalesce", "_to_dense"):
+            _installed.impl(name, functools.partial(sparse_call, _overload(name)), "SparseCUDA", allow_override=True)
         _installed.impl("_fused_sdp_choice", lambda *args, **kwargs: 0, "CUDA", allow_override=True)
     text = torch._tensor_str._str
     torch._tensor_str._str = lambda self, *, tensor_contents=None: (

@@ -2,7 +2,7 @@
 
 from engram_kernels.cache import lookup as cached
 from engram_kernels.launching.tokens import Tokens
-from engram_kernels.ops import hash_rows
+from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
 from engram_kernels.ops.conv_kernels import backward as conv_backward
 from engram_kernels.ops.conv_kernels.arguments import ConvCall
 from engram_kernels.ops.conv_kernels.scale import prepare_gate_scale
@@ -14,6 +14,12 @@ from engram_kernels.ops.hash_kernels.row_ids import prepare_ngram_hash
 from engram_kernels.ops.row_kernels.by_id import prepare_lookup
 from engram_kernels.ops.row_kernels.hashed import prepare_hash_lookup
 from engram_kernels.ops.row_kernels.output import Reading
+
+
+def forget_launches():
+    """Drop the launches that ops keep, as in a process that has launched nothing."""
+    for op in (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV):
+        op.forget()
 
 
 def launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out, key_stride=None):
