@@ -21,7 +21,7 @@ _WAY_OUT = (
     "them, and `python -m engram_kernels table convert` those"
 )
 #: A file that is one of several by its name, as Hugging Face's libraries call them.
-_OF = re.compile(r"(?P<stem>.*?)-(?P<number>\d{1,9})-of-(?P<all>\d{1,9})\.safetensors")
+_OF = re.compile(r"(?P<stem>.*?)(?P<number>\d{1,9})[-_]of[-_](?P<all>\d{1,9})(?P<end>.*)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,17 @@ def _what_is_said(checkpoint: Checkpoint, prefix: str, weights: tuple[StoredTens
     found = {}
     for path in dict.fromkeys(weight.path for weight in weights):
         text = checkpoint.metadata(path).get(TABLE_KEY)
+        if text is None:
+            continue
         try:
-            said = {} if text is None else json.loads(text)
-            numbers = [said.get(name) for name in ("rows", "parts")]
-        except (ValueError, AttributeError):
-            raise checkpoint.error(f"{path} has a {TABLE_KEY!r} in its header that cannot be read: {text!r}") from None
-        if said.get("prefix") != prefix or not all(type(number) is int for number in numbers):
+            said = json.loads(text)
+            readable = all(type(said[name]) is int for name in ("rows", "parts"))
+            readable &= isinstance(said["token_map"], str | None)
+        except (ValueError, TypeError, KeyError):
+            readable = False
+        if not readable:
+            raise checkpoint.error(f"{path} has a {TABLE_KEY!r} in its header that cannot be read: {text[:200]!r}")
+        if said.get("prefix") != prefix:
             continue  # of another table, which a tool has renamed or put elsewhere
         if found and said != found:
             raise checkpoint.error(f"{path} is of another save than {weights[0].path}")

@@ -284,6 +284,8 @@ def _describe(value) -> str:
 
 
 def _positions(chosen: Sequence[int] | None, size: int, what: str) -> list[int]:
+    if chosen is not None and not isinstance(chosen, Iterable):
+        raise TypeError(f"HashPlan.select: {what} must be a sequence of integers, got {chosen!r}")
     chosen = list(range(size)) if chosen is None else [_position(position, what) for position in chosen]
     if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size:
         raise ValueError(f"HashPlan.select: {what} must be distinct positions within 0..{size - 1}, got {chosen}")

@@ -20,20 +20,22 @@ def plain(monkeypatch):
     monkeypatch.setattr(console, "has_rich", lambda: False)
 
 
-def parts_in_files(folder, sizes):
+def parts_in_files(folder, sizes, name):
     """Parts of as many rows, a file each, that is called one of all; no index."""
     tensors = [torch.full((rows, 16), float(k)).bfloat16() for k, rows in enumerate(sizes)]
     return [
-        save(folder / f"model-{k + 1:05d}-of-{len(sizes):05d}.safetensors", {f"{QWEN_TABLE}shard_{k}.weight": rows})
+        save(folder / name.format(k + 1, len(sizes)), {f"{QWEN_TABLE}shard_{k}.weight": rows})
         for k, rows in enumerate(tensors)
     ]
 
 
-@pytest.mark.parametrize("gone", [2, 1])
-def test_files_called_one_of_several_are_all_there(tmp_path, gone, capsys):
+@pytest.mark.parametrize(
+    "gone, name", [(2, "model-{:05d}-of-{:05d}"), (1, "model-{:05d}-of-{:05d}"), (2, "rows_{}_of_{}")]
+)
+def test_files_called_one_of_several_are_all_there(tmp_path, gone, name, capsys):
     """An interrupted download: the last parts are gone, as is the index, and numbers have no hole."""
     rows = QWEN.rows_per_layer[0]
-    files = parts_in_files(tmp_path, (200, 200, rows - 400))
+    files = parts_in_files(tmp_path, (200, 200, rows - 400), name + ".safetensors")
     for paths in (tmp_path, files, files[::-1]):
         assert load(paths, placement="cpu", prefix=QWEN_TABLE).rows == rows
     for file in files[gone:]:
@@ -77,15 +79,17 @@ def test_files_of_save_safetensors_tell_rows_and_parts(tmp_path, prefix, capsys)
 def test_what_a_tool_wrote_elsewhere_is_left_alone(tmp_path):
     """The text of another table's name counts for nothing, and one that cannot be read is an error."""
     for said, error in (
-        ({"prefix": "another.", "rows": 3, "parts": 1}, None),
-        ({"prefix": "", "rows": "4", "parts": 1}, None),
-        ({"prefix": "", "rows": 4, "parts": 1}, None),
-        ({"prefix": "", "rows": 5, "parts": 1}, "the table was saved with 5 rows, and these files have 4"),
-        ({"prefix": "", "rows": 4, "parts": 2}, "the table was saved with 2 parts, and these files have 1"),
+        ({"prefix": "another.", "rows": 3}, None),
+        ({}, None),
+        ({"rows": 5}, "the table was saved with 5 rows, and these files have 4"),
+        ({"parts": 2}, "the table was saved with 2 parts, and these files have 1"),
+        ({"rows": "4"}, "has a 'engram_table' in its header that cannot be read"),
+        ({"token_map": 7}, "has a 'engram_table' in its header that cannot be read"),
         ("{", "has a 'engram_table' in its header that cannot be read: '{'"),
-        ([4], "has a 'engram_table' in its header that cannot be read"),
+        ("[4]", "has a 'engram_table' in its header that cannot be read"),
     ):
-        text = said if isinstance(said, str) else json.dumps(said)
+        whole = {"prefix": "", "rows": 4, "parts": 1, "token_map": None}
+        text = said if isinstance(said, str) else json.dumps(whole | said)
         path = save(tmp_path / "a.safetensors", {"weight": torch.zeros(4, 64)}, metadata={"engram_table": text})
         if error is None:
             assert load(path, placement="cpu").rows == 4

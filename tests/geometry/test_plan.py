@@ -292,6 +292,8 @@ def test_from_parts_refuses_ids_that_are_no_integers(changes):
 def test_select_refuses_what_is_no_position(what, positions):
     with pytest.raises(TypeError, match=f"^HashPlan.select: {what} must be integers, got "):
         small_plan().select(**{what: positions})
+    with pytest.raises(TypeError, match=f"^HashPlan.select: {what} must be a sequence of integers, got 0"):
+        small_plan().select(**{what: 0})
 
 
 def test_the_digest_tells_token_maps_apart():
