@@ -125,4 +125,6 @@ def _first_member(members: dict[str, str]) -> str:
 def _is_member(rest: str) -> bool:
     """Whether a name can belong to a table whose prefix was taken off."""
     stem, *more = part_of(rest).rest.split(".")
-    return stem == "weight" or (stem in ("weight_packed", "weight_scale_2", "input_scale", *SCALE_NAMES) and not more)
+    if more:
+        return stem == "weight"
+    return re.fullmatch(r"weight(_\w+)?", stem) is not None or stem in ("input_scale", *SCALE_NAMES)

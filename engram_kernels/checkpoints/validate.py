@@ -107,6 +107,11 @@ def read_table(checkpoint: Checkpoint, prefix: str, members: dict[str, str]) -> 
             f"{members[mlx + 'weight']} is of MLX's layout, shards.{{k}}.weight; load the model's own checkpoint, or "
             "rename the parts to shard_{k}.weight, which `python -m engram_kernels table convert` makes one tensor"
         )
+    understood = ("weight", "input_scale", *SCALE_NAMES)
+    if foreign := sorted(name for rest, name in members.items() if part_of(rest).rest not in understood):
+        raise checkpoint.error(
+            f"{', '.join(foreign[:4])} beside the rows is part of none of our formats, {', '.join(FORMATS)}: {_WAY_OUT}"
+        )
     numbers = [number for number, _ in parts]
     if twice := [number for number, after in itertools.pairwise(numbers) if number == after]:
         raise checkpoint.error(f"{prefix} has two parts of number {twice[0]}")
@@ -253,7 +258,8 @@ def _scales(checkpoint, prefix, members, stems, weights) -> tuple[str, tuple[Sto
     for scale, weight in zip(scales, weights, strict=False):
         expected = (weight.shape[0], width // SCALE_GROUP)
         if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected or len(scales) != len(weights):
-            kind = _kind_of_scale(scale.shape, weight.shape)
+            whole = (sum(part.shape[0] for part in weights), width) if len(scales) == 1 else weight.shape
+            kind = "part" if scale.shape == (len(weights),) != (1,) else _kind_of_scale(scale.shape, whole)
             hint = f"; one scale per {kind} is none of our formats: {_WAY_OUT}" if kind else ""
             raise checkpoint.error(
                 f"scales of {weight} must be F8_E8M0 or U8 {list(expected)}, or one float for the table, "

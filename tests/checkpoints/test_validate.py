@@ -75,6 +75,31 @@ FAULTS = {
         "shard_0.weight_scale F32 .* and those of other parts are one scale per part, which is none of our formats: ",
         {},
     ),
+    "scales of parts in one tensor": (
+        table(weight_scale=torch.ones(2), shard_0__weight=fp8(4, 64), shard_1__weight=fp8(4, 64)),
+        r"got .*weight_scale F32 \[2\]; one scale per part is none of our formats",
+        {},
+    ),
+    "scales of all rows in one tensor": (
+        table(weight_scale=torch.ones(8, 1), shard_0__weight=fp8(4, 64), shard_1__weight=fp8(4, 64)),
+        r"got .*weight_scale F32 \[8, 1\]; one scale per row is none of our formats",
+        {},
+    ),
+    "a zero point": (
+        table(weight=fp8(4, 64), weight_scale=torch.ones(1), weight_zero_point=torch.ones(1)),
+        "embed.weight_zero_point beside the rows is part of none of our formats, float32, .*: load the model's fp8 or",
+        {},
+    ),
+    "a zero point, by prefix": (
+        table("my.", weight=zeros(4, 64), weight_zero_point=torch.ones(1)),
+        "my.weight_zero_point beside the rows is part of none of our formats",
+        {"prefix": "my"},
+    ),
+    "an adapter": (
+        table(QWEN_TABLE, weight=zeros(4, 64), lora_embedding_A=zeros(4, 4)),
+        "ngram_embedding.lora_embedding_A beside the rows is part of none",
+        {},
+    ),
     "MLX": (
         table(QWEN_TABLE, shards__0__weight=zeros(4, 64), shards__1__weight=zeros(4, 64)),
         r"shards.0.weight is of MLX's layout, shards.\{k\}.weight; load the model's own .* table convert` makes one",
