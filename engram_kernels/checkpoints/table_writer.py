@@ -17,7 +17,7 @@ import torch
 from engram_kernels.geometry.row_format import RowFormat
 
 from .files import INDEX_SUFFIX, SUFFIX, TABLE_KEY
-from .names import as_prefix, find_tables
+from .names import SCALE_NAMES, as_prefix, find_tables, part_of
 from .parallel import spans
 from .validate import DENSE
 from .writing import (
@@ -236,7 +236,8 @@ def _replaceable(path: Path, where: str) -> set[Path]:
             continue
         names, paths = found
         tables = find_tables(names)
-        if len(tables) != 1 or sum(map(len, tables.values())) != len(names):
+        rests = [part_of(rest).rest for members in tables.values() for rest in members]
+        if len(tables) != 1 or len(rests) != len(names) or not set(rests) <= {"weight", *SCALE_NAMES}:
             raise ValueError(
                 f"{where}: {file} holds {len(names)} tensors that are not one table's own, and is not replaced; "
                 "save to another folder or file"

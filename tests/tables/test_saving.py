@@ -277,8 +277,10 @@ def test_files_that_hold_more_than_a_table_are_not_replaced(tmp_path):
     text.write_text("my notes")
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(v41_tensors(4), "model.safetensors")}))
+    pruned = save(tmp_path / "pruned.safetensors", {"weight": torch.zeros(4, 64), "weight_mask": torch.ones(4, 64)})
     before = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path)}
     for path, expected in (
+        (pruned, "pruned.safetensors holds 2 tensors that are not one table's own"),
         (model, "model.safetensors holds 7 tensors that are not one table's own, and is not replaced; save to another"),
         (tmp_path, "model.safetensors holds 7 tensors"),
         (tmp_path / "m.safetensors", "m.safetensors.index.json holds 7 tensors"),
