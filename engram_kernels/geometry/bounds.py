@@ -1,8 +1,9 @@
 """Bounds of a geometry's numbers, so that a typing error in a config is an error at once and not an hour of work."""
 
 import math
+import operator
 import sys
-from numbers import Integral, Real
+from numbers import Real
 
 INT64 = (-(2**63), 2**63 - 1)
 #: Fields of EngramConfig that are whole numbers: least, most. What is published lies far within.
@@ -28,13 +29,25 @@ MAX_COLUMNS = 4096
 
 def whole(value, name: str, where: str, bounds: tuple[int, int]) -> int:
     """``value`` as an int; ValueError unless it is a whole number within the bounds, both of which are allowed."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    number = as_integer(value)
+    if number is None:
         raise ValueError(f"{where}: {name} must be an integer, got {short(value)}")
     least, most = bounds
-    if not least <= value <= most:
-        expected = f"at least {least}" if value < least else f"at most {most:,}"
-        raise ValueError(f"{where}: {name} must be {expected}, got {short(value)}")
-    return int(value)
+    if not least <= number <= most:
+        expected = f"at least {least}" if number < least else f"at most {most:,}"
+        raise ValueError(f"{where}: {name} must be {expected}, got {short(number)}")
+    return number
+
+
+def as_integer(value) -> int | None:
+    """A whole number of Python, NumPy or torch as an int; None for anything else, booleans among it."""
+    # True counts as 1 for Python and for torch, and is no number where one is asked for.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def finite(value, name: str, where: str, least: float = -math.inf) -> float:

@@ -5,7 +5,6 @@ row ``floor_mod(mix_n, primes[l, c]) + offsets[l, c]``. Source: arXiv 2601.07372
 """
 
 import hashlib
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .bounds import INT64, whole
+from .bounds import INT64, as_integer, whole
 from .config import EngramConfig
 from .row_format import check_content
 
@@ -293,10 +292,6 @@ def _positions(chosen: Sequence[int] | None, size: int, what: str) -> list[int]:
 
 
 def _position(position, what: str) -> int:
-    try:
-        # True is an index of 1 to Python and to torch, and was meant for a mask.
-        if isinstance(position, bool) or getattr(position, "dtype", None) == torch.bool:
-            raise TypeError
-        return operator.index(position)
-    except TypeError:
-        raise TypeError(f"HashPlan.select: {what} must be integers, got {position!r}") from None
+    if (number := as_integer(position)) is None:
+        raise TypeError(f"HashPlan.select: {what} must be integers, got {position!r}")
+    return number

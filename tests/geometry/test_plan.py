@@ -277,6 +277,11 @@ def test_build_and_from_parts_ignore_the_default_device(default_device):
         HashPlan.build(config, torch.arange(50))
 
 
+def test_ids_may_be_numbers_of_numpy_and_torch():
+    plan = small_plan(pad=torch.tensor(3), vocab_size=np.int32(50))
+    assert (type(plan.pad), plan.pad, type(plan.vocab_size), plan.vocab_size) == (int, 3, int, 50)
+
+
 @pytest.mark.parametrize(
     "changes", [{"pad": "0"}, {"pad": 0.5}, {"pad": None}, {"vocab_size": 50.0}, {"eos": True, "pad": 1}]
 )
