@@ -1,4 +1,4 @@
-"""The programs under examples/ run as they are, in a process of their own, and the README's ten lines nearly so."""
+"""The programs under examples/ run as they are, most in a process of their own, and the README's ten lines nearly so."""
 
 import importlib.util
 import os
@@ -64,7 +64,7 @@ def test_serve():
 @pytest.mark.parametrize("method", ["commit", "reset"])
 def test_serve_needs_its_state(method, monkeypatch):
     """Negative control: where slots are never moved on, or never emptied, tokens are others."""
-    serve, threads = serving_example(), torch.get_num_threads()
+    serve, threads = example("serve"), torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(EngramStep if method == "commit" else EngramState, method, lambda *_: None)
     with torch.inference_mode():
@@ -77,11 +77,76 @@ def test_serve_needs_its_state(method, monkeypatch):
     assert [request.tokens for request in requests] != expected
 
 
-def serving_example():
-    """examples/serve.py as a module."""
-    spec = importlib.util.spec_from_file_location("serve", ROOT / "examples" / "serve.py")
+@pytest.fixture(scope="module")
+def gemma():
+    """The example's small models run on one thread, and see no GPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield example("gemma_per_layer")
+    torch.set_num_threads(threads)
+
+
+def test_gemma_per_layer(gemma, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gemma.main()
+    first, same, second, as_well = capsys.readouterr().out.splitlines()
+    assert first.startswith("Gemma3nForCausalLM: EngramTable(1,200 x 16 bfloat16, cpu")
+    assert second.startswith("Gemma4ForCausalLM: EngramTable(1,280 x 16 bfloat16, cpu")
+    assert same == as_well == "logits and generated tokens equal"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [0, 1], ids=["gemma3n", "gemma4"])
+@torch.no_grad()
+def test_gemma_per_layer_keeps_every_bit(gemma, family, dtype):
+    """Of the padding row, which holds numbers here, and of a scale, sqrt(8), that half precision rounds."""
+    model = gemma.small_models(width=8)[family].to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    rows, vocab = model.config.vocab_size_per_layer_input, model.config.vocab_size
+    ids = torch.tensor([[0, 1, rows - 1, vocab - 1], [vocab - 2, 0, 7, 7]])
+    ids = ids if family == 0 else ids.clamp(max=rows - 1)
+    text = model.model
+    logits, inputs = model(ids).logits, text.get_per_layer_inputs(ids)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert inputs.any(-1).all()
+
+    table = gemma.move_per_layer_embeddings(model, "cpu")
+    assert torch.equal(text.get_per_layer_inputs(ids), inputs) and torch.equal(model(ids).logits, logits)
+    assert parameters - sum(parameter.numel() for parameter in model.parameters()) == table.rows * table.width
+    table.weight[7 * 4 : 8 * 4] += 1  # the four layers' rows of token 7
+    changed = (model(ids).logits != logits).any(-1)
+    assert changed.tolist() == [[False] * 4, [False, False, True, True]]
+
+
+@torch.no_grad()
+def test_gemma_per_layer_ids_outside(gemma):
+    """Gemma-3n reads row 0 for them, as before; Gemma-4, where transformers fails, zeros."""
+    first, second = gemma.small_models()
+    ids = torch.tensor([[-1, -(2**40), 299, 300, 319, 2**40]])
+    expected = first.model.get_per_layer_inputs(ids)
+    gemma.move_per_layer_embeddings(first, "cpu")
+    assert torch.equal(first.model.get_per_layer_inputs(ids), expected)
+    with pytest.raises(IndexError):
+        second.model.get_per_layer_inputs(ids)
+    gemma.move_per_layer_embeddings(second, "cpu")
+    read = second.model.get_per_layer_inputs(ids).flatten(-2).any(-1)
+    assert read.tolist() == [[False, False, True, True, True, False]]
+
+
+def test_gemma_per_layer_needs_16_bytes(gemma):
+    model = gemma.small_models(width=4)[0].bfloat16()
+    embedding = model.get_per_layer_input_embeddings()
+    with pytest.raises(ValueError, match="multiple of 16, got 4 x bfloat16 = 8"):
+        gemma.move_per_layer_embeddings(model, "cpu")
+    assert model.get_per_layer_input_embeddings() is embedding
+
+
+def example(name):
+    """A program under examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["serve"] = module  # where its dataclass looks
+    sys.modules[name] = module  # where a dataclass looks
     spec.loader.exec_module(module)
     return module
 
