@@ -1,4 +1,4 @@
-"""The programs under examples/ run as they are, most in a process of their own, and the README's ten lines nearly so."""
+"""Programs under examples/ run as they are, most in a process of their own, and the README's ten lines nearly so."""
 
 import importlib.util
 import os
