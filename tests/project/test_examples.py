@@ -95,14 +95,15 @@ def test_gemma_per_layer(gemma, monkeypatch, capsys):
     assert same == as_well == "logits and generated tokens equal"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "placement"), [(torch.float32, "cpu"), (torch.bfloat16, "host")])
 @pytest.mark.parametrize("family", [0, 1], ids=["gemma3n", "gemma4"])
 @torch.no_grad()
-def test_gemma_per_layer_keeps_every_bit(gemma, family, dtype):
+def test_gemma_per_layer_keeps_every_bit(gemma, family, dtype, placement):
     """Of the padding row, which holds numbers here, and of a scale, sqrt(8), that half precision rounds."""
     model = gemma.small_models(width=8)[family].to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    model.get_per_layer_input_embeddings().embed_scale.data = torch.tensor(8**0.5)  # float32 in any model
     rows, vocab = model.config.vocab_size_per_layer_input, model.config.vocab_size
     ids = torch.tensor([[0, 1, rows - 1, vocab - 1], [vocab - 2, 0, 7, 7]])
     ids = ids if family == 0 else ids.clamp(max=rows - 1)
@@ -111,7 +112,8 @@ def test_gemma_per_layer_keeps_every_bit(gemma, family, dtype):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert inputs.any(-1).all()
 
-    table = gemma.move_per_layer_embeddings(model, "cpu")
+    table = gemma.move_per_layer_embeddings(model, placement)
+    assert table.placement == placement
     assert torch.equal(text.get_per_layer_inputs(ids), inputs) and torch.equal(model(ids).logits, logits)
     assert parameters - sum(parameter.numel() for parameter in model.parameters()) == table.rows * table.width
     table.weight[7 * 4 : 8 * 4] += 1  # the four layers' rows of token 7
