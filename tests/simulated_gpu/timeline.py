@@ -44,7 +44,7 @@ def run_until(time):
         while _waiting and _waiting[0][0] <= time:
             work = heapq.heappop(_waiting)[2]
             try:
-                with _disable_current_modes(), torch.no_grad():
+                with _disable_current_modes(), torch.inference_mode():  # of whatever mode the call was
                     work()
             except BaseException as error:
                 _errors.append(error)
