@@ -9,27 +9,31 @@ that what was read counts as memory of the process, and a file that shrinks whil
 Source: https://github.com/huggingface/safetensors, "Format".
 """
 
+import io
 import json
+import operator
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from .opening import JSON_LIMIT, CheckpointError, file_of_index, naming, open_regular, parse_json, read_json, unreadable
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-_HEADER_LIMIT = 100_000_000  # bytes, the library's own
+_OPENED = 128  # files of an index that are opened at once
+_ATTEMPTS = 100  # at a folder that saves change while it is read
 #: Texts in headers, JSON: what save_safetensors says of a table, and of an optimizer's state.
 TABLE_KEY, OPTIMIZER_KEY = "engram_table", "row_optimizer"
+#: A file that save_safetensors writes where there are several.
+_PART = re.compile(rf"(?P<stem>.*)-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
 _LFS_POINTER = b"version https://git-lfs"
-
-
-class CheckpointError(ValueError):
-    """Files are not what they should be: truncated, foreign, incomplete, of another type or shape."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,24 @@ class Checkpoint:
 
     def __init__(self, paths: Paths, where: str):
         self.where = where
-        #: Of the files whose header was read: descriptor, tensors, and the texts in the header.
-        self._files: dict[Path, tuple[int, dict[str, StoredTensor], dict[str, str]]] = {}
+        #: Of the files whose header was read: the open file, tensors, and the texts in the header.
+        self._files: dict[Path, tuple[io.FileIO, dict[str, StoredTensor], dict[str, str]]] = {}
         self._path_of: dict[str, Path] = {}
         #: The files that were given, in a folder or by name, where no index tells which there are.
         self.given: list[Path] = []
-        try:
-            found = _given(paths, where)
-            for path in found:
-                self._add(path, alone=len(found) == 1)
-            if len(found) > 1 and not self._path_of:
-                raise self.error(f"{found[0]} and {len(found) - 1} more files hold states of optimizers alone")
-        except BaseException:
-            self.close()
-            raise
+        given = _checked(paths, where)
+        for attempt in range(_ATTEMPTS):
+            before = _listed(given)
+            try:
+                self._add_all(paths)
+                return
+            except FileNotFoundError:
+                self.close()
+                if attempt == _ATTEMPTS - 1 or _listed(given) == before:
+                    raise
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def names(self) -> list[str]:
@@ -109,9 +117,12 @@ class Checkpoint:
 
     def read_into(self, tensor: StoredTensor, start: int, view: memoryview) -> None:
         """Fill ``view`` with the tensor's bytes from ``start`` on. Any number of threads may do so."""
-        fd, offset, done = self._files[tensor.path][0], tensor.offset + start, 0
+        fd, offset, done = self.open_fd(tensor.path), tensor.offset + start, 0
         while done < len(view):
-            count = os.preadv(fd, [view[done:]], offset + done)
+            try:
+                count = os.preadv(fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise unreadable(tensor.path, self.where, error) from None
             if count == 0:
                 raise self.error(
                     f"{tensor.path} ended at byte {os.fstat(fd).st_size:,} while it was read, before the end of "
@@ -127,14 +138,14 @@ class Checkpoint:
 
     def open_fd(self, path: Path) -> int:
         """The descriptor of a file whose header was read; it stays this object's own."""
-        return self._files[path][0]
+        return self._files[path][0].fileno()
 
     def error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {text}")
 
     def close(self) -> None:
-        for fd, *_ in self._files.values():
-            os.close(fd)
+        for file, *_ in self._files.values():
+            file.close()
         self._files.clear()
 
     def __enter__(self) -> "Checkpoint":
@@ -143,10 +154,27 @@ class Checkpoint:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _add_all(self, paths: Paths) -> None:
+        self._path_of.clear()
+        self.given.clear()
+        found = _given(paths, self.where)
+        for path in found:
+            self._add(path, alone=len(found) == 1)
+        if len(found) > 1 and not self._path_of:
+            raise self.error(f"{found[0]} and {len(found) - 1} more files hold states of optimizers alone")
+
     def _add(self, path: Path, alone: bool) -> None:
         """Take the tensors of a file or an index; unless alone, not an optimizer's, which lies beside its table."""
         if path.name.endswith(".json"):
-            found = {name: path.parent / file for name, file in _weight_map(path, self.where).items()}
+            found = weight_map(path, self.where)
+            files = set(found.values())
+            # Opened now where they are few: a save may soon replace them. What is not needed may be absent.
+            for file in files if len(files) <= _OPENED else ():
+                try:
+                    self._header(file)
+                except FileNotFoundError:
+                    if weight_map(path, self.where) != found:
+                        raise
         elif not alone and OPTIMIZER_KEY in self.metadata(path):
             return
         else:
@@ -159,14 +187,12 @@ class Checkpoint:
 
     def _header(self, path: Path) -> dict[str, StoredTensor]:
         if path not in self._files:
+            file = open_regular(path, self.where)
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{self.where}: no such file: {path}") from None
-            try:
-                self._files[path] = fd, *_checked_header(path, fd, self.where)
+                with naming(path):
+                    self._files[path] = file, *_checked_header(path, file.fileno(), self.where)
             except BaseException:
-                os.close(fd)
+                file.close()
                 raise
         return self._files[path][1]
 
@@ -180,9 +206,9 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._checkpoint:
             raise KeyError(name)
-        path = self._checkpoint.tensor(name).path
+        fd = self._checkpoint.open_fd(self._checkpoint.tensor(name).path)
         safetensors = library(self._checkpoint.where)
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(f"/proc/self/fd/{fd}", framework="pt") as file:
             try:
                 return file.get_tensor(name)
             except safetensors.SafetensorError as error:  # a dtype that torch has not
@@ -209,17 +235,33 @@ def library(where: str):
     return safetensors
 
 
-def _given(paths: Paths, where: str) -> list[Path]:
-    """The files and indices that ``paths`` stands for."""
+def _checked(paths: Paths, where: str) -> Sequence[str | os.PathLike]:
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     if not isinstance(given, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in given):
         raise TypeError(f"{where}: paths must be a file, a folder, an index, or a list of them, got {paths!r}"[:200])
     if not given:
         raise ValueError(f"{where}: paths must name at least one file, got none")
+    return given
+
+
+def _given(paths: Paths, where: str) -> list[Path]:
+    """The files and indices that ``paths`` stands for."""
     found: list[Path] = []
-    for path in map(Path, given):
+    for path in map(Path, _checked(paths, where)):
         found += _of_folder(path, where) if path.is_dir() else [path]
     return list(dict.fromkeys(found))
+
+
+def _listed(paths: Sequence[str | os.PathLike]) -> list[tuple[str, int, int]]:
+    """Name, number and time of all files in the folders that are given, or that hold what is."""
+    folders = {path if path.is_dir() else path.parent for path in map(Path, paths)}
+    found = []
+    for folder in folders:
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            with suppress(FileNotFoundError):
+                stat = entry.stat(follow_symlinks=False)
+                found.append((entry.path, stat.st_ino, stat.st_mtime_ns))
+    return sorted(found)
 
 
 def _of_folder(folder: Path, where: str) -> list[Path]:
@@ -231,36 +273,35 @@ def _of_folder(folder: Path, where: str) -> list[Path]:
     if indices:
         names = ", ".join(path.name for path in indices)
         raise CheckpointError(f"{where}: {folder} has more than one index ({names}): name the one to read")
-    files = sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    names = {path.name for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")}
+    # Beside the one file of a table, parts without an index are of a save that has just begun, or of one before.
+    parts = {name for name in names if (match := _PART.fullmatch(name)) and f"{match['stem']}{SUFFIX}" in names}
+    files = [folder / name for name in sorted(names - parts)]
     if not files:
         raise CheckpointError(f"{where}: {folder} holds no {SUFFIX} file")
     return files
 
 
-def _weight_map(path: Path, where: str) -> dict[str, str]:
+def weight_map(path: Path, where: str) -> dict[str, Path]:
     """An index's map from a tensor's name to its file."""
-    try:
-        content: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: no such file: {path}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {path} is no JSON ({error})") from None
+    content = read_json(path, where)
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{where}: {path} has no 'weight_map' from tensor names to files")
-    return found
+    files = {name: file_of_index(path, name, where) for name in dict.fromkeys(found.values())}
+    return {name: files[file] for name, file in found.items()}
 
 
 def _checked_header(path: Path, fd: int, where: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """(tensors, texts) of one file, after the library has found its header valid and the file as long as it says."""
     safetensors = library(where)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
+        with safetensors.safe_open(f"/proc/self/fd/{fd}", framework="numpy") as file:  # that file, whatever its name
             names = set(file.keys())
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{where}: {path} {_diagnosis(fd)} ({error})") from None
     begin = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
-    header = json.loads(os.pread(fd, begin - 8, 8))
+    header = parse_json(os.pread(fd, begin - 8, 8), path, where)
     texts = header.pop("__metadata__", None) or {}
     if set(header) != names:
         raise CheckpointError(f"{where}: {path} was replaced while its header was read")
@@ -278,14 +319,15 @@ def _diagnosis(fd: int) -> str:
     if head.startswith(_LFS_POINTER):
         return "is a Git LFS pointer, not the file itself: git lfs pull fetches it"
     length = int.from_bytes(head[:8], "little")
-    if size < 10 or length > _HEADER_LIMIT or head[8:9] != b"{":
+    if size < 10 or length > JSON_LIMIT or head[8:9] != b"{":
         return f"is no safetensors file, in {size:,} bytes"
     if 8 + length > size:
         return f"is truncated: its header takes {8 + length:,} bytes, and it has {size:,}"
     try:
         header = json.loads(os.pread(fd, length, 8))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        end = operator.index(max(ends, default=0))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return "has a header that cannot be read"
     if 8 + length + end > size:
         return f"is truncated: its header tells of {8 + length + end:,} bytes, and it has {size:,}"

@@ -106,7 +106,16 @@ def as_prefix(prefix: str, where: str) -> str:
     """``prefix`` with the dot at its end that may be left out."""
     if not isinstance(prefix, str):
         raise TypeError(f"{where}: prefix must be a text, got {type(prefix).__name__}")
+    check_text(prefix, "prefix", where)
     return prefix if not prefix or prefix.endswith(".") else prefix + "."
+
+
+def check_text(text: str, name: str, where: str) -> None:
+    """Raise ValueError where a text cannot be written: half of a surrogate pair is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {name} must be text that UTF-8 can write, got {text!r}"[:300]) from None
 
 
 def _what_there_is(checkpoint: Checkpoint) -> str:

@@ -4,6 +4,7 @@ Of several files the index comes last (how a file is written: checkpoints/writin
 checkpoint, and their names are new every time, so that the files of the old index stay until the new one is there.
 """
 
+import io
 import json
 import os
 import re
@@ -16,8 +17,9 @@ import torch
 
 from engram_kernels.geometry.row_format import RowFormat
 
-from .files import INDEX_SUFFIX, SUFFIX, TABLE_KEY
+from .files import INDEX_SUFFIX, SUFFIX, TABLE_KEY, weight_map
 from .names import SCALE_NAMES, as_prefix, find_tables, part_of
+from .opening import CheckpointError, naming
 from .parallel import spans
 from .validate import DENSE
 from .writing import (
@@ -27,6 +29,7 @@ from .writing import (
     file_path,
     header_of,
     locked_file,
+    mode_of,
     new_file,
     partial_path,
     read_existing,
@@ -50,7 +53,7 @@ class _Shard:
     offsets: dict[str, int]  #: where in the file its "weight", "scale" and "table" (the table's own scale) begin
     names: list[str]  #: of these tensors
     nbytes: int
-    fd: int = -1
+    file: io.FileIO | None = None  #: while it is open here
 
 
 @dataclass
@@ -67,11 +70,9 @@ class RowsFiles:
 
     def open(self) -> None:
         """Open the files, in a process that did not make them; all or none."""
-        for shard in self.shards:
-            shard.fd = -1
         try:
             for shard in self.shards:
-                shard.fd = os.open(shard.partial, os.O_RDWR | os.O_CLOEXEC)
+                shard.file = open(shard.partial, "r+b", buffering=0)
         except BaseException:
             self.close()
             raise
@@ -86,20 +87,22 @@ class RowsFiles:
             for key, tensor, size in zip(("weight", "scale"), (weight, scales), self.sizes, strict=True):
                 if size:
                     rows = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
-                    write_all(shard.fd, rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
+                    with naming(shard.partial):
+                        write_all(shard.file.fileno(), rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
         return len(weight) * self.row_bytes
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
         for shard in self.shards:
-            os.fsync(shard.fd)
+            with naming(shard.partial):
+                os.fsync(shard.file)
 
     def close(self) -> None:
         """Close what :meth:`open` opened."""
         for shard in self.shards:
-            if shard.fd >= 0:
-                os.close(shard.fd)
-                shard.fd = -1
+            if shard.file is not None:
+                shard.file.close()
+                shard.file = None
 
 
 class TableWriter(RowsFiles):
@@ -124,6 +127,7 @@ class TableWriter(RowsFiles):
         token_map: str | None = None,
     ):
         super().__init__([], (format.row_bytes(width), format.scale_bytes(width)))
+        self._where = where
         self._format, self._prefix = format, as_prefix(prefix, where)
         self._width = width
         self._path = file_path(path, where, f"model{SUFFIX}")
@@ -138,13 +142,15 @@ class TableWriter(RowsFiles):
         self.shards = self._layout(rows, shard_bytes)
         check_disk(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
         try:
+            mode = mode_of(self._index, self._path)  # files under new names are as private as what they replace
             for shard in self.shards:
-                shard.fd = locked_file(shard.partial)
-                os.ftruncate(shard.fd, shard.nbytes)
-                write_all(shard.fd, shard.header, 0)
-                if "table" in shard.offsets:
-                    value = torch.tensor([scale], dtype=torch.float32, device="cpu")
-                    write_all(shard.fd, value.numpy().tobytes(), shard.offsets["table"])
+                with naming(shard.partial):
+                    shard.file = locked_file(shard.partial, mode)
+                    os.ftruncate(shard.file.fileno(), shard.nbytes)
+                    write_all(shard.file.fileno(), shard.header, 0)
+                    if "table" in shard.offsets:
+                        value = torch.tensor([scale], dtype=torch.float32, device="cpu")
+                        write_all(shard.file.fileno(), value.numpy().tobytes(), shard.offsets["table"])
         except BaseException:
             self.close()
             raise
@@ -152,7 +158,7 @@ class TableWriter(RowsFiles):
     @property
     def rows_files(self) -> RowsFiles:
         """Where rows go, for this process or for others that see the same folder."""
-        return RowsFiles([replace(shard) for shard in self.shards], self.sizes)
+        return RowsFiles([replace(shard, file=None) for shard in self.shards], self.sizes)
 
     def commit(self) -> Path:
         """Give the files their names; returns the file, or the index of several."""
@@ -161,19 +167,25 @@ class TableWriter(RowsFiles):
             os.rename(shard.partial, shard.final)
         sync_folder(self._path.parent)
         done = self._path if self.shards[0].final == self._path else self._write_index()
-        for path in self._old - {shard.final for shard in self.shards} - {done}:
+        # The index first: who reads it meanwhile finds that it has gone, rather than that its files have.
+        for path in sorted(self._old - {shard.final for shard in self.shards} - {done}, key=self._index.__ne__):
             path.unlink(missing_ok=True)
         return done
 
     def close(self) -> None:
         """Let go of the files; what was not committed is removed, which of several files the index tells."""
-        indexed = self._indexed()
-        for shard in self.shards:
-            if shard.fd >= 0:
-                shard.partial.unlink(missing_ok=True)
-                if shard.final != self._path and shard.final.name not in indexed:
-                    shard.final.unlink(missing_ok=True)
-        super().close()
+        try:
+            indexed = self._indexed()
+        except (CheckpointError, OSError):  # damaged since: nobody can tell, and nothing of it is removed
+            indexed = {shard.final.name for shard in self.shards}
+        try:
+            for shard in self.shards:
+                if shard.file is not None:
+                    shard.partial.unlink(missing_ok=True)
+                    if shard.final != self._path and shard.final.name not in indexed:
+                        shard.final.unlink(missing_ok=True)
+        finally:
+            super().close()
 
     def __enter__(self) -> "TableWriter":
         return self
@@ -220,7 +232,9 @@ class TableWriter(RowsFiles):
 
     def _indexed(self) -> set[str]:
         """Names of the files that the index tells of, where there is one."""
-        return set(json.loads(self._index.read_bytes())["weight_map"].values()) if self._index.exists() else set()
+        if not self._index.exists():
+            return set()
+        return {path.name for path in weight_map(self._index, self._where).values()}
 
 
 def _index_of(path: Path) -> Path:

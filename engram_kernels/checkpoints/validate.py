@@ -184,7 +184,7 @@ def _what_is_said(checkpoint: Checkpoint, prefix: str, weights: tuple[StoredTens
             said = json.loads(text)
             readable = all(type(said[name]) is int for name in ("rows", "parts"))
             readable &= isinstance(said["token_map"], str | None)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             readable = False
         if not readable:
             raise checkpoint.error(f"{path} has a {TABLE_KEY!r} in its header that cannot be read: {text[:200]!r}")

@@ -6,17 +6,22 @@ none, and the next writer of the same name removes it.
 """
 
 import fcntl
+import io
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from .files import SUFFIX, Checkpoint, CheckpointError
+from .files import SUFFIX, Checkpoint
+from .names import check_text
+from .opening import CheckpointError, check_regular, naming, open_regular
 
 Found = TypeVar("Found")
 
@@ -52,22 +57,33 @@ def file_path(path: str | os.PathLike, where: str, default: str) -> Path:
     path = Path(path) / default if os.path.isdir(path) else Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"{where}: path must end in {SUFFIX} or be a folder that exists, got {str(path)!r}")
+    check_target(path, where)
+    return path
+
+
+def check_target(path: Path, where: str) -> None:
+    """Raise an error unless ``path`` can be written: its folder is there, and it is a regular file if it is there."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{where}: no such folder: {path.parent}")
-    return path
+    if os.path.lexists(path):
+        check_regular(path, where)
 
 
 def checked_metadata(metadata: Mapping[str, str] | None, where: str) -> dict[str, str]:
     """``metadata`` as a dictionary; TypeError unless it maps texts to texts."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"{where}: metadata must map texts to texts, got {type(metadata).__name__}")
     found = dict(metadata or {})
     if not all(isinstance(text, str) for pair in found.items() for text in pair):
         raise TypeError(f"{where}: metadata must map texts to texts, got {found!r}"[:200])
+    for text in itertools.chain(*found.items()):
+        check_text(text, "metadata", where)
     return found
 
 
 def read_existing(path: Path, where: str, read: Callable[[Checkpoint], Found]) -> Found | None:
     """What ``read`` finds in a file that is to be replaced, None where there is none; ValueError where it cannot."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         with Checkpoint(path, where) as checkpoint:
@@ -85,16 +101,18 @@ def check_disk(folder: Path, nbytes: int, where: str) -> None:
 
 @contextmanager
 def new_file(path: Path, partial: Path) -> Iterator[int]:
-    """An open file that is ``partial`` in the block, and ``path`` after it; where that fails, nothing is left."""
-    fd = locked_file(partial)
-    try:
-        yield fd
-        os.fsync(fd)
-        os.rename(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-        os.close(fd)
-    sync_folder(path.parent)
+    """An open file that is ``partial`` in the block, and ``path`` after it; where that fails, nothing is left.
+
+    It has the permissions of the file that it replaces.
+    """
+    with naming(partial), locked_file(partial, mode_of(path)) as file:
+        try:
+            yield file.fileno()
+            os.fsync(file)
+            os.rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def partial_path(path: Path, number: str = "") -> Path:
@@ -102,17 +120,35 @@ def partial_path(path: Path, number: str = "") -> Path:
     return path.parent / f".{path.name.removesuffix(SUFFIX)}-{secrets.token_hex(4)}{number and '-' + number}.partial"
 
 
-def locked_file(path: Path) -> int:
-    """A new file, locked for as long as it is open, which tells remove_abandoned that somebody writes it."""
+def mode_of(*paths: Path) -> int | None:
+    """Permissions of the first of these files that is there."""
+    return next((stat.S_IMODE(path.stat().st_mode) for path in paths if path.exists()), None)
+
+
+def locked_file(path: Path, mode: int | None = None) -> io.FileIO:
+    """A new file, locked for as long as it is open, which tells remove_abandoned that somebody writes it.
+
+    A FileIO rather than a number: an interrupt that comes before anybody holds it closes it. mode: its permissions;
+    None is what the process gives to new files.
+    """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        file = open(path, "x+b", buffering=0, opener=_private if mode is not None else None)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks (NFS and Lustre may be one), where nothing is swept away
-            return fd
-        if os.fstat(fd).st_nlink:
-            return fd
-        os.close(fd)  # swept away between the two calls
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            with suppress(OSError):  # a file system without locks (NFS and Lustre may be one), where nothing is swept
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            file.close()
+            raise
+        file.close()  # swept away between the two calls
+
+
+def _private(path, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def remove_abandoned(path: Path, others: Iterable[str] = ()) -> None:
@@ -121,16 +157,16 @@ def remove_abandoned(path: Path, others: Iterable[str] = ()) -> None:
     partial = re.compile(rf"\.{re.escape(path.name.removesuffix(SUFFIX))}-[0-9a-f]{{8}}(-\d{{5}})?\.partial")
     for name in [*others, *filter(partial.fullmatch, os.listdir(folder))]:
         try:
-            fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # another save has swept it away
+            file = open_regular(folder / name, "remove_abandoned")
+        except (OSError, CheckpointError):  # another save has swept it away, or it is nobody's file
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (folder / name).unlink(missing_ok=True)
         except OSError:  # somebody holds it, or the file system has no locks and nobody can tell
             pass
         finally:
-            os.close(fd)
+            file.close()
 
 
 def write_all(fd: int, content, offset: int) -> None:
@@ -143,8 +179,11 @@ def write_all(fd: int, content, offset: int) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Names are data of the folder, which has to reach the disk as well."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fd = None
     try:
-        os.fsync(fd)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with naming(folder):
+            os.fsync(fd)
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)

@@ -151,7 +151,7 @@ def open_states(path: str | os.PathLike, where: str) -> Iterator[tuple[Checkpoin
             raise checkpoint.error(f"{path} holds no optimizer state: its header has no {KEY!r}")
         try:
             facts = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise checkpoint.error(f"{path} has a {KEY!r} that is no JSON ({error})") from None
         facts = facts if isinstance(facts, dict) else {}
         stored = map(checkpoint.tensor, checkpoint.names)
