@@ -4,7 +4,12 @@ A file has keys and stamps alone: rows are read back from the tables, so that wh
 """
 
 import hashlib
+import io
+import math
 import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engram_kernels.checkpoints.opening import open_regular
+from engram_kernels.checkpoints.writing import (
+    check_disk,
+    check_target,
+    new_file,
+    partial_path,
+    remove_abandoned,
+    write_all,
+)
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ops.rows import lookup
@@ -20,6 +34,18 @@ from engram_kernels.reference.cache.simulator import set_of, unscramble
 from .store import CacheStore
 
 _FORMAT = 2
+#: Arrays of a file in their order: the kinds that numpy calls them, and their dimensions.
+_ARRAYS = {
+    "format": ("iu", 0),
+    "plan": ("U", 0),
+    "token_map": ("U", 0),
+    "clock": ("i", 1),
+    "group": ("i", 1),
+    "key": ("i", 1),
+    "stamp": ("i", 1),
+}
+_PARSER = NotImplementedError, SyntaxError, RecursionError, MemoryError, TypeError, OverflowError, struct.error
+_LATEST = 1 << 62  # of clocks: half of what int64 counts to is left
 _SLOTS_AT_ONCE = 1 << 20
 _WARM_TOKENS = 2048
 
@@ -103,33 +129,32 @@ def warm_up(cache: CacheStore, token_ids: torch.Tensor, progress: Callable[[int,
             state.counts.copy_(counts)
 
 
-def save_keys(cache: CacheStore, path: str | Path) -> Path:
+def save_keys(cache: CacheStore, path: str | os.PathLike) -> Path:
     """Write the keys in use to ``path``, whole or not at all."""
-    path = Path(path)
+    where = "NgramCache.save"
+    path = _path_of(path, where)
+    check_target(path, where)
+    if path.exists():
+        _read_arrays(path, where)  # another kind of file is not replaced
     with cache.in_order() as state:
         keys, stamps, clock = (tensor.cpu().numpy() for tensor in (state.keys, state.stamps, state.clock))
     group, _, _ = held = np.nonzero(stamps)
     arrays = dict(format=_FORMAT, plan=_digest(cache.plan), token_map=cache.plan.token_map_digest or "")
     arrays |= dict(clock=clock, group=group, key=keys[held], stamp=stamps[held])
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    remove_abandoned(path)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    check_disk(path.parent, len(content.getbuffer()), where)
+    with new_file(path, partial_path(path)) as fd:
+        write_all(fd, content.getbuffer(), 0)
     return path
 
 
-def load_keys(cache: CacheStore, path: str | Path) -> None:
+def load_keys(cache: CacheStore, path: str | os.PathLike) -> None:
     """Hold the keys of a file, the most recently used ones where there are more than fit; rows come from the tables."""
     where = "NgramCache.load"
-    names = ("format", "plan", "token_map", "clock", "group", "key", "stamp")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            version, plan, token_map, clock, group, key, stamp = (file[name] for name in names)
-    except (KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{where}: {path} must be a file that NgramCache.save wrote, got {error}") from None
+    path = _path_of(path, where)
+    version, plan, token_map, clock, group, key, stamp = _read_arrays(path, where)
     if int(version) != _FORMAT:
         raise ValueError(f"{where}: {path} must be of format {_FORMAT}, got {int(version)}")
     if str(token_map) != (cache.plan.token_map_digest or ""):
@@ -138,6 +163,7 @@ def load_keys(cache: CacheStore, path: str | Path) -> None:
         )
     if str(plan) != _digest(cache.plan):
         raise ValueError(f"{where}: {path} must hold keys of the cache's own plan, got those of another")
+    _check_entries(f"{where}: {path}", cache, int(clock[0]), group, key, stamp)
     with cache.in_order() as state:
         shape = state.keys.shape
         # Within each set the latest first; what comes after W others does not fit.
@@ -155,6 +181,56 @@ def load_keys(cache: CacheStore, path: str | Path) -> None:
         _read_entries(cache, state, keys, stamps)
         state.clock.fill_(max(int(clock[0]), state.lag))
         state.stamps.copy_(torch.from_numpy(stamps.reshape(shape)))
+
+
+def _path_of(path, where: str) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{where}: path must be a file, got {type(path).__name__}")
+    return Path(path)
+
+
+def _read_arrays(path: Path, where: str) -> list[np.ndarray]:
+    """The arrays of a file that save_keys wrote, in the order of _ARRAYS; ValueError where it is anything else.
+
+    Sizes are checked before memory is taken: an array's own header may tell of any.
+    """
+    with open_regular(path, where) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return [_read_array(archive, name, *kind) for name, kind in _ARRAYS.items()]
+        # What a damaged archive raises: numpy reads headers by Python's parser.
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error, *_PARSER) as error:
+            raise ValueError(f"{where}: {path} must be a file that NgramCache.save wrote, got {error}"[:500]) from None
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, kinds: str, dims: int) -> np.ndarray:
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise ValueError(f"an array {name!r} that is packed")
+    content = io.BytesIO(archive.read(info))  # as long as it is in the file, and of the right checksum
+    np.lib.format.read_magic(content)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    left = len(content.getbuffer()) - content.tell()
+    if dtype.kind not in kinds or len(shape) != dims or math.prod(shape) * dtype.itemsize != left:
+        raise ValueError(f"an array {name!r} of {dtype} {list(shape)} in {left:,} bytes")
+    return np.frombuffer(content.getbuffer()[content.tell() :], dtype).reshape(shape)
+
+
+def _check_entries(what: str, cache: CacheStore, clock: int, group, key, stamp) -> None:
+    """Raise ValueError where entries could not have come from a cache of this plan."""
+    groups = cache.state.keys.shape[0]
+    if not len(group) == len(key) == len(stamp):
+        raise ValueError(
+            f"{what} must have a group and a stamp for each key, got {len(group)}, {len(key)}, {len(stamp)}"
+        )
+    if not 0 <= clock <= _LATEST:
+        raise ValueError(f"{what} must have a clock of 0 to 2^62, got {clock}")
+    for name, values, least, most in (("groups", group, 0, groups - 1), ("stamps", stamp, 1, clock)):
+        outside = (values < least) | (values > most)
+        if outside.any():
+            raise ValueError(f"{what} must have {name} of {least} to {most}, got {values[outside][0]}")
+    if len(np.unique(np.stack([group, key]), axis=1).T) != len(key):
+        raise ValueError(f"{what} has a key twice")
 
 
 def _read_entries(cache: CacheStore, state, keys: np.ndarray, stamps: np.ndarray) -> None:
