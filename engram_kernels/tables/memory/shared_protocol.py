@@ -13,6 +13,7 @@ the next one that creates a table, of any name. It lies on hugetlbfs where the p
 import fcntl
 import os
 import re
+import stat
 import struct
 import sys
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def create(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path]:
     for leftover in [path for folder in _folders() for path in folder.glob("engram-*")]:
         remove_unused(leftover)
     for taken in [folder / f"engram-{name}" for folder in _folders()]:
-        if taken.exists():
+        if os.path.lexists(taken):
             raise FileExistsError(_taken(name, taken))
     total = DATA_OFFSET + -(-nbytes // HUGE_PAGE) * HUGE_PAGE
     folder = next(folder for folder in _folders() if folder == _SHM or _free_huge_pages() >= total)
@@ -102,11 +103,13 @@ def find(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path, Geometr
     for folder in _folders():
         path = folder / f"engram-{name}"
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            fd = _open_own(path)
         except FileNotFoundError:
             continue
         except OSError as error:
             raise ValueError(f"EngramTable.attach: {path} cannot be opened: {error.strerror}") from None
+        if fd is None:
+            raise ValueError(f"EngramTable.attach: {path} is no table of engram_kernels, or another user's")
         found = None
         try:
             found = _examine(fd, path, nbytes, geometry)
@@ -118,12 +121,17 @@ def find(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path, Geometr
 
 
 def remove_unused(path: Path) -> bool:
-    """Remove a table's file that no process holds; False where one does, or where the file is not one of ours."""
+    """Remove a table's file that no process holds; False where one does, or where the file is not one of ours.
+
+    Any user may put any file here under any name: what is not this user's own is none of ours, and no error.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        fd = _open_own(path)
     except FileNotFoundError:
         return True
     except OSError:
+        return False
+    if fd is None:
         return False
     try:
         if _read_header(fd)[0] != _MAGIC or not _lock(fd, _USERS, fcntl.F_WRLCK):
@@ -131,8 +139,24 @@ def remove_unused(path: Path) -> bool:
         if os.fstat(fd).st_nlink:
             os.unlink(path)
         return True
+    except OSError:
+        return False
     finally:
         os.close(fd)
+
+
+def _open_own(path: Path) -> int | None:
+    """``path`` open for reading and writing; None where it is no regular file of this user's own."""
+    if _is_own(os.lstat(path)):
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if _is_own(os.fstat(fd)):
+            return fd
+        os.close(fd)  # replaced in between
+    return None
+
+
+def _is_own(found: os.stat_result) -> bool:
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def release(fd: int, path: Path) -> None:
@@ -197,7 +221,7 @@ def _link(fd: int, folder: Path, name: str) -> Path:
         for other in _folders():
             if other == folder:
                 return path
-            if (other / path.name).exists():
+            if os.path.lexists(other / path.name):
                 os.unlink(path)
                 raise FileExistsError(_taken(name, other / path.name))
 
@@ -213,11 +237,11 @@ def _examine(fd: int, path: Path, nbytes: int, wanted: Geometry) -> Geometry | s
     """The geometry of the table in ``fd``, now locked as in use; who is filling it; None where it is going away."""
     where = "EngramTable.attach"
     magic, version, state, writer, width, rows, stored, scale, name = _read_header(fd)
-    if magic != _MAGIC or os.fstat(fd).st_uid != os.geteuid():
+    if magic != _MAGIC:
         raise ValueError(f"{where}: {path} is no table of engram_kernels, or another user's")
     if version != _VERSION:
         raise ValueError(f"{where}: {path} has version {version} of the layout, this package reads {_VERSION}")
-    found = Geometry(rows, width, name.rstrip(b"\0").decode(), scale)
+    found = Geometry(rows, width, name.rstrip(b"\0").decode(errors="replace"), scale)
     for field in ("rows", "width", "format", "scale"):
         expected, got = getattr(wanted, field), getattr(found, field)
         if field == "scale" and expected is not None:
