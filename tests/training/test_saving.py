@@ -195,10 +195,10 @@ def test_what_killed_saves_left_is_removed(tmp_path):
     """A file without a lock is nobody's; one that is locked is being written, and other names are not ours."""
     (tmp_path / ".o-0123abcd.partial").write_text("half a state")
     (tmp_path / ".p-0123abcd.partial").write_text("another's")
-    fd = locked_file(tmp_path / ".o-89abcdef.partial")
+    held = locked_file(tmp_path / ".o-89abcdef.partial")
     optimizer().save_safetensors(tmp_path / "o.safetensors")
     assert sorted(os.listdir(tmp_path)) == [".o-89abcdef.partial", ".p-0123abcd.partial", "o.safetensors"]
-    os.close(fd)
+    held.close()
 
 
 def test_a_load_that_fails_half_way_closes(tmp_path):
