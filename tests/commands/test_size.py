@@ -110,3 +110,14 @@ def test_mistakes_take_one_line(words, message):
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["size", "info"])
+def test_an_output_that_is_full(command):
+    """One line and an exit code, whatever the command."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "engram_kernels", command], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"engram_kernels {command}: [Errno 28] No space left on device"]

@@ -49,6 +49,14 @@ def load(path, **options):
     return EngramTable.from_safetensors(path, placement="cpu", **options)
 
 
+def test_a_layer_without_a_table(tmp_path, capsys):
+    """Nothing was checked, so nothing has failed: a mistake, which says what there is."""
+    folder, _ = checkpoints.v41_folder(tmp_path / "v41")
+    code, text, error = run(capsys, "verify", folder, "--layer", 2)
+    assert (code, text) == (2, "")
+    assert error == "engram_kernels table verify: layer must be one with a table, [1, 4], got 2\n"
+
+
 def test_inspect_names_what_there_is(tmp_path, capsys):
     folder, _ = checkpoints.v41_folder(tmp_path / "v41")
     code, text, _ = run(capsys, "inspect", folder)

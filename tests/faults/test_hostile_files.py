@@ -162,7 +162,9 @@ def test_headers(tmp_path, header):
     path = tmp_path / "model.safetensors"
     path.write_bytes(file_of(header, bytes(16)))
     assert "model.safetensors" in (text := bounded(lambda: load(path))) or "shard_" in text
-    if not isinstance(header, dict) or "__metadata__" not in header:  # else it is a table, if one with strange words beside it
+    if (
+        not isinstance(header, dict) or "__metadata__" not in header
+    ):  # else it is a table, if one with strange words beside it
         bounded(lambda: table().save_safetensors(path))
         assert path.read_bytes() == file_of(header, bytes(16)), "replaced"
 

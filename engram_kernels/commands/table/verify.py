@@ -27,15 +27,20 @@ def verify_sections(
 ) -> tuple[list[Section], bool]:
     """(what was checked, whether all of it holds). A failed check is a line that starts with FAILED.
 
+    ValueError where there is nothing to check: the layer has no table in these files.
+
     config: its name and itself; every table of it must be there unless layer or prefix choose one. values: read all
     rows. bar: what shows the progress of a table with that name.
     """
     with Checkpoint(paths, where) as checkpoint:
         tables = find_tables(checkpoint.names) if prefix is None else dict([table_under(checkpoint, prefix)])
-        if layer is not None:
-            tables = {name: members for name, members in tables.items() if layer_of(name) in (layer, None)}
         if not tables:
-            raise checkpoint.error("no such Engram table; `table inspect` lists what there is")
+            raise checkpoint.error("no Engram table; `table inspect` lists what there is")
+        if layer is not None:
+            layers = sorted({layer_of(name) for name in tables} - {None})
+            tables = {name: members for name, members in tables.items() if layer_of(name) in (layer, None)}
+            if not tables:
+                raise ValueError(f"{where}: layer must be one with a table, {layers}, got {layer}")
         sections: list[Section] = [[("files", _verdict(where, _check_files, checkpoint, tables))]]
         for name, members in tables.items():
             title = name.rstrip(".") or "table"
