@@ -111,4 +111,4 @@ def _step(engrams, tokens: int, prefetcher, state, dead: bool, id_dtype: torch.d
             engram(hidden, **inputs, **(options if rows is None else dict(options, history=None)))
     if step is not None:
         step.commit()
-        step.commit(torch.zeros_like(slots))
+        state.begin(ids, slots, cu_seqlens=cu_seqlens, dead=options["dead"]).commit(torch.zeros_like(slots))

@@ -4,8 +4,8 @@ A call is a named tuple of tensors, objects and options. Its signature is all th
 addresses and contents: the shapes, strides, types and devices of its tensors, its objects, its options. A bare launch
 costs the host 10 us, and checking arguments as much again, so both are done for the first call of a signature alone.
 
-    signature seen before, and repeats()    the launch that was kept
-    else check(), settled(), and then
+    signature seen before, and repeats()    the launch that was kept, once out is found apart() from inputs()
+    else check(), apart(), settled(), and then
         records()                           record(): the result, for autograd to follow
         not on_kernels()                    reference()
         under torch.compile                 compiled(): the registered op
@@ -22,14 +22,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.compiler import is_compiling
 
+from engram_kernels.launching.overlap import Apart
+
 #: Launches kept for one owner. All are forgotten then: no serving engine repeats as many lengths.
 MOST_KEPT = 1024
+#: A launch of (call, out), and where there is an out the check of its address.
+_Kept = tuple[Callable, Apart | None]
 
 
 class Op(ABC):
     """One op; an instance is called with a call and its output, None for a new one. The file's head has the way."""
 
     name: str
+    input_names: tuple[str, ...]
+    in_place: str | None = None  #: the input that out may be
 
     def __init__(self):
         # Kept with what they are for, as long as that lives: a launch holds tensors of a plan, and addresses of tables.
@@ -39,10 +45,17 @@ class Op(ABC):
         compiling = is_compiling()
         if not compiling:
             signature = self.signature(call, out)
-            launch = self._kept_launch(call, signature)
-            if launch is not None and self.repeats(call):
+            kept = self._kept_launch(call, signature)
+            if kept is not None and self.repeats(call):
+                launch, apart = kept
+                if apart is not None:
+                    apart(out_parts(out), self.inputs(call))
                 return launch(call, out)
         self.check(call, out)
+        apart = None
+        if out is not None and not compiling:
+            apart = self.apart(call, out)
+            apart(out_parts(out), self.inputs(call))  # here too, for what is recorded or computed by the reference
         call = self.settled(call)
         if self.records(call):
             return self.record(call, out)
@@ -50,12 +63,17 @@ class Op(ABC):
             return self.reference(call, out)
         if compiling:
             return self.compiled(call, out)
-        return self._prepare(call, out, signature)(call, out)
+        return self._prepare(call, out, signature, apart)[0](call, out)
 
     def launch(self, call, out=None):
         """The result by kernels, without checks: for registered ops, whose arguments were checked when traced."""
         signature = self.signature(call, out)
-        launch = self._kept_launch(call, signature) or self._prepare(call, out, signature)
+        kept = self._kept_launch(call, signature)
+        if kept is None:
+            kept = self._prepare(call, out, signature, None if out is None else self.apart(call, out))
+        launch, apart = kept
+        if apart is not None:
+            apart(out_parts(out), self.inputs(call))
         return launch(call, out)
 
     @abstractmethod
@@ -69,6 +87,19 @@ class Op(ABC):
     @abstractmethod
     def check(self, call, out) -> None:
         """Raise unless the arguments fit each other."""
+
+    @abstractmethod
+    def inputs(self, call) -> tuple[torch.Tensor | None, ...]:
+        """The tensors that a launch reads, in the order of ``input_names``."""
+
+    def fixed(self, call) -> list[tuple[str, int, int]]:
+        """(name, address, bytes) of what it reads besides, the same for all calls of a signature."""
+        return []
+
+    def apart(self, call, out) -> Apart:
+        """The check that ``out`` lies apart from what the call reads."""
+        inputs = zip(self.input_names, self.inputs(call), strict=True)
+        return Apart(self.name, out_parts(out), list(inputs), self.fixed(call), self.in_place)
 
     def repeats(self, call) -> bool:
         """Whether the kept launch may run for this call; raises where an id is invalid or a table is closed."""
@@ -122,20 +153,25 @@ class Op(ABC):
         """Drop the launches that were kept."""
         self._kept.clear()
 
-    def _kept_launch(self, call, signature) -> Callable | None:
+    def _kept_launch(self, call, signature) -> _Kept | None:
         try:
             return self._kept[self.owner(call)].get(signature)
         except (KeyError, TypeError):  # the first call, or an argument that checks will refuse
             return None
 
-    def _prepare(self, call, out, signature) -> Callable:
-        launch = self.prepare(call, out)
+    def _prepare(self, call, out, signature, apart: Apart | None) -> _Kept:
+        prepared = self.prepare(call, out), apart
         if signature is not None:
             kept = self._kept.setdefault(self.owner(call), {})
             if len(kept) >= MOST_KEPT:
                 kept.clear()
-            kept[signature] = launch
-        return launch
+            kept[signature] = prepared
+        return prepared
+
+
+def out_parts(out) -> tuple[torch.Tensor | None, ...]:
+    """An output, of one tensor or of rows and scales, as registered ops take it."""
+    return out if isinstance(out, tuple) else (out, None)
 
 
 def form_of(*tensors: torch.Tensor | None) -> tuple | None:

@@ -25,6 +25,8 @@ class Gate(Op):
     """:func:`gate_residual`."""
 
     name = "gate_residual"
+    input_names = ("hidden", "key", "value", "query_norm", "key_norm", "mask")
+    in_place = "hidden"
 
     def signature(self, call, out):
         hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual = call
@@ -33,6 +35,9 @@ class Gate(Op):
 
     def check(self, call, out):
         check_gate(self.name, call, out)
+
+    def inputs(self, call):
+        return *call[:5], call.mask
 
     def on_kernels(self, call):
         return is_kernel_device(call.hidden) and call.hidden.dtype != torch.float64

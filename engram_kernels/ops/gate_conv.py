@@ -73,6 +73,8 @@ class GateConv(Op):
     """:func:`gate_conv_residual`."""
 
     name = "gate_conv_residual"
+    input_names = (*ConvCall._fields[:7], "mask", "cu_seqlens", *("conv_state",) * len(ConvSlots._fields))
+    in_place = "hidden"
 
     def signature(self, call, out):
         if call.state is not call.slots:  # a dense state is another one in every call
@@ -83,6 +85,10 @@ class GateConv(Op):
     def check(self, call, out):
         check_gate(self.name, call.of_gate, out)
         check_conv(self.name, call)
+
+    def inputs(self, call):
+        state = tuple(call.state or ())
+        return *call[:7], call.mask, call.cu_seqlens, *state, *(None,) * (len(ConvSlots._fields) - len(state))
 
     def repeats(self, call):
         if call.cu_seqlens is not None:

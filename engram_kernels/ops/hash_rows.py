@@ -14,13 +14,14 @@ from engram_kernels import reference
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.checks import check_programs
 from engram_kernels.launching.device import is_kernel_device
+from engram_kernels.launching.overlap import memory_of_plan
 from engram_kernels.launching.tokens import TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.view import TableView, view_tables
 
-from .call import Op, form_of, registered, writes_alone
+from .call import Op, form_of, out_parts, registered, writes_alone
 from .hashing import ngram_hash
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
@@ -35,7 +36,6 @@ from .row_kernels.output import (
     make_view_out,
     op_out,
     op_result,
-    out_parts,
     split_view,
 )
 
@@ -66,6 +66,7 @@ class HashLookup(Op):
     """:func:`hash_lookup`."""
 
     name = "hash_lookup"
+    input_names = Tokens._fields
 
     def signature(self, call, out):
         if call.cache is not None:
@@ -88,6 +89,13 @@ class HashLookup(Op):
         check_row_out(where, tables[0], shape, tokens.token_ids.device, out, out_dtype, out_format)
         check_cache(where, cache, plan, tables, num_rows)
         check_token_values(where, tokens, plan)
+
+    def inputs(self, call):
+        return call.tokens
+
+    def fixed(self, call):
+        tables = [part for layer, table in enumerate(call.tables) for part in table.memory(f"tables[{layer}]")]
+        return memory_of_plan(call.plan) + tables
 
     def repeats(self, call):
         for table in call.tables:

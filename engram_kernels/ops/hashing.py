@@ -14,6 +14,7 @@ from engram_kernels import reference
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.checks import check_out
 from engram_kernels.launching.device import is_kernel_device
+from engram_kernels.launching.overlap import memory_of_plan
 from engram_kernels.launching.tokens import TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 
 from .call import Op, form_of, registered, writes_alone
@@ -36,6 +37,7 @@ class NgramHash(Op):
     """:func:`ngram_hash`."""
 
     name = "ngram_hash"
+    input_names = Tokens._fields
 
     def signature(self, call, out):
         return form_of(*call.tokens, out)
@@ -48,6 +50,12 @@ class NgramHash(Op):
         shape = (*call.tokens.token_ids.shape, *call.plan.primes.shape)
         check_out(self.name, out, shape, call.plan.index_dtype, call.tokens.token_ids.device)
         check_token_values(self.name, *call)
+
+    def inputs(self, call):
+        return call.tokens
+
+    def fixed(self, call):
+        return memory_of_plan(call.plan)
 
     def repeats(self, call):
         check_token_values(self.name, *call)

@@ -18,7 +18,7 @@ from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.view import TableView
 
-from .call import Op, form_of, registered, writes_alone
+from .call import Op, form_of, out_parts, registered, writes_alone
 from .row_kernels.arguments import check_tables, is_staged, view_rows
 from .row_kernels.by_id import prepare_lookup
 from .row_kernels.order import check_order, choose_order
@@ -30,7 +30,6 @@ from .row_kernels.output import (
     make_view_out,
     op_out,
     op_result,
-    out_parts,
     split_view,
 )
 
@@ -54,6 +53,7 @@ class Lookup(Op):
     """:func:`lookup`."""
 
     name = "lookup"
+    input_names = ("row_ids",)
 
     def signature(self, call, out):
         return form_of(call.row_ids, *out_parts(out)), getattr(call.table, "identity", None), call[2:]
@@ -71,6 +71,12 @@ class Lookup(Op):
             shape = list(row_ids.shape)
             raise ValueError(f"{self.name}: row_ids must have shape [..., C], below 2^31 ids, got {shape}")
         check_row_out(self.name, table, (*row_ids.shape, table.width), row_ids.device, out, out_dtype, out_format)
+
+    def inputs(self, call):
+        return (call.row_ids,)
+
+    def fixed(self, call):
+        return call.table.memory("table")
 
     def repeats(self, call):
         call.table.check_usable(self.name)

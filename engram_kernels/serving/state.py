@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.compiler import is_compiling
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.launching.checks import check_tensor
@@ -26,7 +27,7 @@ from engram_kernels.reference.serving.history import NO_TOKEN
 from .history import commit_history, gather_history
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EngramStep:
     """One forward over tokens of some slots, made by :meth:`EngramState.begin`, ended by :meth:`commit`."""
 
@@ -36,6 +37,8 @@ class EngramStep:
     dead: torch.Tensor | None
     history: torch.Tensor  #: [B, N - 1] raw ids before each sequence's first token here, oldest first, -1: none
     state: "EngramState" = field(repr=False)
+    captured: bool = False  #: begun in the capture of a CUDA graph: one commit follows each replay
+    _committed: bool = field(default=False, init=False, repr=False)
 
     @property
     def options(self) -> dict[str, torch.Tensor | None]:
@@ -49,10 +52,16 @@ class EngramStep:
     def commit(self, accepted: torch.Tensor | None = None) -> None:
         """Take the first ``accepted [B]`` (int32) tokens of each sequence into the state; None: all of them.
 
-        To be given to the stream after the forward, once. What is not accepted leaves no trace. The tensors given to
-        begin() must still hold what they held.
+        To be given to the stream after the forward, once for each begin() or replay of it: another time would take the
+        same tokens in again, and is a ValueError unless begin() was captured. What is not accepted leaves no trace. The
+        tensors given to begin() must still hold what they held.
         """
+        if self._committed and not self.captured:
+            raise ValueError(
+                "EngramStep.commit: expected a step of its own (EngramState.begin), got one committed before"
+            )
         self.state._commit(self, accepted)
+        self._committed = True
 
 
 class EngramState:
@@ -125,7 +134,8 @@ class EngramState:
         where = "EngramState.begin"
         batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
         self._check_slots(where, slots, batch, distinct=self._span > 0)
-        return EngramStep(token_ids, slots, cu_seqlens, dead, gather_history(self._history, slots), self)
+        captured = token_ids.is_cuda and not is_compiling() and torch.cuda.is_current_stream_capturing()
+        return EngramStep(token_ids, slots, cu_seqlens, dead, gather_history(self._history, slots), self, captured)
 
     def reset(self, slots: torch.Tensor | int | None = None) -> None:
         """Make slots those of empty sequences: int32 ``[B]`` with -1 for none, one slot, or None for all."""
@@ -150,13 +160,18 @@ class EngramState:
         """Make slots those of sequences whose first tokens were computed elsewhere, whatever they held.
 
         token_ids: the tokens until now, of which the last N - 1 of each sequence suffice; cu_seqlens and dead as in
-        begin(). conv_states: for a convolution, each of the config's layers' (value, scale) after these tokens, as
-        :func:`gate_conv_residual` returns them without slots, and as :meth:`conv_states` does.
+        begin(). As in a history -1 is no token, so ``[B, N - 1]`` of an engine's own are taken as they are; on a CPU
+        any other id is checked, unless it is dead. conv_states: for a convolution, each of the config's layers' (value,
+        scale) after these tokens, as :func:`gate_conv_residual` returns them without slots, and as
+        :meth:`conv_states` does.
         """
         where = "EngramState.restore"
         slots = self._slots_tensor(slots)
         batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
         self._check_slots(where, slots, batch, distinct=True)
+        none = token_ids == NO_TOKEN
+        dead = none if dead is None else dead | none
+        self._check_ids(where, token_ids, cu_seqlens, dead)
         if (conv_states is not None) != (self._span > 0):
             needs = "one pair per layer" if self._span else "None, as this config has no convolution"
             raise ValueError(f"{where}: conv_states must be {needs}, got {type(conv_states).__name__}")
@@ -206,7 +221,7 @@ class EngramState:
 
     def _checks_values(self) -> bool:
         """Values are checked on a CPU alone: on a GPU that would wait for it."""
-        return self.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.device.type == "cpu" and not is_compiling()
 
     def _slots_tensor(self, slots) -> torch.Tensor:
         if isinstance(slots, int) and not isinstance(slots, bool):
@@ -235,6 +250,14 @@ class EngramState:
         given = [slot for slot in given if slot >= 0]
         if distinct and len(set(given)) != len(given):
             raise ValueError(f"{where}: slots must be different from each other, got {given}")
+
+    def _check_ids(self, where, token_ids, cu_seqlens, dead) -> None:
+        if not self._checks_values():
+            return
+        end = None if cu_seqlens is None else int(cu_seqlens[-1])
+        ids, most = token_ids[:end][~dead[:end]], self.config.raw_vocab_size
+        if len(wrong := ids[(ids < 0) | (ids >= most)]):
+            raise ValueError(f"{where}: token_ids must be -1 for none, or within 0 <= id < {most}, got {int(wrong[0])}")
 
     def _check_accepted(self, where, step: EngramStep, accepted) -> None:
         lengths = [step.token_ids.numel() // max(1, len(step.slots))] * len(step.slots)

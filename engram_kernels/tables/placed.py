@@ -117,6 +117,12 @@ class PlacedRows:
         """Say that rows have been written by other means: a kernel, NumPy, another process."""
         self._changes += 1
 
+    def memory(self, name: str) -> list[tuple[str, int, int]]:
+        """(name, address, bytes) of rows and of scales of groups, as errors call them."""
+        scales = self.rows * self.format.scale_bytes(self.width)
+        rows = (f"{name}.weight", self.descriptor.weight_address, self.nbytes - scales)
+        return [rows, (f"{name}.scale", self.descriptor.scale_address, scales)]
+
     def memory_report(self) -> MemoryReport:
         """Where the bytes are, and what the machine granted: huge pages, registration, NUMA node; printable."""
         self.check_usable("EngramTable.memory_report")

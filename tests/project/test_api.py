@@ -111,7 +111,7 @@ def test_no_op_waits_for_a_gpu(monkeypatch):
             monkeypatch.setattr(module, launcher, lambda *_, **__: None)
         for preparer in [name for name in vars(module) if name.startswith("prepare_")]:
             monkeypatch.setattr(module, preparer, lambda *_, **__: lambda *_, **__: None)
-    monkeypatch.setattr(Op, "_prepare", lambda self, call, out, signature: self.prepare(call, out))
+    monkeypatch.setattr(Op, "_prepare", lambda self, call, out, *_: (self.prepare(call, out), None))
     monkeypatch.setattr(engram_kernels.EngramTable, "check_readable_on", lambda *_: None)
     plan = engram_kernels.HashPlan.from_parts(torch.ones(2, 3).long(), torch.full((2, 4), 7), pad=0, vocab_size=9)
     tables = [engram_kernels.EngramTable.empty(40, 32, "e4m3_ue8m0", placement="cpu") for _ in range(2)]
@@ -139,7 +139,7 @@ def test_no_op_waits_for_a_gpu(monkeypatch):
         slots = fake(2, dtype=torch.int32)
         step = state.begin(ids, slots, cu_seqlens=cu, dead=mask)
         step.commit(slots)
-        step.commit()
+        state.begin(ids, slots, cu_seqlens=cu).commit()
         state.reset(slots)
         state.restore(slots, ids, cu_seqlens=cu, conv_states=[(fake(2, 9, 8, dtype=torch.bfloat16), fake(2, 9, 2))])
         assert step.history.shape == (2, 2)

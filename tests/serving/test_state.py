@@ -1,5 +1,6 @@
 """EngramState: schedules of chunks, drafts and slots give the bits of one call per text (more: test_schedules.py)."""
 
+import dataclasses
 import random
 
 import pytest
@@ -154,6 +155,48 @@ def test_errors():
             call()
     step.commit(int32(1, 9))  # none of the errors has changed anything
     assert state.begin(ids[:2, None], slots).history.tolist() == [[-1, 0], [8, 9]]
+
+
+@pytest.mark.parametrize("conv", [0, 3])
+def test_a_step_is_committed_once(conv):
+    """Whatever the first commit took; one that was refused is none. Replays of a captured step have a commit each."""
+    engine = form(conv=conv)
+    state, ids = engine.state, torch.arange(1, 5)[None]
+    for accepted in (None, int32(0), int32(2)):
+        step = state.begin(ids, int32(1))
+        with pytest.raises(ValueError, match="accepted must be within"):
+            step.commit(int32(9))
+        step.commit(accepted)
+        before = [part.clone() for part in state._tensors()]
+        for again in (None, int32(0), int32(1)):
+            with pytest.raises(ValueError, match=r"^EngramStep.commit: expected a step .* got one committed before"):
+                step.commit(again)
+        assert all(torch.equal(a, b) for a, b in zip(state._tensors(), before, strict=True))
+    step = dataclasses.replace(state.begin(ids, int32(1)), captured=True)
+    step.commit()
+    step.commit()
+    assert state.begin(ids, int32(1)).history.tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("ids", [[-1, -1], [-1, 7], [5, -1], [5, 7]])
+def test_no_token_in_a_restored_history(ids, id_dtype):
+    """-1 as in the history that begin() gives; what is restored from that is the same."""
+    state = form(conv=0).state
+    given = torch.tensor([ids, [3, 4]], dtype=id_dtype)
+    state.restore(int32(1, 2), given)
+    tokens = torch.ones(2, 1, dtype=torch.int64)
+    history = state.begin(tokens, int32(1, 2)).history
+    assert history.tolist() == given.tolist()
+    packed = torch.cat([given[0], given[1]])
+    state.restore(int32(2, 0), packed, cu_seqlens=int32(0, 2, 4), dead=packed == 4)
+    assert state.begin(tokens, int32(2, 0)).history.tolist() == [ids, [3, -1]]
+    for wrong in (-2, state.config.raw_vocab_size):
+        with pytest.raises(ValueError, match=f"^EngramState.restore: token_ids must be -1 for none, .* got {wrong}$"):
+            state.restore(int32(1, 2), torch.where(given == 3, wrong, given))
+    assert state.begin(tokens, int32(2, 0)).history.tolist() == [ids, [3, -1]]
+    state.restore(0, torch.tensor([1, 2, -9], dtype=id_dtype), cu_seqlens=int32(0, 2))
+    assert state.begin(tokens[:1], int32(0)).history.tolist() == [[1, 2]]
 
 
 @pytest.mark.kernel

@@ -80,11 +80,6 @@ def op_out(result: list[torch.Tensor], storage: bool):
     return (*result, None)[:2] if storage else result[0]
 
 
-def out_parts(out) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An output as registered ops take it."""
-    return out if isinstance(out, tuple) else (out, None)
-
-
 def op_result(out) -> list[torch.Tensor]:
     """An output as registered ops return it."""
     return [tensor for tensor in out if tensor is not None] if isinstance(out, tuple) else [out]

@@ -28,6 +28,7 @@ class ScaleColumns(Op):
     """:func:`scale_columns`."""
 
     name = "scale_columns"
+    input_names = ScalingCall._fields
 
     def signature(self, call, out):
         return form_of(*call, out)  # and every option that a launch depends on
@@ -40,6 +41,9 @@ class ScaleColumns(Op):
         shape = call.x.shape[1:]
         check_tensor(self.name, "weight", call.weight, dtypes=(torch.float32,), shape=shape, device=call.x.device)
         check_out(self.name, out, call.x.shape, call.x.dtype, call.x.device)
+
+    def inputs(self, call):
+        return call
 
     def on_kernels(self, call):
         return is_kernel_device(call.x)
