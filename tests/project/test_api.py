@@ -112,6 +112,7 @@ def test_no_op_waits_for_a_gpu(monkeypatch):
         for preparer in [name for name in vars(module) if name.startswith("prepare_")]:
             monkeypatch.setattr(module, preparer, lambda *_, **__: lambda *_, **__: None)
     monkeypatch.setattr(Op, "_prepare", lambda self, call, out, *_: (self.prepare(call, out), None))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(engram_kernels.EngramTable, "check_readable_on", lambda *_: None)
     plan = engram_kernels.HashPlan.from_parts(torch.ones(2, 3).long(), torch.full((2, 4), 7), pad=0, vocab_size=9)
     tables = [engram_kernels.EngramTable.empty(40, 32, "e4m3_ue8m0", placement="cpu") for _ in range(2)]
