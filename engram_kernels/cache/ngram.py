@@ -6,6 +6,7 @@ it pays; docs/cache.md says why no reader sees half an entry.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,6 +14,19 @@ import torch
 from .contents import CacheStats, load_keys, read_stats, save_keys, warm_up
 from .lookup import launch_cached_lookup
 from .store import CacheStore
+
+
+@dataclass(frozen=True)
+class CacheUse(CacheStats):
+    """Also what went past the cache, for calls of fewer than ``min_tokens`` tokens do; replays of graphs not counted."""
+
+    min_tokens: int
+    bypassed_calls: int
+    bypassed_tokens: int
+
+    def __str__(self) -> str:
+        past = f"{self.bypassed_calls:,} calls of {self.bypassed_tokens:,} tokens"
+        return f"{super().__str__()}\npast the cache, with fewer than min_tokens = {self.min_tokens:,}: {past}"
 
 
 class NgramCache(CacheStore):
@@ -29,9 +43,12 @@ class NgramCache(CacheStore):
     two threads at once. Keep it, like any buffer, for as long as a CUDA graph that uses it is replayed.
     """
 
-    def stats(self) -> CacheStats:
-        """Counts by layer and order; printable. Lookups count on the GPU; this waits for it."""
-        return read_stats(self)
+    def stats(self) -> CacheUse:
+        """Counts by layer and order, and of what went past the cache; printable. Waits for the GPU, where lookups count."""
+        stats = read_stats(self)
+        counts = {field.name: getattr(stats, field.name) for field in fields(stats)}
+        past = dict(bypassed_calls=self.bypassed_calls, bypassed_tokens=self.bypassed_tokens)
+        return CacheUse(**counts, min_tokens=self.min_tokens, **past)
 
     def warm(self, token_ids: torch.Tensor, *, progress: Callable[[int, int], object] | None = None) -> None:
         """Fill it with the n-grams of ``token_ids``, ``[T]`` one sequence or ``[B, S]`` each row one; counts stay.

@@ -92,6 +92,8 @@ class CacheStore(RowCache):
         self.min_tokens = min_tokens
         if min_tokens is None:
             self.min_tokens = fewest_tokens(self._groups * self.entry_bytes)
+        #: Calls and tokens that went past the cache so far, as the host counts them.
+        self.bypassed_calls = self.bypassed_tokens = 0
         self._versions = [table.version for table in tables]
         self._state = self._allocate(plan.device)
         self._simulator = _Simulated(self._state) if plan.device.type == "cpu" else None
@@ -130,6 +132,8 @@ class CacheStore(RowCache):
     def takes(self, num_tokens: int) -> bool:
         """Whether a call of so many tokens goes through it; what tables have changed is forgotten then."""
         if num_tokens < max(1, self.min_tokens):
+            self.bypassed_calls += 1
+            self.bypassed_tokens += num_tokens
             return False
         self.refresh()
         return True

@@ -105,8 +105,9 @@ class EngramTable(TrainableRows):
         if placement != "device" and weight.device.type != "cpu":
             raise ValueError(f"{where}: placement {placement!r} needs a weight on the CPU, got {weight.device}")
         if fmt.scaling == "group":
-            scale = scale.to(device)
-        table = cls(weight.to(device), scale, fmt, placement)
+            scale = scale.to(device).detach()
+        # Tensors of its own over that memory: what set_() or .data makes of the caller's is no matter then.
+        table = cls(weight.to(device).detach(), scale, fmt, placement)
         if placement != "device":
             tensors = [weight, scale] if fmt.scaling == "group" else [weight]
             table.files = [file for tensor in tensors if (file := MappedFile.behind(tensor))]

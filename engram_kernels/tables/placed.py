@@ -78,12 +78,13 @@ class PlacedRows:
     @property
     def weight(self) -> torch.Tensor:
         self.check_usable("EngramTable")
-        return self._weight
+        # Another tensor over the same memory: what in-place operations make of its shape stays out of the table.
+        return self._weight.detach()
 
     @property
     def scale(self) -> torch.Tensor | None:
         self.check_usable("EngramTable")
-        return self._scale
+        return None if self._scale is None else self._scale.detach()
 
     @property
     def closed(self) -> bool:
@@ -110,7 +111,8 @@ class PlacedRows:
 
         It sees writes by torch to ``weight`` and ``scale``, by optimizers of this package, and :meth:`rows_changed`.
         """
-        tensors = [tensor for tensor in (self.weight, self.scale) if tensor is not None and not tensor.is_inference()]
+        self.check_usable("EngramTable")
+        tensors = [tensor for tensor in (self._weight, self._scale) if tensor is not None and not tensor.is_inference()]
         return self._changes + sum(tensor._version for tensor in tensors)
 
     def rows_changed(self) -> None:
@@ -190,10 +192,21 @@ class PlacedRows:
             raise ValueError(f"{where}: tensors on {device} need {need}, got {self!r} on {self._weight.device}")
 
     def check_usable(self, where: str) -> None:
-        """Raise ValueError where the table is closed, or its memory is not in this process or no longer there."""
+        """Raise ValueError where the table is closed, or its memory is not in this process or no longer there.
+
+        Kernels, and threads that stage rows, know them by address.
+        """
         if self.closed:
             raise ValueError(f"{where}: the table is closed")
         if not torch.compiler.is_compiling():
+            moved = self._weight.data_ptr() != self.descriptor.weight_address
+            if self.descriptor.scale_address:
+                moved = moved or self._scale.data_ptr() != self.descriptor.scale_address
+            if moved:
+                raise ValueError(
+                    f"{where}: the memory of the table's rows or scales was moved or freed, as by set_, .data or "
+                    "resize_ on its tensors; close it and make another"
+                )
             for owned in (self._mapping, *self.files):
                 if owned is not None:
                     owned.check(where)

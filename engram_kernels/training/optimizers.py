@@ -7,7 +7,6 @@ The rules are those of reference/training/update.py. Both are torch optimizers o
 learning rate schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/training.md shows how.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -17,12 +16,52 @@ from typing import Any
 import torch
 
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
+from engram_kernels.geometry import kinds
+from engram_kernels.geometry.kinds import Flag, Function, Instance, Keyed, Number, Optional, Whole, check_all, takes
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.tables.engram import EngramTable
 
 from .saving import KEY, Content, fill_states, layout_of, open_states, save_states, tensors_of
-from .state import RowState
+from .state import PLACEMENTS, RowState
 from .update import ADAGRAD, ADAM, Rule, launch_row_update
+
+
+class _Rate(Number):
+    """A number, or a tensor of one element, as torch's schedulers set a rate."""
+
+    def fits(self, value) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.numel() == 1 and not value.is_meta and not value.is_complex() and super().fits(value.item())
+        return super().fits(value)
+
+    def settled(self, value):
+        return value
+
+
+class _Betas(kinds.Kind):
+    """The rates at which Adam's two moments forget."""
+
+    expected, error = "a pair of numbers within 0 <= beta < 1", ValueError
+    _beta = Number(0, 1)
+
+    def fits(self, value) -> bool:
+        return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(self._beta.fits, value))
+
+    def settled(self, value):
+        return tuple(value)
+
+
+#: Hyper-parameters, checked when they are given, when they are loaded, and in each step, as schedulers change them.
+RATES = dict(lr=_Rate(0), eps=_Rate(0), weight_decay=_Rate(0), betas=_Betas())
+_OPTIONS = dict(
+    lr=RATES["lr"],
+    eps=RATES["eps"],
+    weight_decay=RATES["weight_decay"],
+    state_placement=Optional(kinds.OneOf(*PLACEMENTS)),
+    stochastic_rounding=Flag(),
+    seed=Whole(),
+)
+_TABLES = kinds.AnyOf(Instance(EngramTable), Instance(Iterable))
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -39,7 +78,7 @@ class RowOptimizer(torch.optim.Optimizer):
     ):
         """defaults: hyper-parameters. seed: of stochastic rounding; None rounds to nearest."""
         where = type(self).__name__
-        tables = tuple(tables) if isinstance(tables, Iterable) else (tables,)
+        tables = (tables,) if isinstance(tables, EngramTable) else tuple(tables)
         for table in tables:
             if not isinstance(table, EngramTable):
                 raise TypeError(f"{where}: tables must be EngramTable objects, got {type(table).__name__}")
@@ -51,7 +90,6 @@ class RowOptimizer(torch.optim.Optimizer):
                 )
         if not tables or len(set(map(id, tables))) != len(tables):
             raise ValueError(f"{where}: tables must be one or more different tables, got {list(tables)}")
-        _check_numbers(where, defaults)
         super().__init__([table.anchor for table in tables], defaults)
         self.tables, self.steps = tables, 0
         self._seed = seed
@@ -67,10 +105,12 @@ class RowOptimizer(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
+    @takes(closure=Optional(Function()))
     def step(self, closure: Callable | None = None):
         """Move every row that has a gradient; the rest of the tables is not touched. Waits for nothing.
 
-        A table that is not trainable at the moment is passed over.
+        A table that is not trainable at the moment is passed over. On an error, such as a table that is closed, none
+        has moved.
 
         closure: as for torch optimizers. A gradient that was scaled through the table's anchor counts as scaled.
         """
@@ -78,13 +118,24 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.steps += 1
+        where = self._open("step")
         (group,) = self.param_groups
-        for table, state, anchor in zip(self.tables, self._states, group["params"], strict=True):
-            if table.row_grad is not None and anchor.grad is not None:
-                self._update(table, state, group)
+        check_all(where, RATES, group)
+        moving = [
+            (table, state)
+            for table, state, anchor in zip(self.tables, self._states, group["params"], strict=True)
+            if table.row_grad is not None and anchor.grad is not None
+        ]
+        for table, state in moving:
+            device = table.row_grad.values.device
+            state.check_readable_on(device, where)
+            table.check_readable_on(device, where)
+        self.steps += 1
+        for table, state in moving:
+            self._update(table, state, group)
         return loss
 
+    @takes(set_to_none=Flag())
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the tables' gradients; ``set_to_none`` is there for torch's sake, and they always are."""
         for table in self.tables:
@@ -95,8 +146,12 @@ class RowOptimizer(torch.optim.Optimizer):
         """Rows left as they were so far because their gradient was NaN or infinite. Waits for the device."""
         return self._skipped_before + sum(int(count) for count in self._skipped.values())
 
+    @takes(index=Whole(0))
     def states(self, index: int = 0) -> dict[str, torch.Tensor]:
         """The state of table number ``index`` by name, where it lives."""
+        where = self._open("states")
+        if index >= len(self._states):
+            raise ValueError(f"{where}: index must be within 0..{len(self._states) - 1}, got {index}")
         return self._states[index].tensors
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,14 +163,19 @@ class RowOptimizer(torch.optim.Optimizer):
         self.wait_for_steps()
         return super().state_dict() | {KEY: self.facts()}
 
+    @takes(state_dict=Instance(Mapping))
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over states, options, seed and counters; ValueError, and no change, unless they fit these tables.
 
         States are copied to where this optimizer has its own. An error in copying leaves the optimizer closed.
         """
         where = self._open("load_state_dict")
-        given = tensors_of(state_dict.get("state") or {})
-        groups = state_dict.get("param_groups") or [None]
+        states, groups = state_dict.get("state"), state_dict.get("param_groups")
+        Keyed(kinds.Anything(), Instance(Mapping)).check(where, "state_dict['state']", states)
+        kinds.Each(Instance(Mapping), count=1).check(where, "state_dict['param_groups']", groups)
+        given = tensors_of(states)
+        if empty := [name for name, value in given.items() if isinstance(value, torch.Tensor) and value.is_meta]:
+            raise ValueError(f"{where}: {empty[0]} must be a tensor with content, got one on the meta device")
 
         def copy(own: Mapping[str, torch.Tensor]) -> None:
             for name, value in own.items():
@@ -123,6 +183,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
         self._take_over(where, Content(state_dict.get(KEY), groups[0], layout_of(given)), copy)
 
+    @takes(path=kinds.Path(), metadata=Optional(Instance(Mapping)), progress=Optional(Function()))
     def save_safetensors(
         self,
         path: str | os.PathLike,
@@ -140,6 +201,7 @@ class RowOptimizer(torch.optim.Optimizer):
         where = f"{type(self).__name__}.save_safetensors"
         return save_states(self.state_dict(), path, where, metadata=metadata, progress=progress)
 
+    @takes(path=kinds.Path(), threads=Whole(1), progress=Optional(Function()))
     def load_safetensors(
         self, path: str | os.PathLike, *, threads: int = THREADS, progress: Progress | None = None
     ) -> None:
@@ -167,6 +229,7 @@ class RowOptimizer(torch.optim.Optimizer):
         for table in self.tables:
             table.wait_for_steps()
 
+    @takes(param_group=Instance(dict))
     def add_param_group(self, param_group: dict) -> None:
         """All tables are one group; ValueError for another. Rates by table take an optimizer each."""
         if self.param_groups:
@@ -196,29 +259,33 @@ class RowOptimizer(torch.optim.Optimizer):
     def _take_over(self, where: str, content: Content, fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
         """Become what was saved, once it is found to fit; ``fill`` writes the states, given by their names in files."""
         own = tensors_of({i: state.tensors for i, state in enumerate(self._states)})
+        if isinstance(content.group, Mapping):
+            check_all(where, {"betas": RATES["betas"]}, content.group)
         group = content.check(where, Content(self.facts(), self.defaults, layout_of(own)))
-        _check_numbers(where, group)
+        check_all(where, RATES, group)
+        facts = content.facts
+        check_all(where, dict(steps=Whole(0), skipped=Whole(0), seed=Optional(Whole())), facts)
+        for table in facts["tables"]:
+            check_all(where, dict(token_map=Optional(kinds.Text())), table)
         self.wait_for_steps()
         try:
             fill(own)
         except BaseException:
             self.close()  # some states are the saved ones and some are not: no step may follow
             raise
-        for table, saved in zip(self.tables, content.facts["tables"], strict=True):
+        for table, saved in zip(self.tables, facts["tables"], strict=True):
             table.token_map = table.token_map or saved.get("token_map")
-        self.steps, self._seed = content.facts["steps"], content.facts["seed"]
-        self._skipped_before, self._skipped = content.facts["skipped"], {}
+        self.steps, self._seed = facts["steps"], facts["seed"]
+        self._skipped_before, self._skipped = facts["skipped"], {}
         self.param_groups[0].update(group)
 
     def _update(self, table: EngramTable, state: RowState, group: dict) -> None:
-        where, device = type(self).__name__, table.row_grad.values.device
-        state.check_readable_on(device, where)
-        table.check_readable_on(device, where)
-        factor = table.row_grad_factor()
+        device, factor = table.row_grad.values.device, table.row_grad_factor()
         if device not in self._skipped:
             self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
         options = {name: group[name] for name in self.defaults}
-        options |= dict(lr=float(group["lr"]), seed=self._seed, step=self.steps)
+        options |= {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+        options |= dict(seed=self._seed, step=self.steps)
         table.rows_changed()
         arguments = table.weight, tuple(state.tensors.values()), table.row_grad
         if takes_kernels(device) and table.weight.dtype != torch.float64:
@@ -238,6 +305,7 @@ class RowAdagrad(RowOptimizer):
 
     _rule = ADAGRAD
 
+    @takes(tables=_TABLES, **_OPTIONS)
     def __init__(
         self,
         tables: EngramTable | Sequence[EngramTable],
@@ -262,6 +330,7 @@ class RowAdam(RowOptimizer):
 
     _rule = ADAM
 
+    @takes(tables=_TABLES, betas=RATES["betas"], **_OPTIONS)
     def __init__(
         self,
         tables: EngramTable | Sequence[EngramTable],
@@ -276,15 +345,3 @@ class RowAdam(RowOptimizer):
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None)
-
-
-def _check_numbers(where: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError where a rate or another hyper-parameter is out of range."""
-    numbers = [(name, options[name], math.inf) for name in ("lr", "eps", "weight_decay")]
-    numbers += [("betas", beta, 1) for beta in options.get("betas", ())]
-    for name, value, end in numbers:
-        if not isinstance(value, (int, float, torch.Tensor)):
-            raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
-        if not 0 <= value < end:
-            bound = "at least 0" if end == math.inf else f"within 0 <= {name} < {end}"
-            raise ValueError(f"{where}: {name} must be a finite number {bound}, got {value!r}")

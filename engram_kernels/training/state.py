@@ -31,11 +31,13 @@ class RowState:
         if placement == "device" and not torch.cuda.is_available():
             raise ValueError(f"{where}: state_placement 'device' needs a GPU, and torch finds none")
         self.placement, self._mappings, self.tensors = placement, [], {}
+        self._addresses: dict[str, int] = {}  # the kernels' way to them
         try:
             for name, dtype, per_element in arrays:
                 shape = (table.rows, table.width) if per_element else (table.rows,)
                 dtype = table.anchor.dtype if dtype == torch.float32 else dtype
                 self.tensors[name] = self._zeros(shape, dtype, table.anchor.device)
+                self._addresses[name] = self.tensors[name].data_ptr()
         except BaseException:
             self.close()
             raise
@@ -44,6 +46,9 @@ class RowState:
         """Raise ValueError unless a step on ``device`` can read and write this state."""
         if not self.tensors:
             raise ValueError(f"{where}: the optimizer is closed")
+        for name, tensor in self.tensors.items():
+            if tensor.data_ptr() != self._addresses[name]:
+                raise ValueError(f"{where}: the memory of {name} was moved or freed, as by set_, .data or resize_")
         mapped = self.placement == "host" and all(mapping.registered for mapping in self._mappings)
         if next(iter(self.tensors.values())).device != device and not mapped:
             raise ValueError(f"{where}: a step on {device} needs its state there or in registered host memory")

@@ -57,7 +57,11 @@ def test_short_calls_go_past_the_cache():
         rows = hash_lookup(torch.arange(length), pair.moved, pair.tables, cache=pair.cache)
         assert torch.equal(rows, reference.hash_lookup(torch.arange(length), pair.plan, pair.on_cpu))
     assert int(pair.cache.state.clock) == before and not pair.cache.state.counts.any()
+    stats = pair.cache.stats()
+    assert (stats.min_tokens, stats.bypassed_calls, stats.bypassed_tokens) == (5, 3, 5)
+    assert str(stats).endswith("with fewer than min_tokens = 5: 3 calls of 5 tokens")
     hash_lookup(torch.arange(5), pair.moved, pair.tables, cache=pair.cache)
+    assert pair.cache.stats().bypassed_calls == 3 and pair.cache.stats().asked != stats.asked
     assert int(pair.cache.state.clock) == before + 5 and pair.cache.state.counts.any()
 
 
@@ -180,7 +184,7 @@ def test_statistics():
     saved = (simulator.asked - simulator.read).reshape(2, 3) * 3 * 8 * 4
     assert stats.bytes_saved == saved.tolist() and saved.min() > 0
     lines = str(stats).splitlines()
-    assert len(lines) == 1 + 2 * 3 and f"{stats.asked[1][2]:,}" in lines[-1]
+    assert len(lines) == 1 + 2 * 3 + 1 and f"{stats.asked[1][2]:,}" in lines[-2]
 
 
 def test_warm_start():

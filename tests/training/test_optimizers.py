@@ -289,16 +289,83 @@ def test_shared_tables(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(lr=-1.0), "RowAdam: lr must be a finite number at least 0, got -1.0"),
+        (dict(lr=-1.0), "RowAdam: lr must be a finite number of at least 0, got -1.0"),
         (dict(eps=float("nan")), "RowAdam: eps must be a finite number"),
         (dict(weight_decay=float("inf")), "RowAdam: weight_decay must be a finite number"),
-        (dict(betas=(0.9, 1.0)), "RowAdam: betas must be a finite number within 0 <= betas < 1, got 1.0"),
-        (dict(state_placement="disk"), "RowAdam: state_placement must be one of device, host, cpu, got 'disk'"),
+        (dict(betas=(0.9, 1.0)), "RowAdam: betas must be a pair of numbers within 0 <= beta < 1"),
+        *[
+            (dict(betas=x), "RowAdam: betas must be a pair")
+            for x in ((0.9,), 0.9, None, (0.9, 0.9, 0.9), "ab", (0.1, "0"))
+        ],
+        *[(dict(seed=x), "RowAdam: seed must be an int, got") for x in (0.5, None, "7", 2**63, True)],
+        *[(dict(lr=x), "RowAdam: lr must be a finite number of at least 0") for x in ("1", None, 10**400, [0.1], True)],
+        (dict(lr=torch.ones(2)), r"RowAdam: lr must be a finite number .*, got float32 \[2\]"),
+        (
+            dict(state_placement="disk"),
+            "RowAdam: state_placement must be one of .* or None, got 'disk'",
+        ),
     ],
 )
 def test_bad_options(device, options, message):
     with pytest.raises(ValueError, match=message):
         RowAdam(trainable(device), **options)
+
+
+def closed(table, optimizer):
+    table.close()
+
+
+def freed(table, optimizer):
+    table.weight.untyped_storage().resize_(0)
+
+
+def freed_state(table, optimizer):
+    optimizer.states(1)["first"].untyped_storage().resize_(0)
+
+
+def bad_rate(table, optimizer):
+    optimizer.param_groups[0]["lr"] = float("nan")
+
+
+def bad_betas(table, optimizer):
+    optimizer.param_groups[0]["betas"] = (0.9,)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (closed, "the table is closed"),
+        (freed, "rows or scales was moved or freed"),
+        (freed_state, "the memory of first was moved or freed"),
+        (bad_rate, "lr must be a finite number"),
+        (bad_betas, "betas must be a pair"),
+    ],
+)
+def test_a_step_that_fails_moves_nothing(spoil, message):
+    """Over two tables of which the second cannot be moved."""
+    first, second = (trainable(torch.device("cpu")) for _ in range(2))
+    optimizer = RowAdam([first, second], **OPTIONS)
+    for table in (first, second):
+        table.accumulate_row_grad(torch.tensor([1, 3]), torch.ones(2, WIDTH))
+    before = first.weight.clone(), {name: x.clone() for name, x in optimizer.states(0).items()}
+    version = first.version
+    spoil(second, optimizer)
+    with pytest.raises(ValueError, match=f"^RowAdam.step: .*{message}"):
+        optimizer.step()
+    assert torch.equal(first.weight, before[0]) and optimizer.steps == 0 and first.version == version
+    assert all(torch.equal(x, before[1][name]) for name, x in optimizer.states(0).items())
+
+
+def test_bad_calls(device):
+    optimizer = RowAdam(trainable(device))
+    for error, words, call in (
+        (TypeError, "step: closure must be a function or None, got 5", lambda: optimizer.step(5)),
+        (ValueError, "states: index must be an int of at least 0, got -1", lambda: optimizer.states(-1)),
+        (ValueError, r"states: index must be within 0\.\.0, got 1", lambda: optimizer.states(1)),
+        (ValueError, "step: the optimizer is closed", lambda: (optimizer.close(), optimizer.step())),
+    ):
+        with pytest.raises(error, match=f"^RowAdam.{words}"):
+            call()
 
 
 def test_bad_tables(device):
