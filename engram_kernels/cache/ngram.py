@@ -18,7 +18,7 @@ from .store import CacheStore
 
 @dataclass(frozen=True)
 class CacheUse(CacheStats):
-    """Also what went past the cache, for calls of fewer than ``min_tokens`` tokens do; replays of graphs not counted."""
+    """Also what went past the cache, as calls of fewer than ``min_tokens`` tokens do; without replays of graphs."""
 
     min_tokens: int
     bypassed_calls: int
@@ -44,7 +44,7 @@ class NgramCache(CacheStore):
     """
 
     def stats(self) -> CacheUse:
-        """Counts by layer and order, and of what went past the cache; printable. Waits for the GPU, where lookups count."""
+        """Counts by layer and order, and of what went past it; printable. This waits for the GPU, where lookups count."""
         stats = read_stats(self)
         counts = {field.name: getattr(stats, field.name) for field in fields(stats)}
         past = dict(bypassed_calls=self.bypassed_calls, bypassed_tokens=self.bypassed_tokens)

@@ -235,41 +235,8 @@ BAD = {
     "steps": (lambda x: changed(x, steps=-1), "steps must be a whole number, got -1"),
     "seed": (lambda x: changed(x, seed=0.5), "seed must be a whole number, got 0.5"),
     "an option": (lambda x: without(x, "betas"), r"expected hyper-parameters lr, betas, .*got none of \['betas'\]"),
-    **{
-        f"{name} of {value!r:.9}": (
-            lambda x, name=name, value=value: changed(x, **{name: value}),
-            f"{name} must be an int",
-        )
-        for name, value in (("steps", 2**63), ("skipped", 10**30), ("seed", 2**64), ("seed", -(2**63) - 1))
-    },
-    "token map": (
-        lambda x: changed(x, tables=[table | {"token_map": 5} for table in x["row_optimizer"]["tables"]]),
-        "token_map must be a str or None, got 5",
-    ),
-    **{
-        f"{name} of {value!r:.9}": (
-            lambda x, name=name, value=value: x | {"param_groups": [x["param_groups"][0] | {name: value}]},
-            f"{name} must be",
-        )
-        for name, value in (
-            ("betas", [0.9]),
-            ("betas", 0.9),
-            ("betas", [0.9, "0"]),
-            ("betas", {"a": 1, "b": 0.5}),
-            ("eps", None),
-            ("eps", 10**400),
-            ("weight_decay", [0.1]),
-            ("lr", True),
-        )
-    },
-    "range": (
-        lambda x: x | {"param_groups": [x["param_groups"][0] | {"lr": -1.0}]},
-        "lr must be a finite",
-    ),
-    "type": (
-        lambda x: x | {"param_groups": [x["param_groups"][0] | {"lr": "1"}]},
-        "lr must be a finite .* got '1'",
-    ),
+    "range": (lambda x: x | {"param_groups": [x["param_groups"][0] | {"lr": -1.0}]}, "lr must be a finite"),
+    "type": (lambda x: x | {"param_groups": [x["param_groups"][0] | {"lr": "1"}]}, "lr must be a finite .* '1'"),
 }
 
 
@@ -284,30 +251,6 @@ def test_states_that_do_not_fit_change_nothing(tmp_path, change, message, monkey
     monkeypatch.setattr(other, "state_dict", lambda: {"row_optimizer": {}} | content)
     with pytest.raises((ValueError, TypeError), match=f"^RowAdam.load_safetensors: .*{message}"):
         made.load_safetensors(other.save_safetensors(tmp_path))
-    assert same(states(made), before[0]) and made.facts() == before[1] and made.param_groups[0] == before[2]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x: [x], "state_dict must be a Mapping, got list"),
-        (lambda x: None, "state_dict must be a Mapping, got None"),
-        (lambda x: x | {"state": [1]}, r"state_dict\['state'\] must be a mapping .*, got list"),
-        (lambda x: x | {"state": {0: 3}}, r"state_dict\['state'\] must be a mapping .*, got dict"),
-        (lambda x: x | {"param_groups": 3}, r"state_dict\['param_groups'\] must be a sequence of 1 of .*, got 3"),
-        (lambda x: x | {"param_groups": [3]}, r"state_dict\['param_groups'\]\[0\] must be a Mapping, got 3"),
-        (lambda x: x | {"param_groups": x["param_groups"] * 2}, r"must be a sequence of 1 of a Mapping, got list"),
-        (
-            lambda x: x | {"state": {i: {n: t.to("meta") for n, t in s.items()} for i, s in x["state"].items()}},
-            "0.first must be a tensor with content, got one on the meta device",
-        ),
-    ],
-)
-def test_dictionaries_that_are_no_states(change, message):
-    made = optimizer()
-    before = states(made), made.facts(), dict(made.param_groups[0])
-    with pytest.raises((ValueError, TypeError), match=f"^RowAdam.load_state_dict: .*{message}"):
-        made.load_state_dict(change(optimizer().state_dict()))
     assert same(states(made), before[0]) and made.facts() == before[1] and made.param_groups[0] == before[2]
 
 
