@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from engram_kernels.geometry.kinds import Function, Optional, Tensor, takes
+from engram_kernels.geometry.kinds import Path as PathKind
+
 from .contents import CacheStats, load_keys, read_stats, save_keys, warm_up
 from .lookup import launch_cached_lookup
 from .store import CacheStore
@@ -44,12 +47,13 @@ class NgramCache(CacheStore):
     """
 
     def stats(self) -> CacheUse:
-        """Counts by layer and order, and of what went past it; printable. This waits for the GPU, where lookups count."""
+        """Counts by layer and order, and of what went past it; printable. Waits for the GPU, where lookups count."""
         stats = read_stats(self)
         counts = {field.name: getattr(stats, field.name) for field in fields(stats)}
         past = dict(bypassed_calls=self.bypassed_calls, bypassed_tokens=self.bypassed_tokens)
         return CacheUse(**counts, min_tokens=self.min_tokens, **past)
 
+    @takes(token_ids=Tensor(torch.int32, torch.int64), progress=Optional(Function()))
     def warm(self, token_ids: torch.Tensor, *, progress: Callable[[int, int], object] | None = None) -> None:
         """Fill it with the n-grams of ``token_ids``, ``[T]`` one sequence or ``[B, S]`` each row one; counts stay.
 
@@ -57,10 +61,12 @@ class NgramCache(CacheStore):
         """
         warm_up(self, token_ids, progress)
 
+    @takes(path=PathKind())
     def save(self, path: str | Path) -> Path:
         """Write the keys that it holds, not their rows, to a file that :meth:`load` takes; whole or not at all."""
         return save_keys(self, path)
 
+    @takes(path=PathKind())
     def load(self, path: str | Path) -> None:
         """Hold the keys of a file instead of what it holds now; rows are read from the tables.
 

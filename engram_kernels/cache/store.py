@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from engram_kernels.geometry.kinds import Each, Instance, OneOf, Optional, Whole, declares, takes
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.launching.streams import streams_of
@@ -45,6 +46,14 @@ class CacheState(NamedTuple):
 class CacheStore(RowCache):
     """What :class:`NgramCache` keeps, and where."""
 
+    @takes(
+        plan=Instance(HashPlan),
+        tables=Each(Instance(EngramTable)),
+        bytes=Optional(Whole(0)),
+        entries=Optional(Whole(0)),
+        ways=OneOf(*(1 << bit for bit in range(_MOST_WAYS.bit_length()))),
+        min_tokens=Optional(Whole(0)),
+    )
     def __init__(
         self,
         plan: HashPlan,
@@ -56,8 +65,6 @@ class CacheStore(RowCache):
         min_tokens: int | None = None,
     ):
         where = "NgramCache"
-        if not isinstance(plan, HashPlan):
-            raise TypeError(f"{where}: plan must be a HashPlan, got {type(plan).__name__}")
         tables = check_tables_of_plan(where, plan, tables)
         row_format, width = tables[0].format, tables[0].width
         if row_format.dtype == torch.float64:
@@ -71,13 +78,8 @@ class CacheStore(RowCache):
         self._groups = plan.primes.shape[0] * (plan.max_ngram - 1)
         #: Bytes of one entry in its table's memory: what a hit need not read over PCIe.
         self.entry_bytes = self.heads * (row_format.row_bytes(width) + row_format.scale_bytes(width))
-        if isinstance(ways, bool) or ways not in (1 << bit for bit in range(_MOST_WAYS.bit_length())):
-            raise ValueError(f"{where}: ways must be a power of two, at most {_MOST_WAYS}, got {ways!r}")
         if (bytes is None) == (entries is None):
             raise ValueError(f"{where}: one of bytes and entries must be given, got bytes={bytes}, entries={entries}")
-        for name, value in (("bytes", bytes), ("entries", entries), ("min_tokens", min_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ValueError(f"{where}: {name} must be an int that is not negative, got {value!r}")
         per_set = self._groups * ways * (self.entry_bytes + TAG_BYTES)
         sets = entries // ways if bytes is None else bytes // per_set
         if sets < 1:
@@ -129,6 +131,7 @@ class CacheStore(RowCache):
         with self.in_order():
             self._state.stamps.zero_()
 
+    @declares(num_tokens=Whole(0))
     def takes(self, num_tokens: int) -> bool:
         """Whether a call of so many tokens goes through it; what tables have changed is forgotten then."""
         if num_tokens < max(1, self.min_tokens):

@@ -4,15 +4,29 @@ Presets follow the published models; :meth:`EngramConfig.from_hf` reads a checkp
 Sources: arXiv 2601.07372 (paper and demo), the DeepSeek-V4.1-Flash and Qwen3.8-Flash-Next configurations.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .bounds import BOUNDS, INT64, MAX_COLUMNS, finite, short, whole
+from .bounds import BOUNDS, MAX_COLUMNS
+from .kinds import Each, Flag, Number, OneOf, Optional, Whole, short
 from .published import read_published
-from .row_format import row_format
+from .row_format import FORMATS, row_format
+
+#: What every field takes by itself; how they fit each other is checked beside.
+KINDS = {name: Whole(*bounds) for name, bounds in BOUNDS.items()} | {
+    "layers": Each(Whole(*BOUNDS["layers"]), least=1, error=ValueError),
+    "table_sizes": Each(Whole(*BOUNDS["table_sizes"]), error=ValueError),
+    **dict.fromkeys(("vocab_size", "pad_id", "eos_id"), Optional(Whole())),
+    "window": OneOf("pad", "eos"),
+    "multiplier_rule": OneOf("numpy", "splitmix64"),
+    "format": OneOf(*FORMATS),
+    "eps": Optional(Number(0)),
+    "projection_bias": Flag(),
+    "conv_eps": Optional(Number(0)),
+    "norm_offset": Number(),
+    "zero_gate": OneOf("copysign", "sign"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,20 +61,8 @@ class EngramConfig:
     zero_gate: str = "copysign"  #: sign of a gate at d = 0: "copysign" (+1) or "sign" (0)
 
     def __post_init__(self):
-        for name in ("layers", "table_sizes"):
-            given = getattr(self, name)
-            _expect(isinstance(given, Iterable), name, "a tuple of integers", given)
-            self._settle(name, tuple(whole(each, name, "EngramConfig", INT64) for each in given))
-        for name, bounds in BOUNDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, tuple) and (value is not None or name not in ("vocab_size", "pad_id", "eos_id")):
-                self._settle(name, whole(value, name, "EngramConfig", bounds))
-        for name in ("eps", "conv_eps", "norm_offset"):
-            value, least = getattr(self, name), -math.inf if name == "norm_offset" else 0.0
-            if value is not None or name == "norm_offset":
-                self._settle(name, finite(value, name, "EngramConfig", least))
-        _expect(isinstance(self.projection_bias, bool), "projection_bias", "True or False", self.projection_bias)
-        _expect(self.layers and min(self.layers) >= 0, "layers", "one or more layer numbers from 0", self.layers)
+        for name, kind in KINDS.items():
+            object.__setattr__(self, name, kind.check("EngramConfig", name, getattr(self, name)))
         _expect(len(set(self.layers)) == len(self.layers), "layers", "distinct layer numbers", self.layers)
         _expect(
             len(self.table_sizes) == self.max_ngram - 1 and min(self.table_sizes) >= 2,
@@ -68,14 +70,6 @@ class EngramConfig:
             f"{self.max_ngram - 1} sizes of at least 2, one per order 2..{self.max_ngram}",
             self.table_sizes,
         )
-        _expect(self.window in ("pad", "eos"), "window", "'pad' or 'eos'", self.window)
-        _expect(
-            self.multiplier_rule in ("numpy", "splitmix64"),
-            "multiplier_rule",
-            "'numpy' or 'splitmix64'",
-            self.multiplier_rule,
-        )
-        _expect(self.zero_gate in ("copysign", "sign"), "zero_gate", "'copysign' or 'sign'", self.zero_gate)
         _expect(self.seed >= 0 or self.multiplier_rule != "numpy", "seed", "at least 0 for rule 'numpy'", self.seed)
         few = f"so few that all layers have at most {MAX_COLUMNS:,} columns"
         _expect(len(self.layers) * self.columns <= MAX_COLUMNS, "heads", few, self.heads)
@@ -86,9 +80,6 @@ class EngramConfig:
             distinct = f"between 1 and raw_vocab_size = {self.raw_vocab_size}"
             _expect(1 <= self.vocab_size <= self.raw_vocab_size, "vocab_size", distinct, self.vocab_size)
         row_format(self.format, "EngramConfig").check_width(self.row_width, "EngramConfig")
-
-    def _settle(self, name: str, value) -> None:
-        object.__setattr__(self, name, value)
 
     @property
     def columns(self) -> int:

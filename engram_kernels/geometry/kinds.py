@@ -8,8 +8,9 @@ import functools
 import inspect
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -34,7 +35,9 @@ class Kind:
     def check(self, where: str, name: str, value):
         """``value`` as it is used; raises where it is not of this kind."""
         if not self.fits(value):
-            raise self.error(f"{where}: {name} must be {self.expected}, got {describe(value)}")
+            if self.error is TypeError or isinstance(value, torch.Tensor):
+                raise TypeError(f"{where}: {name} must be {self.expected}, got {describe(value)}")
+            raise self.error(f"{where}: {name} must be {self.expected}, got {short(value)}")
         return self.settled(value)
 
 
@@ -45,8 +48,8 @@ class Whole(Kind):
 
     def __init__(self, least: int = INT64[0], most: int = INT64[1]):
         self.least, self.most = least, most
-        low = f" of at least {least}" if least > INT64[0] else ""
-        self.expected = f"an int{low}" if most == INT64[1] else f"an int within {least}..{most}"
+        first = "a positive int" if least == 1 else "an int" + (f" of at least {least}" if least > INT64[0] else "")
+        self.expected = first + (f"{' and' if least != 1 else ' of'} at most {most}" if most < INT64[1] else "")
 
     def fits(self, value) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool) and self.least <= value <= self.most
@@ -70,27 +73,30 @@ class Number(Kind):
             return False
         return max(self.least, -sys.float_info.max) <= value <= sys.float_info.max and value < self.end
 
+    def settled(self, value) -> float:
+        return float(value)
+
 
 class Flag(Kind):
     """True or False."""
 
-    expected = "True or False"
+    expected, error = "True or False", ValueError
 
     def fits(self, value) -> bool:
         return isinstance(value, bool)
 
 
 class OneOf(Kind):
-    """One of some texts."""
+    """One of some texts or whole numbers."""
 
     error = ValueError
 
-    def __init__(self, *names: str):
-        self.names = names
-        self.expected = "one of " + ", ".join(map(repr, names))
+    def __init__(self, *choices: str | int):
+        self.choices = choices
+        self.expected = "one of " + ", ".join(map(repr, choices))
 
     def fits(self, value) -> bool:
-        return isinstance(value, str) and value in self.names
+        return type(value) in (str, int) and value in self.choices
 
 
 class Anything(Kind):
@@ -105,7 +111,7 @@ class Anything(Kind):
 class Text(Kind):
     """Any text."""
 
-    expected = "a str"
+    expected = "a text"
 
     def fits(self, value) -> bool:
         return isinstance(value, str)
@@ -147,11 +153,23 @@ class Tensor(Kind):
 
     def __init__(self, *dtypes: torch.dtype):
         self.dtypes = dtypes
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        self.expected = f"a tensor of {names}" if dtypes else "a tensor"
+        self.expected = "a tensor" + (f" of {words(map(_name, dtypes))}" if dtypes else "")
 
     def fits(self, value) -> bool:
         return isinstance(value, torch.Tensor) and (not self.dtypes or value.dtype in self.dtypes)
+
+
+class Integers(Kind):
+    """A tensor of whole numbers, of so many dimensions."""
+
+    def __init__(self, dimensions: int):
+        self.dimensions = dimensions
+        self.expected = f"a {dimensions}-dimensional integer tensor"
+
+    def fits(self, value) -> bool:
+        if not isinstance(value, torch.Tensor) or value.dtype == torch.bool or value.dim() != self.dimensions:
+            return False
+        return not value.is_floating_point() and not value.is_complex()
 
 
 class Dtype(Kind):
@@ -159,7 +177,7 @@ class Dtype(Kind):
 
     def __init__(self, *dtypes: torch.dtype):
         self.dtypes = dtypes
-        self.expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        self.expected = words(map(_name, dtypes))
 
     def fits(self, value) -> bool:
         return isinstance(value, torch.dtype) and value in self.dtypes
@@ -195,7 +213,7 @@ class AnyOf(Kind):
     """A value of any of some kinds."""
 
     def __init__(self, *kinds: Kind):
-        self.kinds = kinds
+        self.kinds, self.error = kinds, kinds[0].error
         self.expected = " or ".join(kind.expected for kind in kinds)
 
     def fits(self, value) -> bool:
@@ -208,10 +226,10 @@ class AnyOf(Kind):
 class Each(Kind):
     """A sequence of values of one kind; ``count`` of them, or ``least`` at least. No text and no tensor."""
 
-    def __init__(self, kind: Kind, *, least: int = 0, count: int | None = None):
-        self.kind, self.least, self.count = kind, least, count
-        number = f"{count} of " if count is not None else f"{least} or more of " if least else ""
-        self.expected = f"a sequence of {number}{kind.expected}"
+    def __init__(self, kind: Kind, *, least: int = 0, count: int | None = None, error: type[Exception] = TypeError):
+        self.kind, self.least, self.count, self.error = kind, least, count, error
+        number = f", {count}" if count is not None else f", {least} or more" if least else ""
+        self.expected = f"a sequence of {re.sub('^an? ', '', kind.expected)}{number}"
 
     def fits(self, value) -> bool:
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) < self.least:
@@ -226,6 +244,27 @@ class Each(Kind):
 
     def settled(self, value) -> tuple:
         return tuple(map(self.kind.settled, value))
+
+
+class Many(Kind):
+    """Anything to go through that is no text and no single number; what it holds is checked when it is gone through."""
+
+    expected = "a sequence"
+
+    def fits(self, value) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.dim() > 0
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+
+
+class Having(Kind):
+    """An object that has some methods."""
+
+    def __init__(self, expected: str, *methods: str):
+        self.expected, self.methods = expected, methods
+
+    def fits(self, value) -> bool:
+        return all(hasattr(value, method) for method in self.methods)
 
 
 class Keyed(Kind):
@@ -244,24 +283,32 @@ class Keyed(Kind):
 
 
 def describe(value) -> str:
-    """A value in an error message: what matters of a tensor, plain values as they are, the type of anything else."""
+    """A value in an error message: what matters of a tensor, the type and the value of anything else."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
     try:
-        text = short(value)
-    except Exception:  # whatever its own repr raises
+        return repr(value) if isinstance(value, torch.dtype) else f"{type(value).__name__} {value!r}"[:80]
+    except Exception:  # a number that Python does not print, or whatever an object's own repr raises
         return type(value).__name__
-    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
-    return text if plain else f"{type(value).__name__} {text}"
 
 
 def short(value) -> str:
-    """A value as an error shows it, which may be a list of any length or a number that Python does not print."""
-    try:
+    """A value in an error message: by itself where that is plain, as :func:`describe` has it otherwise."""
+    printed = value.bit_length() < 999 if isinstance(value, int) else isinstance(value, (float, str, torch.dtype))
+    if value is None or printed:
         text = repr(value)
-    except ValueError:
-        return f"{type(value).__name__} of {value.bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    return describe(value)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def words(names: Iterable[str]) -> str:
+    """Names as a sentence lists them: "a, b or c"."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def takes(**kinds: Kind) -> Callable[[Any], Any]:

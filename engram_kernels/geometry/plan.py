@@ -14,6 +14,7 @@ import torch
 
 from .bounds import INT64, as_integer, whole
 from .config import EngramConfig
+from .kinds import Device, Instance, Integers, Many, Optional, Whole, takes
 from .row_format import check_content
 
 _INT64_MAX = INT64[1]
@@ -44,6 +45,7 @@ class HashPlan:
     heads: tuple[int, ...] | None  #: columns of each order from 2 to N; None where they don't come in that order
 
     @classmethod
+    @takes(config=Instance(EngramConfig), token_map=Optional(Integers(1)))
     def build(cls, config: EngramConfig, token_map: torch.Tensor | None = None) -> "HashPlan":
         """The plan of ``config`` on the CPU, whatever torch's default device is.
 
@@ -90,6 +92,14 @@ class HashPlan:
         return replace(plan, rows_per_layer=config.rows_per_layer)
 
     @classmethod
+    @takes(
+        multipliers=Integers(2),
+        primes=Integers(2),
+        pad=Whole(),
+        token_map=Optional(Integers(1)),
+        eos=Optional(Whole()),
+        vocab_size=Optional(Whole(1)),
+    )
     def from_parts(
         cls,
         multipliers: torch.Tensor,
@@ -180,12 +190,14 @@ class HashPlan:
     def device(self) -> torch.device:
         return self.primes.device
 
+    @takes(device=Device())
     def to(self, device: torch.device | str) -> "HashPlan":
         """The same plan with its tensors on ``device``."""
         names = ("multipliers", "primes", "offsets", "reciprocals", "orders", "token_map")
         moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(self, **{name: tensor.to(device) for name, tensor in moved.items()})
 
+    @takes(layers=Optional(Many()), columns=Optional(Many()))
     def select(self, layers: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> "HashPlan":
         """The plan of some of its layers and columns, by position, in the order given.
 
@@ -262,10 +274,7 @@ def _check_rows(rows: Iterable[int], name: str, where: str) -> None:
 
 def _check_integers(tensor, dimensions: int, name: str, where: str) -> None:
     """Raise TypeError unless it is a tensor of integers, ValueError where it has no content."""
-    number = isinstance(tensor, torch.Tensor) and tensor.dtype != torch.bool
-    if not number or tensor.is_floating_point() or tensor.is_complex() or tensor.dim() != dimensions:
-        expected = f"a {dimensions}-dimensional integer tensor"
-        raise TypeError(f"{where}: {name} must be {expected}, got {_describe(tensor)}")
+    Integers(dimensions).check(where, name, tensor)
     check_content(tensor, name, where)
 
 
@@ -274,12 +283,6 @@ def _checked_token_map(token_map: torch.Tensor, where: str) -> torch.Tensor:
     if not token_map.numel() or int(token_map.min()) < 0 or int(token_map.max()) >= 2**31:
         raise ValueError(f"{where}: token_map must hold at least one id, all within 0 <= id < 2^31")
     return token_map.detach().to("cpu", torch.int32).contiguous()
-
-
-def _describe(value) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    return type(value).__name__
 
 
 def _positions(chosen: Sequence[int] | None, size: int, what: str) -> list[int]:

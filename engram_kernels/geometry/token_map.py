@@ -7,9 +7,15 @@ arXiv 2601.07372; DeepSeek-V4.1 checkpoints use the same rule.
 
 import torch
 
+from .kinds import Having, declares
+
 _LONE_SPACE = "\ue000"  # stands in for a token that is one space, which strip() would empty
 
 
+TOKENIZER = Having("a tokenizers.Tokenizer or a fast transformers tokenizer", "decode", "id_to_token", "get_vocab")
+
+
+@declares(tokenizer=TOKENIZER)
 def build_token_map(tokenizer) -> torch.Tensor:
     """Compressed id of every raw id, int32 ``[V_raw]`` on the CPU; ids are numbered as they first appear.
 
@@ -19,13 +25,7 @@ def build_token_map(tokenizer) -> torch.Tensor:
     tokenizer: a ``tokenizers.Tokenizer``, or a fast transformers tokenizer (its ``backend_tokenizer`` is used).
     Needs the ``tokenizers`` package (extra ``hf``). Takes about two seconds for 129,280 tokens.
     """
-    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    for method in ("decode", "id_to_token", "get_vocab"):
-        if not hasattr(tokenizer, method):
-            raise TypeError(
-                "build_token_map: tokenizer must be a tokenizers.Tokenizer or a fast transformers tokenizer, "
-                f"got {type(tokenizer).__name__}"
-            )
+    tokenizer = TOKENIZER.check("build_token_map", "tokenizer", getattr(tokenizer, "backend_tokenizer", tokenizer))
     normalizer = _normalizer()
     numbers: dict[str, int] = {}
     compressed = []

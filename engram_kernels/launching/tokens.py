@@ -4,11 +4,20 @@ from typing import NamedTuple
 
 import torch
 
+from engram_kernels.geometry.kinds import Instance, Optional, Tensor
 from engram_kernels.geometry.plan import HashPlan
 
 from .checks import check_tensor
 
 ID_DTYPES = (torch.int32, torch.int64)
+#: What every function that hashes takes.
+TOKEN_KINDS = dict(
+    token_ids=Tensor(*ID_DTYPES),
+    plan=Instance(HashPlan),
+    cu_seqlens=Optional(Tensor(torch.int32)),
+    history=Optional(Tensor(*ID_DTYPES)),
+    dead=Optional(Tensor(torch.bool)),
+)
 _MAX_TOKENS = 2**31 - 1
 #: Tokens in the schema of a registered op.
 TOKENS_SCHEMA = "Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead"
@@ -72,9 +81,9 @@ def check_batch(where: str, shape, cu_seqlens: torch.Tensor | None, device: torc
     """Number of sequences B of tokens of ``shape`` ``[T]`` or ``[B, S]``; raises where cu_seqlens does not fit."""
     if cu_seqlens is None:
         return shape[0] if len(shape) == 2 else 1
+    check_tensor(where, "cu_seqlens", cu_seqlens, dtypes=(torch.int32,), device=device)
     if len(shape) == 2:
         raise ValueError(f"{where}: cu_seqlens is for packed tokens [T]; with {list(shape)} each row is a sequence")
-    check_tensor(where, "cu_seqlens", cu_seqlens, dtypes=(torch.int32,), device=device)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"{where}: cu_seqlens must have shape [B + 1] with B >= 1, got {list(cu_seqlens.shape)}")
     check_ends(where, cu_seqlens, shape[0])

@@ -22,16 +22,48 @@ from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Path
 from engram_kernels.checkpoints.names import as_prefix, module_prefix
 from engram_kernels.checkpoints.weights import dense_tensor, matrix
 from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.kinds import (
+    AnyOf,
+    Device,
+    Dtype,
+    Each,
+    Flag,
+    Instance,
+    Optional,
+    Path,
+    Tensor,
+    Text,
+    Whole,
+    check_all,
+    declares,
+    takes,
+)
 from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.launching.checks import check_tensor
-from engram_kernels.launching.tokens import check_batch
+from engram_kernels.launching.tokens import ID_DTYPES, check_batch
 from engram_kernels.ops.gate import gate_residual
 from engram_kernels.ops.gate_conv import gate_conv_residual
+from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.ops.gate_kernels.gradients import split_kv
 from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ranks.sharded import ShardedTable
 from engram_kernels.serving.state import EngramStep
 from engram_kernels.tables.engram import EngramTable
+
+_TOKENS = dict(
+    cu_seqlens=Optional(Tensor(torch.int32)),
+    history=Optional(Tensor(*ID_DTYPES)),
+    dead=Optional(Tensor(torch.bool)),
+)
+_ROWS = dict(token_ids=Tensor(*ID_DTYPES), **_TOKENS)
+_FORWARD = dict(
+    hidden=Tensor(*FLOAT_DTYPES),
+    token_ids=Optional(Tensor(*ID_DTYPES)),
+    rows=Optional(Tensor(*FLOAT_DTYPES)),
+    **_TOKENS,
+    conv_state=Optional(Instance(tuple)),
+    state=Optional(Instance(EngramStep)),
+)
 
 
 class Engram(nn.Module):
@@ -42,6 +74,15 @@ class Engram(nn.Module):
     residual: False returns what is to be added to the hidden state instead of the sum, as the demo's module does.
     """
 
+    @takes(
+        config=Instance(EngramConfig),
+        layer=Whole(0),
+        plan=Instance(HashPlan),
+        table=Instance(EngramTable, ShardedTable),
+        residual=Flag(),
+        device=Optional(Device()),
+        dtype=Optional(Dtype(*FLOAT_DTYPES)),
+    )
     def __init__(
         self,
         config: EngramConfig,
@@ -73,6 +114,7 @@ class Engram(nn.Module):
             self.conv_norm = nn.Parameter(torch.ones(branches, hidden_size, **options))
             self.conv_weight = nn.Parameter(torch.zeros(branches, hidden_size, config.conv_kernel, **options))
 
+    @declares(**_FORWARD)
     def forward(
         self,
         hidden: torch.Tensor,
@@ -94,6 +136,8 @@ class Engram(nn.Module):
         convolution, where there is one, still adds what it makes of earlier tokens.
         Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
         """
+        given = hidden, token_ids, rows, cu_seqlens, history, dead, conv_state, state
+        check_all("Engram.forward", _FORWARD, dict(zip(_FORWARD, given, strict=True)))
         if state is not None:
             others = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, conv_state=conv_state)
             if given := [name for name, value in others.items() if value is not None]:
@@ -128,8 +172,11 @@ class Engram(nn.Module):
             **options,
         )
 
+    @declares(**_ROWS)
     def rows(self, token_ids, *, cu_seqlens=None, history=None, dead=None) -> torch.Tensor:
         """This layer's rows ``[T, C, R]``, in the projection's dtype where the kernels write it."""
+        given = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead)
+        check_all("Engram.rows", _ROWS, given)
         dtype = self.wkv.weight.dtype
         out_dtype = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else None
         options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, out_dtype=out_dtype)
@@ -138,6 +185,7 @@ class Engram(nn.Module):
             return self.table.hash_lookup(token_ids, plan, **options)
         return hash_lookup(token_ids, plan, (self.table,), **options)[0]
 
+    @takes(batch=Whole(0))
     def new_conv_state(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The state before the first token of ``batch`` sequences, on the module's device."""
         span = max(0, self.config.conv_kernel - 1) * self.config.conv_dilation
@@ -145,6 +193,7 @@ class Engram(nn.Module):
         value = self.wkv.weight.new_zeros(batch, span, self.config.hidden_size)
         return value, value.new_zeros(batch, span, self.config.branches, dtype=scale_dtype)
 
+    @takes(tensors=AnyOf(Instance(Mapping), Path(), Each(Path(), least=1)), prefix=Text())
     def load_checkpoint(self, tensors: "Mapping[str, torch.Tensor] | Paths", prefix: str = "") -> None:
         """Copy the layer's weights from a checkpoint's tensors, whose names start with ``prefix``.
 
@@ -196,6 +245,7 @@ class Engram(nn.Module):
         """As of torch, which would cast whatever it is given: quantised numbers are no weights."""
         for name, _ in self.named_parameters():
             given = state_dict.get(prefix + name)
+            Optional(Tensor()).check("Engram.load_state_dict", prefix + name, given)
             if isinstance(given, torch.Tensor) and not given.is_meta:
                 dense_tensor(state_dict, prefix + name, "Engram.load_state_dict")
         super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from engram_kernels.geometry.kinds import AnyOf, Instance, Keyed, Many, OneOf, Optional, Whole, takes
 from engram_kernels.geometry.row_format import format_of
 from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.placement import PLACEMENTS
 
 from .demo import DemoEngram
 from .drop_in import DropIn, TableRows, check_common
@@ -46,6 +48,12 @@ class Replaced(dict):
                         weight.copy_(values)
 
 
+@takes(
+    model=Instance(nn.Module),
+    placement=Optional(OneOf(*PLACEMENTS)),
+    tables=Optional(Keyed(Whole(0), Instance(EngramTable))),
+    optimizer=Optional(AnyOf(Instance(torch.optim.Optimizer), Many())),
+)
 def replace_engram(
     model: nn.Module,
     *,
@@ -70,12 +78,17 @@ def replace_engram(
     """
     if (placement is None) == (tables is None):
         raise ValueError("replace_engram: expected either placement or tables, got both or neither")
+    optimizers = (
+        [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(() if optimizer is None else optimizer)
+    )
+    for place, each in enumerate(optimizers):
+        Instance(torch.optim.Optimizer).check("replace_engram", f"optimizer[{place}]", each)
     found = _found(model)
     by_module: dict[nn.Module, tuple[str, type[DropIn]]] = {}
     for name, (module, family) in found.items():
         by_module.setdefault(module, (name, family))
     _check(model, found, by_module)
-    _warn(by_module, optimizer)
+    _warn(by_module, optimizers)
     made = _made_tables(by_module, placement) if tables is None else _given_tables(by_module, tables)
     drop_ins = {module: family(module, made[module], tables is None) for module, (_, family) in by_module.items()}
     for name, (module, _) in found.items():
@@ -84,6 +97,7 @@ def replace_engram(
     return Replaced(model, modules, {name: drop_ins[module] for name, module in modules.items()})
 
 
+@takes(model=Instance(nn.Module))
 def export_state(model: nn.Module, **options) -> dict[str, torch.Tensor]:
     """``model.state_dict(**options)`` with the rows of all tables, under the names that their embeddings had.
 
@@ -195,8 +209,7 @@ def _given_tables(by_module: dict, tables: Mapping[int, EngramTable]) -> dict[nn
     return {module: tables[layer] for module, layer in layers.items()}
 
 
-def _warn(by_module: dict, optimizer) -> None:
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
+def _warn(by_module: dict, optimizers: list[torch.optim.Optimizer]) -> None:
     held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     for module, (name, family) in by_module.items():
         weight = _embedding(module, family).weight
@@ -205,7 +218,7 @@ def _warn(by_module: dict, optimizer) -> None:
             warnings.warn(
                 f"replace_engram: {name}.{family.embedding}.weight {why}, and no optimizer made before trains its rows "
                 "any more: they are in a table, for RowAdagrad or RowAdam",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engram_kernels.geometry.kinds import Dtype, Flag, Instance, Many, Optional, Whole, takes
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.ops.conv_kernels.residual import conv_config
 from engram_kernels.ops.hash_kernels.row_ids import hash_config
@@ -42,6 +43,14 @@ def variant_lengths(engrams: Sequence[Engram], max_tokens: int, prefetcher: Pref
     return sorted({*first.values(), max_tokens})
 
 
+@takes(
+    engrams=Many(),
+    max_tokens=Whole(1),
+    prefetcher=Optional(Instance(Prefetcher)),
+    state=Optional(Instance(EngramState)),
+    dead=Flag(),
+    id_dtype=Dtype(torch.int32, torch.int64),
+)
 def warmup(
     engrams: Sequence[Engram],
     max_tokens: int,
@@ -65,12 +74,8 @@ def warmup(
     engrams = tuple(engrams)
     if not engrams or not all(isinstance(engram, Engram) for engram in engrams):
         raise TypeError(f"{where}: engrams must be Engram modules, got {[type(x).__name__ for x in engrams]}")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"{where}: max_tokens must be a positive int, got {max_tokens!r}")
     if prefetcher is not None and max_tokens > prefetcher.max_tokens:
         raise ValueError(f"{where}: max_tokens must be at most prefetcher's {prefetcher.max_tokens}, got {max_tokens}")
-    if id_dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{where}: id_dtype must be int32 or int64, got {id_dtype}")
     if prefetcher is None and not isinstance(engrams[0].table, EngramTable):
         kind = type(engrams[0].table).__name__
         raise TypeError(f"{where}: engrams must have an EngramTable where there is no prefetcher, got {kind}")

@@ -11,11 +11,12 @@ DeepSeek-V4.1) or 0 ("sign", the demo and Qwen). Source: arXiv 2601.07372, secti
 import torch
 
 from engram_kernels import reference
+from engram_kernels.geometry.kinds import declares
 from engram_kernels.launching.checks import records_gradient
 from engram_kernels.launching.device import is_kernel_device
 
 from .call import Op, empty_of, form_of, registered, writes_alone
-from .gate_kernels.arguments import GateCall, check_gate
+from .gate_kernels.arguments import GATE_KINDS, GateCall, check_gate
 from .gate_kernels.backward import gate_formula, save_gate
 from .gate_kernels.gradients import make_recorded
 from .gate_kernels.residual import prepare_gate_residual
@@ -75,7 +76,8 @@ _SCHEMA = (
 
 
 def _options(call: GateCall) -> dict:
-    return dict(eps=call.eps, clamp=call.clamp, mask=call.mask, zero_gate=call.zero_gate, residual=call.residual)
+    eps = None if call.eps is None else float(call.eps)  # a number of any size and kind
+    return dict(eps=eps, clamp=float(call.clamp), mask=call.mask, zero_gate=call.zero_gate, residual=call.residual)
 
 
 @registered("gate_residual", f"{_SCHEMA} -> Tensor", lambda *arguments: GATE.allocate(GateCall(*arguments)))
@@ -103,6 +105,7 @@ def gate_residual_scalars_op(*arguments):
 gate_residual_scalars_op.register_autograd(gate_formula, setup_context=save_gate)
 
 
+@declares(**GATE_KINDS)
 def gate_residual(
     hidden: torch.Tensor,
     key: torch.Tensor,

@@ -17,12 +17,13 @@ from collections.abc import Callable
 import torch
 
 from engram_kernels import reference
+from engram_kernels.geometry.kinds import declares
 from engram_kernels.launching.checks import records_gradient
 from engram_kernels.launching.device import is_kernel_device, on_device_of
 from engram_kernels.launching.tokens import check_ends
 
 from .call import Op, empty_of, form_of, registered, writes_alone
-from .conv_kernels.arguments import ConvCall, check_conv
+from .conv_kernels.arguments import CONV_KINDS, ConvCall, check_conv
 from .conv_kernels.backward import gate_conv_formula, save_gate_conv
 from .conv_kernels.residual import prepare_conv_residual
 from .conv_kernels.scale import prepare_gate_scale
@@ -108,7 +109,8 @@ class GateConv(Op):
         return result if out is None else out.copy_(result)
 
     def reference(self, call, out):
-        options = dict(dilation=call.dilation, eps=call.eps, conv_eps=call.conv_eps, clamp=call.clamp, mask=call.mask)
+        eps, conv_eps = (None if each is None else float(each) for each in (call.eps, call.conv_eps))
+        options = dict(dilation=call.dilation, eps=eps, conv_eps=conv_eps, clamp=float(call.clamp), mask=call.mask)
         options |= dict(zero_gate=call.zero_gate, residual=call.residual, cu_seqlens=call.cu_seqlens)
         return reference.gate_conv_residual(*call[:7], **options, conv_state=call.state, out=out)
 
@@ -236,6 +238,7 @@ def make_conv_recorded(hidden):
     return out, *(hidden.new_empty(hidden.shape[:-1], dtype=torch.float32) for _ in range(2)), scalars
 
 
+@declares(**CONV_KINDS)
 def gate_conv_residual(
     hidden: torch.Tensor,
     key: torch.Tensor,

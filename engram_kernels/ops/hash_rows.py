@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 from engram_kernels import reference
+from engram_kernels.geometry.kinds import Each, Instance, Optional, check_all, declares
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
-from engram_kernels.launching.checks import check_programs
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.overlap import memory_of_plan
-from engram_kernels.launching.tokens import TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
+from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.staging import check_stageable, stage
@@ -29,6 +29,7 @@ from .row_kernels.caching import RowCache, check_cache
 from .row_kernels.hashed import prepare_hash_lookup
 from .row_kernels.order import check_order, choose_order
 from .row_kernels.output import (
+    READ_KINDS,
     VIEW_SCHEMA,
     Reading,
     check_row_out,
@@ -83,7 +84,7 @@ class HashLookup(Op):
         num_tokens, num_columns, num_rows = tokens.token_ids.numel(), plan.primes.shape[1], prod(call.ids_shape)
         if num_tokens * num_columns >= 2**31:
             raise ValueError(f"{where}: T * C must be below 2^31, got {num_tokens} * {num_columns}")
-        check_programs(where, programs)
+        check_all(where, READ_KINDS, dict(programs=programs, order=order))
         check_order(where, order, num_rows)
         shape = (*call.ids_shape, tables[0].width)
         check_row_out(where, tables[0], shape, tokens.token_ids.device, out, out_dtype, out_format)
@@ -238,6 +239,12 @@ def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, *rest):
     _launch(Tokens(token_ids, cu_seqlens, history, dead), plan, view, out, storage, programs, order)
 
 
+@declares(
+    **TOKEN_KINDS,
+    tables=Each(Instance(EngramTable), least=1),
+    cache=Optional(Instance(RowCache)),
+    **READ_KINDS,
+)
 def hash_lookup(
     token_ids: torch.Tensor,
     plan: HashPlan,

@@ -11,11 +11,19 @@ from typing import NamedTuple
 import torch
 
 from engram_kernels import reference
+from engram_kernels.geometry.kinds import Optional, Tensor, declares
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.checks import check_out
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.overlap import memory_of_plan
-from engram_kernels.launching.tokens import TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
+from engram_kernels.launching.tokens import (
+    ID_DTYPES,
+    TOKEN_KINDS,
+    TOKENS_SCHEMA,
+    Tokens,
+    check_token_values,
+    check_tokens,
+)
 
 from .call import Op, form_of, registered, writes_alone
 from .hash_kernels.row_ids import prepare_ngram_hash
@@ -99,6 +107,7 @@ def ngram_hash_out_op(token_ids, cu_seqlens, history, dead, out, *plan_parts):
     HASH.launcher(call, out)(call, out)
 
 
+@declares(**TOKEN_KINDS, out=Optional(Tensor(*ID_DTYPES)))
 def ngram_hash(
     token_ids: torch.Tensor,
     plan: HashPlan,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from engram_kernels import reference
-from engram_kernels.launching.checks import check_programs, check_tensor
+from engram_kernels.geometry.kinds import Instance, Tensor, check_all, declares
+from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
@@ -23,6 +24,7 @@ from .row_kernels.arguments import check_tables, is_staged, view_rows
 from .row_kernels.by_id import prepare_lookup
 from .row_kernels.order import check_order, choose_order
 from .row_kernels.output import (
+    READ_KINDS,
     VIEW_SCHEMA,
     Reading,
     check_row_out,
@@ -64,8 +66,9 @@ class Lookup(Op):
     def check(self, call, out):
         row_ids, table, out_dtype, out_format, programs, order = call
         check_tensor(self.name, "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
+        Instance(EngramTable).check(self.name, "table", table)
         check_tables(self.name, (table,), row_ids.device)
-        check_programs(self.name, programs)
+        check_all(self.name, READ_KINDS, dict(programs=programs, order=order))
         check_order(self.name, order, row_ids.numel())
         if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
             shape = list(row_ids.shape)
@@ -169,6 +172,7 @@ def lookup_out_op(row_ids, *rest):
     _launch(row_ids, view, (out, out_scales) if storage else out, storage, programs, order)
 
 
+@declares(table=Instance(EngramTable), row_ids=Tensor(torch.int32, torch.int64), **READ_KINDS)
 def lookup(
     table: EngramTable,
     row_ids: torch.Tensor,

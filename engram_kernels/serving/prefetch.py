@@ -12,17 +12,17 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
+from engram_kernels.geometry.kinds import Dtype, Each, Instance, OneOf, Optional, Tensor, Whole, declares, takes
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.launching.checks import check_programs
 from engram_kernels.launching.device import processors
 from engram_kernels.launching.streams import streams_of
-from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
+from engram_kernels.launching.tokens import ID_DTYPES, Tokens, check_token_values, check_tokens
 from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
 from engram_kernels.ops.row_kernels.caching import RowCache, check_cache
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
-from engram_kernels.ops.row_kernels.order import check_order, choose_order
-from engram_kernels.ops.row_kernels.output import check_row_out
+from engram_kernels.ops.row_kernels.order import ORDERS, check_order, choose_order
+from engram_kernels.ops.row_kernels.output import OUT_DTYPES, check_row_out
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import view_tables
 
@@ -59,6 +59,17 @@ class Prefetcher:
     Keep it, like any buffer, for as long as a CUDA graph that holds its work is replayed. Not for two threads at once.
     """
 
+    @takes(
+        plan=Instance(HashPlan),
+        tables=Each(Instance(EngramTable)),
+        max_tokens=Whole(1),
+        programs=Optional(Whole(1)),
+        order=Optional(OneOf(*ORDERS)),
+        out_dtype=Optional(Dtype(*OUT_DTYPES, torch.float64)),
+        max_sequences=Optional(Whole(1)),
+        layers=Optional(Each(Instance(Hashable), least=1)),
+        cache=Optional(Instance(RowCache)),
+    )
     def __init__(
         self,
         plan: HashPlan,
@@ -73,16 +84,11 @@ class Prefetcher:
         cache: RowCache | None = None,
     ):
         where = "Prefetcher"
-        if not isinstance(plan, HashPlan):
-            raise TypeError(f"{where}: plan must be a HashPlan, got {type(plan).__name__}")
         tables = check_tables_of_plan(where, plan, tables)
         num_layers, num_columns = plan.primes.shape
-        _check_count(where, "max_tokens", max_tokens)
         if max_tokens * num_columns >= 2**31:
             raise ValueError(f"{where}: max_tokens * C must be below 2^31, got {max_tokens} * {num_columns}")
         max_sequences = max_tokens if max_sequences is None else max_sequences
-        _check_count(where, "max_sequences", max_sequences)
-        check_programs(where, programs)
         check_order(where, order, num_layers * max_tokens * num_columns)
         check_cache(where, cache, plan, tables, num_layers * max_tokens * num_columns)
         check_row_out(where, tables[0], (), plan.device, None, out_dtype, "values")
@@ -125,6 +131,7 @@ class Prefetcher:
         for event in self._ready:
             streams.record(event, streams.current())
 
+    @takes(num_tokens=Whole(0))
     def launches(self, num_tokens: int) -> tuple[bool, bool, str, int]:
         """What a start of so many tokens launches: through the cache, layers apart, read order, rows hashed at once."""
         cached = self._cache is not None and num_tokens >= self._cache.min_tokens
@@ -135,6 +142,12 @@ class Prefetcher:
         hashed = hash_rows_config(view, num_rows, self._options["programs"])[1]
         return cached, apart, choose_order(self._options["order"], view, num_rows), hashed
 
+    @declares(
+        token_ids=Tensor(*ID_DTYPES),
+        cu_seqlens=Optional(Tensor(torch.int32)),
+        history=Optional(Tensor(*ID_DTYPES)),
+        dead=Optional(Tensor(torch.bool)),
+    )
     def start(
         self,
         token_ids: torch.Tensor,
@@ -189,6 +202,7 @@ class Prefetcher:
         readers.clear()
         self._look_up(inputs, captured)
 
+    @declares(layer=Instance(Hashable))
     def rows(self, layer: int) -> torch.Tensor:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, for work given to the current stream from now on.
 
@@ -268,8 +282,3 @@ class Prefetcher:
         if stream not in self._kept:
             self._kept.add(stream)
             self._streams.keep((self._ids, self._dead, self._cu_seqlens, self._history, self._rows), stream)
-
-
-def _check_count(where: str, name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where}: {name} must be a positive int, got {value!r}")

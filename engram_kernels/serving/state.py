@@ -16,6 +16,7 @@ import torch
 from torch.compiler import is_compiling
 
 from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.kinds import AnyOf, Device, Dtype, Instance, Optional, Tensor, Whole, declares, takes
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.tokens import ID_DTYPES, check_batch
@@ -25,6 +26,11 @@ from engram_kernels.reference.ops import conv_slots as reference
 from engram_kernels.reference.serving.history import NO_TOKEN
 
 from .history import commit_history, gather_history
+
+_TOKENS = dict(
+    token_ids=Tensor(*ID_DTYPES), cu_seqlens=Optional(Tensor(torch.int32)), dead=Optional(Tensor(torch.bool))
+)
+_SLOTS = Tensor(torch.int32)
 
 
 @dataclass(eq=False)
@@ -49,6 +55,7 @@ class EngramStep:
         """State of one of the config's layers, as :func:`gate_conv_residual` takes it; None without a convolution."""
         return self.state.layer_slots(layer, self.slots)
 
+    @declares(accepted=Optional(Tensor(torch.int32)))
     def commit(self, accepted: torch.Tensor | None = None) -> None:
         """Take the first ``accepted [B]`` (int32) tokens of each sequence into the state; None: all of them.
 
@@ -80,6 +87,13 @@ class EngramState:
     max_drafts: most tokens of a sequence that a commit may reject, where a convolution has to remember them.
     """
 
+    @takes(
+        config=Instance(EngramConfig),
+        slots=Whole(1),
+        device=Device(),
+        dtype=Dtype(*FLOAT_DTYPES),
+        max_drafts=Whole(0),
+    )
     def __init__(
         self,
         config: EngramConfig,
@@ -89,13 +103,6 @@ class EngramState:
         dtype: torch.dtype = torch.bfloat16,
         max_drafts: int = 8,
     ):
-        if not isinstance(config, EngramConfig):
-            raise TypeError(f"EngramState: config must be an EngramConfig, got {type(config).__name__}")
-        for name, count, least in (("slots", slots, 1), ("max_drafts", max_drafts, 0)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"EngramState: {name} must be an int of at least {least}, got {count!r}")
-        if dtype not in FLOAT_DTYPES:
-            raise TypeError(f"EngramState: dtype must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype!r}")
         self.config, self.slots, self.max_drafts = config, slots, max_drafts
         self._span = max(0, config.conv_kernel - 1) * config.conv_dilation
         self._ring = 2 * self._span + max_drafts if self._span else 0
@@ -118,6 +125,7 @@ class EngramState:
         """Bytes of all slots and layers."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
+    @declares(slots=_SLOTS, **_TOKENS)
     def begin(
         self,
         token_ids: torch.Tensor,
@@ -137,6 +145,7 @@ class EngramState:
         captured = token_ids.is_cuda and not is_compiling() and torch.cuda.is_current_stream_capturing()
         return EngramStep(token_ids, slots, cu_seqlens, dead, gather_history(self._history, slots), self, captured)
 
+    @takes(slots=Optional(AnyOf(Whole(), _SLOTS)))
     def reset(self, slots: torch.Tensor | int | None = None) -> None:
         """Make slots those of empty sequences: int32 ``[B]`` with -1 for none, one slot, or None for all."""
         if slots is None:
@@ -148,6 +157,7 @@ class EngramState:
         self._check_slots("EngramState.reset", slots, None, distinct=True)
         commit_history(self._history, self._cursor, slots, self._history.new_empty(0), restart=0)
 
+    @takes(slots=AnyOf(Whole(), _SLOTS), conv_states=Optional(Instance(Sequence)), **_TOKENS)
     def restore(
         self,
         slots: torch.Tensor | int,
@@ -187,6 +197,7 @@ class EngramState:
         tokens = dict(cu_seqlens=cu_seqlens, dead=dead)
         commit_history(self._history, self._cursor, slots, token_ids, **tokens, restart=self._span)
 
+    @takes(slots=AnyOf(Whole(), _SLOTS))
     def conv_states(self, slots: torch.Tensor | int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(value ``[B, (K-1) * N, D]``, scale ``[B, (K-1) * N, H]``) of each layer, copied, as restore() takes them.
 
@@ -197,6 +208,7 @@ class EngramState:
         layers = self.config.layers if self._span else ()
         return [reference.gather_conv(self.layer_slots(layer, slots), self._span) for layer in layers]
 
+    @declares(layer=Whole(0), slots=_SLOTS)
     def layer_slots(self, layer: int, slots: torch.Tensor) -> ConvSlots | None:
         """State of one of the config's layers for sequences in ``slots``; None without a convolution."""
         if layer not in self._rings:

@@ -11,13 +11,47 @@ from engram_kernels.checkpoints.files import Checkpoint, Paths
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.checkpoints.validate import select_table
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import RowFormat, check_content, checked_scale, format_of, row_format
+from engram_kernels.geometry.kinds import (
+    AnyOf,
+    Device,
+    Each,
+    Flag,
+    Function,
+    Instance,
+    Keyed,
+    Number,
+    OneOf,
+    Optional,
+    Tensor,
+    Text,
+    Whole,
+    takes,
+)
+from engram_kernels.geometry.kinds import Path as PathKind
+from engram_kernels.geometry.row_format import (
+    FORMATS,
+    MAX_ROW_WIDTH,
+    RowFormat,
+    check_content,
+    checked_scale,
+    format_of,
+    row_format,
+)
 
 from .files import check_room, fill_table, map_table, save_table
 from .memory import allocation as table_memory
 from .memory.mapped_files import MappedFile
-from .placement import REGISTERED, check_placement, check_scales
+from .placement import PLACEMENTS, REGISTERED, check_placement, check_scales
 from .trainable import TrainableRows
+
+_GEOMETRY = dict(rows=Whole(1), width=Whole(1, MAX_ROW_WIDTH), format=OneOf(*FORMATS))
+_PLACING = dict(
+    placement=OneOf(*PLACEMENTS),
+    scales=Optional(OneOf("device")),
+    device=Optional(Device()),
+    name=Optional(Text()),
+    progress=Optional(Function()),
+)
 
 
 class EngramTable(TrainableRows):
@@ -28,6 +62,7 @@ class EngramTable(TrainableRows):
     """
 
     @classmethod
+    @takes(scale=AnyOf(Number(), Tensor()), **_GEOMETRY, **_PLACING)
     def empty(
         cls,
         rows: int,
@@ -59,6 +94,7 @@ class EngramTable(TrainableRows):
         return cls(*memory[:2], fmt, placement, memory.mapping, scales)
 
     @classmethod
+    @takes(weight=Tensor(), scale=Optional(AnyOf(Number(), Tensor())), **_PLACING)
     def from_tensors(
         cls,
         weight: torch.Tensor,
@@ -114,6 +150,7 @@ class EngramTable(TrainableRows):
         return table
 
     @classmethod
+    @takes(name=Text(), scale=Optional(Number()), scales=_PLACING["scales"], timeout=Number(0), **_GEOMETRY)
     def attach(
         cls,
         name: str,
@@ -141,6 +178,7 @@ class EngramTable(TrainableRows):
         table.attached = True
         return table
 
+    @takes(progress=Optional(Function()))
     def publish(self, *, progress: Progress | None = None) -> None:
         """Tell the processes that wait for this shared table that all of its content is there. Once.
 
@@ -157,6 +195,16 @@ class EngramTable(TrainableRows):
         self._describe()
 
     @classmethod
+    @takes(
+        paths=AnyOf(PathKind(), Each(PathKind(), least=1)),
+        placement=_PLACING["placement"],
+        config=Optional(Instance(EngramConfig)),
+        layer=Optional(Whole(0)),
+        prefix=Optional(Text()),
+        mapped=Flag(),
+        threads=Whole(1),
+        progress=Optional(Function()),
+    )
     def from_safetensors(
         cls,
         paths: Paths,
@@ -222,6 +270,13 @@ class EngramTable(TrainableRows):
             raise
         return table
 
+    @takes(
+        path=PathKind(),
+        prefix=Text(),
+        shard_bytes=Optional(Whole(1)),
+        metadata=Optional(Keyed(Text(), Text())),
+        progress=Optional(Function()),
+    )
     def save_safetensors(
         self,
         path: str | os.PathLike,

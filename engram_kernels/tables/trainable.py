@@ -4,7 +4,9 @@ from typing import Self
 
 import torch
 
-from .gradient import RowGradient, row_gradient
+from engram_kernels.geometry.kinds import Flag, Tensor, takes
+
+from .gradient import GRAD_DTYPES, RowGradient, row_gradient
 from .placed import PlacedRows
 from .placement import REGISTERED
 
@@ -33,6 +35,7 @@ class TrainableRows(PlacedRows):
         """
         return self._anchor if self.requires_row_grad else None
 
+    @takes(requires=Flag())
     def requires_row_grad_(self, requires: bool = True) -> Self:
         """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged".
 
@@ -61,10 +64,17 @@ class TrainableRows(PlacedRows):
         self.zero_row_grad()
         return self
 
+    @takes(row_ids=Tensor(torch.int32, torch.int64), grad=Tensor(*GRAD_DTYPES))
     def accumulate_row_grad(self, row_ids: torch.Tensor, grad: torch.Tensor) -> None:
         """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]``, as the backward pass of a lookup does."""
         if not self.requires_row_grad:
             raise ValueError("EngramTable.accumulate_row_grad: the table is not trainable (requires_row_grad_)")
+        shape = (*row_ids.shape, self.width)
+        if grad.shape != shape or grad.device != row_ids.device:
+            raise ValueError(
+                f"EngramTable.accumulate_row_grad: grad must have shape {list(shape)} on {row_ids.device}, as row_ids and "
+                f"the table say, got {list(grad.shape)} on {grad.device}"
+            )
         new = row_gradient(row_ids, grad, self.rows)
         old = self.row_grad if self._anchor.grad is not None else None
         self.row_grad = new if old is None else old.times(self.row_grad_factor()).plus(new)

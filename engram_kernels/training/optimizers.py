@@ -8,7 +8,7 @@ learning rate schedulers, GradScaler and clip_grad_norm_ work as they do for par
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ _OPTIONS = dict(
     stochastic_rounding=Flag(),
     seed=Whole(),
 )
-_TABLES = kinds.AnyOf(Instance(EngramTable), Instance(Iterable))
+_TABLES = kinds.AnyOf(Instance(EngramTable), kinds.Many())
 
 
 class RowOptimizer(torch.optim.Optimizer):

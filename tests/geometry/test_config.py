@@ -178,12 +178,12 @@ def test_rows_are_padded_to_the_multiple(rows, multiple):
             {"heads": 1024, "layers": range(3)},
             "heads must be so few that all layers have at most 4,096 columns, got 1024",
         ),
-        ({"heads": 2.0}, "heads must be an integer, got 2.0"),
-        ({"heads": True}, "heads must be an integer, got True"),
+        ({"heads": 2.0}, "heads must be an int.*, got 2.0"),
+        ({"heads": True}, "heads must be an int.*, got True"),
         ({"max_ngram": 10**12}, "max_ngram must be at most 64"),
-        ({"layers": "03"}, "layers must be an integer, got '0'"),
+        ({"layers": "03"}, "layers must be an int.*, got '0'"),
         ({"layers": 3}, "layers must be a tuple of integers, got 3"),
-        ({"table_sizes": (10.5, 12)}, "table_sizes must be an integer, got 10.5"),
+        ({"table_sizes": (10.5, 12)}, "table_sizes must be an int.*, got 10.5"),
         ({"seed": -1}, "seed must be at least 0 for rule 'numpy', got -1"),
         *(
             ({name: value}, f"{name} must be a finite number of at least 0, got ")

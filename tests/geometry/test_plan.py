@@ -123,7 +123,7 @@ def test_build_refuses_a_token_map_that_does_not_fit(config, token_map, expected
 
 @pytest.mark.parametrize("token_map", [[0, 1], small_map().float(), small_map()[None], np.zeros(50, dtype=np.int32)])
 def test_build_refuses_a_token_map_of_another_type(token_map):
-    with pytest.raises(TypeError, match="^HashPlan.build: token_map must be a 1-dimensional integer tensor, got"):
+    with pytest.raises(TypeError, match="^HashPlan.build: token_map must be a 1-dimensional integer tensor.*, got"):
         HashPlan.build(small_config(), token_map)
 
 
@@ -210,14 +210,14 @@ def test_golden_overflowing_multipliers_are_not_non_negative():
 @pytest.mark.parametrize(
     "error, expected, changes",
     [
-        (TypeError, "multipliers must be a 2-dimensional integer tensor, got torch.float32", {"multipliers": [[1.5]]}),
+        (TypeError, "multipliers must be a 2-dimensional integer tensor.*, got float32", {"multipliers": [[1.5]]}),
         (
             TypeError,
-            "multipliers must be a 2-dimensional integer tensor, got torch.int64 \\[2\\]",
+            "multipliers must be a 2-dimensional integer tensor.*, got int64 \\[2\\]",
             {"multipliers": [1, 2]},
         ),
-        (TypeError, "primes must be a 2-dimensional integer tensor, got torch.float32", {"primes": [[2.0]]}),
-        (TypeError, "primes must be a 2-dimensional integer tensor, got torch.int64 \\[1\\]", {"primes": [2]}),
+        (TypeError, "primes must be a 2-dimensional integer tensor.*, got float32", {"primes": [[2.0]]}),
+        (TypeError, "primes must be a 2-dimensional integer tensor.*, got int64 \\[1\\]", {"primes": [2]}),
         (ValueError, "expected multipliers \\[L, N >= 2\\].*got \\[2, 1\\]", {"multipliers": [[1], [1]]}),
         (ValueError, "got \\[1, 3\\] and \\[2, 4\\]", {"multipliers": [[1, 3, 5]]}),
         (ValueError, "got \\[2, 3\\] and \\[2, 3\\]", {"primes": [[2, 3, 5]] * 2}),
@@ -232,10 +232,10 @@ def test_golden_overflowing_multipliers_are_not_non_negative():
         ),
         (
             TypeError,
-            "token_map must be a 1-dimensional integer tensor, got torch.float32",
+            "token_map must be a 1-dimensional integer tensor.*, got float32",
             {"token_map": torch.ones(3)},
         ),
-        (TypeError, "token_map must be a 1-dimensional integer tensor, got list", {"token_map": [0]}),
+        (TypeError, "token_map must be a 1-dimensional integer tensor.*, got list", {"token_map": [0]}),
         (ValueError, "token_map must hold at least one id", {"token_map": -torch.ones(3).long()}),
     ],
 )
@@ -286,7 +286,7 @@ def test_ids_may_be_numbers_of_numpy_and_torch():
     "changes", [{"pad": "0"}, {"pad": 0.5}, {"pad": None}, {"vocab_size": 50.0}, {"eos": True, "pad": 1}]
 )
 def test_from_parts_refuses_ids_that_are_no_integers(changes):
-    with pytest.raises(ValueError, match="^HashPlan.from_parts: (pad|vocab_size|eos) must be an integer, got "):
+    with pytest.raises(ValueError, match="^HashPlan.from_parts: (pad|vocab_size|eos) must be an?.* int.*, got "):
         small_plan(**changes)
 
 

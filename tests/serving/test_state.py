@@ -131,9 +131,13 @@ def test_errors():
     good = state.conv_states(slots)
     for error, words, call in (
         (TypeError, "^EngramState: config must be an EngramConfig, got int", lambda: EngramState(3, 2, "cpu")),
-        (ValueError, "slots must be an int of at least 1, got 0", lambda: EngramState(config, 0, "cpu")),
+        (ValueError, "slots must be a positive int, got 0", lambda: EngramState(config, 0, "cpu")),
         (ValueError, "max_drafts must be .* 0, got -1", lambda: EngramState(config, 1, "cpu", max_drafts=-1)),
-        (TypeError, "dtype must be one of", lambda: EngramState(config, 1, "cpu", dtype=torch.int8)),
+        (
+            TypeError,
+            "dtype must be bfloat16, .* got",
+            lambda: EngramState(config, 1, "cpu", dtype=torch.int8),
+        ),
         (TypeError, "begin: token_ids must be a tensor of int32 or int64", lambda: state.begin([1], slots)),
         (ValueError, r"begin: slots must have shape \[1\], got \[2\]", lambda: state.begin(ids, slots)),
         (TypeError, "begin: slots must be a tensor of int32, got int64", lambda: state.begin(ids[:1], ids[:1])),

@@ -107,7 +107,7 @@ def test_where_it_makes_sense(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="^EngramTable.empty: scales='device' needs a GPU, and torch finds none"):
         make()
-    with pytest.raises(ValueError, match=r"scales must be None \(with the rows\) or 'device', got 'gpu'"):
+    with pytest.raises(ValueError, match=r"scales must be one of 'device' or None, got 'gpu'"):
         make(scales="gpu")
     for options, got in (
         ({"placement": "cpu"}, "e4m3_ue8m0 in 'cpu'"),

@@ -134,7 +134,7 @@ SCALE = r"scale of a float8_e4m3fn weight must be one float, or uint8 or float8_
 @pytest.mark.parametrize(
     "error, expected, arguments",
     [
-        (ValueError, r"weight must be a contiguous \[rows, width\] tensor.*, got list", ([[1.0]],)),
+        (TypeError, "weight must be a tensor, got list", ([[1.0]],)),
         (ValueError, r"weight must be a contiguous .* got shape \[64\]", (torch.zeros(64),)),
         (ValueError, r"weight must be a contiguous .* got shape \[2, 3, 4\]", (torch.zeros(2, 3, 4),)),
         (ValueError, r"weight must be a contiguous .* got shape \[0, 64\]", (torch.zeros(0, 64),)),
@@ -148,7 +148,7 @@ SCALE = r"scale of a float8_e4m3fn weight must be one float, or uint8 or float8_
         (ValueError, "a torch.float32 weight takes no scale, got one", (torch.zeros(6, 64), 1.0)),
         (ValueError, "a torch.bfloat16 weight takes no scale", (torch.zeros(6, 64).bfloat16(), BYTES)),
         (ValueError, f"{SCALE} None", (WIDE,)),
-        (ValueError, f"{SCALE} '1'", (WIDE, "1")),
+        (ValueError, "scale must be a finite number or a tensor or None, got '1'", (WIDE, "1")),
         (ValueError, rf"{SCALE} torch.uint8 \[6, 1\]", (WIDE, BYTES[:, :1])),
         (ValueError, rf"{SCALE} torch.uint8 \[5, 2\]", (WIDE, BYTES[:5])),
         (ValueError, rf"{SCALE} torch.uint8 \[2, 6\]", (WIDE, BYTES.view(2, 6))),
@@ -171,12 +171,12 @@ def test_from_tensors_refuses(error, expected, arguments):
 @pytest.mark.parametrize(
     "expected, changes",
     [
-        ("format must be one of float32, .* got 'int8'", {"format": "int8"}),
-        ("rows must be at least 1, got 0", {"rows": 0}),
-        ("rows must be at least 1, got -1", {"rows": -1}),
+        ("format must be one of .float32., .* got 'int8'", {"format": "int8"}),
+        ("rows must be a positive int, got 0", {"rows": 0}),
+        ("rows must be a positive int, got -1", {"rows": -1}),
         ("bytes of a row must be a multiple of 16, got 10 x bfloat16 = 20", {"width": 10}),
         ("e4m3_ue8m0 needs a row width divisible by 32, got 16", {"width": 16, "format": "e4m3_ue8m0"}),
-        ("row width must be between 1 and 1024 elements, got 0", {"width": 0}),
+        ("width must be a positive int of at most 1024, got 0", {"width": 0}),
     ],
 )
 def test_empty_refuses(expected, changes):
@@ -188,7 +188,7 @@ def test_empty_refuses(expected, changes):
     "make", [lambda **o: EngramTable.empty(6, 64, "bfloat16", **o), lambda **o: from_tensors(torch.zeros(6, 64), **o)]
 )
 def test_placements_are_checked(make):
-    with pytest.raises(ValueError, match="placement must be one of device, host, shared, staged, cpu, got 'pinned'"):
+    with pytest.raises(ValueError, match="placement must be one of .device., .host., .*, .cpu., got 'pinned'"):
         make(placement="pinned")
     with pytest.raises(ValueError, match="placement 'device' needs a GPU, and torch finds none"):
         make(placement="device")
@@ -366,9 +366,7 @@ BAD_SCALES |= {1e300: "1e[+]300, which is inf in float32", 1e-300: "1e-300, whic
 def test_a_scale_that_no_file_could_hold_is_refused_where_it_comes_in(scale):
     weight, _ = tensors_of("e4m3")
     expected = f"the table's scale must be a positive number, got {BAD_SCALES[scale]}$"
-    with pytest.raises(
-        ValueError, match="^EngramTable.from_tensors: scale of a float8_e4m3fn weight must be one float"
-    ):
+    with pytest.raises(ValueError, match="^EngramTable.from_tensors: scale (of a float8_e4m3fn weight )?must be"):
         EngramTable.from_tensors(weight, True, placement="cpu")
     for given in (scale, torch.tensor([scale], dtype=torch.float64)):
         with pytest.raises(ValueError, match=f"^EngramTable.from_tensors: {expected}"):

@@ -299,7 +299,6 @@ def test_shared_tables(kind):
         ],
         *[(dict(seed=x), "RowAdam: seed must be an int, got") for x in (0.5, None, "7", 2**63, True)],
         *[(dict(lr=x), "RowAdam: lr must be a finite number of at least 0") for x in ("1", None, 10**400, [0.1], True)],
-        (dict(lr=torch.ones(2)), r"RowAdam: lr must be a finite number .*, got float32 \[2\]"),
         (
             dict(state_placement="disk"),
             "RowAdam: state_placement must be one of .* or None, got 'disk'",
@@ -359,12 +358,13 @@ def test_a_step_that_fails_moves_nothing(spoil, message):
 def test_bad_calls(device):
     optimizer = RowAdam(trainable(device))
     for error, words, call in (
-        (TypeError, "step: closure must be a function or None, got 5", lambda: optimizer.step(5)),
+        (TypeError, "step: closure must be a function or None, got int 5", lambda: optimizer.step(5)),
+        (TypeError, "lr must be .*, got float32", lambda: RowAdam(trainable(device), lr=torch.ones(2))),
         (ValueError, "states: index must be an int of at least 0, got -1", lambda: optimizer.states(-1)),
         (ValueError, r"states: index must be within 0\.\.0, got 1", lambda: optimizer.states(1)),
         (ValueError, "step: the optimizer is closed", lambda: (optimizer.close(), optimizer.step())),
     ):
-        with pytest.raises(error, match=f"^RowAdam.{words}"):
+        with pytest.raises(error, match=f"^RowAdam(\\.|: ){words}"):
             call()
 
 

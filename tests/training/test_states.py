@@ -40,19 +40,19 @@ def test_rates_that_are_none(tmp_path, monkeypatch, name, value):
 def test_a_token_map_that_is_no_digest(tmp_path, monkeypatch):
     content = optimizer().state_dict()
     tables = [table | {"token_map": 5} for table in content["row_optimizer"]["tables"]]
-    both_ways(tmp_path, monkeypatch, changed(content, tables=tables), "token_map must be a str or None, got 5")
+    both_ways(tmp_path, monkeypatch, changed(content, tables=tables), "token_map must be a text or None, got int 5")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x: [x], "state_dict must be a Mapping, got list"),
-        (lambda x: None, "state_dict must be a Mapping, got None"),
+        (lambda x: None, "state_dict must be a Mapping, got NoneType"),
         (lambda x: x | {"state": [1]}, r"state_dict\['state'\] must be a mapping .*, got list"),
         (lambda x: x | {"state": {0: 3}}, r"state_dict\['state'\] must be a mapping .*, got dict"),
-        (lambda x: x | {"param_groups": 3}, r"state_dict\['param_groups'\] must be a sequence of 1 of .*, got 3"),
-        (lambda x: x | {"param_groups": [3]}, r"state_dict\['param_groups'\]\[0\] must be a Mapping, got 3"),
-        (lambda x: x | {"param_groups": x["param_groups"] * 2}, r"must be a sequence of 1 of a Mapping, got list"),
+        (lambda x: x | {"param_groups": 3}, r"state_dict\['param_groups'\] must be a sequence of .*, got int 3"),
+        (lambda x: x | {"param_groups": [3]}, r"state_dict\['param_groups'\]\[0\] must be a Mapping, got int 3"),
+        (lambda x: x | {"param_groups": x["param_groups"] * 2}, r"must be a sequence of Mapping, 1, got list"),
         (
             lambda x: x | {"state": {i: {n: t.to("meta") for n, t in s.items()} for i, s in x["state"].items()}},
             "0.first must be a tensor with content, got one on the meta device",

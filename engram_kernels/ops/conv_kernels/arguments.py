@@ -5,11 +5,17 @@ from typing import NamedTuple
 
 import torch
 
-from engram_kernels.launching.checks import check_bound, check_tensor
+from engram_kernels.geometry.kinds import Instance, Number, Optional, Tensor, Whole, check_all
+from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.tokens import check_batch
-from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES, GateCall
+from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES, GATE_KINDS, GateCall
 
 from .slots import ConvSlots
+
+#: What the convolution is told besides tensors, and all that it takes with its gate.
+CONV_OPTIONS = dict(dilation=Whole(1, 2**31 - 1), conv_eps=Optional(Number(0)))
+CONV_KINDS = GATE_KINDS | CONV_OPTIONS | dict.fromkeys(("conv_norm", "conv_weight"), Tensor(*FLOAT_DTYPES))
+CONV_KINDS |= dict(cu_seqlens=Optional(Tensor(torch.int32)), conv_state=Optional(Instance(tuple)))
 
 
 class ConvCall(NamedTuple):
@@ -68,10 +74,7 @@ def check_conv(where: str, call: ConvCall) -> None:
             f"{where}: conv_weight must have shape [H, D, K] = [{branches}, {hidden_size}, K >= 1], "
             f"got {list(conv_weight.shape)}"
         )
-    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
-        raise ValueError(f"{where}: dilation must be a positive int, got {dilation!r}")
-    if call.conv_eps is not None:
-        check_bound(where, "conv_eps", call.conv_eps)
+    check_all(where, CONV_OPTIONS, dict(dilation=dilation, conv_eps=call.conv_eps))
     if call.state is not None:
         check_state = check_conv_slots if call.slots is not None else check_conv_state
         check_state(where, call.state, batch, call.span, hidden)

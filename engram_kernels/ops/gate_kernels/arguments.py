@@ -4,10 +4,15 @@ from typing import NamedTuple
 
 import torch
 
-from engram_kernels.launching.checks import check_bound, check_choice, check_out, check_tensor
+from engram_kernels.geometry.kinds import Flag, Number, OneOf, Optional, Tensor, check_all
+from engram_kernels.launching.checks import check_out, check_tensor
 from engram_kernels.launching.launch import Launch
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+#: What a gate is told besides tensors, and all that it takes.
+GATE_OPTIONS = dict(eps=Optional(Number(0)), clamp=Number(0), zero_gate=OneOf("copysign", "sign"), residual=Flag())
+GATE_KINDS = dict.fromkeys(("hidden", "key", "value", "query_norm", "key_norm"), Tensor(*FLOAT_DTYPES))
+GATE_KINDS |= GATE_OPTIONS | dict(mask=Optional(Tensor(torch.bool)), out=Optional(Tensor(*FLOAT_DTYPES)))
 MAX_BRANCHES, MAX_HIDDEN_SIZE = 8, 16_384
 
 
@@ -43,7 +48,7 @@ class GateCall(NamedTuple):
 
 def check_gate(where: str, call: GateCall, out: torch.Tensor | None) -> None:
     """Types, shapes and devices of what a gate reads; ``out`` is None, contiguous and fits, or hidden itself."""
-    hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, _ = call
+    hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual = call
     check_tensor(where, "hidden", hidden, dtypes=FLOAT_DTYPES, contiguous=False)
     if hidden.dim() not in (3, 4):
         raise ValueError(f"{where}: hidden must have shape [T, H, D] or [B, S, H, D], got {list(hidden.shape)}")
@@ -64,10 +69,7 @@ def check_gate(where: str, call: GateCall, out: torch.Tensor | None) -> None:
         check_tensor(where, name, tensor, dtypes=FLOAT_DTYPES, shape=(branches, hidden_size), device=hidden.device)
     if mask is not None:
         check_tensor(where, "mask", mask, dtypes=(torch.bool,), shape=tokens, device=hidden.device)
-    if eps is not None:
-        check_bound(where, "eps", eps)
-    check_bound(where, "clamp", clamp)
-    check_choice(where, "zero_gate", zero_gate, ("copysign", "sign"))
+    check_all(where, GATE_OPTIONS, dict(eps=eps, clamp=clamp, zero_gate=zero_gate, residual=residual))
     if hidden.is_cuda and hidden.dtype == torch.float64:
         raise TypeError(
             f"{where}: hidden must be bfloat16, float16 or float32 on a GPU, float64 is for the CPU; "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engram_kernels.geometry.kinds import Instance
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT
 from engram_kernels.tables.engram import EngramTable
@@ -19,9 +20,8 @@ def check_tables(where: str, tables, device: torch.device) -> None:
             f"{where}: tables must stay out of torch.export, as a program would hold addresses of this process; "
             "export what takes rows, such as Engram.forward(hidden, rows=rows)"
         )
-    for table in tables:
-        if not isinstance(table, EngramTable):
-            raise TypeError(f"{where}: expected an EngramTable, got {type(table).__name__}")
+    for place, table in enumerate(tables):
+        Instance(EngramTable).check(where, f"tables[{place}]", table)
         table.check_readable_on(device, where)
         if (table.format, table.width) != (tables[0].format, tables[0].width):
             raise ValueError(f"{where}: tables must share format and width, got {tables[0]!r} and {table!r}")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from engram_kernels.geometry.kinds import describe
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.launching.checks import describe
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import TableView

@@ -4,14 +4,23 @@ from typing import NamedTuple
 
 import torch
 
+from engram_kernels.geometry.kinds import AnyOf, Dtype, Instance, OneOf, Optional, Tensor, Whole, check_all
 from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP, RowFormat
-from engram_kernels.launching.checks import check_choice, check_out, check_tensor
+from engram_kernels.launching.checks import check_out, check_tensor
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import TableView
 
 #: A TableView in the schema of a registered op.
 VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement, int link_bytes, int page_bytes"
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: How rows may be wanted.
+OUT_KINDS = dict(
+    out=Optional(AnyOf(Tensor(), Instance(tuple))),
+    out_dtype=Optional(Dtype(*OUT_DTYPES, torch.float64)),
+    out_format=OneOf("values", "storage"),
+)
+_ORDER = OneOf("direct", "address", "head")  # order.ORDERS
+READ_KINDS = OUT_KINDS | dict(programs=Optional(Whole(1, 2**31 - 1)), order=Optional(_ORDER))
 
 
 class Reading(NamedTuple):
@@ -24,7 +33,7 @@ class Reading(NamedTuple):
 
 def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype, out_format) -> None:
     """Raise unless ``out`` (a tensor, or (rows, scales) for "storage", or None) and the output's type fit."""
-    check_choice(where, "out_format", out_format, ("values", "storage"))
+    check_all(where, OUT_KINDS, dict(out_dtype=out_dtype, out_format=out_format))
     if out_format == "values":
         dtype = out_dtype or table.default_out_dtype
         if dtype not in OUT_DTYPES and not dtype == table.format.dtype == torch.float64:

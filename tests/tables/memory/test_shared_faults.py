@@ -55,7 +55,7 @@ def test_a_reader_waits_no_longer_than_it_said(shared_name, monkeypatch):
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), "1", None])
 def test_timeouts_are_checked(timeout):
-    with pytest.raises(ValueError, match="EngramTable.attach: timeout must be a number of seconds, 0 or more, got"):
+    with pytest.raises(ValueError, match="EngramTable.attach: timeout must be a finite number of at least 0, got"):
         attach("x", timeout=timeout)
 
 
@@ -181,7 +181,7 @@ def test_a_file_that_shrinks_under_the_mapping_is_an_error(shared_name):
 @pytest.mark.parametrize("name_", ["", "a/b", "a b", "x" * 129, 7, None])
 def test_names_are_checked(name_):
     for make in (lambda: made(name_), lambda: attach(name_)):
-        with pytest.raises(ValueError, match="placement 'shared' needs a name"):
+        with pytest.raises((ValueError, TypeError), match="placement 'shared' needs a name|name must be a text"):
             make()
     with pytest.raises(ValueError, match="placement 'shared' needs a name, and no other takes one, got 'x'"):
         EngramTable.empty(5, 8, "float32", placement="host", name="x")

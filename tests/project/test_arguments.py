@@ -1,0 +1,260 @@
+"""Bad values for every parameter of every public function: an error that says where, what was expected and what came.
+
+``function.kinds`` declares what a parameter takes (geometry/kinds.py). CALLS has a good call of each function; each
+value of POOL is put in the place of each argument in turn. One that is not of the parameter's kind is a TypeError or
+ValueError that names function and parameter; one that is may be right, or an error of these classes. Nothing is half
+done: after an error the good call goes through, on the same objects.
+"""
+
+import inspect
+import math
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import engram_kernels as ek
+from engram_kernels.geometry.config import KINDS
+from engram_kernels.geometry.kinds import Function, Kind
+from tests.ops import test_arguments, test_arguments_gate
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+#: One of each sort that was ever taken for something else.
+POOL = (
+    None, True, -1, 0, 3, 10**30, -(10**400), 1.5, -0.5, math.nan, math.inf, "text", "", "cpu", "\0", b"bytes", [],
+    [None], ["a"], {}, {"a": 1}, (), (0.9,), (1, 2, 3), {1}, object(), Unprintable(), Unprintable, print, np.ones(2),
+    np.int64(2), torch.int8, torch.complex64, torch.float32, torch.tensor(3), torch.tensor(0.5), torch.zeros(0),
+    torch.zeros(3), torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(4, dtype=torch.bool), torch.arange(3),
+    torch.zeros(2, 2, device="meta"), torch.full((2, 2), -7), torch.zeros(3).to_sparse(), torch.device("meta"),
+)  # fmt: skip
+
+CONFIG = dict(layers=(1, 3), max_ngram=3, heads=2, row_width=32, table_sizes=(5, 5), hidden_size=8, branches=2)
+CONFIG |= dict(raw_vocab_size=50, vocab_size=None, pad_id=2, eos_id=None, window="pad", multiplier_rule="numpy", seed=0)
+CONFIG |= dict(row_multiple=1, format="float32", eps=1e-6, projection_bias=False, conv_kernel=2, conv_eps=None)
+CONFIG |= dict(norm_offset=0.0, zero_gate="copysign")
+
+
+def config():
+    return ek.EngramConfig(**CONFIG)
+
+
+def plan():
+    return ek.HashPlan.build(config(), torch.arange(50))
+
+
+def table(layer=0):
+    return ek.EngramTable.empty(config().rows_per_layer[layer], 32, "float32", placement="cpu")
+
+
+def trainable():
+    found = ek.EngramTable.from_tensors(torch.ones(7, 8), placement="cpu").requires_row_grad_()
+    found.accumulate_row_grad(torch.tensor([1, 2]), torch.ones(2, 8))
+    return found
+
+
+def engram():
+    return ek.Engram(config(), 1, plan(), table())
+
+
+def state():
+    return ek.EngramState(config(), 3, "cpu", dtype=torch.float32)
+
+
+def slots(*numbers):
+    return torch.tensor(numbers or (1,), dtype=torch.int32)
+
+
+def ids():
+    return torch.arange(1, 5)[None]
+
+
+def cache():
+    found = plan()
+    return ek.NgramCache(found, [table(0), table(1)], entries=8)
+
+
+def made(kind, **options):
+    return kind([trainable()], **options)
+
+
+def prefetcher():
+    return ek.Prefetcher(plan(), [table(0), table(1)], 8)
+
+
+def begun():
+    return state().begin(ids(), slots())
+
+
+OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
+NEW = dict(device=None, name=None, scales=None, progress=None, placement="cpu")
+TOKENS = dict(cu_seqlens=None, history=None, dead=None)
+READ = dict(out=None, out_dtype=None, out_format="values", programs=None, order=None)
+GATE = dict(clamp=1e-6, mask=None, zero_gate="sign", residual=True, out=None)
+
+
+#: {public callable: a good call of it, as (function, arguments)}, made anew for each parameter.
+CALLS = {
+    "EngramConfig": lambda: (ek.EngramConfig, dict(CONFIG)),
+    "HashPlan.build": lambda: (ek.HashPlan.build, dict(config=config(), token_map=torch.arange(50))),
+    "HashPlan.from_parts": lambda: (
+        ek.HashPlan.from_parts,
+        dict(multipliers=torch.ones(1, 2).long(), primes=torch.tensor([[5]]), pad=0, token_map=None, eos=None,
+             vocab_size=9),
+    ),
+    "HashPlan.select": lambda: (plan().select, dict(layers=[0], columns=None)),
+    "HashPlan.to": lambda: (plan().to, dict(device="cpu")),
+    "EngramTable.empty": lambda: (ek.EngramTable.empty, NEW | dict(rows=4, width=32, format="float32", scale=1.0)),
+    "EngramTable.from_tensors": lambda: (ek.EngramTable.from_tensors, NEW | dict(weight=torch.ones(4, 32), scale=None)),
+    "EngramTable.requires_row_grad_": lambda: (trainable().requires_row_grad_, dict(requires=True)),
+    "EngramTable.accumulate_row_grad": lambda: (
+        trainable().accumulate_row_grad, dict(row_ids=torch.tensor([1]), grad=torch.ones(1, 8))
+    ),
+    "RowAdagrad": lambda: (ek.RowAdagrad, OPTIMIZER | dict(tables=trainable())),
+    "RowAdam": lambda: (ek.RowAdam, OPTIMIZER | dict(tables=[trainable()], betas=(0.9, 0.99))),
+    "RowAdam.step": lambda: (made(ek.RowAdam).step, dict(closure=None)),
+    "RowAdam.states": lambda: (made(ek.RowAdam).states, dict(index=0)),
+    "RowAdam.zero_grad": lambda: (made(ek.RowAdam).zero_grad, dict(set_to_none=True)),
+    "RowAdam.load_state_dict": lambda: (
+        made(ek.RowAdam).load_state_dict, dict(state_dict=made(ek.RowAdam).state_dict())
+    ),
+    "NgramCache": lambda: (
+        ek.NgramCache, dict(plan=plan(), tables=[table(0), table(1)], bytes=None, entries=8, ways=4, min_tokens=None)
+    ),
+    "NgramCache.warm": lambda: (cache().warm, dict(token_ids=torch.arange(9), progress=None)),
+    "EngramState": lambda: (
+        ek.EngramState, dict(config=config(), slots=2, device="cpu", dtype=torch.float32, max_drafts=0)
+    ),
+    "EngramState.begin": lambda: (state().begin, dict(token_ids=ids(), slots=slots(), cu_seqlens=None, dead=None)),
+    "EngramState.reset": lambda: (state().reset, dict(slots=1)),
+    "EngramState.restore": lambda: (
+        state().restore,
+        dict(slots=1, token_ids=ids(), cu_seqlens=None, dead=None, conv_states=state().conv_states(1)),
+    ),
+    "EngramState.conv_states": lambda: (state().conv_states, dict(slots=1)),
+    "EngramStep.commit": lambda: (begun().commit, dict(accepted=None)),
+    "Prefetcher": lambda: (
+        ek.Prefetcher,
+        dict(plan=plan(), tables=[table(0), table(1)], max_tokens=8, programs=None, order=None, out_dtype=None,
+             max_sequences=None, layers=None, cache=None),
+    ),
+    "Prefetcher.start": lambda: (prefetcher().start, dict(token_ids=torch.arange(4), **TOKENS)),
+    "Prefetcher.launches": lambda: (prefetcher().launches, dict(num_tokens=4)),
+    "Engram": lambda: (
+        ek.Engram, dict(config=config(), layer=1, plan=plan(), table=table(), residual=True, device=None, dtype=None)
+    ),
+    "Engram.forward": lambda: (
+        engram(),
+        dict(hidden=torch.ones(4, 2, 8), token_ids=torch.arange(4), rows=None, conv_state=None, state=None, **TOKENS),
+    ),
+    "Engram.rows": lambda: (engram().rows, dict(token_ids=torch.arange(4), **TOKENS)),
+    "Engram.new_conv_state": lambda: (engram().new_conv_state, dict(batch=2)),
+    "Engram.load_checkpoint": lambda: (engram().load_checkpoint, dict(tensors=engram().state_dict(), prefix="")),
+    "replace_engram": lambda: (
+        ek.replace_engram, dict(model=nn.Sequential(), placement="cpu", tables=None, optimizer=None)
+    ),
+    "export_state": lambda: (ek.export_state, dict(model=nn.Sequential(engram()))),
+    "warmup": lambda: (
+        ek.warmup,
+        dict(engrams=[engram()], max_tokens=4, prefetcher=None, state=None, dead=False, id_dtype=torch.int64),
+    ),
+    "build_token_map": lambda: (ek.build_token_map, dict(tokenizer=None)),
+    "ngram_hash": lambda: (ek.ngram_hash, test_arguments.valid("ngram_hash") | TOKENS | dict(out=None)),
+    "lookup": lambda: (ek.lookup, test_arguments.valid("lookup") | READ),
+    "hash_lookup": lambda: (ek.hash_lookup, test_arguments.valid("hash_lookup") | TOKENS | READ | dict(cache=None)),
+    "gate_residual": lambda: (ek.gate_residual, test_arguments_gate.valid("gate_residual") | GATE),
+    "gate_conv_residual": lambda: (
+        ek.gate_conv_residual,
+        test_arguments_gate.valid("gate_conv_residual") | GATE | dict(cu_seqlens=None, conv_state=None),
+    ),
+}  # fmt: skip
+
+
+def kinds_of(function) -> dict[str, Kind]:
+    if function is ek.EngramConfig:
+        return KINDS
+    if isinstance(function, ek.Engram):
+        return function.forward.kinds
+    return (function.__init__ if inspect.isclass(function) else function).kinds
+
+
+def shown(value) -> str:
+    try:
+        return f"{type(value).__name__} {value!r:.40}"
+    except Exception:
+        return type(value).__name__
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_values(name):
+    faults = []
+    for parameter in CALLS[name]()[1]:
+        for value in POOL:
+            function, arguments = CALLS[name]()
+            kind = kinds_of(function)[parameter]
+            if value is Unprintable and isinstance(getattr(kind, "kind", kind), Function):
+                continue  # something to call
+            fits, came = kind.fits(value), f"{parameter} = {shown(value)}"
+            try:
+                function(**arguments | {parameter: value})
+                if not fits:
+                    faults.append(f"{came}: taken")
+                continue
+            except (TypeError, ValueError) as error:
+                clear = re.match(rf"{re.escape(name)}: .*\b{parameter}\b.* got ", str(error), re.S)
+                if not clear and not (fits and re.match(r"\w+(\.\w+)?: ", str(error))):
+                    faults.append(f"{came}: {error}")
+            except OSError as error:  # a path where nothing is
+                if not fits or not str(error).startswith(f"{name}: "):
+                    faults.append(f"{came}: {error}")
+            except Exception as error:
+                faults.append(f"{came}: {type(error).__name__} {error}")
+            if name not in REFUSED:
+                function(**arguments)
+    assert not faults, f"{len(faults)} of {name}:\n" + "\n".join(faults)
+
+
+#: Functions whose call in CALLS is no good one: it takes packages, or large models.
+REFUSED = ("build_token_map", "replace_engram")
+#: What takes no argument of users: made by class methods, or called by this package alone.
+INTERNAL = {
+    "HashPlan", "EngramTable", "EngramTable.memory", "EngramTable.check_readable_on", "EngramTable.check_usable",
+    "NgramCache.look_up", "ShardedTable.map",
+}  # fmt: skip
+#: Of several processes: what ranks give is compared before it is checked, so that all of them raise (tests/ranks).
+COLLECTIVE = ("ShardedTable",)
+
+
+def public_functions():
+    for name in ek.__all__:
+        value = getattr(ek, name)
+        yield name, value
+        for member in dir(value) if inspect.isclass(value) and not name.startswith("_") else ():
+            static = inspect.getattr_static(value, member)
+            own = any(member in vars(base) for base in value.__mro__ if base.__module__.startswith("engram_kernels"))
+            if not member.startswith("_") and own and isinstance(static, (types.FunctionType, classmethod)):
+                yield f"{name}.{member}", getattr(value, member)
+
+
+FUNCTIONS = {name: function for name, function in public_functions() if name.split(".")[0] not in COLLECTIVE}
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - INTERNAL))
+def test_every_parameter_is_declared(name):
+    function = FUNCTIONS[name]
+    parameters = inspect.signature(function).parameters.values()
+    names = {each.name for each in parameters if each.kind != each.VAR_KEYWORD and each.name != "self"}
+    if names:
+        kinds = (
+            KINDS
+            if function is ek.EngramConfig
+            else (function.__init__ if inspect.isclass(function) else function).kinds
+        )
+        assert kinds.keys() == names
