@@ -4,12 +4,13 @@ Presets follow the published models; :meth:`EngramConfig.from_hf` reads a checkp
 Sources: arXiv 2601.07372 (paper and demo), the DeepSeek-V4.1-Flash and Qwen3.8-Flash-Next configurations.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from .bounds import BOUNDS, MAX_COLUMNS
-from .kinds import Each, Flag, Number, OneOf, Optional, Whole, short
+from .kinds import AnyOf, Each, Flag, Having, Instance, Number, OneOf, Optional, Whole, declares, short
 from .published import read_published
 from .row_format import FORMATS, row_format
 
@@ -179,6 +180,7 @@ class EngramConfig:
         )
 
     @classmethod
+    @declares(config=AnyOf(Instance(Mapping), Having("a config object", "__dict__")))
     def from_hf(cls, config: Any) -> "EngramConfig":
         """Read a checkpoint's ``config.json``, already parsed, or a config object of transformers.
 

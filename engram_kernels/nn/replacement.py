@@ -78,9 +78,8 @@ def replace_engram(
     """
     if (placement is None) == (tables is None):
         raise ValueError("replace_engram: expected either placement or tables, got both or neither")
-    optimizers = (
-        [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(() if optimizer is None else optimizer)
-    )
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    optimizers = [] if optimizers is None else list(optimizers)
     for place, each in enumerate(optimizers):
         Instance(torch.optim.Optimizer).check("replace_engram", f"optimizer[{place}]", each)
     found = _found(model)

@@ -51,6 +51,7 @@ class EngramStep:
         """``cu_seqlens``, ``history`` and ``dead``: what hashes, :meth:`Prefetcher.start` and lookups take."""
         return dict(cu_seqlens=self.cu_seqlens, history=self.history, dead=self.dead)
 
+    @declares(layer=Whole(0))
     def conv_state(self, layer: int) -> ConvSlots | None:
         """State of one of the config's layers, as :func:`gate_conv_residual` takes it; None without a convolution."""
         return self.state.layer_slots(layer, self.slots)

@@ -72,8 +72,8 @@ class TrainableRows(PlacedRows):
         shape = (*row_ids.shape, self.width)
         if grad.shape != shape or grad.device != row_ids.device:
             raise ValueError(
-                f"EngramTable.accumulate_row_grad: grad must have shape {list(shape)} on {row_ids.device}, as row_ids and "
-                f"the table say, got {list(grad.shape)} on {grad.device}"
+                f"EngramTable.accumulate_row_grad: grad must have shape {list(shape)} on {row_ids.device}, "
+                f"as of row_ids, got {list(grad.shape)} on {grad.device}"
             )
         new = row_gradient(row_ids, grad, self.rows)
         old = self.row_grad if self._anchor.grad is not None else None
