@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .bounds import BOUNDS, MAX_COLUMNS
-from .kinds import AnyOf, Each, Flag, Having, Instance, Number, OneOf, Optional, Whole, declares, short
+from .bounds import BOUNDS, MAX_COLUMNS, short
+from .kinds import AnyOf, Each, Flag, Having, Instance, Number, OneOf, Optional, Whole, declares
 from .published import read_published
 from .row_format import FORMATS, row_format
 

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from engram_kernels.geometry.kinds import Dtype, Each, Instance, OneOf, Optional, Tensor, Whole, declares, takes
+from engram_kernels.geometry.kinds import Dtype, Each, Instance, OneOf, Optional, Tensor, Whole, declares, short, takes
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.device import processors
 from engram_kernels.launching.streams import streams_of
@@ -209,8 +209,9 @@ class Prefetcher:
         It is a view of a buffer: the next start() overwrites it, once the streams that asked for rows are done with
         what they were given before that start(), or before :meth:`release`.
         """
-        if layer not in self._layers:
-            raise ValueError(f"Prefetcher.rows: layer must be one of {list(self._layers)}, got {layer!r}")
+        Instance(Hashable).check("Prefetcher.rows", "layer", layer)
+        if not any(type(layer) is type(each) and layer == each for each in self._layers):
+            raise ValueError(f"Prefetcher.rows: layer must be one of {list(self._layers)}, got {short(layer)}")
         if self._view is None:
             raise ValueError(f"Prefetcher.rows: no start() came before rows({layer!r})")
         index = self._layers.index(layer)

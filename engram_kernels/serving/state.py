@@ -54,6 +54,7 @@ class EngramStep:
     @declares(layer=Whole(0))
     def conv_state(self, layer: int) -> ConvSlots | None:
         """State of one of the config's layers, as :func:`gate_conv_residual` takes it; None without a convolution."""
+        Whole(0).check("EngramStep.conv_state", "layer", layer)
         return self.state.layer_slots(layer, self.slots)
 
     @declares(accepted=Optional(Tensor(torch.int32)))
@@ -212,8 +213,10 @@ class EngramState:
     @declares(layer=Whole(0), slots=_SLOTS)
     def layer_slots(self, layer: int, slots: torch.Tensor) -> ConvSlots | None:
         """State of one of the config's layers for sequences in ``slots``; None without a convolution."""
+        Whole(0).check("EngramState.layer_slots", "layer", layer)
         if layer not in self._rings:
             raise ValueError(f"EngramState: layer must be one of the config's, {self.config.layers}, got {layer!r}")
+        _SLOTS.check("EngramState.layer_slots", "slots", slots)
         ring = self._rings[layer]
         return None if ring is None else ConvSlots(*ring, self._cursor, slots)
 

@@ -148,7 +148,7 @@ OUT_DTYPE = "out_dtype must be bfloat16, float16.*, got"
 # Constraints on reading rows, shared by lookup and hash_lookup. "tables" stands for the table or all of them.
 ROW_CASES = [
     (ValueError, "the table is closed", {"tables": closed}),
-    (TypeError, "expected an EngramTable, got Tensor", {"tables": lambda: torch.zeros(120, WIDTH)}),
+    (TypeError, "must be an EngramTable, got float32", {"tables": lambda: torch.zeros(120, WIDTH)}),
     (ValueError, "rows must start at a multiple of 16 bytes",
      {"tables": lambda: EngramTable.from_tensors(view_at((120, WIDTH), torch.float32, 1), placement="cpu")}),
     (ValueError, "rows must start at a multiple of 16 bytes",
@@ -285,7 +285,7 @@ def test_lookup_alone(error, words, changes):
         (ValueError, "tables must share format and width", {"tables": tables_of("e4m3", "e4m3_ue8m0")}),
         (ValueError, "tables must share format and width", {"tables": [table_of(), table_of(width=64)]}),
         (ValueError, "the table is closed", {"tables": [table_of(), closed()]}),
-        (TypeError, "expected an EngramTable, got NoneType", {"tables": [table_of(), None]}),
+        (TypeError, "tables\\[1\\] must be an EngramTable, got NoneType", {"tables": [table_of(), None]}),
     ],
 )
 def test_hash_lookup_alone(error, words, changes):
