@@ -53,6 +53,9 @@ _PLACING = dict(
     progress=Optional(Function()),
 )
 
+PATHS = AnyOf(PathKind(), Each(PathKind(), least=1))
+PATHS.expected = "a file, a folder, an index or a list of them"
+
 
 class EngramTable(TrainableRows):
     """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors`, :meth:`from_safetensors`, :meth:`attach`.
@@ -196,7 +199,7 @@ class EngramTable(TrainableRows):
 
     @classmethod
     @takes(
-        paths=AnyOf(PathKind(), Each(PathKind(), least=1)),
+        paths=PATHS,
         placement=_PLACING["placement"],
         config=Optional(Instance(EngramConfig)),
         layer=Optional(Whole(0)),

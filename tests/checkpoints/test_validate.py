@@ -271,7 +271,7 @@ def test_paths_and_arguments(tmp_path):
     first = save(tmp_path / "a.safetensors", checkpoints.v41_tensors(1))
     with pytest.raises(FileNotFoundError, match="no such file: .*nope"):
         load(tmp_path / "nope.safetensors", placement="cpu")
-    with pytest.raises(TypeError, match="paths must be a file, a folder, an index, or a list of them, got 3"):
+    with pytest.raises(TypeError, match="paths must be a file, a folder, an index or a list of them, got int 3"):
         load(3, placement="cpu")
     with pytest.raises(ValueError, match="paths must name at least one file, got none"):
         load([], placement="cpu")

@@ -304,7 +304,7 @@ def test_bad_arguments(tmp_path):
         (TypeError, "prefix must be a text, got int", {"prefix": 3}),
         (ValueError, "shard_bytes must be a positive int or None, got 0", {"shard_bytes": 0}),
         (ValueError, "shard_bytes must be a positive int or None, got '5GB'", {"shard_bytes": "5GB"}),
-        (TypeError, "metadata must map texts to texts, got {'rows': 3}", {"metadata": {"rows": 3}}),
+        (TypeError, "metadata must be a mapping from a text to a text or None, got dict", {"metadata": {"rows": 3}}),
     ):
         with pytest.raises(error, match=f"^EngramTable.save_safetensors: {expected}"):
             table.save_safetensors(**({"path": path} | arguments))
