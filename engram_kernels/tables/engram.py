@@ -53,7 +53,7 @@ _PLACING = dict(
     progress=Optional(Function()),
 )
 
-PATHS = AnyOf(PathKind(), Each(PathKind(), least=1))
+PATHS = AnyOf(PathKind(), Each(PathKind()))
 PATHS.expected = "a file, a folder, an index or a list of them"
 
 
