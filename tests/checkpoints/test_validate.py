@@ -280,7 +280,7 @@ def test_paths_and_arguments(tmp_path):
         load(tmp_path / "empty", placement="cpu")
     with pytest.raises(CheckpointError, match="two files hold layers.1"):
         load([first, save(tmp_path / "twice.safetensors", checkpoints.v41_tensors(1))], placement="cpu")
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="threads must be a positive int, got 0"):
         load(first, placement="cpu", threads=0)
     with pytest.raises(TypeError, match="config must be an EngramConfig, got dict"):
         load(first, placement="cpu", config={})
