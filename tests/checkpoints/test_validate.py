@@ -282,7 +282,7 @@ def test_paths_and_arguments(tmp_path):
         load([first, save(tmp_path / "twice.safetensors", checkpoints.v41_tensors(1))], placement="cpu")
     with pytest.raises(ValueError, match="threads must be a positive int, got 0"):
         load(first, placement="cpu", threads=0)
-    with pytest.raises(TypeError, match="config must be an EngramConfig, got dict"):
+    with pytest.raises(TypeError, match="config must be an EngramConfig or None, got dict"):
         load(first, placement="cpu", config={})
     with pytest.raises(TypeError, match="prefix must be a text, got int"):
         load(first, placement="cpu", prefix=1)
