@@ -286,7 +286,7 @@ def test_paths_and_arguments(tmp_path):
         load(first, placement="cpu", config={})
     with pytest.raises(TypeError, match="prefix must be a text.*, got int"):
         load(first, placement="cpu", prefix=1)
-    with pytest.raises(ValueError, match="placement must be one of device, host, shared, staged, cpu"):
+    with pytest.raises(ValueError, match="placement must be one of .device., .host., .shared., .staged., .cpu."):
         load(first, placement="pinned")
 
 
