@@ -73,8 +73,6 @@ class NgramCache(CacheStore):
         The file may come from a cache of another size: of a set's keys the most recently used ones stay. ValueError
         where it was written for a plan that hashes differently.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"NgramCache.load: no such file: {path}")
         load_keys(self, path)
 
     def look_up(self, tokens, view, reading, out) -> None:

@@ -277,8 +277,8 @@ def test_build_and_from_parts_ignore_the_default_device(default_device):
         HashPlan.build(config, torch.arange(50))
 
 
-def test_ids_may_be_numbers_of_numpy_and_torch():
-    plan = small_plan(pad=torch.tensor(3), vocab_size=np.int32(50))
+def test_ids_may_be_numbers_of_numpy():
+    plan = small_plan(pad=np.int64(3), vocab_size=np.int32(50))
     assert (type(plan.pad), plan.pad, type(plan.vocab_size), plan.vocab_size) == (int, 3, int, 50)
 
 
@@ -297,7 +297,7 @@ def test_from_parts_refuses_ids_that_are_no_integers(changes):
 def test_select_refuses_what_is_no_position(what, positions):
     with pytest.raises(TypeError, match=f"^HashPlan.select: {what} must be (integers|a sequence or None), got "):
         small_plan().select(**{what: positions})
-    with pytest.raises(TypeError, match=f"^HashPlan.select: {what} must be a sequence of integers, got 0"):
+    with pytest.raises(TypeError, match=f"^HashPlan.select: {what} must be a sequence or None, got int 0"):
         small_plan().select(**{what: 0})
 
 

@@ -86,7 +86,7 @@ def test_without_a_group():
 
 def test_what_takes_tables_in_one_piece_says_so():
     table = object.__new__(ShardedTable)
-    with pytest.raises(TypeError, match="^lookup: expected an EngramTable, got ShardedTable$"):
+    with pytest.raises(TypeError, match="^lookup: table must be an EngramTable, got ShardedTable$"):
         lookup(table, torch.tensor([[1]]))
-    with pytest.raises(TypeError, match="^RowAdagrad: tables must be EngramTable objects, got ShardedTable$"):
+    with pytest.raises(TypeError, match="^RowAdagrad: tables must be an EngramTable or a sequence, got ShardedTable$"):
         RowAdagrad(table)

@@ -244,9 +244,9 @@ def test_errors(device):
         EngramTable.empty(4, 32, "e4m3_ue8m0", placement="cpu").requires_row_grad_()
     with pytest.raises(ValueError, match="accumulate_row_grad: the table is not trainable"):
         place(torch.randn(3, 8), None, device).accumulate_row_grad(ids, torch.randn(2, 8))
-    with pytest.raises(ValueError, match=r"row_gradient: grad must have shape \[2, 8\], got \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"grad must have shape \[2, 8\].*, got \[3, 8\]"):
         table.accumulate_row_grad(ids, torch.randn(3, 8))
-    with pytest.raises(TypeError, match="row_gradient: row_ids must be a tensor of int32 or int64"):
+    with pytest.raises(TypeError, match="row_ids must be a tensor of int32 or int64"):
         table.accumulate_row_grad(ids.float(), torch.randn(2, 8))
     table.close()
     with pytest.raises(ValueError, match="closed"):
