@@ -265,7 +265,7 @@ def test_a_step_touches_its_own_rows_alone(device, kind):
             resident = next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
         assert resident < 8 << 20, "kB"
         optimizer.close()
-        with pytest.raises(ValueError, match=f"{kind.__name__}: the optimizer is closed"):
+        with pytest.raises(ValueError, match=f"{kind.__name__}.step: the optimizer is closed"):
             optimizer.step()
         optimizer.close()
 
