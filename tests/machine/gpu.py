@@ -50,6 +50,12 @@ BENIGN = (
         "hits write one stamp, and programs ask of a stamp whether it is above 0, which the old and the new both are",
     ),
     Benign(
+        "conv_residual_kernel",
+        "race",
+        "hidden_ptr, out_ptr:",
+        "in place a thread stores where it has loaded; threads that load a copy of it and store none drop theirs",
+    ),
+    Benign(
         "gate_backward_kernel",
         "race",
         "product_ptr:",
