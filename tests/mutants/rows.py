@@ -26,9 +26,6 @@ LOOKUP = """\
 mask dropped: negative ids @ ops/row_kernels/copy -k missing_row
 - present = row >= 0
 + present = row >= -1
-mask dropped: missing rows under a scale @ ops/row_kernels/copy -k missing_row
-- tl.where(present[:, None, None], decode_e4m3(value, ELEMENT) * scale[:, None, None], 0.0)
-+ decode_e4m3(value, ELEMENT) * scale[:, None, None]
 NaN dropped: row @ ops/row_kernels/copy
 - value = tl.where(tl.abs(value) == 480.0, float("nan"), value)
 + value = value * 1.0
