@@ -32,7 +32,7 @@ _ATTEMPTS = 100  # at a folder that saves change while it is read
 #: Texts in headers, JSON: what save_safetensors says of a table, and of an optimizer's state.
 TABLE_KEY, OPTIMIZER_KEY = "engram_table", "row_optimizer"
 #: A file that save_safetensors writes where there are several.
-_PART = re.compile(rf"(?P<stem>.*)-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
+PART = re.compile(rf"(?P<stem>.*)-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -275,7 +275,7 @@ def _of_folder(folder: Path, where: str) -> list[Path]:
         raise CheckpointError(f"{where}: {folder} has more than one index ({names}): name the one to read")
     names = {path.name for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")}
     # Beside the one file of a table, parts without an index are of a save that has just begun, or of one before.
-    parts = {name for name in names if (match := _PART.fullmatch(name)) and f"{match['stem']}{SUFFIX}" in names}
+    parts = {name for name in names if (match := PART.fullmatch(name)) and f"{match['stem']}{SUFFIX}" in names}
     files = [folder / name for name in sorted(names - parts)]
     if not files:
         raise CheckpointError(f"{where}: {folder} holds no {SUFFIX} file")

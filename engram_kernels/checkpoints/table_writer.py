@@ -7,7 +7,6 @@ checkpoint, and their names are new every time, so that the files of the old ind
 import io
 import json
 import os
-import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 
 from engram_kernels.geometry.row_format import RowFormat
 
-from .files import INDEX_SUFFIX, SUFFIX, TABLE_KEY, weight_map
+from .files import INDEX_SUFFIX, PART, SUFFIX, TABLE_KEY, weight_map
 from .names import SCALE_NAMES, as_prefix, find_tables, part_of
 from .opening import CheckpointError, naming
 from .parallel import spans
@@ -137,7 +136,7 @@ class TableWriter(RowsFiles):
         if shard_bytes is not None and (not isinstance(shard_bytes, int) or shard_bytes < 1):
             raise ValueError(f"{where}: shard_bytes must be a positive int or None, got {shard_bytes!r}")
         self._old = _replaceable(self._path, where)
-        stray = {name for name in os.listdir(self._path.parent) if _shard_name(self._path).fullmatch(name)}
+        stray = {name for name in os.listdir(self._path.parent) if _is_shard(name, self._path)}
         remove_abandoned(self._path, stray - self._indexed())
         self.shards = self._layout(rows, shard_bytes)
         check_disk(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
@@ -256,11 +255,11 @@ def _replaceable(path: Path, where: str) -> set[Path]:
                 f"{where}: {file} holds {len(names)} tensors that are not one table's own, and is not replaced; "
                 "save to another folder or file"
             )
-        old |= {file, *(shard for shard in paths if _shard_name(path).fullmatch(shard.name))}
+        old |= {file, *(shard for shard in paths if _is_shard(shard.name, path))}
     return old
 
 
-def _shard_name(path: Path) -> re.Pattern:
-    """Names that saving to ``path`` gives to files of its own."""
-    stem = re.escape(path.name.removesuffix(SUFFIX))
-    return re.compile(rf"{stem}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
+def _is_shard(name: str, path: Path) -> bool:
+    """Whether saving to ``path`` gives such names to files of its own."""
+    match = PART.fullmatch(name)
+    return match is not None and match["stem"] == path.name.removesuffix(SUFFIX)
