@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-INT64 = (-(2**63), 2**63 - 1)
+from .bounds import INT64
 
 
 class Kind:
