@@ -1,0 +1,288 @@
+"""What the optimizers of rows share: their tables, the states of these, the step over both, and saving."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
+from engram_kernels.geometry import kinds
+from engram_kernels.geometry.kinds import Flag, Function, Instance, Keyed, Number, Optional, Whole, check_all, takes
+from engram_kernels.launching.device import takes_kernels
+from engram_kernels.tables.engram import EngramTable
+
+from .saving import KEY, Content, fill_states, layout_of, open_states, save_states, tensors_of
+from .state import PLACEMENTS, RowState
+from .update import Rule, launch_row_update
+
+
+class _Rate(Number):
+    """A number, or a tensor of one element, as torch's schedulers set a rate."""
+
+    def fits(self, value) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.numel() == 1 and not value.is_meta and not value.is_complex() and super().fits(value.item())
+        return super().fits(value)
+
+    def settled(self, value):
+        return value
+
+
+class _Betas(kinds.Kind):
+    """The rates at which Adam's two moments forget."""
+
+    expected, error = "a pair of numbers within 0 <= beta < 1", ValueError
+    _beta = Number(0, 1)
+
+    def fits(self, value) -> bool:
+        return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(self._beta.fits, value))
+
+    def settled(self, value):
+        return tuple(value)
+
+
+#: Hyper-parameters, checked when they are given, when they are loaded, and in each step, as schedulers change them.
+RATES = dict(lr=_Rate(0), eps=_Rate(0), weight_decay=_Rate(0), betas=_Betas())
+#: Parameters of every optimizer of rows.
+OPTIONS = dict(
+    tables=kinds.AnyOf(Instance(EngramTable), kinds.Many()),
+    lr=RATES["lr"],
+    eps=RATES["eps"],
+    weight_decay=RATES["weight_decay"],
+    state_placement=Optional(kinds.OneOf(*PLACEMENTS)),
+    stochastic_rounding=Flag(),
+    seed=Whole(),
+)
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """A torch optimizer over the anchors of tables, which moves the rows that have a gradient; a rule says how."""
+
+    _rule: Rule
+
+    def __init__(
+        self,
+        tables: EngramTable | Sequence[EngramTable],
+        defaults: dict[str, Any],
+        state_placement: str | None,
+        seed: int | None,
+    ):
+        """defaults: hyper-parameters. seed: of stochastic rounding; None rounds to nearest."""
+        where = type(self).__name__
+        tables = (tables,) if isinstance(tables, EngramTable) else tuple(tables)
+        for table in tables:
+            if not isinstance(table, EngramTable):
+                raise TypeError(f"{where}: tables must be EngramTable objects, got {type(table).__name__}")
+            if not table.requires_row_grad:
+                raise ValueError(f"{where}: {table!r} is not trainable; call requires_row_grad_() on it first")
+            if table.attached:
+                raise ValueError(
+                    f"{where}: {table!r} was attached, and only the process that published it may move rows"
+                )
+        if not tables or len(set(map(id, tables))) != len(tables):
+            raise ValueError(f"{where}: tables must be one or more different tables, got {list(tables)}")
+        super().__init__([table.anchor for table in tables], defaults)
+        self.tables, self.steps = tables, 0
+        self._seed = seed
+        self._skipped: dict[torch.device, torch.Tensor] = {}
+        self._skipped_before = 0
+        self._states: list[RowState] = []
+        try:
+            for table in tables:
+                self._states.append(RowState(table, self._rule.state, state_placement, where))
+                self.state[table.anchor] = self._states[-1].tensors
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.no_grad()
+    @takes(closure=Optional(Function()))
+    def step(self, closure: Callable | None = None):
+        """Move every row that has a gradient; the rest of the tables is not touched. Waits for nothing.
+
+        A table that is not trainable at the moment is passed over. On an error, such as a table that is closed, none
+        has moved.
+
+        closure: as for torch optimizers. A gradient that was scaled through the table's anchor counts as scaled.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        where = self._open("step")
+        (group,) = self.param_groups
+        check_all(where, RATES, group)
+        moving = [
+            (table, state)
+            for table, state, anchor in zip(self.tables, self._states, group["params"], strict=True)
+            if table.row_grad is not None and anchor.grad is not None
+        ]
+        for table, state in moving:
+            device = table.row_grad.values.device
+            state.check_readable_on(device, where)
+            table.check_readable_on(device, where)
+        self.steps += 1
+        for table, state in moving:
+            self._update(table, state, group)
+        return loss
+
+    @takes(set_to_none=Flag())
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the tables' gradients; ``set_to_none`` is there for torch's sake, and they always are."""
+        for table in self.tables:
+            table.zero_row_grad()
+
+    @property
+    def skipped(self) -> int:
+        """Rows left as they were so far because their gradient was NaN or infinite. Waits for the device."""
+        return self._skipped_before + sum(int(count) for count in self._skipped.values())
+
+    @takes(index=Whole(0))
+    def states(self, index: int = 0) -> dict[str, torch.Tensor]:
+        """The state of table number ``index`` by name, where it lives."""
+        where = self._open("states")
+        if index >= len(self._states):
+            raise ValueError(f"{where}: index must be within 0..{len(self._states) - 1}, got {index}")
+        return self._states[index].tensors
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch optimizers: states by table number, options, and :meth:`facts` under "row_optimizer".
+
+        Waits for steps that a GPU has yet to take. The tensors are no copies: later steps change them.
+        """
+        self._open("state_dict")
+        self.wait_for_steps()
+        return super().state_dict() | {KEY: self.facts()}
+
+    @takes(state_dict=Instance(Mapping))
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over states, options, seed and counters; ValueError, and no change, unless they fit these tables.
+
+        States are copied to where this optimizer has its own. An error in copying leaves the optimizer closed.
+        """
+        where = self._open("load_state_dict")
+        states, groups = state_dict.get("state"), state_dict.get("param_groups")
+        Keyed(kinds.Anything(), Instance(Mapping)).check(where, "state_dict['state']", states)
+        kinds.Each(Instance(Mapping), count=1).check(where, "state_dict['param_groups']", groups)
+        given = tensors_of(states)
+        if empty := [name for name, value in given.items() if isinstance(value, torch.Tensor) and value.is_meta]:
+            raise ValueError(f"{where}: {empty[0]} must be a tensor with content, got one on the meta device")
+
+        def copy(own: Mapping[str, torch.Tensor]) -> None:
+            for name, value in own.items():
+                value.copy_(given[name])
+
+        self._take_over(where, Content(state_dict.get(KEY), groups[0], layout_of(given)), copy)
+
+    @takes(path=kinds.Path(), metadata=Optional(Instance(Mapping)), progress=Optional(Function()))
+    def save_safetensors(
+        self,
+        path: str | os.PathLike,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> Path:
+        """Write what :meth:`state_dict` tells as ``path`` (``*.safetensors``, or a folder); returns the file.
+
+        States go there in chunks, with progress(bytes done, bytes in all). An older file is replaced at once and as a
+        whole; until then it stays what it was, also where saving fails or is killed. A file that is no optimizer's is
+        never replaced. metadata: texts for the file's header. Gradients are not saved: save between a step and the next
+        backward pass. Needs the extra ``hf``.
+        """
+        where = f"{type(self).__name__}.save_safetensors"
+        return save_states(self.state_dict(), path, where, metadata=metadata, progress=progress)
+
+    @takes(path=kinds.Path(), threads=Whole(1), progress=Optional(Function()))
+    def load_safetensors(
+        self, path: str | os.PathLike, *, threads: int = THREADS, progress: Progress | None = None
+    ) -> None:
+        """:meth:`load_state_dict` from a file of :meth:`save_safetensors`, ``threads`` chunks at once.
+
+        What the header tells is checked before a state is touched. An error after that leaves the optimizer closed.
+        """
+        where = self._open("load_safetensors")
+        check_threads(threads, where)
+        with open_states(path, where) as (checkpoint, content):
+            fill = partial(fill_states, checkpoint=checkpoint, threads=threads, progress=progress)
+            self._take_over(where, content, fill)
+
+    def facts(self) -> dict[str, Any]:
+        """What was counted, and of which optimizer and tables, in plain numbers; ``version`` is that of the file."""
+        tables = [
+            dict(rows=table.rows, width=table.width, format=table.format.name, token_map=table.token_map)
+            for table in self.tables
+        ]
+        counted = dict(steps=self.steps, skipped=self.skipped, seed=self._seed)
+        return dict(version=1, optimizer=type(self).__name__, tables=tables) | counted
+
+    def wait_for_steps(self) -> None:
+        """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""
+        for table in self.tables:
+            table.wait_for_steps()
+
+    @takes(param_group=Instance(dict))
+    def add_param_group(self, param_group: dict) -> None:
+        """All tables are one group; ValueError for another. Rates by table take an optimizer each."""
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__}: tables are one group; use an optimizer of its own for other options"
+            )
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            f"{type(self).__name__}: an optimizer of tables is neither copied nor pickled; use state_dict()"
+        )
+
+    def close(self) -> None:
+        """Release the states' memory; closing again is no error."""
+        self.state.clear()
+        for state in self._states:
+            state.close()
+
+    def _open(self, method: str) -> str:
+        """The method's name for errors; ValueError where the optimizer is closed."""
+        where = f"{type(self).__name__}.{method}"
+        if not self.state:
+            raise ValueError(f"{where}: the optimizer is closed")
+        return where
+
+    def _take_over(self, where: str, content: Content, fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """Become what was saved, once it is found to fit; ``fill`` writes the states, given by their names in files."""
+        own = tensors_of({i: state.tensors for i, state in enumerate(self._states)})
+        if isinstance(content.group, Mapping):
+            check_all(where, {"betas": RATES["betas"]}, content.group)
+        group = content.check(where, Content(self.facts(), self.defaults, layout_of(own)))
+        check_all(where, RATES, group)
+        facts = content.facts
+        check_all(where, dict(steps=Whole(0), skipped=Whole(0), seed=Optional(Whole())), facts)
+        for table in facts["tables"]:
+            check_all(where, dict(token_map=Optional(kinds.Text())), table)
+        self.wait_for_steps()
+        try:
+            fill(own)
+        except BaseException:
+            self.close()  # some states are the saved ones and some are not: no step may follow
+            raise
+        for table, saved in zip(self.tables, facts["tables"], strict=True):
+            table.token_map = table.token_map or saved.get("token_map")
+        self.steps, self._seed = facts["steps"], facts["seed"]
+        self._skipped_before, self._skipped = facts["skipped"], {}
+        self.param_groups[0].update(group)
+
+    def _update(self, table: EngramTable, state: RowState, group: dict) -> None:
+        device, factor = table.row_grad.values.device, table.row_grad_factor()
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        options = {name: group[name] for name in self.defaults}
+        options |= {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+        options |= dict(seed=self._seed, step=self.steps)
+        table.rows_changed()
+        arguments = table.weight, tuple(state.tensors.values()), table.row_grad
+        if takes_kernels(device) and table.weight.dtype != torch.float64:
+            launch_row_update(*arguments, factor[None], self._skipped[device], **options)
+        else:
+            self._skipped[device] += self._rule.reference(*arguments, factor=factor, **options)
