@@ -16,7 +16,7 @@ from .ranks.sharded import ShardedTable
 from .serving.prefetch import Prefetcher
 from .serving.state import EngramState
 from .tables.engram import EngramTable
-from .training.optimizers import RowAdagrad, RowAdam
+from .training.optimizers import RowAdagrad, RowAdam, RowSinkhorn
 
 #: The version, in one place: pyproject.toml reads it from the text of this file, and so without torch.
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "Prefetcher",
     "RowAdagrad",
     "RowAdam",
+    "RowSinkhorn",
     "ShardedTable",
     "build_token_map",
     "export_state",

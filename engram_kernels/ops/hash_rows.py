@@ -19,6 +19,7 @@ from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, 
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.staging import check_stageable, stage
+from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView, view_tables
 
 from .call import Op, form_of, out_parts, registered, writes_alone
@@ -73,6 +74,21 @@ class HashLookup(Op):
         if call.cache is not None:
             return None
         return form_of(*call.tokens, *out_parts(out)), identities(call.tables), call[3:]
+
+    def __call__(self, call, out=None):
+        if isinstance(call.tables, (tuple, list)):
+            for table in call.tables:
+                if getattr(table, "put_off", None) is not None:
+                    return self._moved(call, out)
+        return super().__call__(call, out)
+
+    @torch.compiler.disable
+    def _moved(self, call, out):
+        """The result, of rows that first take the moves that optimizers have put off."""
+        self.check(call, out)
+        row_ids = ngram_hash(call.tokens.token_ids, call.plan, **call.tokens.options)
+        with moves_taken(call.tables, row_ids.unbind(-2)):
+            return super().__call__(call, out)
 
     def owner(self, call):
         return call.plan

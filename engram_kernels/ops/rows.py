@@ -17,6 +17,7 @@ from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
+from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView
 
 from .call import Op, form_of, out_parts, registered, writes_alone
@@ -59,6 +60,18 @@ class Lookup(Op):
 
     def signature(self, call, out):
         return form_of(call.row_ids, *out_parts(out)), getattr(call.table, "identity", None), call[2:]
+
+    def __call__(self, call, out=None):
+        if getattr(call.table, "put_off", None) is None:
+            return super().__call__(call, out)
+        return self._moved(call, out)
+
+    @torch.compiler.disable
+    def _moved(self, call, out):
+        """The result, of rows that first take the moves that an optimizer has put off."""
+        self.check(call, out)
+        with moves_taken((call.table,), (call.row_ids,)):
+            return super().__call__(call, out)
 
     def owner(self, call):
         return call.table

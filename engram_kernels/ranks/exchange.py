@@ -69,11 +69,11 @@ class Ranks:
         return counts.tolist(), received.tolist()
 
     def sum(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
-        """The sum of ``value [1]`` over the ranks, added in their order: the same bits on every rank."""
-        values = value.new_empty(self.size)
+        """The sum of ``value [n]`` over the ranks, added in their order: the same bits on every rank."""
+        values = value.new_empty(self.size, len(value))
         with self._together(where, what):
-            dist.all_gather(list(values.split(1)), value, group=self.group)
-        return values.sum(0, keepdim=True)
+            dist.all_gather(list(values), value, group=self.group)
+        return values.sum(0)
 
     def gather(self, value: Any, where: str, what: str) -> list[Any]:
         """Every rank's ``value``, in the order of ranks."""

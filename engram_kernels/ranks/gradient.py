@@ -19,7 +19,7 @@ from engram_kernels.tables.gradient import RowGradient
 from .exchange import Ranks
 from .rows import ShardedRows
 
-_WHERE = "ShardedTable.backward"
+_WHERE, _STEP = "ShardedTable.backward", "RowSinkhorn.step"
 
 
 def gather_row_gradients(
@@ -65,6 +65,7 @@ class ShardGradient(RowGradient):
     """A shard's row gradient with the norm of all shards', so that clipping scales all of them alike."""
 
     total: torch.Tensor  #: float64 ``[1]``, sum of squares over the ranks
+    ranks: Ranks
 
     def norm(self) -> torch.Tensor:
         """Euclidean norm over all rows of all shards, a scalar on the device."""
@@ -74,9 +75,13 @@ class ShardGradient(RowGradient):
         """The gradient times a scalar tensor, the same on all ranks."""
         return dataclasses.replace(super().times(factor), total=self.total * (factor * factor))
 
+    def over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        """``sums [n]`` over this shard's rows, added over the shards; collective."""
+        return self.ranks.sum(sums, _STEP, "a sum over the table's rows")
+
     @classmethod
     def of(cls, gradient: RowGradient, ranks: Ranks) -> "ShardGradient":
         """A shard's gradient with the norm of all; added in float64, in the order of ranks."""
         fields = {field.name: getattr(gradient, field.name) for field in dataclasses.fields(RowGradient)}
         total = gradient.squares.sum(0, keepdim=True, dtype=torch.float64)
-        return cls(**fields, total=ranks.sum(total, _WHERE, "the sum of the gradient's squares"))
+        return cls(**fields, total=ranks.sum(total, _WHERE, "the sum of the gradient's squares"), ranks=ranks)

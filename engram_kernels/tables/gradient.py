@@ -150,6 +150,10 @@ class RowGradient:
         """The sum of two gradients of one table; it has as many entries as both."""
         return row_gradient(torch.cat([self.ids, other.ids]), torch.cat([self.values, other.values]), self.num_rows)
 
+    def over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        """``sums [n]`` over rows of this gradient, added over the ranks that hold rows of the same table."""
+        return sums
+
     def to_sparse_coo(self) -> torch.Tensor:
         """A coalesced sparse COO tensor ``[rows, R]``, for other optimizers. Waits for the device to know its size.
 

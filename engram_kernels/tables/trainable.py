@@ -1,10 +1,12 @@
 """What makes a table's rows trainable: a leaf of autograd that stands for them, and the gradient of backward passes."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Self
 
 import torch
 
-from engram_kernels.geometry.kinds import Flag, Tensor, takes
+from engram_kernels.geometry.kinds import Flag, Optional, Tensor, takes
 
 from .gradient import GRAD_DTYPES, RowGradient, row_gradient
 from .placed import PlacedRows
@@ -17,6 +19,8 @@ class TrainableRows(PlacedRows):
     _anchor: torch.Tensor | None = None
     #: Where optimizers take their steps, once the rows were trainable.
     _steps_on: torch.device | None = None
+    #: Takes the moves of rows, which are distinct, that an optimizer has put off (RowSinkhorn); None is all.
+    put_off: Callable[[torch.Tensor | None], None] | None = None
     #: What backward passes have left since the last zero_row_grad.
     row_grad: RowGradient | None = None
 
@@ -89,8 +93,44 @@ class TrainableRows(PlacedRows):
         scaled = self._anchor.grad[0].to(norm)
         return torch.where(torch.isfinite(scaled) & (norm > 0), scaled / norm, 1.0)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        self.take_moves()
+        return super().weight
+
+    @property
+    def anchor_device(self) -> torch.device:
+        """Where steps take place, once the rows were trainable; else where they lie."""
+        return self._steps_on or super().weight.device
+
+    @contextmanager
+    def as_it_stands(self) -> Iterator[None]:
+        """Within, rows are read without moves that were put off."""
+        put_off, self.put_off = self.put_off, None
+        try:
+            yield
+        finally:
+            self.put_off = put_off
+
+    @takes(row_ids=Optional(Tensor(torch.int32, torch.int64)))
+    def take_moves(self, row_ids: torch.Tensor | None = None) -> None:
+        """Move rows ``row_ids [...]``, None is all, by what an optimizer has put off until they are read.
+
+        Only :class:`RowSinkhorn` puts moves off. Lookups, ``weight`` and saving do this themselves; call it before what
+        reads rows without Python: a captured CUDA graph, another process. Ids outside the table are no rows.
+        """
+        if self.put_off is None:
+            return
+        if row_ids is not None:  # distinct ones, without waiting for the device to count them
+            ids = row_ids.reshape(-1).to(torch.int64)
+            ids = torch.where((ids >= 0) & (ids < self.rows), ids, -1).sort().values
+            row_ids = torch.where(ids != ids.roll(1), ids, -1)
+            row_ids[:1] = ids[:1]
+        self.put_off(row_ids)
+
     def wait_for_steps(self) -> None:
         """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""
+        self.take_moves()
         if self._steps_on is not None and self._steps_on.type == "cuda":
             torch.cuda.synchronize(self._steps_on)
 
@@ -99,3 +139,14 @@ class TrainableRows(PlacedRows):
         self.row_grad = None
         if self._anchor is not None:
             self._anchor.grad = None
+
+
+@contextmanager
+def moves_taken(tables: Sequence[TrainableRows], row_ids: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within, rows ``row_ids`` of each table may be read: they have taken the moves put off, and no others need to."""
+    with ExitStack() as stack:
+        for table, ids in zip(tables, row_ids, strict=True):
+            table.take_moves(ids)
+        for table in tables:
+            stack.enter_context(table.as_it_stands())
+        yield

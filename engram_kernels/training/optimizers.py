@@ -2,17 +2,23 @@
 
     RowAdagrad   one float32 a row
     RowAdam      two float32 moments per element, and an int32 count of steps a row
+    RowSinkhorn  one float32 momentum per element, an int32 step a row, and 2 KiB by R for the steps gone by
 
-The rules are those of reference/training/update.py. Both are torch optimizers over the tables' anchors, so that
-learning rate schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/training.md shows how.
+The rules are those of reference/training. All are torch optimizers over the tables' anchors, so that learning rate
+schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/training.md shows how.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from weakref import ref
 
-from engram_kernels.geometry.kinds import takes
+import torch
+
+from engram_kernels.checkpoints.parallel import spans
+from engram_kernels.geometry.kinds import Function, Optional, takes
 from engram_kernels.tables.engram import EngramTable
 
 from .row_optimizer import OPTIONS, RATES, RowOptimizer
+from .sinkhorn import sinkhorn_rule, take_moves
 from .update import ADAGRAD, ADAM
 
 
@@ -67,3 +73,122 @@ class RowAdam(RowOptimizer):
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None)
+
+
+class RowSinkhorn(RowOptimizer):
+    """DeepSeek-V4.1's optimizer of embeddings and Engram tables: momentum balanced over rows and columns.
+
+    A row that moves does so by ``lr * update_rms``, root mean square. momentum: what is left of it after a step; it
+    stays as it is. balancings: of rows and columns in turn, an odd number. threshold: of the mean norm of all rows'
+    updates, what a row must exceed to move. There is no weight decay. Rows that momentum alone moves take these moves
+    before they are next read, by :meth:`EngramTable.take_moves`, so that a step costs what its distinct rows cost; the
+    columns' scales come from these rows. Where a table was passed over, as one without a gradient, its clock stands.
+    Formulas, sources, and what differs from a step over all rows: reference/training/sinkhorn.py.
+
+    tables, state_placement, stochastic_rounding and seed are those of :class:`RowAdagrad`. One of these a table.
+    """
+
+    _options = {name: kind for name, kind in OPTIONS.items() if name != "weight_decay"}
+    _taken = ("momentum", "update_rms", "threshold", "balancings")
+
+    @takes(**_options, **{name: RATES[name] for name in _taken})
+    def __init__(
+        self,
+        tables: EngramTable | Sequence[EngramTable],
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        update_rms: float = 0.18,
+        threshold: float = 1e-3,
+        balancings: int = 11,
+        eps: float = 1e-20,
+        state_placement: str | None = None,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ):
+        defaults = dict(lr=lr, momentum=momentum, update_rms=update_rms, threshold=threshold)
+        defaults |= dict(balancings=balancings, eps=eps)
+        self._momentum, self._rule, self._put_off = momentum, sinkhorn_rule(momentum), []
+        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None)
+        for index, table in enumerate(self.tables):
+            if table.put_off is not None and table.put_off.alive:
+                self.close()
+                raise ValueError(f"RowSinkhorn: {table!r} has another RowSinkhorn; close that first")
+            self._put_off.append(_PutOff(self, index))
+            table.put_off = self._put_off[-1]
+
+    @takes(closure=Optional(Function()))
+    def step(self, closure: Callable | None = None):
+        """As for the others; rows that momentum alone moves take their moves when they are next read."""
+        for group in self.param_groups:
+            self._check_momentum("RowSinkhorn.step", group["momentum"])
+        return super().step(closure)
+
+    def close(self) -> None:
+        """Release the states' memory; closing again is no error. What rows have not taken yet they never take."""
+        for table, put_off in zip(self.tables, self._put_off, strict=False):
+            if table.put_off is put_off:
+                table.put_off = None
+        super().close()
+
+    def _update(self, table, state, group) -> None:
+        with table.as_it_stands():
+            super()._update(table, state, group)
+        self._put_off[self.tables.index(table)].due = True
+
+    def _take_over(self, where, content, fill) -> None:
+        if isinstance(content.group, dict):
+            self._check_momentum(where, content.group.get("momentum", self._momentum))
+        super()._take_over(where, content, fill)
+        for put_off in self._put_off:
+            put_off.due = True
+
+    def _check_momentum(self, where: str, momentum) -> None:
+        if momentum != self._momentum:
+            raise ValueError(
+                f"{where}: momentum must stay {self._momentum}, of which powers are kept, got {momentum}; give "
+                "cycle_momentum=False to schedulers such as OneCycleLR"
+            )
+
+    def _take_moves(self, index: int, row_ids: torch.Tensor | None) -> None:
+        """:meth:`EngramTable.take_moves` of table number ``index``; rows are distinct, and -1 is none."""
+        table, state = self.tables[index], self._states[index]
+        device = table.anchor_device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "RowSinkhorn: rows have moves to take, which a CUDA graph cannot; call EngramTable.take_moves before "
+                "the capture, and before each replay that follows a step"
+            )
+        options = dict(momentum=self._momentum, eps=float(self.param_groups[0]["eps"]), seed=self._seed)
+        on_cpu = row_ids is None or not row_ids.is_cuda
+        with torch.no_grad(), table.as_it_stands():
+            if row_ids is not None:
+                take_moves(table.weight, state.tensors, row_ids.to(device), **options)
+            else:
+                table.wait_for_steps()  # the CPU reads which rows these are
+                for begin, end in spans(table.rows, 2**24):
+                    taken = state.tensors["taken"][begin:end]
+                    ids = ((taken > 0) & (taken < state.tensors["clock"].item())).nonzero()[:, 0] + begin
+                    take_moves(table.weight, state.tensors, ids.to(device), **options)
+                self._put_off[index].due = False
+            table.rows_changed()
+            if on_cpu:
+                table.wait_for_steps()
+
+
+class _PutOff:
+    """What a table calls for moves that its optimizer has put off; it does not keep that alive."""
+
+    def __init__(self, optimizer: RowSinkhorn, index: int):
+        self._optimizer, self._index = ref(optimizer), index
+        #: Whether any row may have moves to take.
+        self.due = False
+
+    @property
+    def alive(self) -> bool:
+        return self._optimizer() is not None
+
+    def __call__(self, row_ids: torch.Tensor | None) -> None:
+        optimizer = self._optimizer()
+        if self.due and optimizer is not None:
+            optimizer._take_moves(self._index, row_ids)

@@ -16,7 +16,7 @@ from engram_kernels.tables.engram import EngramTable
 
 from .saving import KEY, Content, fill_states, layout_of, open_states, save_states, tensors_of
 from .state import PLACEMENTS, RowState
-from .update import Rule, launch_row_update
+from .update import Rule
 
 
 class _Rate(Number):
@@ -44,8 +44,28 @@ class _Betas(kinds.Kind):
         return tuple(value)
 
 
+class _Odd(Whole):
+    """An odd number, since the last balancing is one of rows."""
+
+    def __init__(self, least: int):
+        super().__init__(least)
+        self.expected = "a positive odd int"
+
+    def fits(self, value) -> bool:
+        return super().fits(value) and value % 2 == 1
+
+
 #: Hyper-parameters, checked when they are given, when they are loaded, and in each step, as schedulers change them.
-RATES = dict(lr=_Rate(0), eps=_Rate(0), weight_decay=_Rate(0), betas=_Betas())
+RATES = dict(
+    lr=_Rate(0),
+    eps=_Rate(0),
+    weight_decay=_Rate(0),
+    betas=_Betas(),
+    momentum=Number(0, 1),
+    update_rms=Number(0),
+    threshold=Number(0),
+    balancings=_Odd(1),
+)
 #: Parameters of every optimizer of rows.
 OPTIONS = dict(
     tables=kinds.AnyOf(Instance(EngramTable), kinds.Many()),
@@ -278,11 +298,11 @@ class RowOptimizer(torch.optim.Optimizer):
         if device not in self._skipped:
             self._skipped[device] = torch.zeros(1, dtype=torch.int32, device=device)
         options = {name: group[name] for name in self.defaults}
-        options |= {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+        options |= {name: float(value) for name, value in options.items() if isinstance(value, torch.Tensor)}
         options |= dict(seed=self._seed, step=self.steps)
         table.rows_changed()
         arguments = table.weight, tuple(state.tensors.values()), table.row_grad
         if takes_kernels(device) and table.weight.dtype != torch.float64:
-            launch_row_update(*arguments, factor[None], self._skipped[device], **options)
+            self._rule.launch(*arguments, factor[None], self._skipped[device], **options)
         else:
             self._skipped[device] += self._rule.reference(*arguments, factor=factor, **options)

@@ -33,7 +33,7 @@ from engram_kernels.checkpoints.writing import (
 
 KEY = OPTIMIZER_KEY
 _DEFAULT = f"optimizer{SUFFIX}"
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32"}
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32", torch.int64: "I64"}
 
 
 class Content(NamedTuple):

@@ -1,6 +1,6 @@
 """What an optimizer keeps per row of a table, zero at the start, in the memory of a placement."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,11 +12,23 @@ PLACEMENTS = ("device", "host", "cpu")
 
 
 class StateArray(NamedTuple):
-    """One array of a state: ``[rows, R]`` if it is per element, else ``[rows]``; float32 is float64 for such rows."""
+    """One array of a state, as it is called in files; float32 is float64 for a table of such rows."""
 
     name: str
     dtype: torch.dtype
-    per_element: bool
+    shape: Callable[[int, int], tuple[int, ...]]  #: of (rows, R)
+    #: None is beside the rows, in the placement of the state; "steps" the device of the steps; or "cpu".
+    place: str | None = None
+
+
+def per_row(rows: int, width: int) -> tuple[int, ...]:
+    """A number a row."""
+    return (rows,)
+
+
+def per_element(rows: int, width: int) -> tuple[int, ...]:
+    """A number an element."""
+    return (rows, width)
 
 
 class RowState:
@@ -33,10 +45,14 @@ class RowState:
         self.placement, self._mappings, self.tensors = placement, [], {}
         self._addresses: dict[str, int] = {}  # the kernels' way to them
         try:
-            for name, dtype, per_element in arrays:
-                shape = (table.rows, table.width) if per_element else (table.rows,)
+            for name, dtype, shape_of, place in arrays:
+                shape = shape_of(table.rows, table.width)
                 dtype = table.anchor.dtype if dtype == torch.float32 else dtype
-                self.tensors[name] = self._zeros(shape, dtype, table.anchor.device)
+                if place is None:
+                    self.tensors[name] = self._zeros(shape, dtype, table.anchor.device)
+                else:
+                    device = "cpu" if place == "cpu" else table.anchor.device
+                    self.tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
                 self._addresses[name] = self.tensors[name].data_ptr()
         except BaseException:
             self.close()

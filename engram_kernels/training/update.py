@@ -26,7 +26,7 @@ from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of,
 from engram_kernels.reference.training import update as reference
 from engram_kernels.tables.gradient import RowGradient
 
-from .state import StateArray
+from .state import StateArray, per_element, per_row
 
 
 @dataclass(frozen=True)
@@ -283,14 +283,16 @@ class Rule(NamedTuple):
 
     state: tuple[StateArray, ...]
     reference: Callable
+    launch: Callable
 
 
-ADAGRAD = Rule((StateArray("sums", torch.float32, False),), reference.row_adagrad)
+ADAGRAD = Rule((StateArray("sums", torch.float32, per_row),), reference.row_adagrad, launch_row_update)
 ADAM = Rule(
     (
-        StateArray("first", torch.float32, True),
-        StateArray("second", torch.float32, True),
-        StateArray("steps", torch.int32, False),
+        StateArray("first", torch.float32, per_element),
+        StateArray("second", torch.float32, per_element),
+        StateArray("steps", torch.int32, per_row),
     ),
     reference.row_adam,
+    launch_row_update,
 )

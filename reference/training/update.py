@@ -28,28 +28,28 @@ def row_adagrad(weight, state, gradient, *, factor, lr, eps, weight_decay, seed,
     to nearest.
     """
     (sums,) = state
-    ids, g, skipped = _finite(gradient, factor, sums.dtype)
+    ids, g, skipped = finite_rows(gradient, factor, sums.dtype)
     sums[ids] += g.square().mean(1)
     addend = -lr * g / (sums[ids].sqrt() + eps)[:, None]
-    _move(weight, ids, addend, 1 - lr * weight_decay, seed, step)
+    move_rows(weight, ids, addend, 1 - lr * weight_decay, seed, step)
     return skipped
 
 
 def row_adam(weight, state, gradient, *, factor, lr, betas, eps, weight_decay, seed, step):
     """One step in place; as :func:`row_adagrad`, with state (m ``[rows, R]``, v ``[rows, R]``, t int32 ``[rows]``)."""
     first, second, steps = state
-    ids, g, skipped = _finite(gradient, factor, first.dtype)
+    ids, g, skipped = finite_rows(gradient, factor, first.dtype)
     steps[ids] += 1
     first[ids] += (1 - betas[0]) * (g - first[ids])
     second[ids] += (1 - betas[1]) * (g.square() - second[ids])
     taken = steps[ids].to(torch.float64)
     correction = [(1 - beta**taken).to(g.dtype)[:, None] for beta in betas]
     addend = -lr * (first[ids] / correction[0]) / ((second[ids] / correction[1]).sqrt() + eps)
-    _move(weight, ids, addend, 1 - lr * weight_decay, seed, step)
+    move_rows(weight, ids, addend, 1 - lr * weight_decay, seed, step)
     return skipped
 
 
-def _finite(gradient, factor, dtype):
+def finite_rows(gradient, factor, dtype):
     """Ids and scaled gradients of the rows that take the step, and the number of the others."""
     count = int(gradient.count)
     finite = torch.isfinite(gradient.squares[:count] * factor.square())
@@ -57,7 +57,8 @@ def _finite(gradient, factor, dtype):
     return gradient.ids[:count][finite], (gradient.values[:count][finite] * factor).to(dtype), skipped
 
 
-def _move(weight, ids, addend, keep, seed, step):
+def move_rows(weight, ids, addend, keep, seed, step):
+    """Rows ``ids`` times ``keep``, plus ``addend``, rounded once; ``step`` is the one of the rounding's counter."""
     moved = weight[ids].to(addend.dtype) * keep + addend
     if seed is not None and weight.dtype == torch.bfloat16:
         rows, width = weight.shape

@@ -88,8 +88,92 @@ last tile skipped: terms of the series @ training/update -k long_runs
 + series
 """
 
+MOVES = """\
+mask dropped: no row @ training/sinkhorn -k no_row
+- mask=row >= 0, other=0)
++ mask=row >= -1, other=0)
+mask dropped: rows without a gradient @ training/sinkhorn -k equals_reference
+- passed = tl.where(taken > 0, clock - taken, 0)
++ passed = clock - taken
+window off by one: steps gone by @ training/sinkhorn -k equals_reference
+- range(taken + 1, taken
++ range(taken, taken
+offset omitted: decay until the step @ training/sinkhorn -k below_the_threshold
+- decays_ptr + step - taken + 1)
++ decays_ptr)
+offset omitted: slot of the columns @ training/sinkhorn -k equals_reference
+- columns_ptr + slot * WIDTH + offs_r
++ columns_ptr + offs_r
+offset omitted: decay of the momentum @ training/sinkhorn -k equals_reference
+- before * tl.where(passed <= STEPS, left, 0)
++ before
+32-bit product @ training/sinkhorn -k beyond
+- weight_row = weight_ptr + row * WIDTH + offs_r
+-             value
++ weight_row = weight_ptr + row.to(tl.uint32) * WIDTH + offs_r
++             value
+"""
+
+MOMENTUM = """\
+last tile skipped @ training/sinkhorn -k equals_reference
+- tl.cdiv(count, BLOCK_ROWS), tl.num_programs(0)):
+-         row, moves
++ count // BLOCK_ROWS, tl.num_programs(0)):
++         row, moves
+offset omitted: look ahead @ training/sinkhorn -k equals_reference
+- update = keep * after + rate * gradient
++ update = after
+mask dropped: norms of rows that are not finite @ training/sinkhorn -k bad_row
+- row_norms(update), mask=moves)
++ row_norms(update), mask=place < count)
+norms swapped @ training/sinkhorn -k equals_reference
+- norms_ptr + place, row_norms(before)
++ norms_ptr + place, row_norms(after)
+"""
+
+BALANCE = """\
+last tile skipped @ training/sinkhorn -k equals_reference
+- tl.cdiv(count, BLOCK_ROWS), tl.num_programs(0)):
+-         place, live, scale, scaled
++ count // BLOCK_ROWS, tl.num_programs(0)):
++         place, live, scale, scaled
+mask dropped: rows at rest @ training/sinkhorn -k below_the_threshold
+- other=-1) > limit
++ other=-1) >= 0
+stride swapped: sums of programs @ training/sinkhorn -k equals_reference
+- squares_ptr + tl.program_id(0) * WIDTH + offs_r
++ squares_ptr + tl.program_id(0) + offs_r
+offset omitted: scales of rows @ training/sinkhorn -k equals_reference
+- scale / norm
++ 1 / norm
+"""
+
+BALANCED = """\
+last tile skipped @ training/sinkhorn -k equals_reference
+- tl.cdiv(count, BLOCK_ROWS), tl.num_programs(0)):
+-         place, live, _, scaled
++ count // BLOCK_ROWS, tl.num_programs(0)):
++         place, live, _, scaled
+mask dropped: rows at rest take no step @ training/sinkhorn -k below_the_threshold
+- tl.store(taken_ptr + row, clock + tl.zeros([BLOCK_ROWS, 1], tl.int32), mask=steps)
++ tl.store(taken_ptr + row, clock + tl.zeros([BLOCK_ROWS, 1], tl.int32), mask=live)
+norms swapped: columns are balanced last @ training/sinkhorn -k equals_reference
+- scaled / (row_norms(scaled) + eps)
++ scaled
+32-bit product @ training/sinkhorn -k beyond
+- weight_row = weight_ptr + row * WIDTH + offs_r
+-         value
++ weight_row = weight_ptr + row.to(tl.uint32) * WIDTH + offs_r
++         value
+"""
+
+_SINKHORN = ("row_sinkhorn/27b",)
 MUTANTS = (
     *mutants("row_gradient_kernel", "tables/gradient", ("row_gradient/27b",), ROW_GRADIENT),
     *mutants("row_adagrad_kernel", "training/optimizers", ("row_adagrad/27b",), UPDATE, ADAGRAD),
     *mutants("row_adam_kernel", "training/optimizers", ("row_adam/27b",), UPDATE, ADAM),
+    *mutants("row_moves_kernel", "training/sinkhorn", _SINKHORN, MOVES),
+    *mutants("row_momentum_kernel", "training/sinkhorn", _SINKHORN, MOMENTUM),
+    *mutants("row_balance_kernel", "training/sinkhorn", _SINKHORN, BALANCE),
+    *mutants("row_balanced_kernel", "training/sinkhorn", _SINKHORN, BALANCED),
 )

@@ -124,6 +124,13 @@ CALLS = {
         trainable().accumulate_row_grad, dict(row_ids=torch.tensor([1]), grad=torch.ones(1, 8))
     ),
     "RowAdagrad": lambda: (ek.RowAdagrad, OPTIMIZER | dict(tables=trainable())),
+    "RowSinkhorn": lambda: (
+        ek.RowSinkhorn,
+        {name: value for name, value in OPTIMIZER.items() if name != "weight_decay"}
+        | dict(tables=[trainable()], momentum=0.9, update_rms=0.2, threshold=0.01, balancings=3),
+    ),
+    "RowSinkhorn.step": lambda: (made(ek.RowSinkhorn).step, dict(closure=None)),
+    "EngramTable.take_moves": lambda: (trainable().take_moves, dict(row_ids=torch.tensor([1]))),
     "RowAdam": lambda: (ek.RowAdam, OPTIMIZER | dict(tables=[trainable()], betas=(0.9, 0.99))),
     "RowAdam.step": lambda: (made(ek.RowAdam).step, dict(closure=None)),
     "RowAdam.states": lambda: (made(ek.RowAdam).states, dict(index=0)),

@@ -16,6 +16,7 @@ from engram_kernels.ops.gate_kernels.gradients import make_gate_gradients
 from engram_kernels.serving.history import launch_commit_history, launch_gather_history
 from engram_kernels.tables.gradient import RowGradient, launch_row_gradient
 from engram_kernels.tables.view import view_tables
+from engram_kernels.training.sinkhorn import launch_row_sinkhorn, sinkhorn_rule
 from engram_kernels.training.update import launch_row_update
 from tests.support.launches import (
     launch_cached_lookup,
@@ -201,6 +202,17 @@ def update_case(width, dtype, adam):
     launch_row_update(torch.empty(64, width, dtype=dtype), state, gradient, torch.empty(1), count, **options)
 
 
+def sinkhorn_case(width, dtype):
+    """A step with moves that were put off, over the same."""
+    entries = 16 * TOKENS
+    ids, count = torch.empty(entries, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
+    gradient = RowGradient(ids, torch.empty(entries, width), torch.empty(entries), count, 64)
+    arrays = sinkhorn_rule(0.95).state
+    state = [torch.zeros(each.shape(64, width), dtype=each.dtype) for each in arrays]
+    options = dict(lr=1e-3, momentum=0.95, update_rms=0.18, threshold=1e-3, balancings=3, eps=1e-20, seed=0, step=7)
+    launch_row_sinkhorn(torch.empty(64, width, dtype=dtype), state, gradient, torch.empty(1), count, **options)
+
+
 V41, PAPER, QWEN = "deepseek_v41_flash", "engram_27b", "qwen38_flash_next"
 PRESETS = {"v41": V41, "27b": PAPER, "40b": "engram_40b", "demo": "deepseek_demo", "qwen": QWEN}
 
@@ -260,6 +272,8 @@ CASES = {
     "row_adagrad/27b": lambda: update_case(80, torch.bfloat16, adam=False),
     "row_adam/27b": lambda: update_case(80, torch.bfloat16, adam=True),
     "row_adam/float32-256": lambda: update_case(256, torch.float32, adam=True),
+    "row_sinkhorn/27b": lambda: sinkhorn_case(80, torch.bfloat16),
+    "row_sinkhorn/float32-256": lambda: sinkhorn_case(256, torch.float32),
     "gate_conv/27b": lambda: conv_case(4, 2560, torch.bfloat16),
     "gate_conv/27b-few": few(lambda: conv_case(4, 2560, torch.bfloat16)),
     "gate_conv/27b-packed-state": lambda: conv_case(4, 2560, torch.bfloat16, full=True),
