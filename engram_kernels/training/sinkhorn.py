@@ -2,7 +2,7 @@
 
     row_moves_kernel       rows before they are read: what their momentum has moved them since, from the scales kept
     row_momentum_kernel    momentum and update of each row with a gradient, and their norms
-    row_balance_kernel     a row's scale, then the sums of squares of columns; once for each balancing of columns
+    row_balance_kernel     rows normalised, and then the sums of squares of columns; once for each balancing of these
     row_balanced_kernel    the last balancing of rows, and the move
 
 M distinct rows of R elements have a gradient. A step moves 16 R + 2 weights of bytes for each of them, and reads its
@@ -172,7 +172,6 @@ def scaled_rows(
     block,
     updates_ptr,
     norms_ptr,
-    scales_ptr,
     columns,
     limit,
     count,
@@ -180,20 +179,18 @@ def scaled_rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Of BLOCK_ROWS rows: their places, which of them move, their scales, and their updates times both scales."""
+    """Of BLOCK_ROWS rows: their places, which of them move, and their updates times the columns' scales."""
     place = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     live = tl.load(norms_ptr + place, mask=place < count, other=-1) > limit
-    scale = tl.load(scales_ptr + place, mask=live, other=0)
     update = tl.load(updates_ptr + place * WIDTH + offs_r, mask=live & (offs_r < WIDTH), other=0)
-    return place, live, scale, scale * update * columns
+    return place, live, update * columns
 
 
 @triton.jit
 def row_balance_kernel(
     updates_ptr,
     norms_ptr,
-    scales_ptr,
     columns_ptr,
     limit_ptr,
     count_ptr,
@@ -203,7 +200,7 @@ def row_balance_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Normalise rows, which changes their scales, and leave each program's sums of squares of the columns then.
+    """Normalise rows, whose scales so far cancel, and leave each program's sums of squares of the columns then.
 
     Persistent grid: program p takes blocks p, p + programs, and so on.
     """
@@ -213,13 +210,8 @@ def row_balance_kernel(
     columns = tl.load(columns_ptr + offs_r, mask=offs_r < WIDTH, other=0)
     squares = tl.zeros([BLOCK_ROWS, BLOCK_R], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK_ROWS), tl.num_programs(0)):
-        place, live, scale, scaled = scaled_rows(
-            block, updates_ptr, norms_ptr, scales_ptr, columns, limit, count, WIDTH, BLOCK_ROWS, BLOCK_R
-        )
-        norm = row_norms(scaled) + eps
-        tl.debug_barrier()  # every warp has loaded the scales, of which one stores the new ones
-        tl.store(scales_ptr + place, scale / norm, mask=live)
-        scaled = scaled / norm
+        _, _, scaled = scaled_rows(block, updates_ptr, norms_ptr, columns, limit, count, WIDTH, BLOCK_ROWS, BLOCK_R)
+        scaled = scaled / (row_norms(scaled) + eps)
         squares += scaled * scaled
     total = ordered_sum(squares, axis=0)[None, :]
     tl.store(squares_ptr + tl.program_id(0) * WIDTH + offs_r, total, mask=offs_r < WIDTH)
@@ -230,7 +222,6 @@ def row_balanced_kernel(
     ids_ptr,
     updates_ptr,
     norms_ptr,
-    scales_ptr,
     columns_ptr,
     limit_ptr,
     count_ptr,
@@ -259,8 +250,8 @@ def row_balanced_kernel(
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     columns = tl.load(columns_ptr + offs_r, mask=offs_r < WIDTH, other=0)
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK_ROWS), tl.num_programs(0)):
-        place, live, _, scaled = scaled_rows(
-            block, updates_ptr, norms_ptr, scales_ptr, columns, limit, count, WIDTH, BLOCK_ROWS, BLOCK_R
+        place, live, scaled = scaled_rows(
+            block, updates_ptr, norms_ptr, columns, limit, count, WIDTH, BLOCK_ROWS, BLOCK_R
         )
         steps = tl.load(norms_ptr + place, mask=place < count, other=-1) >= 0
         row = tl.load(ids_ptr + place, mask=steps, other=0)
@@ -303,9 +294,9 @@ def launch_row_sinkhorn(
         sums = norms.clamp(min=0).sum(1, dtype=torch.float64)
         totals = gradient.over_ranks(torch.cat([sums, sums.new_tensor([len(weight)])]))
         limit = account(state, totals, momentum, options["threshold"])[None]
-        scales, columns = updates.new_ones(entries), updates.new_ones(width)
-        rows = dict(updates_ptr=updates, norms_ptr=norms[2], scales_ptr=scales, limit_ptr=limit, eps=eps, **tiles)
-        squares, partial = columns, updates.new_empty(programs, width)
+        rows = dict(updates_ptr=updates, norms_ptr=norms[2], limit_ptr=limit, eps=eps, **tiles)
+        squares = columns = updates.new_ones(width)
+        partial = updates.new_empty(programs, width)
         for _ in range(balancings // 2):
             row_balance_kernel[(programs,)](squares_ptr=partial, columns_ptr=columns, **rows)
             squares = gradient.over_ranks(partial.sum(0))

@@ -90,17 +90,15 @@ def row_sinkhorn(weight, state, gradient, *, factor, lr, momentum, update_rms, t
     sums = [rows.sum(dtype=torch.float64) for rows in (before.norm(dim=1), after.norm(dim=1), norms)]
     limit = account(state, totals(torch.stack([*sums, sums[0].new_tensor(len(weight))])), momentum, threshold)
     live = norms > limit
-    moving, row_scale = update[live], update.new_ones(int(live.sum()), 1)
     squares = columns = update.new_ones(update.shape[1])
     for _ in range(balancings // 2):
-        row_scale /= (row_scale * moving * columns).norm(dim=1, keepdim=True) + eps
-        squares = totals((row_scale * moving * columns).square().sum(0))
+        # A row's scales so far cancel when it is normalised.
+        squares = totals(_normalised(update[live] * columns, eps).square().sum(0))
         columns = column_scales(columns, squares, eps)
     if not squares.any():
         columns = state.columns[(clock - 1) % len(state.rates)]  # nothing moved: the scales stay
-    moving = row_scale * moving * columns
     rate = lr * update_rms * math.sqrt(weight.shape[1])
-    move_rows(weight, ids[live], -rate * (moving / (moving.norm(dim=1, keepdim=True) + eps)), 1.0, seed, clock)
+    move_rows(weight, ids[live], -rate * _normalised(update[live] * columns, eps), 1.0, seed, clock)
     state.momentum[ids], state.taken[ids] = after, clock
     state.columns[slot], state.rates[slot], state.thresholds[slot] = columns, rate, limit
     return skipped
@@ -124,6 +122,10 @@ def column_scales(columns: torch.Tensor, squares: torch.Tensor, eps: float) -> t
     return torch.where(norms > 0, columns / (norms + eps), columns)
 
 
+def _normalised(rows, eps):
+    return rows / (rows.norm(dim=1, keepdim=True) + eps)
+
+
 def take_moves(weight, state, ids, *, momentum, eps, seed):
     """Move rows ``ids [n]``, which are distinct, by what momentum alone has moved them since; in place."""
     clock, steps = int(state.clock), len(state.rates)
@@ -138,8 +140,7 @@ def take_moves(weight, state, ids, *, momentum, eps, seed):
     for k in range(int(taken.min()) + 1, clock + 1):
         due = (taken < k) & (k - taken <= steps)
         due &= left[(k - taken + 1).clamp(0, steps + 1)] * norms > state.thresholds[k % steps]
-        step = direction * state.columns[k % steps]
-        step = step / (step.norm(dim=1, keepdim=True) + eps)
+        step = _normalised(direction * state.columns[k % steps], eps)
         moved += torch.where(due, state.rates[k % steps], 0)[:, None] * step
     move_rows(weight, ids, -moved, 1.0, seed, clock)
     passed = clock - taken

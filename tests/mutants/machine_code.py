@@ -32,10 +32,10 @@ barrier dropped: momentum @ training/sinkhorn -k equals_reference
 + tl.static_assert(BLOCK_R >= WIDTH)  # of narrow rows every warp has loaded the momentum
 """
 
-BALANCE_ORDER = """\
-barrier dropped: scales @ training/sinkhorn -k equals_reference
-- tl.debug_barrier()  # every warp has loaded the scales
-+ tl.static_assert(BLOCK_R >= WIDTH)  # every warp has loaded the scales
+NO_ROW = """\
+mask dropped: no row @ training/sinkhorn -k no_row
+- mask=row >= 0, other=0)
++ mask=row >= -1, other=0)
 """
 
 GATE_ALIGNMENT = """\
@@ -62,9 +62,8 @@ MUTANTS = (
     *mutants("commit_history_kernel", "serving/history", ("history/27b-packed",), HISTORY_ORDER, **_MACHINE),
     *mutants("row_adagrad_kernel", "training/optimizers", ("row_adagrad/27b",), ADAGRAD_ORDER, **_MACHINE),
     *mutants("row_adam_kernel", "training/optimizers", ("row_adam/27b",), ADAM_ORDER, **_MACHINE),
-    *mutants("row_moves_kernel", "training/sinkhorn", ("row_sinkhorn/27b",), MOVES_ORDER, **_MACHINE),
+    *mutants("row_moves_kernel", "training/sinkhorn", ("row_sinkhorn/27b",), MOVES_ORDER, NO_ROW, **_MACHINE),
     *mutants("row_momentum_kernel", "training/sinkhorn", ("row_sinkhorn/27b",), MOMENTUM_ORDER, **_MACHINE),
-    *mutants("row_balance_kernel", "training/sinkhorn", ("row_sinkhorn/27b",), BALANCE_ORDER, **_MACHINE),
     *mutants("gate_residual_kernel", "ops/row_kernels/alignment", ("gate/v41",), GATE_ALIGNMENT, **_MACHINE),
     *mutants(
         "copy_duplicates_kernel", "ops/row_kernels/order", ("lookup/v41-storage-address",), BEFORE_THE_FIRST, **_MACHINE

@@ -89,12 +89,9 @@ last tile skipped: terms of the series @ training/update -k long_runs
 """
 
 MOVES = """\
-mask dropped: no row @ training/sinkhorn -k no_row
-- mask=row >= 0, other=0)
-+ mask=row >= -1, other=0)
-mask dropped: rows without a gradient @ training/sinkhorn -k equals_reference
+mask dropped: rows without a gradient @ training/sinkhorn -k no_row
 - passed = tl.where(taken > 0, clock - taken, 0)
-+ passed = clock - taken
++ passed = tl.where((taken > 0) | (row >= 0), clock - taken, 0)
 window off by one: steps gone by @ training/sinkhorn -k equals_reference
 - range(taken + 1, taken
 + range(taken, taken
@@ -134,32 +131,32 @@ norms swapped @ training/sinkhorn -k equals_reference
 BALANCE = """\
 last tile skipped @ training/sinkhorn -k equals_reference
 - tl.cdiv(count, BLOCK_ROWS), tl.num_programs(0)):
--         place, live, scale, scaled
+-         _, _, scaled
 + count // BLOCK_ROWS, tl.num_programs(0)):
-+         place, live, scale, scaled
++         _, _, scaled
 mask dropped: rows at rest @ training/sinkhorn -k below_the_threshold
 - other=-1) > limit
 + other=-1) >= 0
 stride swapped: sums of programs @ training/sinkhorn -k equals_reference
 - squares_ptr + tl.program_id(0) * WIDTH + offs_r
 + squares_ptr + tl.program_id(0) + offs_r
-offset omitted: scales of rows @ training/sinkhorn -k equals_reference
-- scale / norm
-+ 1 / norm
+norms swapped: rows are not normalised @ training/sinkhorn -k equals_reference
+- scaled = scaled / (row_norms(scaled) + eps)
++ scaled = scaled + 0.0
 """
 
 BALANCED = """\
 last tile skipped @ training/sinkhorn -k equals_reference
 - tl.cdiv(count, BLOCK_ROWS), tl.num_programs(0)):
--         place, live, _, scaled
+-         place, live, scaled
 + count // BLOCK_ROWS, tl.num_programs(0)):
-+         place, live, _, scaled
++         place, live, scaled
 mask dropped: rows at rest take no step @ training/sinkhorn -k below_the_threshold
 - tl.store(taken_ptr + row, clock + tl.zeros([BLOCK_ROWS, 1], tl.int32), mask=steps)
 + tl.store(taken_ptr + row, clock + tl.zeros([BLOCK_ROWS, 1], tl.int32), mask=live)
 norms swapped: columns are balanced last @ training/sinkhorn -k equals_reference
-- scaled / (row_norms(scaled) + eps)
-+ scaled
+- move * (scaled / (row_norms(scaled) + eps))
++ move * scaled
 32-bit product @ training/sinkhorn -k beyond
 - weight_row = weight_ptr + row * WIDTH + offs_r
 -         value
