@@ -178,13 +178,15 @@ class DenseAdagrad:
         self.weight.grad = None
 
 
-def train(kind: str, settings: Settings, seed: int, ids: torch.Tensor, device: torch.device) -> dict:
-    """Losses of every step, and over the held-out text after the last."""
+def train(
+    kind: str, settings: Settings, seed: int, ids: torch.Tensor, device: torch.device, optimizer=RowAdagrad
+) -> dict:
+    """Losses of every step, and over the held-out text after the last; ``optimizer`` is that of the rows."""
     model, rows = build(kind, settings, seed, device)
     dense = [parameter for parameter in model.parameters() if parameter is not rows]
     optimizers = [torch.optim.Adam(dense, lr=settings.rate, eps=1e-6)]
     if kind == "engram":
-        optimizers.append(RowAdagrad(rows, lr=settings.row_rate))
+        optimizers.append(optimizer(rows, lr=settings.row_rate))
     elif kind == "dense":
         optimizers.append(DenseAdagrad(rows, settings.row_rate))
     learnt = ids[: -settings.held_out]
