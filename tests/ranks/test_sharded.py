@@ -69,6 +69,14 @@ def test_training_has_the_bits_of_one_process(world, optimizer, tokens, split, f
         assert ours == pytest.approx(alone, rel=1e-6) and ours > 0
 
 
+def test_balanced_momentum_is_that_of_one_process(world):
+    """Sums over columns and thresholds go over the ranks, and differ from one process's in the order of addition."""
+    answers = world.run("train", "sinkhorn", "uneven")
+    assert all(answer["changed"] for answer in answers)
+    furthest = max(answer["furthest"] for answer in answers)
+    assert 0 < furthest < 1e-5, furthest
+
+
 def test_clipping_counts_the_rows_of_all_ranks(world):
     """The norm is summed over ranks, which rounds otherwise than one process: one step of float32 apart, no more."""
     for answer in world.run("train", "adagrad", "uneven", clip=0.1):

@@ -16,6 +16,7 @@ from engram_kernels import (
     HashPlan,
     RowAdagrad,
     RowAdam,
+    RowSinkhorn,
     ShardedTable,
     hash_lookup,
     lookup,
@@ -25,7 +26,7 @@ from engram_kernels.checkpoints import table_writer
 
 from . import tables
 
-OPTIMIZERS = {"adagrad": RowAdagrad, "adam": RowAdam}
+OPTIMIZERS = {"adagrad": RowAdagrad, "adam": RowAdam, "sinkhorn": RowSinkhorn}
 WIDTH, HIDDEN = 64, 16
 PRIMES = EngramConfig.deepseek_demo().primes  # imports sympy, once for all ranks
 HELD = {}  # what one case leaves for the next, by name
@@ -193,7 +194,7 @@ def train(optimizer, tokens, split="columns", format="float32", clip=None, table
     config, size = config_of("wide", format), dist.get_world_size()
     table = (sharded(config, split=split) if table is None else table).requires_row_grad_()
     alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu").requires_row_grad_()
-    options = dict(lr=0.1, weight_decay=0.01, stochastic_rounding=False)
+    options = dict(lr=0.1, stochastic_rounding=False) | (dict(weight_decay=0.01) if optimizer != "sinkhorn" else {})
     made = {it: OPTIMIZERS[optimizer](it, **options) for it in (table.part, alone) if not it.attached}
     ours, theirs = made.get(table.part), made[alone]
     plan, norms = plan_of(config), []
