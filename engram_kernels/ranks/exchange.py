@@ -70,10 +70,14 @@ class Ranks:
 
     def sum(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
         """The sum of ``value [1]`` over the ranks, added in their order: the same bits on every rank."""
+        return self.values(value, where, what).sum(0, keepdim=True)
+
+    def values(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
+        """Every rank's ``value [1]``, in the order of ranks ``[W]``."""
         values = value.new_empty(self.size)
         with self._together(where, what):
             dist.all_gather(list(values.split(1)), value, group=self.group)
-        return values.sum(0, keepdim=True)
+        return values
 
     def gather(self, value: Any, where: str, what: str) -> list[Any]:
         """Every rank's ``value``, in the order of ranks."""

@@ -124,6 +124,7 @@ class RowOptimizer(torch.optim.Optimizer):
             device = table.row_grad.values.device
             state.check_readable_on(device, where)
             table.check_readable_on(device, where)
+            table.row_grad_factor()  # raises where that is no scaling
         self.steps += 1
         for table, state in moving:
             self._update(table, state, group)
