@@ -8,6 +8,7 @@ learning rate schedulers, GradScaler and clip_grad_norm_ work as they do for par
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from engram_kernels.geometry.kinds import takes
 from engram_kernels.tables.engram import EngramTable
@@ -19,9 +20,11 @@ from .update import ADAGRAD, ADAM
 class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: a row's rate falls with the sum, over its own steps, of its gradient's mean square.
 
-    tables: one or more trainable tables. weight_decay: times lr, the fraction of itself that a row loses in each step
-    in which it has a gradient. state_placement: "device", "host" or "cpu", where the states are; None is the table's
-    ("host" for a shared one, which one process writes).
+    tables: one or more trainable tables, or parameter groups, as torch has them: dicts with tables as "params" and the
+    options in which a group differs (lr, eps, weight_decay).
+    weight_decay: times lr, the fraction of itself that a row loses in each step in which it has a gradient.
+    state_placement: "device", "host" or "cpu", where the states are; None is the table's ("host" for a shared one,
+    which one process writes).
     stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
     """
 
@@ -30,7 +33,7 @@ class RowAdagrad(RowOptimizer):
     @takes(**OPTIONS)
     def __init__(
         self,
-        tables: EngramTable | Sequence[EngramTable],
+        tables: EngramTable | Sequence[EngramTable] | Sequence[dict[str, Any]],
         *,
         lr: float = 1e-2,
         eps: float = 1e-10,
@@ -46,8 +49,8 @@ class RowAdagrad(RowOptimizer):
 class RowAdam(RowOptimizer):
     """Adam with two moments per element, corrected for bias by the number of steps that a row has taken itself.
 
-    A row that has no gradient keeps its moments as they are. tables, weight_decay, state_placement,
-    stochastic_rounding and seed are those of :class:`RowAdagrad`.
+    A row that has no gradient keeps its moments as they are. betas may differ by group too. tables, weight_decay,
+    state_placement, stochastic_rounding and seed are those of :class:`RowAdagrad`.
     """
 
     _rule = ADAM
@@ -55,7 +58,7 @@ class RowAdam(RowOptimizer):
     @takes(betas=RATES["betas"], **OPTIONS)
     def __init__(
         self,
-        tables: EngramTable | Sequence[EngramTable],
+        tables: EngramTable | Sequence[EngramTable] | Sequence[dict[str, Any]],
         *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
