@@ -204,6 +204,7 @@ CALLS = {
     "ngram_hash": lambda: (ek.ngram_hash, test_arguments.valid("ngram_hash") | TOKENS | dict(out=None)),
     "lookup": lambda: (ek.lookup, test_arguments.valid("lookup") | READ),
     "hash_lookup": lambda: (ek.hash_lookup, test_arguments.valid("hash_lookup") | TOKENS | READ | dict(cache=None)),
+    "split_kv": lambda: (ek.split_kv, dict(kv=torch.ones(5, 24), branches=2, hidden_size=8)),
     "gate_residual": lambda: (ek.gate_residual, test_arguments_gate.valid("gate_residual") | GATE),
     "gate_conv_residual": lambda: (
         ek.gate_conv_residual,

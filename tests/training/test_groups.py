@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from engram_kernels import EngramTable, RowAdagrad, RowAdam, lookup
 from tests.support.tables import place
@@ -118,6 +116,9 @@ def test_resuming_equals_no_stop(tmp_path, kind, way):
 
 def rewritten(path, change):
     """The file with another header of the optimizer."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     facts = json.loads(metadata["row_optimizer"])
