@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from bench.running.environment import cpu_name, describe_software
 from bench.running.text import load_token_ids, load_token_map
-from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, RowAdagrad, reference
+from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, RowAdagrad, reference, split_kv
 from engram_kernels.commands.console import track
 
 RESULT = Path(__file__).parents[1] / "results" / "train.json"
@@ -83,7 +83,7 @@ class DenseEngram(nn.Module):
         engram, config = self.engram, self.engram.config
         row_ids = reference.ngram_hash(token_ids, self.plan)[..., 0, :]
         kv = engram.wkv(functional.embedding(row_ids, self.weight).flatten(-2))
-        key, value = kv[..., : -config.hidden_size].unflatten(-1, (1, -1)), kv[..., -config.hidden_size :]
+        key, value = split_kv(kv, 1, config.hidden_size)
         return reference.gate_conv_residual(
             *(hidden, key, value, engram.q_weight, engram.k_weight, engram.conv_norm, engram.conv_weight),
             dilation=config.conv_dilation,

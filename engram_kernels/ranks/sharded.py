@@ -250,9 +250,7 @@ class ShardedTable(ShardedRows):
         """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]`` where these live; collective."""
         ids, entries = gather_row_gradients(self, row_ids, grad)
         self.part.accumulate_row_grad(ids, entries)
-        gradient = ShardGradient.of(self.part.row_grad, self.ranks)
-        self.part.row_grad = gradient
-        self.part.anchor.grad = gradient.norm().to(self.part.anchor)[None]
+        self.part.row_grad = ShardGradient.of(self.part.row_grad, self.ranks)
 
     def zero_row_grad(self) -> None:
         """Forget the gradient of this rank's rows."""

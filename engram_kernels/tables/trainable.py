@@ -6,8 +6,9 @@ from typing import Self
 
 import torch
 
-from engram_kernels.geometry.kinds import Flag, Optional, Tensor, takes
+from engram_kernels.geometry.kinds import Flag, Optional, Tensor, describe, takes
 
+from .anchor import RowNorm
 from .gradient import GRAD_DTYPES, RowGradient, row_gradient
 from .placed import PlacedRows
 from .placement import REGISTERED
@@ -21,8 +22,7 @@ class TrainableRows(PlacedRows):
     _steps_on: torch.device | None = None
     #: Takes the moves of rows, which are distinct, that an optimizer has put off (RowSinkhorn); None is all.
     put_off: Callable[[torch.Tensor | None], None] | None = None
-    #: What backward passes have left since the last zero_row_grad.
-    row_grad: RowGradient | None = None
+    _row_grad: RowGradient | None = None
 
     @property
     def requires_row_grad(self) -> bool:
@@ -35,9 +35,21 @@ class TrainableRows(PlacedRows):
 
         It is float32, or float64 for float64 rows. A backward pass fills ``row_grad`` and makes the anchor's gradient
         that gradient's norm. What scales the one, such as clip_grad_norm_ or a GradScaler, scales the other when an
-        optimizer of this package takes its step.
+        optimizer of this package takes its step. Norms of other orders, and clip_grad_value_, are taken of the rows;
+        other operations on the anchor's gradient are a ValueError (tables/anchor.py).
         """
         return self._anchor if self.requires_row_grad else None
+
+    @property
+    def row_grad(self) -> RowGradient | None:
+        """What backward passes have left since the last zero_row_grad. Setting it sets the anchor's gradient too."""
+        return self._row_grad
+
+    @row_grad.setter
+    def row_grad(self, gradient: RowGradient | None) -> None:
+        self._row_grad = gradient
+        if self._anchor is not None:
+            self._anchor.grad = None if gradient is None else RowNorm.of(gradient, self._anchor)
 
     @takes(requires=Flag())
     def requires_row_grad_(self, requires: bool = True) -> Self:
@@ -82,16 +94,19 @@ class TrainableRows(PlacedRows):
         new = row_gradient(row_ids, grad, self.rows)
         old = self.row_grad if self._anchor.grad is not None else None
         self.row_grad = new if old is None else old.times(self.row_grad_factor()).plus(new)
-        self._anchor.grad = self.row_grad.norm().to(self._anchor)[None]
 
     def row_grad_factor(self) -> torch.Tensor:
         """What the anchor's gradient was multiplied by since the last backward pass, a scalar: that of ``row_grad``.
 
-        1 where that is unknown, since there is no gradient or not a finite one.
+        1 where that is unknown, since the gradient is 0 or NaN. ValueError where another gradient was put there.
         """
-        norm = self.row_grad.norm()
-        scaled = self._anchor.grad[0].to(norm)
-        return torch.where(torch.isfinite(scaled) & (norm > 0), scaled / norm, 1.0)
+        found = self._anchor.grad
+        if not isinstance(found, RowNorm) or found.gradient is not self.row_grad:
+            raise ValueError(
+                "EngramTable.row_grad_factor: anchor.grad must be what the backward pass left there, scaled or clamped"
+                f", got {'that of another pass' if isinstance(found, RowNorm) else describe(found)}"
+            )
+        return found.factor()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -137,8 +152,6 @@ class TrainableRows(PlacedRows):
     def zero_row_grad(self) -> None:
         """Forget the rows' gradient."""
         self.row_grad = None
-        if self._anchor is not None:
-            self._anchor.grad = None
 
 
 @contextmanager

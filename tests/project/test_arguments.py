@@ -198,7 +198,9 @@ CALLS = {
         made(ek.RowAdam).load_safetensors,
         dict(path=made(ek.RowAdam).save_safetensors("o.safetensors"), threads=1, progress=None),
     ),
-    "RowAdam.add_param_group": lambda: (made(ek.RowAdam).add_param_group, dict(param_group={})),
+    "RowAdam.add_param_group": lambda: (
+        made(ek.RowAdam).add_param_group, dict(param_group=dict(params=trainable(), lr=0.2))
+    ),
     "NgramCache.save": lambda: (cache().save, dict(path="keys.npz")),
     "NgramCache.load": lambda: (cache().load, dict(path=cache().save("keys.npz"))),
     "NgramCache.takes": lambda: (cache().takes, dict(num_tokens=3)),
@@ -209,6 +211,7 @@ CALLS = {
     "ngram_hash": lambda: (ek.ngram_hash, test_arguments.valid("ngram_hash") | TOKENS | dict(out=None)),
     "lookup": lambda: (ek.lookup, test_arguments.valid("lookup") | READ),
     "hash_lookup": lambda: (ek.hash_lookup, test_arguments.valid("hash_lookup") | TOKENS | READ | dict(cache=None)),
+    "split_kv": lambda: (ek.split_kv, dict(kv=torch.ones(5, 24), branches=2, hidden_size=8)),
     "gate_residual": lambda: (ek.gate_residual, test_arguments_gate.valid("gate_residual") | GATE),
     "gate_conv_residual": lambda: (
         ek.gate_conv_residual,
@@ -265,7 +268,7 @@ def test_bad_values(name, tmp_path, monkeypatch):
 
 
 #: Functions whose call in CALLS is no good one: it takes packages, large models, or another process.
-REFUSED = ("build_token_map", "replace_engram", "EngramTable.attach", "EngramTable.publish", "RowAdam.add_param_group",
+REFUSED = ("build_token_map", "replace_engram", "EngramTable.attach", "EngramTable.publish",
            "EngramConfig.from_hf")  # fmt: skip
 #: What takes no argument of users: made by class methods, or called by this package alone.
 INTERNAL = {

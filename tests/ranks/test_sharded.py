@@ -77,9 +77,10 @@ def test_balanced_momentum_is_that_of_one_process(world):
     assert 0 < furthest < 1e-5, furthest
 
 
-def test_clipping_counts_the_rows_of_all_ranks(world):
+@pytest.mark.parametrize("clip", ["norm", "sum", "largest", "value"])
+def test_clipping_counts_the_rows_of_all_ranks(world, clip):
     """The norm is summed over ranks, which rounds otherwise than one process: one step of float32 apart, no more."""
-    for answer in world.run("train", "adagrad", "uneven", clip=0.1):
+    for answer in world.run("train", "adagrad", "uneven", clip=clip):
         assert answer["norms"][0][0] > 1
         assert answer["furthest"] < 1e-5
 

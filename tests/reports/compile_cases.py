@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from engram_kernels import EngramConfig, EngramTable, HashPlan, NgramCache
+from engram_kernels import EngramConfig, EngramTable, HashPlan, NgramCache, split_kv
 from engram_kernels.ops.conv_kernels.backward import make_conv_gradients
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.ops.gate_kernels.gradients import make_gate_gradients
@@ -117,7 +117,7 @@ def gate_inputs(branches, width, dtype):
     hidden = torch.empty(TOKENS, branches, width, dtype=dtype)
     kv = torch.empty(TOKENS, (branches + 1) * width, dtype=dtype)
     norm = torch.empty(branches, width, dtype=dtype)
-    return hidden, kv[:, :-width].unflatten(1, (branches, width)), kv[:, -width:], norm, norm
+    return hidden, *split_kv(kv, branches, width), norm, norm
 
 
 def gate_case(branches, width, dtype, mask=False):

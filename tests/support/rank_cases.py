@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from functools import partial
 
 import torch
 import torch._dynamo  # which torch's optimizers import when they are first used; here it is done once for all ranks
@@ -189,6 +190,15 @@ def overflow():
             return message, str(error), fits, lost, again
 
 
+#: Ways to clip; elements of a batch's gradients reach 3.
+CLIPPINGS = {
+    "norm": partial(torch.nn.utils.clip_grad_norm_, max_norm=0.1),
+    "sum": partial(torch.nn.utils.clip_grad_norm_, max_norm=0.1, norm_type=1),
+    "largest": partial(torch.nn.utils.clip_grad_norm_, max_norm=0.1, norm_type=float("inf")),
+    "value": partial(torch.nn.utils.clip_grad_value_, clip_value=0.5),
+}
+
+
 def train(optimizer, tokens, split="columns", format="float32", clip=None, table=None):
     """Steps over all ranks' batches, against one process over the batches one after the other; what differs."""
     config, size = config_of("wide", format), dist.get_world_size()
@@ -215,7 +225,7 @@ def train(optimizer, tokens, split="columns", format="float32", clip=None, table
         norms.append((float(table.anchor.grad), float(alone.anchor.grad)))
         if clip:  # and one more pass, which adds to what clipping left
             for values, anchor in ((rows, table.anchor), (expected, alone.anchor)):
-                torch.nn.utils.clip_grad_norm_([anchor], clip)
+                CLIPPINGS[clip]([anchor])
                 values.float().sum().backward()
         if ours is not None:
             ours.step()
