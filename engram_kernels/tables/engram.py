@@ -55,6 +55,10 @@ _PLACING = dict(
 
 PATHS = AnyOf(PathKind(), Each(PathKind()))
 PATHS.expected = "a file, a folder, an index or a list of them"
+LOAD_KINDS = dict(paths=PATHS, prefix=Optional(Text()), threads=Whole(1), progress=Optional(Function()))
+SAVE_KINDS = dict(
+    path=PathKind(), prefix=Text(), shard_bytes=Optional(Whole(1)), metadata=Optional(Keyed(Text(), Text()))
+)
 
 
 class EngramTable(TrainableRows):
@@ -199,14 +203,11 @@ class EngramTable(TrainableRows):
 
     @classmethod
     @takes(
-        paths=PATHS,
         placement=_PLACING["placement"],
         config=Optional(Instance(EngramConfig)),
         layer=Optional(Whole(0)),
-        prefix=Optional(Text()),
         mapped=Flag(),
-        threads=Whole(1),
-        progress=Optional(Function()),
+        **LOAD_KINDS,
     )
     def from_safetensors(
         cls,
@@ -273,13 +274,7 @@ class EngramTable(TrainableRows):
             raise
         return table
 
-    @takes(
-        path=PathKind(),
-        prefix=Text(),
-        shard_bytes=Optional(Whole(1)),
-        metadata=Optional(Keyed(Text(), Text())),
-        progress=Optional(Function()),
-    )
+    @takes(**SAVE_KINDS, progress=Optional(Function()))
     def save_safetensors(
         self,
         path: str | os.PathLike,
