@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .bounds import INT64
+INT64 = (-(2**63), 2**63 - 1)
 
 
 class Kind:

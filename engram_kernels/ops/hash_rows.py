@@ -99,6 +99,7 @@ class HashLookup(Op):
         return memory_of_plan(call.plan) + tables
 
     def repeats(self, call):
+        call.plan.check_memory(self.name)
         for table in call.tables:
             table.check_usable(self.name)
         check_token_values(self.name, call.tokens, call.plan)
@@ -199,7 +200,7 @@ def _with_table_scales(call: HashLookupCall, out):
 def _split(rest, options: int) -> tuple[TableView, tuple, HashPlan]:
     """A registered op's arguments after the tokens: view, so many options, plan."""
     view, rest = split_view(rest)
-    return view, rest[:options], HashPlan(*rest[options:])
+    return view, rest[:options], HashPlan.of_parts(rest[options:])
 
 
 def _launch(tokens: Tokens, plan: HashPlan, view: TableView, out, storage, programs, order) -> None:
