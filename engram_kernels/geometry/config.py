@@ -199,6 +199,8 @@ class EngramConfig:
         return found
 
 
+declares(**KINDS)(EngramConfig.__init__)
+
 # What the demo and both models of the paper share. V is None: their tokenizer's map decides it.
 _PAPER = dict(
     max_ngram=3,

@@ -15,7 +15,21 @@ import torch
 from torch.compiler import is_compiling
 
 from .config import EngramConfig
-from .kinds import INT64, Device, Each, Flag, Instance, Integers, Many, Optional, Tensor, Whole, check_all, takes
+from .kinds import (
+    INT64,
+    Device,
+    Each,
+    Flag,
+    Instance,
+    Integers,
+    Many,
+    Optional,
+    Tensor,
+    Whole,
+    check_all,
+    declares,
+    takes,
+)
 from .row_format import check_content
 
 _INT64_MAX = INT64[1]
@@ -277,6 +291,7 @@ class HashPlan:
         )
 
 
+declares(**KINDS)(HashPlan.__init__)
 _FIELDS = tuple(field.name for field in fields(HashPlan))
 
 

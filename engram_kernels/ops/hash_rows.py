@@ -25,7 +25,7 @@ from .call import Op, form_of, out_parts, registered, writes_alone
 from .hashing import ngram_hash
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
-from .row_kernels.caching import RowCache, check_cache
+from .row_kernels.caching import CACHE, RowCache, check_cache
 from .row_kernels.hashed import prepare_hash_lookup
 from .row_kernels.order import check_order, choose_order
 from .row_kernels.output import (
@@ -243,7 +243,7 @@ def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, *rest):
 @declares(
     **TOKEN_KINDS,
     tables=Each(Instance(EngramTable), least=1),
-    cache=Optional(Instance(RowCache)),
+    cache=Optional(CACHE),
     **READ_KINDS,
 )
 def hash_lookup(

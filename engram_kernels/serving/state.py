@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import AnyOf, Device, Dtype, Instance, Optional, Tensor, Whole, declares, takes
+from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.tokens import ID_DTYPES, check_batch
@@ -116,6 +117,7 @@ class EngramState:
             value = torch.zeros(slots, self._ring, config.hidden_size, dtype=dtype, device=device)
             scale = torch.zeros(slots, self._ring, config.branches, dtype=scale_dtype, device=device)
             self._rings[layer] = value, scale
+        self._buffers = Buffers("the state", self._tensors())
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +144,7 @@ class EngramState:
         have one slot, as candidates for its continuation of which commit() accepts at most one. One launch.
         """
         where = "EngramState.begin"
+        self._buffers.check(where)
         batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
         self._check_slots(where, slots, batch, distinct=self._span > 0)
         captured = token_ids.is_cuda and not is_compiling() and torch.cuda.is_current_stream_capturing()
@@ -150,6 +153,7 @@ class EngramState:
     @takes(slots=Optional(AnyOf(Whole(), _SLOTS)))
     def reset(self, slots: torch.Tensor | int | None = None) -> None:
         """Make slots those of empty sequences: int32 ``[B]`` with -1 for none, one slot, or None for all."""
+        self._buffers.check("EngramState.reset")
         if slots is None:
             self._history.fill_(NO_TOKEN)
             if self._cursor is not None:
@@ -178,6 +182,7 @@ class EngramState:
         :meth:`conv_states` does.
         """
         where = "EngramState.restore"
+        self._buffers.check(where)
         slots = self._slots_tensor(slots)
         batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
         self._check_slots(where, slots, batch, distinct=True)
@@ -217,6 +222,7 @@ class EngramState:
         if layer not in self._rings:
             raise ValueError(f"EngramState: layer must be one of the config's, {self.config.layers}, got {layer!r}")
         _SLOTS.check("EngramState.layer_slots", "slots", slots)
+        self._buffers.check("EngramState.layer_slots")
         ring = self._rings[layer]
         return None if ring is None else ConvSlots(*ring, self._cursor, slots)
 
@@ -227,6 +233,7 @@ class EngramState:
 
     def _commit(self, step: EngramStep, accepted: torch.Tensor | None) -> None:
         where, batch = "EngramStep.commit", len(step.slots)
+        self._buffers.check(where)
         if accepted is not None:
             check_tensor(where, "accepted", accepted, dtypes=(torch.int32,), shape=(batch,), device=self.device)
         if self._checks_values():

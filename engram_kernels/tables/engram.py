@@ -33,6 +33,7 @@ from engram_kernels.geometry.row_format import (
     MAX_ROW_WIDTH,
     RowFormat,
     check_content,
+    check_memory,
     checked_scale,
     format_of,
     row_format,
@@ -131,6 +132,7 @@ class EngramTable(TrainableRows):
             raise ValueError(
                 f"{where}: weight must be a contiguous [rows, width] tensor of at least one row, got {got}"
             )
+        check_memory(weight, "weight", where)
         fmt, scale = format_of(weight, scale, where)
         fmt.check_width(weight.shape[1], where)
         device = check_placement(where, placement, fmt, device, name, scales)
