@@ -7,14 +7,28 @@ import torch
 import torch.distributed as dist
 
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import RowFormat, row_format
+from engram_kernels.geometry.kinds import Function, Instance, Number, OneOf, Optional, Whole, check_all, declares
+from engram_kernels.geometry.row_format import FORMATS, RowFormat, row_format
 from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.placement import PLACEMENTS
 
 from .exchange import Groups
-from .sharding import ShardMap, shard_rows
+from .sharding import SPLITS, ShardMap, shard_rows
 
 Fill = Callable[[EngramTable, Sequence[tuple[int, int]]], object]
 _WHERE = "ShardedTable"
+#: What every constructor takes. Groups are checked as they are used, since without them no rank could tell another one.
+GROUP = Optional(Instance("ProcessGroup"))
+TABLE_KINDS = dict(config=Instance(EngramConfig), layer=Whole(0), group=GROUP, placement=OneOf(*PLACEMENTS))
+_KINDS = TABLE_KINDS | dict(
+    split=OneOf(*SPLITS),
+    format=Optional(OneOf(*FORMATS)),
+    scale=Number(),
+    fill=Optional(Function()),
+    capacity=Optional(Whole(1)),
+    node=GROUP,
+    replicas=GROUP,
+)
 
 
 class ShardedRows:
@@ -24,6 +38,7 @@ class ShardedRows:
     width and format are those of the whole table.
     """
 
+    @declares(**_KINDS)
     def __init__(
         self,
         config: EngramConfig,
@@ -43,11 +58,12 @@ class ShardedRows:
         groups = Groups(group, node, replicas, _WHERE)
         self.ranks, self.replicas = groups.ranks, groups.replicas
 
+        given = dict(config=config, layer=layer, placement=placement, split=split, format=format, scale=scale)
+        given |= dict(fill=fill, capacity=capacity)
+
         def check() -> int:
-            index = layer_index(config, layer)
-            if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
-                raise ValueError(f"{_WHERE}: capacity must be a positive int or None, got {capacity!r}")
-            return index
+            check_all(_WHERE, _KINDS, given)
+            return layer_index(config, layer, _WHERE)
 
         index = groups.attempt(_WHERE, "checking its arguments", check)
         facts = {f"config's {name}": value for name, value in dataclasses.asdict(config).items()}
@@ -102,10 +118,8 @@ class ShardedRows:
         return made[0]
 
 
-def layer_index(config: EngramConfig, layer: int) -> int:
-    """The number of ``layer`` among the config's; TypeError or ValueError where there is none."""
-    if not isinstance(config, EngramConfig):
-        raise TypeError(f"{_WHERE}: config must be an EngramConfig, got {type(config).__name__}")
+def layer_index(config: EngramConfig, layer: int, where: str) -> int:
+    """The number of ``layer`` among the config's; ValueError where there is none."""
     if layer not in config.layers:
-        raise ValueError(f"{_WHERE}: layer must be one of the config's, {config.layers}, got {layer}")
+        raise ValueError(f"{where}: layer must be one of the config's, {config.layers}, got {layer}")
     return config.layers.index(layer)

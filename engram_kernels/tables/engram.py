@@ -33,6 +33,7 @@ from engram_kernels.geometry.row_format import (
     MAX_ROW_WIDTH,
     RowFormat,
     check_content,
+    check_memory,
     checked_scale,
     format_of,
     row_format,
@@ -55,6 +56,10 @@ _PLACING = dict(
 
 PATHS = AnyOf(PathKind(), Each(PathKind()))
 PATHS.expected = "a file, a folder, an index or a list of them"
+LOAD_KINDS = dict(paths=PATHS, prefix=Optional(Text()), threads=Whole(1), progress=Optional(Function()))
+SAVE_KINDS = dict(
+    path=PathKind(), prefix=Text(), shard_bytes=Optional(Whole(1)), metadata=Optional(Keyed(Text(), Text()))
+)
 
 
 class EngramTable(TrainableRows):
@@ -127,6 +132,7 @@ class EngramTable(TrainableRows):
             raise ValueError(
                 f"{where}: weight must be a contiguous [rows, width] tensor of at least one row, got {got}"
             )
+        check_memory(weight, "weight", where)
         fmt, scale = format_of(weight, scale, where)
         fmt.check_width(weight.shape[1], where)
         device = check_placement(where, placement, fmt, device, name, scales)
@@ -199,14 +205,11 @@ class EngramTable(TrainableRows):
 
     @classmethod
     @takes(
-        paths=PATHS,
         placement=_PLACING["placement"],
         config=Optional(Instance(EngramConfig)),
         layer=Optional(Whole(0)),
-        prefix=Optional(Text()),
         mapped=Flag(),
-        threads=Whole(1),
-        progress=Optional(Function()),
+        **LOAD_KINDS,
     )
     def from_safetensors(
         cls,
@@ -273,13 +276,7 @@ class EngramTable(TrainableRows):
             raise
         return table
 
-    @takes(
-        path=PathKind(),
-        prefix=Text(),
-        shard_bytes=Optional(Whole(1)),
-        metadata=Optional(Keyed(Text(), Text())),
-        progress=Optional(Function()),
-    )
+    @takes(**SAVE_KINDS, progress=Optional(Function()))
     def save_safetensors(
         self,
         path: str | os.PathLike,

@@ -5,13 +5,14 @@ from typing import NamedTuple, Self
 
 import torch
 
-from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
+from engram_kernels.geometry.kinds import Instance, OneOf, Optional, Tensor, describe, takes
+from engram_kernels.geometry.row_format import ROW_ALIGNMENT, SCALE_GROUP, RowFormat
 
 from .memory.allocation import page_bytes, report
 from .memory.host import Mapping
 from .memory.mapped_files import MappedFile
 from .memory.report import MemoryReport, size
-from .placement import REGISTERED
+from .placement import PLACEMENTS, REGISTERED
 
 
 class TableDescriptor(NamedTuple):
@@ -33,6 +34,14 @@ class PlacedRows:
     token_map: str | None = None
     _changes = 0
 
+    @takes(
+        weight=Tensor(),
+        scale=Optional(Tensor()),
+        format=Instance(RowFormat),
+        placement=OneOf(*PLACEMENTS),
+        mapping=Optional(Instance(Mapping)),
+        scales=Optional(OneOf("device")),
+    )
     def __init__(
         self,
         weight: torch.Tensor,
@@ -42,6 +51,7 @@ class PlacedRows:
         mapping: Mapping | None = None,
         scales: str | None = None,
     ):
+        _check_storage(weight, scale, format)
         self._weight, self._scale, self._mapping = weight, scale, mapping
         self._scales = scales
         self.format, self.placement = format, placement
@@ -210,3 +220,17 @@ class PlacedRows:
             for owned in (self._mapping, *self.files):
                 if owned is not None:
                     owned.check(where)
+
+
+def _check_storage(weight: torch.Tensor, scale: torch.Tensor | None, format: RowFormat) -> None:
+    """Raise ValueError unless these are rows and scales of ``format``."""
+    if weight.dim() != 2 or weight.dtype != format.dtype or not weight.is_contiguous() or not weight.numel():
+        raise ValueError(
+            f"EngramTable: weight must be contiguous {format.dtype} [rows, width], not empty, got {describe(weight)}"
+        )
+    format.check_width(weight.shape[1], "EngramTable")
+    groups = torch.uint8, [len(weight), weight.shape[1] // SCALE_GROUP]
+    expected = dict(none=None, table=(torch.float32, []), group=groups)[format.scaling]
+    if expected != (None if scale is None else (scale.dtype, list(scale.shape))):
+        kind = "None" if expected is None else f"{expected[0]} {expected[1]}"
+        raise ValueError(f"EngramTable: scale must be {kind} for {format.name}, got {describe(scale)}")

@@ -301,7 +301,7 @@ def construct(change=None):
     """A table of arguments that ``change`` spoils on this rank."""
     config = config_of("wide", "bfloat16")
     options = dict(config=config, layer=4, placement="cpu") | (change or {})
-    weight, _ = whole(config, 4)
+    weight = options.pop("weight", whole(config, 4)[0])
     if options.pop("cut", False):
         weight = weight[:-1].contiguous()
     ShardedTable.from_tensors(weight, **options).close()
@@ -321,8 +321,19 @@ def construct_filled(fails):
         assert HELD.pop("shard").closed
 
 
-def keep():
-    HELD["table"] = sharded(config_of())
+def keep(path=None):
+    HELD["table"], HELD["path"] = sharded(config_of()), path
+    if path is not None:
+        HELD["table"].save_safetensors(path)
+
+
+def ask(call, change=None):
+    """A call of the table that was kept, with arguments that ``change`` spoils on this rank."""
+    loading = dict(paths=HELD["path"], config=config_of(), layer=4, placement="cpu")
+    arguments = dict(lookup=dict(row_ids=torch.arange(10)[:, None]), from_safetensors=loading, node_groups={})
+    arguments |= dict(hash_lookup=dict(token_ids=torch.arange(10), plan=plan_of(config_of())))
+    arguments |= dict(save_safetensors=dict(path=HELD["path"]))
+    getattr(HELD["table"], call)(**arguments[call] | (change or {}))
 
 
 def use(step, what="work"):
