@@ -41,7 +41,7 @@ class ShardedRows:
         **options,
     ):
         groups = Groups(group, node, replicas, _WHERE)
-        self.ranks, self.replicas = groups.ranks, groups.replicas
+        self.groups, self.ranks, self.replicas = groups, groups.ranks, groups.replicas
 
         def check() -> int:
             index = layer_index(config, layer)

@@ -14,7 +14,7 @@ import weakref
 import torch
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.12
-_RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) +(/.*)")
+_RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ (\d+) +(/.*)")
 
 
 def map_file(fd: int, offset: int, nbytes: int) -> torch.Tensor:
@@ -38,10 +38,13 @@ def check_length(fd: int, path: object, need: int, where: str) -> None:
 
 
 class MappedFile:
-    """A regular file, held open, and the length that a tensor mapped from it needs."""
+    """A regular file, held open, and the length that a tensor mapped from it needs.
 
-    def __init__(self, fd: int, path: str, need: int):
-        self._fd, self.path, self._need = fd, path, need
+    private: whether writes to the tensor are allowed and stay in this process.
+    """
+
+    def __init__(self, fd: int, path: str, need: int, private: bool):
+        self._fd, self.path, self._need, self.private = fd, path, need, private
         self._release = weakref.finalize(self, os.close, fd)
 
     @classmethod
@@ -56,11 +59,12 @@ class MappedFile:
                 match = _RANGE.match(line)
                 if match is None or not int(match[1], 16) <= last < int(match[2], 16):
                     continue
-                return cls._open(match[5], int(match[4]), int(match[3], 16) + last + 1 - int(match[1], 16))
+                private = match[3].startswith("rw") and match[3].endswith("p")
+                return cls._open(match[6], int(match[5]), int(match[4], 16) + last + 1 - int(match[1], 16), private)
         return None
 
     @classmethod
-    def _open(cls, path: str, inode: int, need: int) -> "MappedFile | None":
+    def _open(cls, path: str, inode: int, need: int, private: bool) -> "MappedFile | None":
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:  # removed since, or not ours to open: nothing can be watched
@@ -69,7 +73,7 @@ class MappedFile:
         if status.st_ino != inode or not stat.S_ISREG(status.st_mode):  # another file has the name by now
             os.close(fd)
             return None
-        return cls(fd, path, need)
+        return cls(fd, path, need, private)
 
     def check(self, where: str) -> None:
         """Raise ValueError where the file is shorter than the tensor needs."""
