@@ -6,6 +6,7 @@ reads the old rows, what it is given afterwards the new ones. On the CPU, which 
 it is done when the call returns.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class StoredRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ExchangeConfig:
-    """Rows per program, 4-byte words and scale bytes of a row (powers of two), and warps."""
+    """Rows per program, 4-byte words of a row and words of its scales (powers of two), and warps."""
 
     block_rows: int
     block_w: int
@@ -43,9 +44,12 @@ def exchange_config(words: int, scales: int) -> ExchangeConfig:
     return ExchangeConfig(max(1, min(16, 2048 // block_w)), block_w, next_power_of_2(scales), 4)
 
 
+#: Types of the words that scales are moved in, by their bytes: V4.1 has one of 8 bytes a row.
+_SCALE_WORDS = {1: (torch.uint8, tl.uint8), 2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32)}
+_SCALE_WORDS |= {8: (torch.int64, tl.int64)}
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "exchange_rows_kernel": dict(sm_80=(96, 4096), sm_90=(96, 4096), sm_100=(96, 4096), gfx942=(96, 4096)),
+    "exchange_rows_kernel": dict(sm_80=(48, 0), sm_90=(48, 0), sm_100=(48, 0), gfx942=(32, 0)),
 }
 
 
@@ -57,16 +61,17 @@ def exchange_rows_kernel(
     weight_address,
     scale_address,
     num_rows,
+    SCALE_WORD: tl.constexpr,
     WORDS: tl.constexpr,
     SCALES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """BLOCK_ROWS rows, in 4-byte words, and their scales in bytes.
+    """BLOCK_ROWS rows, in 4-byte words, and their scales, in words of SCALE_WORD.
 
     Grid over blocks of rows. Relies on distinct ids within the table, on dense buffers, and on rows of the table that
-    start at multiples of 16 bytes.
+    start at multiples of 16 bytes, its scales at multiples of 8.
     """
     weight_ptr = tl.multiple_of(weight_address.to(tl.int64).to(tl.pointer_type(tl.int32)), 16)
     place = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -78,7 +83,7 @@ def exchange_rows_kernel(
     new = tl.load(mine, mask=mask, other=0)
     old = tl.load(other_row, mask=mask, other=0)
     if SCALES:
-        scale_ptr = scale_address.to(tl.int64).to(tl.pointer_type(tl.uint8))
+        scale_ptr = tl.multiple_of(scale_address.to(tl.int64).to(tl.pointer_type(SCALE_WORD)), 8)
         offs_s = tl.arange(0, BLOCK_S)[None, :]
         mask_s = taken & (offs_s < SCALES)
         mine_s, other_s = scales_ptr + place * SCALES + offs_s, scale_ptr + row * SCALES + offs_s
@@ -95,18 +100,21 @@ def exchange_rows_kernel(
 def launch_exchange_rows(weight: torch.Tensor, scale: torch.Tensor | None, stored: StoredRows) -> None:
     """One launch on the device of ``stored``. weight ``[rows, R]`` and scale uint8 ``[rows, R / 32]``: the table's."""
     ids, rows, scales = stored
-    words, scale_bytes = rows.shape[1] // 4, 0 if scales is None else scales.shape[1]
-    config = exchange_config(words, scale_bytes)
+    words = rows.shape[1] // 4
+    dtype, scale_word = _SCALE_WORDS[1 if scales is None else math.gcd(scales.shape[1], 8)]
+    scale_words = 0 if scales is None else scales.shape[1] // dtype.itemsize
+    config = exchange_config(words, scale_words)
     with on_device_of(ids):
         exchange_rows_kernel[(cdiv(len(ids), config.block_rows),)](
             ids_ptr=ids,
             rows_ptr=rows.view(torch.int32),
-            scales_ptr=scales,
+            scales_ptr=None if scales is None else scales.view(dtype),
             weight_address=weight.data_ptr(),
             scale_address=0 if scales is None else scale.data_ptr(),
             num_rows=len(ids),
+            SCALE_WORD=scale_word,
             WORDS=words,
-            SCALES=scale_bytes,
+            SCALES=scale_words,
             BLOCK_ROWS=config.block_rows,
             BLOCK_W=config.block_w,
             BLOCK_S=config.block_s,

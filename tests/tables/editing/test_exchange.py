@@ -46,9 +46,9 @@ def test_kernel_equals_reference(device, name, width, count):
 
 
 @pytest.mark.kernel
-def test_a_row_beyond_2_to_the_31_elements(device):
+def test_a_row_beyond_2_to_the_32_words(device):
     """Its place in the table is a product of 64 bits; a mapping of which two pages are touched."""
-    rows, width = 2**31 // 256 + 9, 256
+    rows, width = 2**32 // 64 + 9, 256
     table = EngramTable.empty(rows, width, "e4m3_ue8m0", placement="host")
     ids = torch.tensor([rows - 1, 1], device=device)
     new = torch.randint(0, 256, (2, width), dtype=torch.uint8)

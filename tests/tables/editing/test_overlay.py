@@ -1,12 +1,12 @@
 """Overlays: exact on every way to read a table, and what is refused."""
 
 import itertools
-import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from engram_kernels import EngramTable, Prefetcher, RowAdagrad, hash_lookup, lookup
 from engram_kernels.checkpoints.encoding import encode_rows
@@ -19,7 +19,7 @@ from tests.support.gpu.fake_streams import FakeStreams
 from tests.support.gpu.ordering import ordered_by
 
 ROWS, WIDTH = 40, 32
-CPU = torch.device("cpu")
+GUIDE = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
 
 
 def table_of(form="e4m3_ue8m0", placement="cpu", rows=ROWS, width=WIDTH, **options):
@@ -323,90 +323,27 @@ def test_prefetched_lookups_have_all_old_rows_or_all_new_ones(dropped):
     assert all(results) == (dropped is None)
 
 
-def test_files(tmp_path):
-    """A file of an overlay that is applied or not; loaded by a table like it, which has the same rows then."""
-    for name in FORMATS:
-        table, again = table_of(name), table_of(name)
-        table.token_map = "0" * 64
-        overlay = table.overlay(*edits(name))
-        path = overlay.save_safetensors(tmp_path, metadata={"who": "me"})
-        content = path.read_bytes()
-        assert path == tmp_path / "rows.safetensors"
-        loaded = again.load_overlay(path)
-        assert same(bits(again), bits(table)) and torch.equal(loaded.ids, overlay.ids)
-        loaded.remove()
-        overlay.remove()
-        assert same(bits(again), bits(table))
-        overlay.save_safetensors(tmp_path)
-        assert load_file(path).keys() == {"ids", "rows", *(["scales"] if name == "e4m3_ue8m0" else [])}
-        assert len(content) == path.stat().st_size
-
-
-def test_files_of_other_tables_are_refused(tmp_path):
-    table = table_of("e4m3")
-    table.token_map = "0" * 64
-    path = table.overlay(*edits("e4m3")).save_safetensors(tmp_path)
-    others = {
-        "format": table_of("e4m3_ue8m0"),
-        "rows": table_of("e4m3", rows=41),
-        "width": table_of("e4m3", width=48),
-        "scale": EngramTable.from_tensors(table.weight, 0.25, placement="cpu"),
-        "token_map": table_of("e4m3"),
-    }
-    others["token_map"].token_map = "1" * 64
-    for fact, other in others.items():
-        before = bits(other)
-        with pytest.raises(ValueError, match=f"^EngramTable.load_overlay: .*is of rows for a table with {fact} "):
-            other.load_overlay(path)
-        assert same(bits(other), before) and not other.overlays
-    unknown = table_of("e4m3")
-    unknown.load_overlay(path)
-
-
-def test_damaged_files_are_refused(tmp_path):
-    table = table_of("float32")
-    path = table.overlay(*edits("float32")).save_safetensors(tmp_path / "good.safetensors")
-    table.overlays[0].remove()
-    tensors = load_file(path)
-    text = path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")].decode()
-    said = json.loads(text)["__metadata__"]["table_rows"]
-    bad = tmp_path / "bad.safetensors"
-    for match, content, words in (
-        ("no 'table_rows'", tensors, None),
-        ("is no JSON", tensors, "{"),
-        ("is no object", tensors, "[]"),
-        ("for a table with version", tensors, "{}"),
-        ("must hold ids, rows, got ids", {"ids": tensors["ids"]}, said),
-        ("must hold ids I64", tensors | {"ids": tensors["ids"].int()}, said),
-        (r"must hold rows F32 \[5, 32\]", tensors | {"rows": tensors["rows"][:4].clone()}, said),
-        ("got 4000", tensors | {"ids": torch.arange(5) * 1000}, said),
-        ("distinct", tensors | {"ids": torch.zeros(5, dtype=torch.int64)}, said),
-    ):
-        save_file(content, bad, None if words is None else {"table_rows": words})
-        with pytest.raises(ValueError, match=f"^EngramTable.load_overlay: .*{match}"):
-            table.load_overlay(bad)
-    assert not table.overlays
-
-
-def test_a_file_that_is_none_of_an_overlay_is_not_replaced(tmp_path):
-    table = table_of("float32")
-    path = table.save_safetensors(tmp_path / "table.safetensors")
-    overlay = table.overlay(*edits("float32"))
-    with pytest.raises(ValueError, match="holds no rows of an overlay, and is not replaced"):
-        overlay.save_safetensors(path)
-    overlay.save_safetensors(tmp_path / "overlay.safetensors")
-    overlay.remove()
-    # A folder may hold overlays beside its table.
-    assert same(bits(EngramTable.from_safetensors(tmp_path, placement="cpu")), bits(table))
-
-
 @pytest.mark.kernel
-def test_ops_read_edited_rows(device):
+@pytest.mark.parametrize("placement", [None, "host"])
+def test_ops_read_edited_rows(device, placement):
     """lookup by the kernel, which knows the table by address: launches that were kept read the new rows too."""
-    table = tables.place(*tables.random_parts(ROWS, WIDTH, "bfloat16"), device)
+    table = tables.place(*tables.random_parts(ROWS, WIDTH, "bfloat16"), device, placement)
     ids = torch.arange(ROWS, device=device)
     plain = lookup(table, ids)
     with table.overlay(torch.tensor([3, 9]), torch.ones(2, WIDTH)):
         edited = lookup(table, ids)
         assert edited[[3, 9]].eq(1).all() and torch.equal(edited[10:], plain[10:])
     assert torch.equal(lookup(table, ids), plain)
+
+
+def test_the_guide(tmp_path):
+    """The block of docs/serving.md, run as it stands."""
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", GUIDE, re.S) if ".overlay(" in each]
+    table, ids = table_of("bfloat16"), torch.tensor([4, 2])
+    rows, before = torch.randn(2, WIDTH).bfloat16(), bits(table)
+    given = dict(table=table, ids=ids, rows=rows, folder=tmp_path, lookup=lookup)
+    lasting = block.index("table.write_rows")
+    exec(block[:lasting], given)
+    assert torch.equal(given["edited"], rows) and same(bits(table), before)
+    exec(block[lasting:], given)
+    assert torch.equal(table.weight[ids], rows)
