@@ -161,7 +161,8 @@ class Checkpoint:
         for path in found:
             self._add(path, alone=len(found) == 1)
         if len(found) > 1 and not self._path_of:
-            raise self.error(f"{found[0]} and {len(found) - 1} more files hold no table")
+            others = f"{found[0]} and {len(found) - 1} more files"
+            raise self.error(f"{others} hold states of optimizers or overlays alone")
 
     def _add(self, path: Path, alone: bool) -> None:
         """Take the tensors of a file or an index; beside others, none of an optimizer or an overlay."""

@@ -7,6 +7,7 @@ from engram_kernels.checkpoints.encoding import encode_rows, overflows
 from engram_kernels.geometry.kinds import Optional, Tensor
 from engram_kernels.geometry.row_format import SCALE_GROUP, check_content
 
+from ..memory.mapped_files import refuses_writes
 from ..placed import PlacedRows
 from .exchange import StoredRows
 
@@ -29,11 +30,12 @@ def check_writable(table: PlacedRows, where: str) -> None:
             f"{where}: {table!r} is shared and its scales are on the device, where every process has a copy of its own "
             "that a write here would not reach; share it with its scales in the file (scales=None)"
         )
-    for file in table.files:
-        if not file.private:
+    parts = [table.weight, table.scale if table.format.scaling == "group" else None]
+    for part in parts if table.placement in ("cpu", "staged") else ():
+        if part is not None and part.numel() and (reason := refuses_writes(part)):
             raise ValueError(
-                f"{where}: the table's rows are mapped from {file.path}, which a write would change, or where none is "
-                "allowed; load them, or map them by from_safetensors(mapped=True), where writes stay in this process"
+                f"{where}: the table's rows must be in memory of this process, got others: {reason}. Load them, or map "
+                "them by from_safetensors(mapped=True), where writes stay in this process"
             )
     if table.writing_device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError(f"{where}: a CUDA graph is being captured, whose replays would write again unseen")

@@ -14,7 +14,7 @@ import weakref
 import torch
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.12
-_RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ (\d+) +(/.*)")
+_RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ (\d+) *(.*)")
 
 
 def map_file(fd: int, offset: int, nbytes: int) -> torch.Tensor:
@@ -37,14 +37,34 @@ def check_length(fd: int, path: object, need: int, where: str) -> None:
         raise ValueError(f"{where}: {path} shrank to {have:,} bytes while mapped, {need:,} are needed")
 
 
-class MappedFile:
-    """A regular file, held open, and the length that a tensor mapped from it needs.
+def _range_of(address: int) -> re.Match | None:
+    """The line of the process's map that has ``address``."""
+    with open("/proc/self/maps") as lines:
+        matches = map(_RANGE.match, lines)
+        return next((match for match in matches if match and int(match[1], 16) <= address < int(match[2], 16)), None)
 
-    private: whether writes to the tensor are allowed and stay in this process.
+
+def refuses_writes(tensor: torch.Tensor) -> str | None:
+    """Why a CPU tensor is not to be written to, in words; None where nothing but this process's memory would change.
+
+    A file that is mapped privately, as :func:`map_file` does, is copied page by page where it is written to.
     """
+    match = _range_of(tensor.data_ptr() + tensor.nbytes - 1)
+    if match is None:
+        return None
+    name, permissions = match[6] or "memory", match[3]
+    if not permissions.startswith("rw"):
+        return f"{name} is mapped for reading alone"
+    # A name that has gone is shared with nobody who could still open it.
+    shared = permissions.endswith("s") and name.startswith("/") and not name.endswith(" (deleted)")
+    return f"a write would change {name}, of which they are a shared mapping" if shared else None
 
-    def __init__(self, fd: int, path: str, need: int, private: bool):
-        self._fd, self.path, self._need, self.private = fd, path, need, private
+
+class MappedFile:
+    """A regular file, held open, and the length that a tensor mapped from it needs."""
+
+    def __init__(self, fd: int, path: str, need: int):
+        self._fd, self.path, self._need = fd, path, need
         self._release = weakref.finalize(self, os.close, fd)
 
     @classmethod
@@ -54,17 +74,13 @@ class MappedFile:
         A checkpoint read by safetensors, numpy.memmap or torch is mapped, not copied.
         """
         last = tensor.data_ptr() + tensor.nbytes - 1
-        with open("/proc/self/maps") as lines:
-            for line in lines:
-                match = _RANGE.match(line)
-                if match is None or not int(match[1], 16) <= last < int(match[2], 16):
-                    continue
-                private = match[3].startswith("rw") and match[3].endswith("p")
-                return cls._open(match[6], int(match[5]), int(match[4], 16) + last + 1 - int(match[1], 16), private)
-        return None
+        match = _range_of(last)
+        if match is None or not match[6].startswith("/"):
+            return None
+        return cls._open(match[6], int(match[5]), int(match[4], 16) + last + 1 - int(match[1], 16))
 
     @classmethod
-    def _open(cls, path: str, inode: int, need: int, private: bool) -> "MappedFile | None":
+    def _open(cls, path: str, inode: int, need: int) -> "MappedFile | None":
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:  # removed since, or not ours to open: nothing can be watched
@@ -73,7 +89,7 @@ class MappedFile:
         if status.st_ino != inode or not stat.S_ISREG(status.st_mode):  # another file has the name by now
             os.close(fd)
             return None
-        return cls(fd, path, need, private)
+        return cls(fd, path, need)
 
     def check(self, where: str) -> None:
         """Raise ValueError where the file is shorter than the tensor needs."""
