@@ -56,7 +56,7 @@ class ShardedRows:
         **options,
     ):
         groups = Groups(group, node, replicas, _WHERE)
-        self.ranks, self.replicas = groups.ranks, groups.replicas
+        self.groups, self.ranks, self.replicas = groups, groups.ranks, groups.replicas
 
         given = dict(config=config, layer=layer, placement=placement, split=split, format=format, scale=scale)
         given |= dict(fill=fill, capacity=capacity)

@@ -6,6 +6,7 @@
     ranks/gradient.py     gradients to the ranks that hold the rows, in the order of the global batch
     ranks/checkpoint.py   one checkpoint whatever the number of ranks
     ranks/nodes.py        groups of the ranks of a node, and across nodes
+    ranks/overlay.py      edited rows over the shards
 
 Constructors, lookups, backward passes and saving are collective: all ranks of the group take part, in the same order.
 """
@@ -29,6 +30,7 @@ from engram_kernels.launching.tokens import ID_DTYPES, TOKEN_KINDS, Tokens, chec
 from engram_kernels.ops.hashing import ngram_hash
 from engram_kernels.ops.row_kernels.output import OUT_KINDS, check_row_out
 from engram_kernels.ops.rows import lookup
+from engram_kernels.tables.editing.files import load_rows
 from engram_kernels.tables.engram import LOAD_KINDS, SAVE_KINDS
 from engram_kernels.tables.gradient import GRAD_DTYPES, check_recordable, record_rows, records_rows
 
@@ -37,6 +39,7 @@ from .exchange import Groups
 from .gradient import ShardGradient, gather_row_gradients
 from .lookup import ROWS_ASKED, FixedExchange, received_rows
 from .nodes import NODE_KINDS, make_node_groups
+from .overlay import ShardedOverlay
 from .rows import TABLE_KINDS, ShardedRows, layer_index
 
 _WEIGHT_KINDS = TABLE_KINDS | dict(weight=Tensor(), scale=Optional(AnyOf(Number(), Tensor())))
@@ -230,6 +233,24 @@ class ShardedTable(ShardedRows):
                     f"ShardedTable: capacity must be at least {most}, the distinct rows that a rank asked of another "
                     f"in one lookup, got {self.capacity}; rows beyond it were read as NaN"
                 )
+
+    def overlay(self, ids: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None = None) -> ShardedOverlay:
+        """Lay ``rows [n, R]`` over rows ``ids [n]`` of the whole table, the same on all ranks; collective.
+
+        Arguments, result and errors are those of :meth:`EngramTable.overlay`; each rank writes the rows of its shard.
+        """
+        return ShardedOverlay(self, ids, rows, scales, "ShardedTable.overlay").apply()
+
+    def load_overlay(self, path: str | Path) -> ShardedOverlay:
+        """The overlay of a file of :meth:`RowOverlay.save_safetensors`, which all ranks read, applied; collective."""
+        where = "ShardedTable.load_overlay"
+        stored = self.groups.attempt(where, "reading the file", lambda: load_rows(self, path, where)[0])
+        return ShardedOverlay(self, *stored, where).apply()
+
+    @property
+    def own_scale(self) -> float | None:
+        """The one scale of a whole table, of format "e4m3"; else None."""
+        return self.part.own_scale
 
     @property
     def default_out_dtype(self) -> torch.dtype:

@@ -39,11 +39,11 @@ from engram_kernels.geometry.row_format import (
     row_format,
 )
 
+from .editing.rows import EditableRows
 from .files import check_room, fill_table, map_table, save_table
 from .memory import allocation as table_memory
 from .memory.mapped_files import MappedFile
 from .placement import PLACEMENTS, REGISTERED, check_placement, check_scales
-from .trainable import TrainableRows
 
 _GEOMETRY = dict(rows=Whole(1), width=Whole(1, MAX_ROW_WIDTH), format=OneOf(*FORMATS))
 _PLACING = dict(
@@ -62,7 +62,7 @@ SAVE_KINDS = dict(
 )
 
 
-class EngramTable(TrainableRows):
+class EngramTable(EditableRows):
     """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors`, :meth:`from_safetensors`, :meth:`attach`.
 
     weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32
@@ -291,7 +291,8 @@ class EngramTable(TrainableRows):
         The tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own). Files of more
         than ``shard_bytes`` bytes are split, into tensors ``{prefix}shard_{k}.weight``, with an index. metadata: texts
         for the files' headers. A table there is replaced at once and as a whole; until then it stays what it was, also
-        where saving fails or is killed. Files that hold anything else are never replaced.
+        where saving fails or is killed. Files that hold anything else are never replaced. Rows of overlays that are
+        applied are saved, as lookups read them: remove an overlay first to save without it.
         """
         self.wait_for_steps()
         writing = dict(prefix=prefix, shard_bytes=shard_bytes, metadata=metadata)

@@ -70,6 +70,11 @@ class TrainableRows(PlacedRows):
             raise ValueError(
                 f"{where}: kernels cannot write to placement 'staged'; use 'host' or 'device', got {self!r}"
             )
+        if requires and self.overlays:
+            raise ValueError(
+                f"{where}: {len(self.overlays)} overlays are applied, and steps that move rows under them would be "
+                "lost; remove them first"
+            )
         if self._anchor is None:
             device = self.weight.device
             if self.placement in REGISTERED and torch.cuda.is_available():

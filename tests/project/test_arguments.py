@@ -60,6 +60,10 @@ def trainable():
     return found
 
 
+def overlay():
+    return table().overlay(torch.tensor([3]), torch.ones(1, 32))
+
+
 def engram():
     return ek.Engram(config(), 1, plan(), table())
 
@@ -198,6 +202,14 @@ CALLS = {
     "EngramTable.save_safetensors": lambda: (
         table().save_safetensors, dict(path="t.safetensors", prefix="", shard_bytes=None, metadata=None, progress=None)
     ),
+    "EngramTable.overlay": lambda: (
+        table().overlay, dict(ids=torch.tensor([1, 2]), rows=torch.ones(2, 32), scales=None)
+    ),
+    "EngramTable.write_rows": lambda: (
+        table().write_rows, dict(ids=torch.tensor([1, 2]), rows=torch.ones(2, 32), scales=None)
+    ),
+    "EngramTable.load_overlay": lambda: (table().load_overlay, dict(path=overlay().save_safetensors("r.safetensors"))),
+    "RowOverlay.save_safetensors": lambda: (overlay().save_safetensors, dict(path="r.safetensors", metadata=None)),
     "EngramTable.attach": lambda: (
         ek.EngramTable.attach, dict(name="x", rows=4, width=32, format="e4m3", scale=None, scales=None, timeout=0)
     ),
