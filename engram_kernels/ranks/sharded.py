@@ -23,6 +23,7 @@ import torch.distributed as dist
 from engram_kernels.checkpoints.files import Paths
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import AnyOf, Flag, Number, Optional, Tensor, check_all, declares, takes
+from engram_kernels.geometry.kinds import Path as PathKind
 from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.geometry.row_format import check_content, format_of
 from engram_kernels.launching.checks import check_tensor
@@ -31,6 +32,7 @@ from engram_kernels.ops.hashing import ngram_hash
 from engram_kernels.ops.row_kernels.output import OUT_KINDS, check_row_out
 from engram_kernels.ops.rows import lookup
 from engram_kernels.tables.editing.files import load_rows
+from engram_kernels.tables.editing.stored import ROW_KINDS
 from engram_kernels.tables.engram import LOAD_KINDS, SAVE_KINDS
 from engram_kernels.tables.gradient import GRAD_DTYPES, check_recordable, record_rows, records_rows
 
@@ -234,6 +236,7 @@ class ShardedTable(ShardedRows):
                     f"in one lookup, got {self.capacity}; rows beyond it were read as NaN"
                 )
 
+    @declares(**ROW_KINDS)
     def overlay(self, ids: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None = None) -> ShardedOverlay:
         """Lay ``rows [n, R]`` over rows ``ids [n]`` of the whole table, the same on all ranks; collective.
 
@@ -241,10 +244,16 @@ class ShardedTable(ShardedRows):
         """
         return ShardedOverlay(self, ids, rows, scales, "ShardedTable.overlay").apply()
 
+    @declares(path=PathKind())
     def load_overlay(self, path: str | Path) -> ShardedOverlay:
         """The overlay of a file of :meth:`RowOverlay.save_safetensors`, which all ranks read, applied; collective."""
         where = "ShardedTable.load_overlay"
-        stored = self.groups.attempt(where, "reading the file", lambda: load_rows(self, path, where)[0])
+
+        def read():
+            check_all(where, dict(path=PathKind()), dict(path=path))
+            return load_rows(self, path, where)[0]
+
+        stored = self.groups.attempt(where, "reading the file", read)
         return ShardedOverlay(self, *stored, where).apply()
 
     @property

@@ -258,6 +258,12 @@ CALLS = {
     "ShardedTable.accumulate_row_grad": lambda: (
         sharded().requires_row_grad_().accumulate_row_grad, dict(row_ids=torch.tensor([1]), grad=torch.ones(1, 32))
     ),
+    "ShardedTable.overlay": lambda: (
+        sharded().overlay, dict(ids=torch.tensor([3]), rows=torch.ones(1, 32), scales=None)
+    ),
+    "ShardedTable.load_overlay": lambda: (
+        sharded().load_overlay, dict(path=overlay().save_safetensors("edit.safetensors"))
+    ),
     "build_token_map": lambda: (ek.build_token_map, dict(tokenizer=None)),
     "ngram_hash": lambda: (ek.ngram_hash, test_arguments.valid("ngram_hash") | TOKENS | dict(out=None)),
     "lookup": lambda: (ek.lookup, test_arguments.valid("lookup") | READ),
