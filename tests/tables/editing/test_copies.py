@@ -1,5 +1,8 @@
 """A master table and its serving copy: changed rows pushed, by call and by file, equal a conversion of the whole."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from tests.support.tables import place
 from .test_overlay import bits, same
 
 ROWS, WIDTH, SCALE = 60, 32, 0.01
+GUIDE = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
 DENSE = (torch.float32, torch.bfloat16)
 SERVING = ["e4m3_ue8m0", "e4m3", "float16", "bfloat16", "float32"]
 
@@ -248,6 +252,24 @@ def test_files_out_of_order_are_refused(tmp_path):
     with pytest.raises(ValueError, match="without saying which"):
         master.save_changes(tmp_path / "none.safetensors", at, **options)
     assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_the_guide(tmp_path):
+    """The blocks of docs/training.md, run as they stand."""
+    blocks = [
+        each for each in re.findall(r"```python\n(.*?)```", GUIDE, re.S) if "serving" in each or "_changes" in each
+    ]
+    assert len(blocks) == 2
+    master, serving = trained(), copy_of("e4m3_ue8m0")
+    optimizer = RowAdagrad(master)
+    given = dict(master=master, serving=serving, batches=range(3), folder=tmp_path)
+    given |= dict(train=lambda batch: steps(master, optimizer))
+    exec(blocks[0], given)
+    assert equal(serving, master, "e4m3_ue8m0", tmp_path)
+    served = master.version
+    exec(blocks[1], given)
+    assert serving.load_changes(tmp_path / "0001.safetensors", served) == given["at"] > served
+    assert equal(serving, master, "e4m3_ue8m0", tmp_path)
 
 
 def test_options_of_files(tmp_path):
