@@ -277,12 +277,6 @@ CALLS = {
         sharded().hash_lookup,
         dict(token_ids=torch.arange(4), plan=plan(), out=None, out_dtype=None, out_format="values", **TOKENS),
     ),
-    "ShardedTable.overlay": lambda: (
-        sharded().overlay, dict(ids=torch.tensor([1, 2]), rows=torch.ones(2, 32), scales=None)
-    ),
-    "ShardedTable.load_overlay": lambda: (
-        sharded().load_overlay, dict(path=overlay().save_safetensors("r.safetensors"))
-    ),
     "ShardedTable.requires_row_grad_": lambda: (sharded().requires_row_grad_, dict(requires=True)),
     "ShardedTable.accumulate_row_grad": lambda: (
         sharded().requires_row_grad_().accumulate_row_grad, dict(row_ids=torch.tensor([1]), grad=torch.ones(1, 32))
