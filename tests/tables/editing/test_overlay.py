@@ -279,6 +279,19 @@ def test_saving_writes_what_lookups_read(tmp_path, name):
         assert same(bits(EngramTable.from_safetensors(tmp_path / f"{file}.safetensors", placement="cpu")), expected)
 
 
+def test_the_cpu_waits_for_rows_that_a_gpu_writes(tmp_path, monkeypatch):
+    """Where rows of a registered table are written over UVA: before it saves them, or some of them."""
+    table, waited = table_of("float32", "host"), []
+    overlay = table.overlay(*edits("float32"))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(EngramTable, "writing_device", gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    table.save_safetensors(tmp_path / "table.safetensors")
+    assert waited == [gpu]
+    overlay.save_safetensors(tmp_path / "overlay.safetensors")
+    assert waited == [gpu, gpu]
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("name", ["e4m3_ue8m0", "bfloat16"])
 def test_a_cache_in_front_forgets(device, name):
