@@ -9,6 +9,7 @@ Seconds are the best of three. A whole conversion by files is what a trainer wit
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -56,7 +57,7 @@ def push_costs(rows: int = 1_000_000, counts: tuple[int, ...] = COUNTS, form: st
             version = master.version
             master.rows_changed(torch.randperm(rows)[:count])
             ids = master.changed_since(version)
-            yield PushCost("changed, in memory", count, _seconds(lambda v=version: copy.update_from(master, v)))
+            yield PushCost("changed, in memory", count, _seconds(partial(copy.update_from, master, version)))
 
             def by_file(version=version) -> None:
                 master.save_changes(path / "p.safetensors", version, **options)
@@ -64,7 +65,11 @@ def push_costs(rows: int = 1_000_000, counts: tuple[int, ...] = COUNTS, form: st
 
             yield PushCost("changed, by a file", count, _seconds(by_file))
             edit = ids, copy.weight[ids].clone(), copy.scale[ids].clone() if scale is None else None
-            yield PushCost("overlay on and off", count, _seconds(lambda edit=edit: copy.overlay(*edit).remove()))
+
+            def on_and_off(edit=edit) -> None:
+                copy.overlay(*edit).remove()
+
+            yield PushCost("overlay on and off", count, _seconds(on_and_off))
 
 
 def print_push_costs() -> None:

@@ -71,7 +71,7 @@ class EditableRows(TrainableRows):
         self.changes = None
         if on:
             self.take_moves()
-            self.changes = ChangeRecord(self.rows, self.version, self.anchor_device)
+            self.changes = ChangeRecord(self.rows, self.version, self.writing_device)
 
     @takes(version=Whole(0))
     def changed_since(self, version: int) -> torch.Tensor | None:

@@ -121,8 +121,6 @@ def on_writer(table: PlacedRows, ids: torch.Tensor, rows: torch.Tensor, scales: 
 
 def read_rows(table: PlacedRows, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(bytes of rows, of scales or None) as they are now, where the table lies; waits for a GPU that writes them."""
-    if table.writing_device.type == "cuda" and table.weight.is_cpu:
-        torch.cuda.synchronize(table.writing_device)
     table.wait_for_steps()
     sources = [table.weight.view(torch.uint8), table.scale if table.format.scaling == "group" else None]
     return tuple(None if source is None else _gathered(source, ids) for source in sources)
