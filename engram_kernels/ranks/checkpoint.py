@@ -15,9 +15,9 @@ from engram_kernels.checkpoints.parallel import CHUNK, THREADS, check_threads, r
 from engram_kernels.checkpoints.table_writer import RowsFiles, TableWriter
 from engram_kernels.checkpoints.validate import StoredTable, select_table
 from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.launching.exchange import Groups
 from engram_kernels.tables.files import check_room, fill_table
 
-from .exchange import Groups
 from .rows import ShardedRows, layer_index
 from .sharding import SPLITS, shard_rows
 

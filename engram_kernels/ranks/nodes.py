@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .exchange import Ranks
+from engram_kernels.launching.exchange import Ranks
 
 _WHERE = "ShardedTable.node_groups"
 

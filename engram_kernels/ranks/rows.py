@@ -2,19 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.row_format import RowFormat, row_format
+from engram_kernels.launching.exchange import Groups
 from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.gradient import RowGradient, row_gradient
+from engram_kernels.tables.shard import Shard
 
-from .exchange import Groups
 from .sharding import ShardMap, shard_rows
 
 Fill = Callable[[EngramTable, Sequence[tuple[int, int]]], object]
 _WHERE = "ShardedTable"
+#: How the gradients of ranks meet: the mean is what DistributedDataParallel makes of those of dense parameters.
+REDUCES = ("mean", "sum")
 
 
 class ShardedRows:
@@ -38,6 +43,7 @@ class ShardedRows:
         capacity: int | None = None,
         node: "dist.ProcessGroup | None" = None,
         replicas: "dist.ProcessGroup | None" = None,
+        reduce: str = "mean",
         **options,
     ):
         groups = Groups(group, node, replicas, _WHERE)
@@ -47,12 +53,14 @@ class ShardedRows:
             index = layer_index(config, layer)
             if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
                 raise ValueError(f"{_WHERE}: capacity must be a positive int or None, got {capacity!r}")
+            if reduce not in REDUCES:
+                raise ValueError(f"{_WHERE}: reduce must be one of {', '.join(REDUCES)}, got {reduce!r}")
             return index
 
         index = groups.attempt(_WHERE, "checking its arguments", check)
         facts = {f"config's {name}": value for name, value in dataclasses.asdict(config).items()}
         facts |= {"layer": layer, "format": format or config.format, "capacity": capacity, "split": split}
-        facts |= {"table's scale": scale, "shared by a node": node is not None}
+        facts |= {"table's scale": scale, "shared by a node": node is not None, "reduce": reduce}
         groups.attempt(_WHERE, "comparing arguments", lambda: self.ranks.check_equal(facts, _WHERE))
         if self.replicas is not None:
             facts |= {"number of ranks": self.ranks.size, "part": self.ranks.rank}
@@ -60,12 +68,15 @@ class ShardedRows:
             sources = self.replicas.gather(self.ranks.members, _WHERE, "the exchange of groups")
             #: Rank of the world behind each (replica, rank of its group).
             self.source_ranks = [rank for members in sources for rank in members]
-        self.config, self.layer, self.capacity = config, layer, capacity
+        self.config, self.layer, self.capacity, self.reduce = config, layer, capacity, reduce
         self.format: RowFormat = row_format(format or config.format, _WHERE)
         self.placement, self.rows, self.width = placement, config.rows_per_layer[index], config.row_width
         self.sharding = shard_rows(config.primes[index], self.rows, self.ranks.size, split)
         self._maps: dict[torch.device, ShardMap] = {}
         self.part = self._make_shard(groups, scale, fill, options)
+        self.part.shard = Shard(self.ranks, self.rows, self.sharding.ranges(self.ranks.rank))
+        contributors = self.ranks.size * (1 if self.replicas is None else self.replicas.size)
+        self.part.gradient_of = partial(_scaled_gradient, factor=1 / contributors if reduce == "mean" else 1.0)
 
     def map(self, device: torch.device) -> ShardMap:
         """The sharding as tensors on ``device``."""
@@ -100,6 +111,12 @@ class ShardedRows:
                 shard.close()
             raise
         return made[0]
+
+
+def _scaled_gradient(row_ids: torch.Tensor, grad: torch.Tensor, rows: int, factor: float) -> RowGradient:
+    """Entries from all ranks and replicas, added and then multiplied."""
+    found = row_gradient(row_ids, grad, rows)
+    return found if factor == 1 else found.times(found.squares.new_tensor(factor))
 
 
 def layer_index(config: EngramConfig, layer: int) -> int:

@@ -11,6 +11,7 @@ from engram_kernels.geometry.kinds import Flag, Optional, Tensor, takes
 from .gradient import GRAD_DTYPES, RowGradient, row_gradient
 from .placed import PlacedRows
 from .placement import REGISTERED
+from .shard import Shard
 
 
 class TrainableRows(PlacedRows):
@@ -19,6 +20,10 @@ class TrainableRows(PlacedRows):
     _anchor: torch.Tensor | None = None
     #: Where optimizers take their steps, once the rows were trainable.
     _steps_on: torch.device | None = None
+    #: ``(row ids, their gradients, rows) -> RowGradient`` of a backward pass. Ranks that train the same rows set it.
+    gradient_of: Callable[[torch.Tensor, torch.Tensor, int], RowGradient] = staticmethod(row_gradient)
+    #: Of a ShardedTable's part: its place in that table.
+    shard: Shard | None = None
     #: Takes the moves of rows, which are distinct, that an optimizer has put off (RowSinkhorn); None is all.
     put_off: Callable[[torch.Tensor | None], None] | None = None
     #: What backward passes have left since the last zero_row_grad.
@@ -79,7 +84,7 @@ class TrainableRows(PlacedRows):
                 f"EngramTable.accumulate_row_grad: grad must have shape {list(shape)} on {row_ids.device}, "
                 f"as of row_ids, got {list(grad.shape)} on {grad.device}"
             )
-        new = row_gradient(row_ids, grad, self.rows)
+        new = self.gradient_of(row_ids, grad, self.rows)
         old = self.row_grad if self._anchor.grad is not None else None
         self.row_grad = new if old is None else old.times(self.row_grad_factor()).plus(new)
         self._anchor.grad = self.row_grad.norm().to(self._anchor)[None]

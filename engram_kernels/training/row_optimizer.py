@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.geometry import kinds
@@ -14,6 +15,7 @@ from engram_kernels.geometry.kinds import Flag, Function, Instance, Keyed, Numbe
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.tables.engram import EngramTable
 
+from .replicas import ALONE, REDUCES, Replicas, check_alone, check_free
 from .saving import KEY, Content, fill_states, layout_of, open_states, save_states, tensors_of
 from .state import PLACEMENTS, RowState
 from .update import Rule
@@ -75,6 +77,8 @@ OPTIONS = dict(
     state_placement=Optional(kinds.OneOf(*PLACEMENTS)),
     stochastic_rounding=Flag(),
     seed=Whole(),
+    reduce=Optional(kinds.OneOf(*REDUCES)),
+    group=kinds.Anything(),
 )
 
 
@@ -89,6 +93,8 @@ class RowOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         state_placement: str | None,
         seed: int | None,
+        reduce: str | None = ALONE,
+        group: "dist.ProcessGroup | None" = None,
     ):
         """defaults: hyper-parameters. seed: of stochastic rounding; None rounds to nearest."""
         where = type(self).__name__
@@ -110,10 +116,20 @@ class RowOptimizer(torch.optim.Optimizer):
         self._skipped: dict[torch.device, torch.Tensor] = {}
         self._skipped_before = 0
         self._states: list[RowState] = []
+        self._reduce, self._replicas = reduce, None
+        if group is not None and reduce in (ALONE, None):
+            raise ValueError(f"{where}: group is for reduce 'mean' and 'sum', got one with {reduce!r}")
+        if reduce == ALONE:
+            check_alone(tables, where)
         try:
             for table in tables:
                 self._states.append(RowState(table, self._rule.state, state_placement, where))
                 self.state[table.anchor] = self._states[-1].tensors
+            if reduce in (ALONE, None):
+                for table in tables:
+                    check_free(table, where)
+            else:
+                self._replicas = Replicas(self, reduce, group, where)
         except BaseException:
             self.close()
             raise
@@ -133,6 +149,10 @@ class RowOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         where = self._open("step")
+        if self._replicas is not None:
+            self._replicas.before_step(where)
+        elif self._reduce == ALONE:
+            check_alone(self.tables, where)
         (group,) = self.param_groups
         check_all(where, RATES, group)
         moving = [
@@ -262,6 +282,18 @@ class RowOptimizer(torch.optim.Optimizer):
         self.state.clear()
         for state in self._states:
             state.close()
+        if self._replicas is not None:
+            self._replicas.close()
+
+    def check_replicas(self) -> None:
+        """Raise ValueError on all ranks where copies of a table, of its states, or their options differ; collective.
+
+        The optimizer does so when it is made with ``reduce``: rows that came from different files or seeds show then.
+        It reads all rows and states. Without ``reduce`` there is nothing to compare.
+        """
+        where = self._open("check_replicas")
+        if self._replicas is not None:
+            self._replicas.check(where)
 
     def _open(self, method: str) -> str:
         """The method's name for errors; ValueError where the optimizer is closed."""

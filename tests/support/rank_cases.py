@@ -63,7 +63,7 @@ def whole(config, layer):
 
 
 def sharded(config, **options):
-    options = dict(placement="cpu") | options
+    options = dict(placement="cpu", reduce="sum") | options
     return ShardedTable.from_tensors(*whole(config, 4), config=config, layer=4, **options)
 
 
@@ -193,7 +193,7 @@ def train(optimizer, tokens, split="columns", format="float32", clip=None, table
     config, size = config_of("wide", format), dist.get_world_size()
     table = (sharded(config, split=split) if table is None else table).requires_row_grad_()
     alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu").requires_row_grad_()
-    options = dict(lr=0.1, weight_decay=0.01, stochastic_rounding=False)
+    options = dict(lr=0.1, weight_decay=0.01, stochastic_rounding=False, reduce=None)
     made = {it: OPTIMIZERS[optimizer](it, **options) for it in (table.part, alone) if not it.attached}
     ours, theirs = made.get(table.part), made[alone]
     plan, norms = plan_of(config), []

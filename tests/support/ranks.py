@@ -1,9 +1,12 @@
 """Worlds of real processes under torch.distributed with Gloo, which run functions of tests/support/rank_cases.py.
 
+Those of another file there are called by "file.function".
+
 Ranks are forked from one server process that has imported torch and the package once, and has never computed anything:
 a world of eight starts in less than a second.
 """
 
+import importlib
 import multiprocessing
 import os
 import time
@@ -81,8 +84,6 @@ def serve(connection, rank, size, store, timeout):
     import torch
     import torch.distributed as dist
 
-    from . import rank_cases
-
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     options = dict(store=dist.FileStore(store, size), rank=rank, world_size=size)
@@ -93,7 +94,9 @@ def serve(connection, rank, size, store, timeout):
         except EOFError:
             os._exit(0)
         try:
-            answer = True, getattr(rank_cases, case)(*args, **kwargs)
+            file, _, function = case.rpartition(".")
+            cases = importlib.import_module(f"{__package__}.{file or 'rank_cases'}")
+            answer = True, getattr(cases, function)(*args, **kwargs)
         except BaseException:
             answer = False, traceback.format_exc()
         connection.send(answer)

@@ -70,10 +70,14 @@ class Ranks:
 
     def sum(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
         """The sum of ``value [n]`` over the ranks, added in their order: the same bits on every rank."""
-        values = value.new_empty(self.size, len(value))
+        return self.all(value, where, what).sum(0)
+
+    def all(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
+        """``[W, ...]``: every rank's ``value [...]``, of the same shape and dtype on all, in the order of ranks."""
+        values = value.new_empty(self.size, *value.shape)
         with self._together(where, what):
             dist.all_gather(list(values), value, group=self.group)
-        return values.sum(0)
+        return values
 
     def gather(self, value: Any, where: str, what: str) -> list[Any]:
         """Every rank's ``value``, in the order of ranks."""
