@@ -145,7 +145,10 @@ def documented(blocks, folder, name):
             block = block.replace(there, here)
         exec(compile(block, "docs/ranks.md", "exec"), space)
         tables_made.append(space["table"])
-    shapes = [(table.placement, table.ranks.size, table.part.rows) for table in tables_made]
+    shapes = [
+        (it.placement, it.ranks.size, it.part.rows) if isinstance(it, ShardedTable) else (it.placement, None, it.rows)
+        for it in tables_made
+    ]
     for it in (space["rows"], *tables_made):
         it.close()
     return shapes, hidden.grad is not None
