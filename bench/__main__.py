@@ -40,6 +40,7 @@ GIB = 1 << 30
 #: First argument -> the module that takes the others: measurements that are no cases.
 COMMANDS = {
     "train": "bench.training.train",
+    "optimizers": "bench.training.optimizers",
     "updates": "bench.training.updates",
     "cache": "bench.cache.prediction",
     "sweep": "bench.ops.sweep",

@@ -9,6 +9,7 @@ from .nn.replacement import export_state, replace_engram
 from .nn.warmup import warmup
 from .ops.gate import gate_residual
 from .ops.gate_conv import gate_conv_residual
+from .ops.gate_kernels.gradients import split_kv
 from .ops.hash_rows import hash_lookup
 from .ops.hashing import ngram_hash
 from .ops.rows import lookup
@@ -41,5 +42,6 @@ __all__ = [
     "lookup",
     "ngram_hash",
     "replace_engram",
+    "split_kv",
     "warmup",
 ]

@@ -5,7 +5,7 @@ Runs anywhere: with a GPU the kernels read the tables from pinned host memory, w
 
 import torch
 
-from engram_kernels import EngramConfig, EngramTable, HashPlan, gate_residual, hash_lookup
+from engram_kernels import EngramConfig, EngramTable, HashPlan, gate_residual, hash_lookup, split_kv
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 config = EngramConfig(
@@ -38,7 +38,7 @@ print("rows  ", list(rows.shape), "= layers, tokens, columns, row width")
 D, H = config.hidden_size, config.branches
 wkv = torch.randn((H + 1) * D, config.columns * config.row_width, dtype=torch.bfloat16, device=device) / 16
 kv = rows[0].flatten(1) @ wkv.T
-key, value = kv[:, : H * D].unflatten(1, (H, D)), kv[:, H * D :]
+key, value = split_kv(kv, H, D)  # views
 
 hidden = torch.randn(len(tokens), H, D, dtype=torch.bfloat16, device=device)
 norm = torch.ones(H, D, device=device)  # a trained model has one for queries and one for keys

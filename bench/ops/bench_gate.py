@@ -18,7 +18,7 @@ from bench.running.cases import (
     tensor_bytes,
     token_counts,
 )
-from engram_kernels import gate_residual, reference
+from engram_kernels import gate_residual, reference, split_kv
 
 from . import baselines
 
@@ -47,7 +47,7 @@ class GateInputs:
         config = bench.config(model)
         branches, width = config.branches, config.hidden_size
         kv = bench.randn(tokens, (branches + 1) * width, seed=2 * seed + 1)
-        key, value = kv[:, :-width].unflatten(1, (branches, width)), kv[:, -width:]
+        key, value = split_kv(kv, branches, width)
         return cls(bench.randn(tokens, branches, width, seed=2 * seed), key, value)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,8 +10,7 @@ import torch
 
 from bench.peers.inputs import whole_kv
 from bench.running.cases import Case, Prepared, Workbench, models, priority, tensor_bytes
-from engram_kernels import gate_residual, reference
-from engram_kernels.ops.gate_kernels.gradients import split_kv
+from engram_kernels import gate_residual, reference, split_kv
 
 from . import baselines
 from .bench_gate import GateInputs, norms

@@ -6,8 +6,7 @@ from functools import partial
 import torch
 
 from bench.running.cases import Case, Prepared, Workbench, models, priority, tensor_bytes
-from engram_kernels import gate_conv_residual, reference
-from engram_kernels.ops.gate_kernels.gradients import split_kv
+from engram_kernels import gate_conv_residual, reference, split_kv
 
 from . import baselines
 from .bench_gate import GateInputs, norms

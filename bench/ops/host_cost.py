@@ -28,6 +28,7 @@ from engram_kernels import (
     hash_lookup,
     lookup,
     ngram_hash,
+    split_kv,
 )
 from engram_kernels.launching import device as running
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
@@ -142,7 +143,7 @@ def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
     ids, row_ids = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros(TOKENS, config.columns, dtype=torch.int32)
     branches = config.branches
     hidden, kv = torch.zeros(TOKENS, branches, hidden_size), torch.zeros(TOKENS, (branches + 1) * hidden_size)
-    key, value = kv[:, : branches * hidden_size].unflatten(1, (branches, hidden_size)), kv[:, branches * hidden_size :]
+    key, value = split_kv(kv, branches, hidden_size)
     norms = [torch.ones(branches, hidden_size) for _ in range(3)]
     tensors, weight = (hidden, key, value, norms[0], norms[1]), torch.ones(branches, hidden_size, 4)
     options = dict(dilation=3, eps=1e-6, conv_eps=1e-6)

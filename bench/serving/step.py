@@ -23,7 +23,7 @@ import torch
 
 from bench.running.cases import Workbench, poison, spread_tokens, wrong_rows
 from bench.running.timing import Measurement, SideStream
-from engram_kernels import gate_residual, hash_lookup, reference
+from engram_kernels import gate_residual, hash_lookup, reference, split_kv
 
 MODES = ("plain", "ready", "inline", "side", "by_layer")
 FETCHING = MODES[2:]
@@ -164,9 +164,9 @@ class StepAt:
 
     def _engram(self, stream: torch.Tensor, index: int) -> torch.Tensor:
         kv = self.rows[index].flatten(1) @ self.of.wkv[index]
-        key, value = kv.chunk(2, dim=1)
+        key, value = split_kv(kv, 1, stream.shape[1])
         norms = self.of.norms
-        return gate_residual(stream[:, None], key[:, None], value, *norms, eps=self.of.config.eps)[:, 0]
+        return gate_residual(stream[:, None], key, value, *norms, eps=self.of.config.eps)[:, 0]
 
     def _layer(self, stream: torch.Tensor, layer: int) -> torch.Tensor:
         decoder = self.of.decoder

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from bench.running.environment import cpu_name, describe_software
 from bench.running.text import load_token_ids, load_token_map
-from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, RowAdagrad, reference
+from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, RowAdagrad, reference, split_kv
 from engram_kernels.commands.console import track
 
 RESULT = Path(__file__).parents[1] / "results" / "train.json"
@@ -83,7 +83,7 @@ class DenseEngram(nn.Module):
         engram, config = self.engram, self.engram.config
         row_ids = reference.ngram_hash(token_ids, self.plan)[..., 0, :]
         kv = engram.wkv(functional.embedding(row_ids, self.weight).flatten(-2))
-        key, value = kv[..., : -config.hidden_size].unflatten(-1, (1, -1)), kv[..., -config.hidden_size :]
+        key, value = split_kv(kv, 1, config.hidden_size)
         return reference.gate_conv_residual(
             *(hidden, key, value, engram.q_weight, engram.k_weight, engram.conv_norm, engram.conv_weight),
             dilation=config.conv_dilation,
@@ -178,13 +178,15 @@ class DenseAdagrad:
         self.weight.grad = None
 
 
-def train(kind: str, settings: Settings, seed: int, ids: torch.Tensor, device: torch.device) -> dict:
-    """Losses of every step, and over the held-out text after the last."""
+def train(
+    kind: str, settings: Settings, seed: int, ids: torch.Tensor, device: torch.device, optimizer=RowAdagrad
+) -> dict:
+    """Losses of every step, and over the held-out text after the last; ``optimizer`` is that of the rows."""
     model, rows = build(kind, settings, seed, device)
     dense = [parameter for parameter in model.parameters() if parameter is not rows]
     optimizers = [torch.optim.Adam(dense, lr=settings.rate, eps=1e-6)]
     if kind == "engram":
-        optimizers.append(RowAdagrad(rows, lr=settings.row_rate))
+        optimizers.append(optimizer(rows, lr=settings.row_rate))
     elif kind == "dense":
         optimizers.append(DenseAdagrad(rows, settings.row_rate))
     learnt = ids[: -settings.held_out]

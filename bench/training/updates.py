@@ -76,7 +76,6 @@ def steps(optimizer: str, table: EngramTable, rows_read: int, device: torch.devi
 
         def step(index: int) -> None:
             table.row_grad = grads[index]
-            table.anchor.grad = grads[index].norm()[None].to(table.anchor)
             rows.step()
 
         return [partial(step, index) for index in range(SETS)], rows.close, grads

@@ -15,6 +15,7 @@ import torch
 
 from engram_kernels.geometry.kinds import Each, Instance, OneOf, Optional, Whole, declares, takes
 from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.launching.streams import streams_of
 from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
@@ -98,6 +99,7 @@ class CacheStore(RowCache):
         self.bypassed_calls = self.bypassed_tokens = 0
         self._versions = [table.version for table in tables]
         self._state = self._allocate(plan.device)
+        self._buffers = Buffers("the cache", (part for part in self._state if isinstance(part, torch.Tensor)))
         self._simulator = _Simulated(self._state) if plan.device.type == "cpu" else None
         self._streams = streams = streams_of(plan.device)
         # External, so that in a capture it becomes nodes of the graph and replays wait for it too. Recorded here: the
@@ -119,7 +121,8 @@ class CacheStore(RowCache):
     @property
     def state(self) -> CacheState:
         """The tensors, for tests and tools; to write to them breaks it."""
-        return self._state
+        # Others over the same memory: kernels know that of the cache's own by address.
+        return CacheState(*(part.detach() if isinstance(part, torch.Tensor) else part for part in self._state))
 
     @property
     def simulator(self) -> CacheSimulator:
@@ -139,6 +142,7 @@ class CacheStore(RowCache):
             self.bypassed_calls += 1
             self.bypassed_tokens += num_tokens
             return False
+        self._buffers.check("NgramCache.takes")
         self.refresh()
         return True
 
@@ -160,6 +164,7 @@ class CacheStore(RowCache):
     @contextmanager
     def in_order(self) -> Iterator[CacheState]:
         """The state, for work on the current stream: after all that used it, before all that will."""
+        self._buffers.check("NgramCache")
         streams = self._streams
         current = streams.current()
         captured = streams.capturing(current)

@@ -12,7 +12,7 @@ import torch
 
 from engram_kernels.geometry.row_format import RowFormat, checked_scale, row_format
 
-from .encoding import E4M3_MAX, decode_rows, encode_rows, greatest, table_scale
+from .encoding import decode_rows, encode_rows, greatest, overflows, table_scale
 from .files import Checkpoint, Paths
 from .parallel import CHUNK, Progress, run_chunks
 from .reading import RowChunk, read_chunk, row_chunks
@@ -74,7 +74,7 @@ def convert_table(
             scale, done = _measured_scale(checkpoint, stored, chunks, options), stored.nbytes
         elif same:
             scale = stored.scale
-        overflows = []
+        lost = []
         names = dict(prefix=stored.prefix if out_prefix is None else out_prefix, shard_bytes=shard_bytes)
         names |= dict(scale=scale, token_map=stored.token_map)
         with TableWriter(out, where, format=target, rows=stored.rows, width=stored.width, **names) as writer:
@@ -85,13 +85,13 @@ def convert_table(
             def convert(chunk: RowChunk) -> int:
                 values, nbytes = _decoded(checkpoint, stored, chunk)
                 rows, scales = encode_rows(values, target, where, scale=scale)
-                overflows.append(_overflows(values, rows, target, scale))
+                lost.append(overflows(values, rows, target, scale))
                 writer.write(chunk.first, rows, scales)
                 return nbytes
 
             run_chunks(chunks, copy if same else convert, **options)
             path = writer.commit()
-        return Conversion(path, target, stored.rows, stored.width, scale, sum(overflows))
+        return Conversion(path, target, stored.rows, stored.width, scale, sum(lost))
 
 
 def _check_pair(source: RowFormat, target: RowFormat, scale: float | None, where: str) -> None:
@@ -123,12 +123,3 @@ def _measured_scale(checkpoint: Checkpoint, stored: StoredTable, chunks: list[Ro
     if max(maxima) == float("inf"):
         raise ValueError(f"{checkpoint.where}: {stored.name} holds an infinity, which e4m3 cannot hold")
     return table_scale(max(maxima))
-
-
-def _overflows(values: torch.Tensor, rows: torch.Tensor, target: RowFormat, scale: float | None) -> int:
-    if target.scaling == "table":
-        # A measured scale is rounded, and may leave the greatest value a last bit above 448.
-        return int((values.abs() > E4M3_MAX * (1 + 2**-20) * scale).sum())
-    if target.name == "float16":
-        return int(torch.isinf(rows).sum() - torch.isinf(values).sum())
-    return 0

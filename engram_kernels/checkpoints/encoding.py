@@ -51,6 +51,16 @@ def greatest(values: torch.Tensor) -> torch.Tensor:
     return values.abs().nan_to_num_(nan=0.0, posinf=float("inf")).amax(-1)
 
 
+def overflows(values: torch.Tensor, rows: torch.Tensor, format: RowFormat, scale: float | None) -> int:
+    """How many of ``values`` became infinite in ``rows`` (float16), or 448 times the table's own ``scale`` (e4m3)."""
+    if format.scaling == "table":
+        # A measured scale is rounded, and may leave the greatest value a last bit above 448.
+        return int((values.abs() > E4M3_MAX * (1 + 2**-20) * scale).sum())
+    if format.name == "float16":
+        return int(torch.isinf(rows).sum() - torch.isinf(values).sum())
+    return 0
+
+
 def table_scale(magnitude: float) -> float:
     """The scale that takes ``magnitude`` to 448, in float32; 1 for a table of zeros."""
     return float(torch.tensor(magnitude, dtype=torch.float32, device="cpu") / E4M3_MAX) or 1.0

@@ -29,8 +29,8 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 _OPENED = 128  # files of an index that are opened at once
 _ATTEMPTS = 100  # at a folder that saves change while it is read
-#: Texts in headers, JSON: what save_safetensors says of a table, and of an optimizer's state.
-TABLE_KEY, OPTIMIZER_KEY = "engram_table", "row_optimizer"
+#: Texts in headers, JSON: what save_safetensors says of a table, of an optimizer's state, and of some rows.
+TABLE_KEY, OPTIMIZER_KEY, ROWS_KEY = "engram_table", "row_optimizer", "table_rows"
 #: A file that save_safetensors writes where there are several.
 PART = re.compile(rf"(?P<stem>.*)-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
 _LFS_POINTER = b"version https://git-lfs"
@@ -161,10 +161,11 @@ class Checkpoint:
         for path in found:
             self._add(path, alone=len(found) == 1)
         if len(found) > 1 and not self._path_of:
-            raise self.error(f"{found[0]} and {len(found) - 1} more files hold states of optimizers alone")
+            others = f"{found[0]} and {len(found) - 1} more files"
+            raise self.error(f"{others} hold states of optimizers or overlays alone")
 
     def _add(self, path: Path, alone: bool) -> None:
-        """Take the tensors of a file or an index; unless alone, not an optimizer's, which lies beside its table."""
+        """Take the tensors of a file or an index; beside others, none of an optimizer or an overlay."""
         if path.name.endswith(".json"):
             found = weight_map(path, self.where)
             files = set(found.values())
@@ -175,7 +176,7 @@ class Checkpoint:
                 except FileNotFoundError:
                     if weight_map(path, self.where) != found:
                         raise
-        elif not alone and OPTIMIZER_KEY in self.metadata(path):
+        elif not alone and not {OPTIMIZER_KEY, ROWS_KEY}.isdisjoint(self.metadata(path)):
             return
         else:
             self.given.append(path)

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .bounds import BOUNDS, MAX_COLUMNS, short
-from .kinds import AnyOf, Each, Flag, Having, Instance, Number, OneOf, Optional, Whole, declares
+from .bounds import BOUNDS, MAX_COLUMNS
+from .kinds import AnyOf, Each, Flag, Having, Instance, Number, OneOf, Optional, declares, short
 from .published import read_published
 from .row_format import FORMATS, row_format
 
 #: What every field takes by itself; how they fit each other is checked beside.
-KINDS = {name: Whole(*bounds) for name, bounds in BOUNDS.items()} | {
-    "layers": Each(Whole(*BOUNDS["layers"]), least=1, error=ValueError),
-    "table_sizes": Each(Whole(*BOUNDS["table_sizes"]), error=ValueError),
-    **dict.fromkeys(("vocab_size", "pad_id", "eos_id"), Optional(Whole())),
+KINDS = BOUNDS | {
+    "layers": Each(BOUNDS["layers"], least=1, error=ValueError),
+    "table_sizes": Each(BOUNDS["table_sizes"], error=ValueError),
+    **{name: Optional(BOUNDS[name]) for name in ("vocab_size", "pad_id", "eos_id")},
     "window": OneOf("pad", "eos"),
     "multiplier_rule": OneOf("numpy", "splitmix64"),
     "format": OneOf(*FORMATS),
@@ -198,6 +198,8 @@ class EngramConfig:
             )
         return found
 
+
+declares(**KINDS)(EngramConfig.__init__)
 
 # What the demo and both models of the paper share. V is None: their tokenizer's map decides it.
 _PAPER = dict(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .bounds import INT64
+INT64 = (-(2**63), 2**63 - 1)
 
 
 class Kind:
@@ -49,7 +49,7 @@ class Whole(Kind):
     def __init__(self, least: int = INT64[0], most: int = INT64[1]):
         self.least, self.most = least, most
         first = "a positive int" if least == 1 else "an int" + (f" of at least {least}" if least > INT64[0] else "")
-        self.expected = first + (f"{' and' if least != 1 else ' of'} at most {most}" if most < INT64[1] else "")
+        self.expected = first + (f"{' and' if least != 1 else ' of'} at most {_bound(most)}" if most < INT64[1] else "")
 
     def fits(self, value) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool) and self.least <= value <= self.most
@@ -299,6 +299,14 @@ def short(value) -> str:
         text = repr(value)
         return text if len(text) <= 80 else f"{text[:77]}..."
     return describe(value)
+
+
+def _bound(number: int) -> str:
+    """A bound as errors have it: powers of two, and what is one below, as such where they are long."""
+    for value, text in ((number, ""), (number + 1, " - 1")):
+        if value >= 2**20 and value & (value - 1) == 0:
+            return f"2^{value.bit_length() - 1}{text}"
+    return str(number)
 
 
 def _name(dtype: torch.dtype) -> str:

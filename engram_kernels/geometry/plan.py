@@ -5,16 +5,31 @@ row ``floor_mod(mix_n, primes[l, c]) + offsets[l, c]``. Source: arXiv 2601.07372
 """
 
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch.compiler import is_compiling
 
-from .bounds import INT64, as_integer, whole
 from .config import EngramConfig
-from .kinds import Device, Instance, Integers, Many, Optional, Whole, takes
+from .kinds import (
+    INT64,
+    Device,
+    Each,
+    Flag,
+    Instance,
+    Integers,
+    Many,
+    Optional,
+    Tensor,
+    Whole,
+    check_all,
+    declares,
+    takes,
+)
 from .row_format import check_content
 
 _INT64_MAX = INT64[1]
@@ -24,12 +39,26 @@ PLAN_SCHEMA = (
     "Tensor multipliers, Tensor primes, Tensor offsets, Tensor reciprocals, Tensor orders, Tensor? token_map, int pad, "
     "int? eos, int? vocab_size, int[] rows_per_layer, bool non_negative, int[]? heads"
 )
+#: What HashPlan() takes.
+KINDS = dict.fromkeys(("multipliers", "primes", "offsets", "reciprocals"), Tensor(torch.int64)) | dict(
+    orders=Tensor(torch.int32),
+    token_map=Optional(Tensor(torch.int32)),
+    pad=Whole(),
+    eos=Optional(Whole()),
+    vocab_size=Optional(Whole(1)),
+    rows_per_layer=Each(Whole(1), least=1),
+    non_negative=Flag(),
+    heads=Optional(Each(Whole(0))),
+)
 _LAYER_SEED = 10007  # what a layer's number adds to the seed, in both rules
 
 
 @dataclass(frozen=True, eq=False)
 class HashPlan:
-    """Tensors of the hash of L layers with C columns each. Make one with :meth:`build` or :meth:`from_parts`."""
+    """Tensors of the hash of L layers with C columns each. Make one with :meth:`build` or :meth:`from_parts`.
+
+    Of parts that are given here types and shapes are checked, and not that the numbers belong together.
+    """
 
     multipliers: torch.Tensor  #: int64 ``[L, N]``; N is the longest n-gram
     primes: torch.Tensor  #: int64 ``[L, C]``
@@ -43,6 +72,47 @@ class HashPlan:
     rows_per_layer: tuple[int, ...]  #: rows of each layer's table
     non_negative: bool  #: no mix can be negative and primes are below 2^31, so that reciprocals are exact
     heads: tuple[int, ...] | None  #: columns of each order from 2 to N; None where they don't come in that order
+    _addresses = None  # of the tensors, when they were last found whole
+
+    def __post_init__(self):
+        if not is_compiling():
+            check_all("HashPlan", KINDS, vars(self))
+            self.check_parts("HashPlan")
+
+    @classmethod
+    def of_parts(cls, parts: Sequence) -> "HashPlan":
+        """The plan whose :meth:`parts` these are, unchecked: a registered op makes one in each call."""
+        plan = object.__new__(cls)
+        vars(plan).update(zip(_FIELDS, parts, strict=True))
+        return plan
+
+    def check_memory(self, where: str) -> None:
+        """Raise ValueError where the memory of a tensor was freed or shrunk since the last call."""
+        if self._addresses != [x.data_ptr() for x in self.tensors]:
+            self.check_parts(where)
+            vars(self)["_addresses"] = [x.data_ptr() for x in self.tensors]
+
+    def check_parts(self, where: str) -> None:
+        """Raise ValueError unless the tensors have the shapes of a plan, and memory for them."""
+        layers, orders = len(self.rows_per_layer), self.multipliers.shape[-1] if self.multipliers.dim() else 0
+        columns = self.orders.numel()
+        expected = dict(multipliers=[layers, orders], orders=[columns])
+        expected |= dict.fromkeys(("primes", "offsets", "reciprocals"), [layers, columns])
+        if self.token_map is not None:
+            expected["token_map"] = [self.token_map.numel()]
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if list(tensor.shape) != shape or not tensor.is_contiguous() or 0 in shape:
+                sizes = " for layers, orders or columns" if name != "token_map" else ""
+                raise ValueError(
+                    f"{where}: plan.{name} must be contiguous, of shape {shape} and not empty{sizes}, "
+                    f"got {list(tensor.shape)}"
+                )
+            end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+            if tensor.device != self.device:
+                raise ValueError(f"{where}: plan.{name} must be on {self.device}, got {tensor.device}")
+            if tensor.untyped_storage().nbytes() < end:
+                raise ValueError(f"{where}: the memory of plan.{name} was freed; make another plan")
 
     @classmethod
     @takes(config=Instance(EngramConfig), token_map=Optional(Integers(1)))
@@ -133,10 +203,6 @@ class HashPlan:
         _check_rows(map(sum, columns), "primes", where)
         if max(map(max, factors)) > _INT64_MAX:
             raise ValueError(f"{where}: multipliers must be int64, got {max(map(max, factors))}")
-        pad, eos, vocab_size = (
-            value if value is None and name != "pad" else whole(value, name, where, INT64)
-            for name, value in (("pad", pad), ("eos", eos), ("vocab_size", vocab_size))
-        )
         if eos is not None and (token_map is not None or pad != eos):
             raise ValueError(f"{where}: with eos={eos}, pad must equal it and token_map be None, got pad={pad}")
         if token_map is not None:
@@ -168,6 +234,11 @@ class HashPlan:
         """Every field in order, for registered ops, which take tensors and numbers alone."""
         tensors = (self.multipliers, self.primes, self.offsets, self.reciprocals, self.orders, self.token_map)
         return (*tensors, self.pad, self.eos, self.vocab_size, list(self.rows_per_layer), self.non_negative, self.heads)
+
+    @cached_property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors."""
+        return tuple(part for part in self.parts()[:6] if part is not None)
 
     @property
     def max_ngram(self) -> int:
@@ -218,6 +289,10 @@ class HashPlan:
             rows_per_layer=tuple(self.rows_per_layer[layer] for layer in layers),
             **per_column,
         )
+
+
+declares(**KINDS)(HashPlan.__init__)
+_FIELDS = tuple(field.name for field in fields(HashPlan))
 
 
 def layer_plan(plan: HashPlan, config: EngramConfig, layer: int, where: str) -> HashPlan:
@@ -295,6 +370,10 @@ def _positions(chosen: Sequence[int] | None, size: int, what: str) -> list[int]:
 
 
 def _position(position, what: str) -> int:
-    if (number := as_integer(position)) is None:
-        raise TypeError(f"HashPlan.select: {what} must be integers, got {position!r}")
-    return number
+    # True counts as 1 for Python and for torch, and is no number where one is asked for.
+    if not isinstance(position, bool) and getattr(position, "dtype", None) != torch.bool:
+        try:
+            return operator.index(position)
+        except TypeError:
+            pass
+    raise TypeError(f"HashPlan.select: {what} must be integers, got {position!r}")

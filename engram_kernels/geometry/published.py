@@ -8,7 +8,8 @@ Qwen3.8-Flash-Next   ple_* and ngram_* fields; a config.json may leave out what 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .bounds import BOUNDS, INT64, finite, short, whole
+from .bounds import BOUNDS
+from .kinds import Number, Whole, short
 
 _WHERE = "EngramConfig.from_hf"
 #: Where a model of several parts keeps the configuration of its text model.
@@ -72,16 +73,20 @@ def _required(fields: Mapping[str, Any], name: str) -> Any:
 
 def _integer(fields: Mapping[str, Any], name: str, means: str) -> int:
     """A required field, within the bounds of the field of EngramConfig that it means."""
-    return whole(_required(fields, name), repr(name), _WHERE, BOUNDS[means])
+    return BOUNDS[means].check(_WHERE, repr(name), _required(fields, name))
 
 
-def _integers(fields: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> tuple[int, ...]:
+def _eps(fields: Mapping[str, Any]) -> float:
+    return Number(0).check(_WHERE, "'rms_norm_eps'", _required(fields, "rms_norm_eps"))
+
+
+def _integers(fields: Mapping[str, Any], name: str, kind: Whole) -> tuple[int, ...]:
     """A required field that is an integer or a list of at least one."""
     value = _required(fields, name)
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not values:
         raise ValueError(f"{_WHERE}: {name!r} must be one or more integers, got {short(value)}")
-    return tuple(whole(entry, repr(name), _WHERE, bounds) for entry in values)
+    return tuple(kind.check(_WHERE, repr(name), entry) for entry in values)
 
 
 def _deepseek(fields: Mapping[str, Any]) -> Published:
@@ -98,26 +103,26 @@ def _deepseek(fields: Mapping[str, Any]) -> Published:
         vocab_size=_integer(fields, "engram_compressed_vocab_size", "raw_vocab_size"),
         pad_id=_integer(fields, "engram_pad_token_id", "pad_id"),
         format="e4m3_ue8m0",
-        eps=finite(_required(fields, "rms_norm_eps"), "'rms_norm_eps'", _WHERE, 0.0),
+        eps=_eps(fields),
     )
-    return Published(arguments, _integers(fields, "engram_num_embeddings", (1, 2**63 - 1)))
+    return Published(arguments, _integers(fields, "engram_num_embeddings", Whole(1)))
 
 
 def _qwen(fields: Mapping[str, Any]) -> Published:
     max_ngram, heads = _integer(fields, "ngram_size", "max_ngram"), _integer(fields, "heads_per_ngram", "heads")
     hidden_size = _integer(fields, "hidden_size", "hidden_size")
     columns, embed = (max_ngram - 1) * heads, fields.get("ple_embed_dim", hidden_size)
-    width, rest = divmod(whole(embed, "'ple_embed_dim'", _WHERE, (1, 2**31)), columns)
+    width, rest = divmod(Whole(1, 2**31).check(_WHERE, "'ple_embed_dim'", embed), columns)
     if rest or not width:
         raise ValueError(
             f"{_WHERE}: 'ple_embed_dim' must be a multiple of (ngram_size - 1) * heads_per_ngram = {columns}, "
             f"got {embed}"
         )
-    eps = finite(fields["rms_norm_eps"], "'rms_norm_eps'", _WHERE, 0.0)
-    whole(fields["split_ngram_parts"], "'split_ngram_parts'", _WHERE, (1, 2**31))  # the last part may be shorter
+    eps = _eps(fields)
+    Whole(1, 2**31).check(_WHERE, "'split_ngram_parts'", fields["split_ngram_parts"])  # the last part may be shorter
     arguments = dict(
         # ple_layer_ids count from 1, in any order; primes and multipliers go by the sorted ones
-        layers=tuple(layer - 1 for layer in sorted(set(_integers(fields, "ple_layer_ids", (1, 2**31))))),
+        layers=tuple(layer - 1 for layer in sorted(set(_integers(fields, "ple_layer_ids", Whole(1, 2**31))))),
         max_ngram=max_ngram,
         heads=heads,
         row_width=width,
@@ -127,7 +132,7 @@ def _qwen(fields: Mapping[str, Any]) -> Published:
         raw_vocab_size=_integer(fields, "vocab_size", "raw_vocab_size"),
         vocab_size=_integer(fields, "vocab_size", "raw_vocab_size"),
         # one id or a list, the first of which ends a document
-        eos_id=_integers(fields, "eos_token_id", INT64)[0],
+        eos_id=_integers(fields, "eos_token_id", BOUNDS["eos_id"])[0],
         window="eos",
         multiplier_rule="splitmix64",
         seed=_integer(fields, "seed", "seed"),

@@ -66,9 +66,22 @@ def row_format(name: str, where: str) -> RowFormat:
 
 
 def check_content(tensor: torch.Tensor, name: str, where: str) -> None:
-    """Raise ValueError for a tensor on the meta device."""
+    """Raise ValueError for a tensor on the meta device, and for one whose storage was freed or shrunk."""
     if tensor.is_meta:
         raise ValueError(f"{where}: {name} must hold numbers, and a tensor on the meta device has none")
+    check_memory(tensor, name, where)
+
+
+def check_memory(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Raise ValueError where a tensor reaches beyond its storage, which was freed or shrunk: reading it is a fault."""
+    if tensor.layout != torch.strided or not tensor.numel():
+        return
+    extents = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = tensor.storage_offset() + 1 + sum((size - 1) * stride for size, stride in extents)
+    if (have := tensor.untyped_storage().nbytes()) < (need := elements * tensor.itemsize):
+        raise ValueError(
+            f"{where}: {name} must have memory of {need} bytes, got {have}: its storage was freed or shrunk"
+        )
 
 
 def checked_scale(scale: torch.Tensor | float, where: str) -> torch.Tensor:

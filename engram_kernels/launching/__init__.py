@@ -1,1 +1,1 @@
-"""What the launchers of all kernels share: checks, devices, streams, kept launches, sums in a fixed order, exchanges of ranks."""
+"""What the launchers of all kernels share: checks, devices, streams, kept launches, sums, exchanges of ranks."""

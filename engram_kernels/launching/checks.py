@@ -7,6 +7,7 @@ eager calls on the CPU only: on a GPU a check would wait for it, and the kernels
 import torch
 
 from engram_kernels.geometry.kinds import describe
+from engram_kernels.geometry.row_format import check_memory
 
 
 def records_gradient(*tensors: torch.Tensor) -> bool:
@@ -25,6 +26,8 @@ def check_tensor(where, name, value, *, dtypes, shape=None, device=None, contigu
         raise ValueError(f"{where}: {name} must be on {device}, got {value.device}")
     if contiguous and not value.is_contiguous():
         raise ValueError(f"{where}: {name} must be contiguous, got strides {list(value.stride())}")
+    if not torch.compiler.is_compiling():
+        check_memory(value, name, where)
 
 
 def check_out(where, out, shape, dtype, device) -> None:

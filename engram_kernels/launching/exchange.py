@@ -14,7 +14,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from engram_kernels.geometry.kinds import describe
+
 Result = TypeVar("Result")
+_REFUSED = -1  # in place of a number of entries
 
 
 class RankError(RuntimeError):
@@ -24,13 +27,13 @@ class RankError(RuntimeError):
 class Ranks:
     """A process group seen from one of its ranks; None is the world."""
 
-    def __init__(self, group: "dist.ProcessGroup | None", where: str):
+    def __init__(self, group: "dist.ProcessGroup | None", where: str, name: str = "group"):
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError(f"{where}: torch.distributed must be initialised first (init_process_group)")
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise TypeError(
-                f"{where}: a group must be a torch.distributed.ProcessGroup (of a DeviceMesh, mesh.get_group(name)) or "
-                f"None, got {type(group).__name__}"
+                f"{where}: {name} must be a ProcessGroup (of a DeviceMesh, mesh.get_group(name)) or None, "
+                f"got {describe(group)}"
             )
         self.group = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -64,16 +67,31 @@ class Ranks:
         return received
 
     def exchange_counts(self, counts: torch.Tensor, where: str, what: str) -> tuple[list[int], list[int]]:
-        """Both as lists: int64 ``counts [W]`` of entries for each rank, and what they have for this one. Waits."""
-        received = self.exchange_into(torch.empty_like(counts), counts, where, f"the number of {what}")
-        return counts.tolist(), received.tolist()
+        """Both as lists: int64 ``counts [W]`` of entries for each rank, and what they have for this one. Waits.
+
+        RankError where a rank has none to give, since it refuses its arguments (:meth:`refuse`).
+        """
+        theirs = self.exchange_into(torch.empty_like(counts), counts, where, f"the number of {what}").tolist()
+        if _REFUSED in theirs:
+            rank = theirs.index(_REFUSED)
+            raise RankError(f"{where}: rank {rank} of {self.size} refused its arguments; its own error says why")
+        return counts.tolist(), theirs
+
+    def refuse(self, device: torch.device, where: str, what: str) -> None:
+        """Take part in :meth:`exchange_counts` for a rank whose arguments are wrong, so that its peers need not wait.
+
+        device: one that the group moves tensors of. Where peers are gone there is nobody to tell.
+        """
+        with contextlib.suppress(RankError):
+            counts = torch.full((self.size,), _REFUSED, device=device)
+            self.exchange_into(torch.empty_like(counts), counts, where, f"the number of {what}")
 
     def sum(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
         """The sum of ``value [n]`` over the ranks, added in their order: the same bits on every rank."""
-        return self.all(value, where, what).sum(0)
+        return self.values(value, where, what).sum(0)
 
-    def all(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
-        """``[W, ...]``: every rank's ``value [...]``, of the same shape and dtype on all, in the order of ranks."""
+    def values(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
+        """Every rank's ``value [...]``, of the same shape and dtype on all, in the order of ranks ``[W, ...]``."""
         values = value.new_empty(self.size, *value.shape)
         with self._together(where, what):
             dist.all_gather(list(values), value, group=self.group)
@@ -142,8 +160,8 @@ class Groups:
         where: str,
     ):
         self.ranks = Ranks(group, where)
-        self.node = None if node is None else Ranks(node, where)
-        self.replicas = self.node if replicas is None else Ranks(replicas, where)
+        self.node = None if node is None else Ranks(node, where, "node")
+        self.replicas = self.node if replicas is None else Ranks(replicas, where, "replicas")
 
     def attempt(self, where: str, what: str, work: Callable[[], Result]) -> Result:
         """:meth:`Ranks.attempt` over the ranks and all replicas of theirs."""

@@ -47,6 +47,8 @@ def check_tokens(where: str, tokens: Tokens, plan: HashPlan) -> None:
         )
     if not isinstance(plan, HashPlan):
         raise TypeError(f"{where}: plan must be a HashPlan, got {type(plan).__name__}")
+    if not torch.compiler.is_compiling():
+        plan.check_parts(where)
     if plan.device != token_ids.device:
         raise ValueError(f"{where}: plan must be on {token_ids.device} (plan.to(...)), got {plan.device}")
     batch = check_batch(where, token_ids.shape, cu_seqlens, token_ids.device)

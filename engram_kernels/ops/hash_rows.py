@@ -26,7 +26,7 @@ from .call import Op, form_of, out_parts, registered, writes_alone
 from .hashing import ngram_hash
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
-from .row_kernels.caching import RowCache, check_cache
+from .row_kernels.caching import CACHE, RowCache, check_cache
 from .row_kernels.hashed import prepare_hash_lookup
 from .row_kernels.order import check_order, choose_order
 from .row_kernels.output import (
@@ -115,6 +115,7 @@ class HashLookup(Op):
         return memory_of_plan(call.plan) + tables
 
     def repeats(self, call):
+        call.plan.check_memory(self.name)
         for table in call.tables:
             table.check_usable(self.name)
         check_token_values(self.name, call.tokens, call.plan)
@@ -215,7 +216,7 @@ def _with_table_scales(call: HashLookupCall, out):
 def _split(rest, options: int) -> tuple[TableView, tuple, HashPlan]:
     """A registered op's arguments after the tokens: view, so many options, plan."""
     view, rest = split_view(rest)
-    return view, rest[:options], HashPlan(*rest[options:])
+    return view, rest[:options], HashPlan.of_parts(rest[options:])
 
 
 def _launch(tokens: Tokens, plan: HashPlan, view: TableView, out, storage, programs, order) -> None:
@@ -258,7 +259,7 @@ def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, *rest):
 @declares(
     **TOKEN_KINDS,
     tables=Each(Instance(EngramTable), least=1),
-    cache=Optional(Instance(RowCache)),
+    cache=Optional(CACHE),
     **READ_KINDS,
 )
 def hash_lookup(

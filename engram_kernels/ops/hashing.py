@@ -38,7 +38,7 @@ class HashCall(NamedTuple):
     @classmethod
     def of(cls, arguments) -> "HashCall":
         """The call of a registered op's arguments: tokens and parts of a plan."""
-        return cls(Tokens(*arguments[:4]), HashPlan(*arguments[4:]))
+        return cls(Tokens(*arguments[:4]), HashPlan.of_parts(arguments[4:]))
 
 
 class NgramHash(Op):
@@ -66,6 +66,7 @@ class NgramHash(Op):
         return memory_of_plan(call.plan)
 
     def repeats(self, call):
+        call.plan.check_memory(self.name)
         check_token_values(self.name, *call)
         return True
 
@@ -103,7 +104,7 @@ def ngram_hash_op(*arguments):
 @registered("ngram_hash_out", f"({TOKENS_SCHEMA}, Tensor(a!) out, {PLAN_SCHEMA}) -> ()", writes_alone, mutates=("out",))
 def ngram_hash_out_op(token_ids, cu_seqlens, history, dead, out, *plan_parts):
     """:func:`ngram_hash` for torch.compile, into ``out``."""
-    call = HashCall(Tokens(token_ids, cu_seqlens, history, dead), HashPlan(*plan_parts))
+    call = HashCall(Tokens(token_ids, cu_seqlens, history, dead), HashPlan.of_parts(plan_parts))
     HASH.launcher(call, out)(call, out)
 
 

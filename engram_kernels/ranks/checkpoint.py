@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from engram_kernels.checkpoints.files import Checkpoint, Paths
-from engram_kernels.checkpoints.parallel import CHUNK, THREADS, check_threads, run_chunks, spans
+from engram_kernels.checkpoints.parallel import CHUNK, THREADS, run_chunks, spans
 from engram_kernels.checkpoints.table_writer import RowsFiles, TableWriter
 from engram_kernels.checkpoints.validate import StoredTable, select_table
 from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.kinds import check_all
 from engram_kernels.launching.exchange import Groups
+from engram_kernels.tables.engram import LOAD_KINDS, SAVE_KINDS
 from engram_kernels.tables.files import check_room, fill_table
 
-from .rows import ShardedRows, layer_index
+from .rows import TABLE_KINDS, ShardedRows, layer_index
 from .sharding import SPLITS, shard_rows
 
 _LOAD, _SAVE = "ShardedTable.from_safetensors", "ShardedTable.save_safetensors"
@@ -30,12 +32,13 @@ def load_sharded(
 ) -> Table:
     """:meth:`ShardedTable.from_safetensors`. reading: its prefix, threads and progress."""
     groups = Groups(group, options.get("node"), options.get("replicas"), _LOAD)
+    given = dict(paths=paths, config=config, layer=layer, placement=options["placement"], **reading)
     prefix = reading.pop("prefix")
     with ExitStack() as opened:
 
         def read_headers() -> tuple[Checkpoint, StoredTable]:
-            check_threads(reading["threads"], _LOAD)
-            index = layer_index(config, layer)
+            check_all(_LOAD, TABLE_KINDS | LOAD_KINDS, given)
+            index = layer_index(config, layer, _LOAD)
             checkpoint = opened.enter_context(Checkpoint(paths, _LOAD))
             stored = select_table(checkpoint, config, layer, prefix)
             if groups.node is None or groups.node.rank == 0:  # which makes the shard
@@ -70,6 +73,7 @@ def save_sharded(table: ShardedRows, path: str | os.PathLike, writing: dict) -> 
     with ExitStack() as held:
 
         def lay_out() -> TableWriter | None:
+            check_all(_SAVE, SAVE_KINDS, dict(path=path, **writing))
             return None if ranks.rank else held.enter_context(TableWriter(path, _SAVE, **shape, **writing))
 
         writer = ranks.attempt(_SAVE, "laying out the files", lay_out)

@@ -65,11 +65,19 @@ class ShardGradient(RowGradient):
     """A shard's row gradient with the norm of all shards', so that clipping scales all of them alike."""
 
     total: torch.Tensor  #: float64 ``[1]``, sum of squares over the ranks
-    ranks: Ranks
+    ranks: Ranks  #: those of the shards
 
-    def norm(self) -> torch.Tensor:
-        """Euclidean norm over all rows of all shards, a scalar on the device."""
-        return self.total[0].sqrt().to(self.squares.dtype)
+    def norm(self, order: float = 2.0) -> torch.Tensor:
+        """The norm over all rows of all shards, a scalar on the device; collective for another order than 2."""
+        if order == 2:
+            return self.total[0].sqrt().to(self.squares.dtype)
+        norms = self.ranks.values(super().norm(order)[None], _WHERE, "the norms of the gradient's shards")
+        return torch.linalg.vector_norm(norms, order)
+
+    def clamp_(self, low: float | None, high: float | None, factor: torch.Tensor) -> None:
+        """As of any row gradient; collective, as the norm is that of all shards."""
+        super().clamp_(low, high, factor)
+        self.total.copy_(_sum_of_squares(self, self.ranks))
 
     def times(self, factor: torch.Tensor) -> "ShardGradient":
         """The gradient times a scalar tensor, the same on all ranks."""
@@ -83,5 +91,9 @@ class ShardGradient(RowGradient):
     def of(cls, gradient: RowGradient, ranks: Ranks) -> "ShardGradient":
         """A shard's gradient with the norm of all; added in float64, in the order of ranks."""
         fields = {field.name: getattr(gradient, field.name) for field in dataclasses.fields(RowGradient)}
-        total = gradient.squares.sum(0, keepdim=True, dtype=torch.float64)
-        return cls(**fields, total=ranks.sum(total, _WHERE, "the sum of the gradient's squares"), ranks=ranks)
+        return cls(**fields, total=_sum_of_squares(gradient, ranks), ranks=ranks)
+
+
+def _sum_of_squares(gradient: RowGradient, ranks: Ranks) -> torch.Tensor:
+    total = gradient.squares.sum(0, keepdim=True, dtype=torch.float64)
+    return ranks.sum(total, _WHERE, "the sum of the gradient's squares")

@@ -22,6 +22,7 @@ from .rows import ShardedRows
 
 _WHERE = "ShardedTable.lookup"
 _IDS, _ROWS = "the exchange of row ids", "the exchange of rows"
+ROWS_ASKED = "rows asked for"
 
 
 def received_rows(table: ShardedRows, row_ids: torch.Tensor) -> tuple[EngramTable, torch.Tensor]:
@@ -31,7 +32,7 @@ def received_rows(table: ShardedRows, row_ids: torch.Tensor) -> tuple[EngramTabl
     if len(keys) and int(keys[0]) < 0:  # ids outside the table sort first, and are -1 then
         keys, found = keys[1:], found - 1
     counts = torch.searchsorted(keys, rows_of.bounds).diff()
-    wanted, asked = ranks.exchange_counts(counts, _WHERE, "rows asked for")
+    wanted, asked = ranks.exchange_counts(counts, _WHERE, ROWS_ASKED)
     positions = (keys % rows_of.stride).to(table.sharding.id_dtype)
     positions = ranks.exchange(positions, wanted, asked, _WHERE, _IDS)
     packed = ranks.exchange(_stored(table.part, positions), asked, wanted, _WHERE, _ROWS)

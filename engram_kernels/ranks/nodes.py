@@ -6,14 +6,20 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from engram_kernels.geometry.kinds import Instance, Optional, Text, check_all
 from engram_kernels.launching.exchange import Ranks
 
+from .rows import GROUP
+
 _WHERE = "ShardedTable.node_groups"
+NODE_KINDS = dict(group=GROUP, node=Optional(Text()), timeout=Optional(Instance(timedelta)))
 
 
 def make_node_groups(group: "dist.ProcessGroup | None", node: str | None, timeout: timedelta | None):
     """:meth:`ShardedTable.node_groups`."""
     ranks = Ranks(group, _WHERE)
+    given = dict(node=node, timeout=timeout)
+    ranks.attempt(_WHERE, "checking its arguments", lambda: check_all(_WHERE, NODE_KINDS, given))
     if node is None:  # containers of one running system share its boot id, and have host names of their own
         node = f"{os.uname().nodename} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
     labels = ranks.gather(node, _WHERE, "the names of nodes")

@@ -8,18 +8,33 @@ import torch
 import torch.distributed as dist
 
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import RowFormat, row_format
+from engram_kernels.geometry.kinds import Function, Instance, Number, OneOf, Optional, Whole, check_all, declares
+from engram_kernels.geometry.row_format import FORMATS, RowFormat, row_format
 from engram_kernels.launching.exchange import Groups
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import RowGradient, row_gradient
+from engram_kernels.tables.placement import PLACEMENTS
 from engram_kernels.tables.shard import Shard
 
-from .sharding import ShardMap, shard_rows
+from .sharding import SPLITS, ShardMap, shard_rows
 
 Fill = Callable[[EngramTable, Sequence[tuple[int, int]]], object]
 _WHERE = "ShardedTable"
 #: How the gradients of ranks meet: the mean is what DistributedDataParallel makes of those of dense parameters.
 REDUCES = ("mean", "sum")
+#: What every constructor takes. Groups are checked as they are used, since without them no rank could tell another one.
+GROUP = Optional(Instance("ProcessGroup"))
+TABLE_KINDS = dict(config=Instance(EngramConfig), layer=Whole(0), group=GROUP, placement=OneOf(*PLACEMENTS))
+_KINDS = TABLE_KINDS | dict(
+    split=OneOf(*SPLITS),
+    format=Optional(OneOf(*FORMATS)),
+    scale=Number(),
+    fill=Optional(Function()),
+    capacity=Optional(Whole(1)),
+    node=GROUP,
+    replicas=GROUP,
+    reduce=OneOf(*REDUCES),
+)
 
 
 class ShardedRows:
@@ -29,6 +44,7 @@ class ShardedRows:
     width and format are those of the whole table.
     """
 
+    @declares(**_KINDS)
     def __init__(
         self,
         config: EngramConfig,
@@ -47,15 +63,14 @@ class ShardedRows:
         **options,
     ):
         groups = Groups(group, node, replicas, _WHERE)
-        self.ranks, self.replicas = groups.ranks, groups.replicas
+        self.groups, self.ranks, self.replicas = groups, groups.ranks, groups.replicas
+
+        given = dict(config=config, layer=layer, placement=placement, split=split, format=format, scale=scale)
+        given |= dict(fill=fill, capacity=capacity, reduce=reduce)
 
         def check() -> int:
-            index = layer_index(config, layer)
-            if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
-                raise ValueError(f"{_WHERE}: capacity must be a positive int or None, got {capacity!r}")
-            if reduce not in REDUCES:
-                raise ValueError(f"{_WHERE}: reduce must be one of {', '.join(REDUCES)}, got {reduce!r}")
-            return index
+            check_all(_WHERE, _KINDS, given)
+            return layer_index(config, layer, _WHERE)
 
         index = groups.attempt(_WHERE, "checking its arguments", check)
         facts = {f"config's {name}": value for name, value in dataclasses.asdict(config).items()}
@@ -119,10 +134,8 @@ def _scaled_gradient(row_ids: torch.Tensor, grad: torch.Tensor, rows: int, facto
     return found if factor == 1 else found.times(found.squares.new_tensor(factor))
 
 
-def layer_index(config: EngramConfig, layer: int) -> int:
-    """The number of ``layer`` among the config's; TypeError or ValueError where there is none."""
-    if not isinstance(config, EngramConfig):
-        raise TypeError(f"{_WHERE}: config must be an EngramConfig, got {type(config).__name__}")
+def layer_index(config: EngramConfig, layer: int, where: str) -> int:
+    """The number of ``layer`` among the config's; ValueError where there is none."""
     if layer not in config.layers:
-        raise ValueError(f"{_WHERE}: layer must be one of the config's, {config.layers}, got {layer}")
+        raise ValueError(f"{where}: layer must be one of the config's, {config.layers}, got {layer}")
     return config.layers.index(layer)

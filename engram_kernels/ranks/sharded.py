@@ -6,11 +6,13 @@
     ranks/gradient.py     gradients to the ranks that hold the rows, in the order of the global batch
     ranks/checkpoint.py   one checkpoint whatever the number of ranks
     ranks/nodes.py        groups of the ranks of a node, and across nodes
+    ranks/overlay.py      edited rows over the shards
 
 Constructors, lookups, backward passes and saving are collective: all ranks of the group take part, in the same order.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -20,21 +22,29 @@ import torch.distributed as dist
 
 from engram_kernels.checkpoints.files import Paths
 from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.kinds import AnyOf, Flag, Number, Optional, Tensor, check_all, declares, takes
+from engram_kernels.geometry.kinds import Path as PathKind
 from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.geometry.row_format import check_content, format_of
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.exchange import Groups
-from engram_kernels.launching.tokens import Tokens, check_token_values, check_tokens
+from engram_kernels.launching.tokens import ID_DTYPES, TOKEN_KINDS, Tokens, check_token_values, check_tokens
 from engram_kernels.ops.hashing import ngram_hash
-from engram_kernels.ops.row_kernels.output import check_row_out
+from engram_kernels.ops.row_kernels.output import OUT_KINDS, check_row_out
 from engram_kernels.ops.rows import lookup
-from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
+from engram_kernels.tables.editing.files import load_rows
+from engram_kernels.tables.editing.stored import ROW_KINDS
+from engram_kernels.tables.engram import LOAD_KINDS, SAVE_KINDS
+from engram_kernels.tables.gradient import GRAD_DTYPES, check_recordable, record_rows, records_rows
 
 from .checkpoint import load_sharded, save_sharded
 from .gradient import ShardGradient, gather_row_gradients
-from .lookup import FixedExchange, received_rows
-from .nodes import make_node_groups
-from .rows import ShardedRows, layer_index
+from .lookup import ROWS_ASKED, FixedExchange, received_rows
+from .nodes import NODE_KINDS, make_node_groups
+from .overlay import ShardedOverlay
+from .rows import TABLE_KINDS, ShardedRows, layer_index
+
+_WEIGHT_KINDS = TABLE_KINDS | dict(weight=Tensor(), scale=Optional(AnyOf(Number(), Tensor())))
 
 
 class ShardedTable(ShardedRows):
@@ -54,13 +64,17 @@ class ShardedTable(ShardedRows):
     reduce: "mean" divides the sum of all ranks' row gradients, replicas' included, by their number, as
     DistributedDataParallel does with those of dense parameters; "sum" does not.
 
-    Arguments that differ between ranks, and an error on one of them, are errors on all.
+    Arguments that differ between ranks, and an error on one of them, are errors on all: of constructors, saving and
+    :meth:`node_groups`, and of lookups without ``capacity``, whose peers learn it with the number of rows. Two things
+    are checked before a rank takes part, so that its peers wait for it until the group's time-out: the groups
+    themselves, and arguments of lookups with ``capacity`` and of :meth:`accumulate_row_grad`.
     """
 
     #: The last plan that hash_lookup was given, and the plan of this layer alone.
     _plan: tuple[HashPlan, HashPlan] | None = None
 
     @classmethod
+    @declares(**_WEIGHT_KINDS)
     def from_tensors(
         cls,
         weight: torch.Tensor,
@@ -74,9 +88,13 @@ class ShardedTable(ShardedRows):
     ) -> "ShardedTable":
         """Each rank gives the whole table ``weight [rows, width]`` and its scale, and keeps its shard."""
         where = "ShardedTable.from_tensors"
+        given = dict(weight=weight, scale=scale, config=config, layer=layer, placement=placement)
 
         def check():
-            shape = [config.rows_per_layer[layer_index(config, layer)], config.row_width]
+            check_all(where, _WEIGHT_KINDS, given)
+            shape = [config.rows_per_layer[layer_index(config, layer, where)], config.row_width]
+            if weight.dim() != 2:
+                raise ValueError(f"{where}: weight must have shape {shape}, got {list(weight.shape)}")
             found = format_of(weight, scale, where)
             check_content(weight, "weight", where)
             if list(weight.shape) != shape:
@@ -98,6 +116,7 @@ class ShardedTable(ShardedRows):
         return cls(config, layer, group, placement=placement, format=fmt.name, scale=value, fill=fill, **options)
 
     @classmethod
+    @declares(**TABLE_KINDS, **LOAD_KINDS)
     def from_safetensors(
         cls,
         paths: Paths,
@@ -119,6 +138,7 @@ class ShardedTable(ShardedRows):
         reading = dict(prefix=prefix, threads=threads, progress=progress)
         return load_sharded(cls, paths, config, layer, group, reading, placement=placement, **options)
 
+    @declares(**SAVE_KINDS)
     def save_safetensors(
         self,
         path: str | Path,
@@ -136,6 +156,7 @@ class ShardedTable(ShardedRows):
         return save_sharded(self, path, dict(prefix=prefix, shard_bytes=shard_bytes, metadata=metadata))
 
     @staticmethod
+    @declares(**NODE_KINDS)
     def node_groups(
         group: "dist.ProcessGroup | None" = None, *, node: str | None = None, timeout: timedelta | None = None
     ) -> "tuple[dist.ProcessGroup, dist.ProcessGroup]":
@@ -147,6 +168,7 @@ class ShardedTable(ShardedRows):
         """
         return make_node_groups(group, node, timeout)
 
+    @declares(row_ids=Tensor(*ID_DTYPES), **OUT_KINDS)
     def lookup(
         self,
         row_ids: torch.Tensor,
@@ -160,15 +182,9 @@ class ShardedTable(ShardedRows):
         Arguments and result are those of :func:`lookup`, and so are the bits; ranks may have different numbers of ids.
         Where the table is trainable autograd follows values, and the backward pass is collective too.
         """
-        where = "ShardedTable.lookup"
-        check_tensor(where, "row_ids", row_ids, dtypes=(torch.int32, torch.int64), contiguous=False)
-        if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
-            raise ValueError(f"{where}: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
-        self.part.check_readable_on(row_ids.device, where)
-        shape = (*row_ids.shape, self.width)
-        check_row_out(where, self.part, shape, row_ids.device, out, out_dtype, out_format)
+        with self._refusing(row_ids):
+            self._check_lookup("ShardedTable.lookup", row_ids, out, out_dtype, out_format)
         if records_rows((self,), out_format):
-            check_recordable(where, out)
             with torch.no_grad():
                 rows = self.lookup(row_ids, out_dtype=out_dtype)
             return record_rows(rows, (self,), lambda grad, ids: ((ids, grad),), row_ids)
@@ -182,6 +198,7 @@ class ShardedTable(ShardedRows):
                 self.check_capacity()
         return lookup(received, ids, out=out, out_dtype=out_dtype, out_format=out_format)
 
+    @declares(**TOKEN_KINDS, **OUT_KINDS)
     def hash_lookup(
         self,
         token_ids: torch.Tensor,
@@ -199,10 +216,12 @@ class ShardedTable(ShardedRows):
         plan: of all the config's layers, or of this one alone. Other arguments are those of :func:`hash_lookup`.
         """
         where = "ShardedTable.hash_lookup"
-        check_tokens(where, Tokens(token_ids, cu_seqlens, history, dead), plan)
-        plan = self._own_plan(plan, where)
-        check_token_values(where, Tokens(token_ids, cu_seqlens, history, dead), plan)
-        row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)[..., 0, :]
+        with self._refusing(token_ids):
+            check_tokens(where, Tokens(token_ids, cu_seqlens, history, dead), plan)
+            plan = self._own_plan(plan, where)
+            check_token_values(where, Tokens(token_ids, cu_seqlens, history, dead), plan)
+            row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)[..., 0, :]
+            self._check_lookup(where, row_ids, out, out_dtype, out_format)
         return self.lookup(row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
 
     def check_capacity(self) -> None:
@@ -218,6 +237,31 @@ class ShardedTable(ShardedRows):
                     f"ShardedTable: capacity must be at least {most}, the distinct rows that a rank asked of another "
                     f"in one lookup, got {self.capacity}; rows beyond it were read as NaN"
                 )
+
+    @declares(**ROW_KINDS)
+    def overlay(self, ids: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None = None) -> ShardedOverlay:
+        """Lay ``rows [n, R]`` over rows ``ids [n]`` of the whole table, the same on all ranks; collective.
+
+        Arguments, result and errors are those of :meth:`EngramTable.overlay`; each rank writes the rows of its shard.
+        """
+        return ShardedOverlay(self, ids, rows, scales, "ShardedTable.overlay").apply()
+
+    @declares(path=PathKind())
+    def load_overlay(self, path: str | Path) -> ShardedOverlay:
+        """The overlay of a file of :meth:`RowOverlay.save_safetensors`, which all ranks read, applied; collective."""
+        where = "ShardedTable.load_overlay"
+
+        def read():
+            check_all(where, dict(path=PathKind()), dict(path=path))
+            return load_rows(self, path, where)[0]
+
+        stored = self.groups.attempt(where, "reading the file", read)
+        return ShardedOverlay(self, *stored, where).apply()
+
+    @property
+    def own_scale(self) -> float | None:
+        """The one scale of a whole table, of format "e4m3"; else None."""
+        return self.part.own_scale
 
     @property
     def default_out_dtype(self) -> torch.dtype:
@@ -243,18 +287,24 @@ class ShardedTable(ShardedRows):
     def token_map(self, digest: str | None) -> None:
         self.part.token_map = digest
 
+    @takes(requires=Flag())
     def requires_row_grad_(self, requires: bool = True) -> "ShardedTable":
         """Make the rows trainable, on every rank, or no longer so; optimizers take ``part``. Returns the table."""
         self.part.requires_row_grad_(requires)
         return self
 
+    @declares(row_ids=Tensor(*ID_DTYPES), grad=Tensor(*GRAD_DTYPES))
     def accumulate_row_grad(self, row_ids: torch.Tensor, grad: torch.Tensor) -> None:
         """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]`` where these live; collective."""
+        where = "ShardedTable.accumulate_row_grad"
+        check_tensor(where, "row_ids", row_ids, dtypes=ID_DTYPES, contiguous=False)
+        like = dict(shape=(*row_ids.shape, self.width), device=row_ids.device)
+        check_tensor(where, "grad", grad, dtypes=GRAD_DTYPES, **like, contiguous=False)
+        if not self.requires_row_grad:
+            raise ValueError(f"{where}: the table is not trainable (requires_row_grad_)")
         ids, entries = gather_row_gradients(self, row_ids, grad)
         self.part.accumulate_row_grad(ids, entries)
-        gradient = ShardGradient.of(self.part.row_grad, self.ranks)
-        self.part.row_grad = gradient
-        self.part.anchor.grad = gradient.norm().to(self.part.anchor)[None]
+        self.part.row_grad = ShardGradient.of(self.part.row_grad, self.ranks)
 
     def zero_row_grad(self) -> None:
         """Forget the gradient of this rank's rows."""
@@ -283,6 +333,28 @@ class ShardedTable(ShardedRows):
     def _fixed(self) -> dict[torch.device, FixedExchange]:
         """Buffers of lookups with a capacity, by device."""
         return {}
+
+    def _check_lookup(self, where: str, row_ids, out, out_dtype, out_format) -> None:
+        """Raise unless a lookup's arguments are right on this rank."""
+        check_tensor(where, "row_ids", row_ids, dtypes=ID_DTYPES, contiguous=False)
+        if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
+            raise ValueError(f"{where}: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
+        self.part.check_readable_on(row_ids.device, where)
+        check_row_out(where, self.part, (*row_ids.shape, self.width), row_ids.device, out, out_dtype, out_format)
+        if records_rows((self,), out_format):
+            check_recordable(where, out)
+
+    @contextlib.contextmanager
+    def _refusing(self, ids) -> Iterator[None]:
+        """Where the block raises, the peers of a lookup of ``ids`` are told, which wait for numbers of rows."""
+        try:
+            yield
+        except (TypeError, ValueError):
+            if self.capacity is None:
+                kind = ids.device.type if isinstance(ids, torch.Tensor) else self.placement
+                device = "cpu" if kind == "cpu" or not torch.cuda.is_available() else "cuda"
+                self.ranks.refuse(torch.device(device), "ShardedTable.lookup", ROWS_ASKED)
+            raise
 
     def _own_plan(self, plan: HashPlan, where: str) -> HashPlan:
         """The plan of this layer alone."""

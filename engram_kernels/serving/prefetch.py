@@ -14,12 +14,13 @@ import torch
 
 from engram_kernels.geometry.kinds import Dtype, Each, Instance, OneOf, Optional, Tensor, Whole, declares, short, takes
 from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.device import processors
 from engram_kernels.launching.streams import streams_of
 from engram_kernels.launching.tokens import ID_DTYPES, Tokens, check_token_values, check_tokens
 from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
-from engram_kernels.ops.row_kernels.caching import RowCache, check_cache
+from engram_kernels.ops.row_kernels.caching import CACHE, RowCache, check_cache
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
 from engram_kernels.ops.row_kernels.order import ORDERS, check_order, choose_order
 from engram_kernels.ops.row_kernels.output import OUT_DTYPES, check_row_out
@@ -68,7 +69,7 @@ class Prefetcher:
         out_dtype=Optional(Dtype(*OUT_DTYPES, torch.float64)),
         max_sequences=Optional(Whole(1)),
         layers=Optional(Each(Instance(Hashable), least=1)),
-        cache=Optional(Instance(RowCache)),
+        cache=Optional(CACHE),
     )
     def __init__(
         self,
@@ -110,6 +111,7 @@ class Prefetcher:
         self._history = buffer(max_sequences * (plan.max_ngram - 1), torch.int64)
         row_elements = num_columns * tables[0].width
         self._rows = buffer(num_layers * max_tokens * row_elements, out_dtype or tables[0].default_out_dtype)
+        self._buffers = Buffers("the prefetcher", (self._ids, self._dead, self._cu_seqlens, self._history, self._rows))
         self._view: torch.Tensor | None = None  # [L, T, C, R] of the last start
         self._start_captured = False
 
@@ -161,6 +163,7 @@ class Prefetcher:
         The arguments are copied on the current stream, and may be overwritten by what follows on it.
         """
         where = "Prefetcher.start"
+        self._buffers.check(where)
         sources = Tokens(token_ids, cu_seqlens, history, dead)
         check_tokens(where, sources, self._plan)
         sequences = max(0 if cu_seqlens is None else len(cu_seqlens) - 1, 0 if history is None else len(history))
@@ -214,6 +217,7 @@ class Prefetcher:
             raise ValueError(f"Prefetcher.rows: layer must be one of {list(self._layers)}, got {short(layer)}")
         if self._view is None:
             raise ValueError(f"Prefetcher.rows: no start() came before rows({layer!r})")
+        self._buffers.check("Prefetcher.rows")
         index = self._layers.index(layer)
         current, captured, inside = self._where()
         self._streams.wait(current, (self._captured_ready if inside else self._ready)[index])

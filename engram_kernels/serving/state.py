@@ -9,6 +9,7 @@ what another one of the same step may still read. docs/serving.md has the argume
 n-gram, H branches, D hidden size.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import AnyOf, Device, Dtype, Instance, Optional, Tensor, Whole, declares, takes
+from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.tokens import ID_DTYPES, check_batch
@@ -45,6 +47,8 @@ class EngramStep:
     state: "EngramState" = field(repr=False)
     captured: bool = False  #: begun in the capture of a CUDA graph: one commit follows each replay
     _committed: bool = field(default=False, init=False, repr=False)
+    #: {slot: how often it had been moved when the step began}, where values are checked.
+    _seen: dict[int, int] = field(default_factory=dict, repr=False)
 
     @property
     def options(self) -> dict[str, torch.Tensor | None]:
@@ -64,6 +68,9 @@ class EngramStep:
         To be given to the stream after the forward, once for each begin() or replay of it: another time would take the
         same tokens in again, and is a ValueError unless begin() was captured. What is not accepted leaves no trace. The
         tensors given to begin() must still hold what they held.
+
+        Nothing else may have moved a slot that it moves since begin(), neither another step's commit nor reset() or
+        restore(): these tokens follow what the slot held then. On a CPU that is a ValueError, on a GPU it is up to you.
         """
         if self._committed and not self.captured:
             raise ValueError(
@@ -116,6 +123,8 @@ class EngramState:
             value = torch.zeros(slots, self._ring, config.hidden_size, dtype=dtype, device=device)
             scale = torch.zeros(slots, self._ring, config.branches, dtype=scale_dtype, device=device)
             self._rings[layer] = value, scale
+        self._buffers = Buffers("the state", self._tensors())
+        self._moves: Counter[int] = Counter()  # how often each slot was moved, where values are checked
 
     @property
     def device(self) -> torch.device:
@@ -142,15 +151,20 @@ class EngramState:
         have one slot, as candidates for its continuation of which commit() accepts at most one. One launch.
         """
         where = "EngramState.begin"
+        self._buffers.check(where)
         batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
         self._check_slots(where, slots, batch, distinct=self._span > 0)
         captured = token_ids.is_cuda and not is_compiling() and torch.cuda.is_current_stream_capturing()
-        return EngramStep(token_ids, slots, cu_seqlens, dead, gather_history(self._history, slots), self, captured)
+        history = gather_history(self._history, slots)
+        seen = {slot: self._moves[slot] for slot in slots.tolist()} if self._checks_values() else {}
+        return EngramStep(token_ids, slots, cu_seqlens, dead, history, self, captured, seen)
 
     @takes(slots=Optional(AnyOf(Whole(), _SLOTS)))
     def reset(self, slots: torch.Tensor | int | None = None) -> None:
         """Make slots those of empty sequences: int32 ``[B]`` with -1 for none, one slot, or None for all."""
+        self._buffers.check("EngramState.reset")
         if slots is None:
+            self._moves.update(range(self.slots))
             self._history.fill_(NO_TOKEN)
             if self._cursor is not None:
                 self._cursor.zero_()
@@ -158,6 +172,7 @@ class EngramState:
         slots = self._slots_tensor(slots)
         self._check_slots("EngramState.reset", slots, None, distinct=True)
         commit_history(self._history, self._cursor, slots, self._history.new_empty(0), restart=0)
+        self._moved(slots)
 
     @takes(slots=AnyOf(Whole(), _SLOTS), conv_states=Optional(Instance(Sequence)), **_TOKENS)
     def restore(
@@ -178,6 +193,7 @@ class EngramState:
         :meth:`conv_states` does.
         """
         where = "EngramState.restore"
+        self._buffers.check(where)
         slots = self._slots_tensor(slots)
         batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
         self._check_slots(where, slots, batch, distinct=True)
@@ -198,6 +214,7 @@ class EngramState:
                     reference.store_conv(ring, *parts, span=self._span, restart=True)
         tokens = dict(cu_seqlens=cu_seqlens, dead=dead)
         commit_history(self._history, self._cursor, slots, token_ids, **tokens, restart=self._span)
+        self._moved(slots)
 
     @takes(slots=AnyOf(Whole(), _SLOTS))
     def conv_states(self, slots: torch.Tensor | int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -217,6 +234,7 @@ class EngramState:
         if layer not in self._rings:
             raise ValueError(f"EngramState: layer must be one of the config's, {self.config.layers}, got {layer!r}")
         _SLOTS.check("EngramState.layer_slots", "slots", slots)
+        self._buffers.check("EngramState.layer_slots")
         ring = self._rings[layer]
         return None if ring is None else ConvSlots(*ring, self._cursor, slots)
 
@@ -227,13 +245,18 @@ class EngramState:
 
     def _commit(self, step: EngramStep, accepted: torch.Tensor | None) -> None:
         where, batch = "EngramStep.commit", len(step.slots)
+        self._buffers.check(where)
         if accepted is not None:
             check_tensor(where, "accepted", accepted, dtypes=(torch.int32,), shape=(batch,), device=self.device)
-        if self._checks_values():
-            self._check_accepted(where, step, accepted)
+        moved = self._check_accepted(where, step, accepted) if self._checks_values() else ()
         tokens = dict(cu_seqlens=step.cu_seqlens, dead=step.dead, accepted=accepted)
         options = dict(ring=self._ring, span=self._span)
         commit_history(self._history, self._cursor, step.slots, step.token_ids, **tokens, **options)
+        self._moves.update(moved)
+
+    def _moved(self, slots: torch.Tensor) -> None:
+        if self._checks_values():
+            self._moves.update(slots.tolist())
 
     def _checks_values(self) -> bool:
         """Values are checked on a CPU alone: on a GPU that would wait for it."""
@@ -275,7 +298,8 @@ class EngramState:
         if len(wrong := ids[(ids < 0) | (ids >= most)]):
             raise ValueError(f"{where}: token_ids must be -1 for none, or within 0 <= id < {most}, got {int(wrong[0])}")
 
-    def _check_accepted(self, where, step: EngramStep, accepted) -> None:
+    def _check_accepted(self, where, step: EngramStep, accepted) -> set[int]:
+        """The slots that the commit moves."""
         lengths = [step.token_ids.numel() // max(1, len(step.slots))] * len(step.slots)
         if step.cu_seqlens is not None:
             lengths = step.cu_seqlens.diff().tolist()
@@ -293,7 +317,14 @@ class EngramState:
                 )
             if slot in moved and count:
                 raise ValueError(f"{where}: accepted must be 0 in all but one of the sequences of slot {slot}")
+            moves = self._moves[slot]
+            if count and slot >= 0 and not step.captured and step._seen.get(slot, moves) != moves:
+                raise ValueError(
+                    f"{where}: accepted must be 0 for slot {slot}, which another step, reset or restore has moved since "
+                    f"this step began, got {count}"
+                )
             moved |= {slot} if count and slot >= 0 else set()
+        return moved
 
     def _check_conv_states(self, where, conv_states, batch) -> None:
         if not isinstance(conv_states, Sequence) or len(conv_states) != len(self.config.layers):

@@ -33,16 +33,17 @@ from engram_kernels.geometry.row_format import (
     MAX_ROW_WIDTH,
     RowFormat,
     check_content,
+    check_memory,
     checked_scale,
     format_of,
     row_format,
 )
 
+from .editing.rows import EditableRows
 from .files import check_room, fill_table, map_table, save_table
 from .memory import allocation as table_memory
 from .memory.mapped_files import MappedFile
 from .placement import PLACEMENTS, REGISTERED, check_placement, check_scales
-from .trainable import TrainableRows
 
 _GEOMETRY = dict(rows=Whole(1), width=Whole(1, MAX_ROW_WIDTH), format=OneOf(*FORMATS))
 _PLACING = dict(
@@ -55,9 +56,13 @@ _PLACING = dict(
 
 PATHS = AnyOf(PathKind(), Each(PathKind()))
 PATHS.expected = "a file, a folder, an index or a list of them"
+LOAD_KINDS = dict(paths=PATHS, prefix=Optional(Text()), threads=Whole(1), progress=Optional(Function()))
+SAVE_KINDS = dict(
+    path=PathKind(), prefix=Text(), shard_bytes=Optional(Whole(1)), metadata=Optional(Keyed(Text(), Text()))
+)
 
 
-class EngramTable(TrainableRows):
+class EngramTable(EditableRows):
     """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors`, :meth:`from_safetensors`, :meth:`attach`.
 
     weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32
@@ -127,6 +132,7 @@ class EngramTable(TrainableRows):
             raise ValueError(
                 f"{where}: weight must be a contiguous [rows, width] tensor of at least one row, got {got}"
             )
+        check_memory(weight, "weight", where)
         fmt, scale = format_of(weight, scale, where)
         fmt.check_width(weight.shape[1], where)
         device = check_placement(where, placement, fmt, device, name, scales)
@@ -199,14 +205,11 @@ class EngramTable(TrainableRows):
 
     @classmethod
     @takes(
-        paths=PATHS,
         placement=_PLACING["placement"],
         config=Optional(Instance(EngramConfig)),
         layer=Optional(Whole(0)),
-        prefix=Optional(Text()),
         mapped=Flag(),
-        threads=Whole(1),
-        progress=Optional(Function()),
+        **LOAD_KINDS,
     )
     def from_safetensors(
         cls,
@@ -273,13 +276,7 @@ class EngramTable(TrainableRows):
             raise
         return table
 
-    @takes(
-        path=PathKind(),
-        prefix=Text(),
-        shard_bytes=Optional(Whole(1)),
-        metadata=Optional(Keyed(Text(), Text())),
-        progress=Optional(Function()),
-    )
+    @takes(**SAVE_KINDS, progress=Optional(Function()))
     def save_safetensors(
         self,
         path: str | os.PathLike,
@@ -294,7 +291,8 @@ class EngramTable(TrainableRows):
         The tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own). Files of more
         than ``shard_bytes`` bytes are split, into tensors ``{prefix}shard_{k}.weight``, with an index. metadata: texts
         for the files' headers. A table there is replaced at once and as a whole; until then it stays what it was, also
-        where saving fails or is killed. Files that hold anything else are never replaced.
+        where saving fails or is killed. Files that hold anything else are never replaced. Rows of overlays that are
+        applied are saved, as lookups read them: remove an overlay first to save without it.
         """
         self.wait_for_steps()
         writing = dict(prefix=prefix, shard_bytes=shard_bytes, metadata=metadata)

@@ -138,9 +138,14 @@ class RowGradient:
     count: torch.Tensor  #: int32 ``[1]``, on the device
     num_rows: int  #: rows of the table
 
-    def norm(self) -> torch.Tensor:
-        """Euclidean norm over all rows, a scalar on the device."""
-        return self.squares.sum().sqrt()
+    def norm(self, order: float = 2.0) -> torch.Tensor:
+        """The vector norm of all rows' elements, a scalar on the device; order: above 0, infinity too."""
+        return self.squares.sum().sqrt() if order == 2 else torch.linalg.vector_norm(self._used_values(), order)
+
+    def clamp_(self, low: float | None, high: float | None, factor: torch.Tensor) -> None:
+        """Make this the gradient times a scalar tensor with every element within low..high, in place."""
+        self.values.mul_(factor).clamp_(low, high)
+        torch.sum(self._used_values().square(), 1, out=self.squares)
 
     def times(self, factor: torch.Tensor) -> "RowGradient":
         """The gradient times a scalar tensor; equal bits where that is 1."""
@@ -153,6 +158,10 @@ class RowGradient:
     def over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """``sums [n]`` over rows of this gradient, added over the ranks that hold rows of the same table."""
         return sums
+
+    def _used_values(self) -> torch.Tensor:
+        """The values, and zeros beyond them."""
+        return self.values.masked_fill(self.ids[:, None] < 0, 0)
 
     def to_sparse_coo(self) -> torch.Tensor:
         """A coalesced sparse COO tensor ``[rows, R]``, for other optimizers. Waits for the device to know its size.

@@ -5,13 +5,14 @@ from typing import NamedTuple, Self
 
 import torch
 
-from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
+from engram_kernels.geometry.kinds import Instance, OneOf, Optional, Tensor, describe, takes
+from engram_kernels.geometry.row_format import ROW_ALIGNMENT, SCALE_GROUP, RowFormat
 
 from .memory.allocation import page_bytes, report
 from .memory.host import Mapping
 from .memory.mapped_files import MappedFile
 from .memory.report import MemoryReport, size
-from .placement import REGISTERED
+from .placement import PLACEMENTS, REGISTERED
 
 
 class TableDescriptor(NamedTuple):
@@ -33,6 +34,14 @@ class PlacedRows:
     token_map: str | None = None
     _changes = 0
 
+    @takes(
+        weight=Tensor(),
+        scale=Optional(Tensor()),
+        format=Instance(RowFormat),
+        placement=OneOf(*PLACEMENTS),
+        mapping=Optional(Instance(Mapping)),
+        scales=Optional(OneOf("device")),
+    )
     def __init__(
         self,
         weight: torch.Tensor,
@@ -42,6 +51,7 @@ class PlacedRows:
         mapping: Mapping | None = None,
         scales: str | None = None,
     ):
+        _check_storage(weight, scale, format)
         self._weight, self._scale, self._mapping = weight, scale, mapping
         self._scales = scales
         self.format, self.placement = format, placement
@@ -50,6 +60,8 @@ class PlacedRows:
         self.files: list[MappedFile] = []
         #: What launches know of this table and those read with it, by value (tables/view.py).
         self.kept_views: dict[tuple, NamedTuple] = {}
+        #: Overlays that are applied now (tables/editing/overlay.py).
+        self.overlays: list = []
         #: Buffers of placement "staged" by device, made when it is first read from there (tables/staging.py).
         self.rings: dict = {}
         self._describe()
@@ -119,6 +131,29 @@ class PlacedRows:
         """Say that rows have been written by other means: a kernel, NumPy, another process."""
         self._changes += 1
 
+    @property
+    def writing_device(self) -> torch.device:
+        """The device whose writes come in the order of what reads the rows: a GPU, on its current stream, or the CPU.
+
+        Rows of placement "staged" are gathered by the CPU.
+        """
+        for tensor in (self._weight, self._scale):
+            if tensor is not None and tensor.is_cuda:
+                return tensor.device
+        if self.placement in REGISTERED and self._mapping is not None and self._mapping.registered:
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    @property
+    def own_scale(self) -> float | None:
+        """The one scale of a whole table, of format "e4m3"; else None."""
+        return float(self.scale) if self.format.scaling == "table" else None
+
+    @property
+    def scales_on_device(self) -> bool:
+        """Whether rows are on the host and their scales in GPU memory."""
+        return self._scales == "device"
+
     def memory(self, name: str) -> list[tuple[str, int, int]]:
         """(name, address, bytes) of rows and of scales of groups, as errors call them."""
         scales = self.rows * self.format.scale_bytes(self.width)
@@ -142,9 +177,11 @@ class PlacedRows:
     def close(self) -> None:
         """Unregister and release the memory. Using the table afterwards is an error; closing again is not.
 
-        A GPU must be done with it: synchronise the streams that read it first.
+        A GPU must be done with it: synchronise the streams that read it first. Memory that outlives the table, such as
+        the tensors given to ``from_tensors``, keeps the rows of overlays that are applied.
         """
         self._weight = self._scale = None
+        self.overlays.clear()
         self.kept_views.clear()
         for owned in (*self.rings.values(), *self.files, self._mapping):
             if owned is not None:
@@ -210,3 +247,17 @@ class PlacedRows:
             for owned in (self._mapping, *self.files):
                 if owned is not None:
                     owned.check(where)
+
+
+def _check_storage(weight: torch.Tensor, scale: torch.Tensor | None, format: RowFormat) -> None:
+    """Raise ValueError unless these are rows and scales of ``format``."""
+    if weight.dim() != 2 or weight.dtype != format.dtype or not weight.is_contiguous() or not weight.numel():
+        raise ValueError(
+            f"EngramTable: weight must be contiguous {format.dtype} [rows, width], not empty, got {describe(weight)}"
+        )
+    format.check_width(weight.shape[1], "EngramTable")
+    groups = torch.uint8, [len(weight), weight.shape[1] // SCALE_GROUP]
+    expected = dict(none=None, table=(torch.float32, []), group=groups)[format.scaling]
+    if expected != (None if scale is None else (scale.dtype, list(scale.shape))):
+        kind = "None" if expected is None else f"{expected[0]} {expected[1]}"
+        raise ValueError(f"EngramTable: scale must be {kind} for {format.name}, got {describe(scale)}")

@@ -6,8 +6,9 @@ from typing import Self
 
 import torch
 
-from engram_kernels.geometry.kinds import Flag, Optional, Tensor, takes
+from engram_kernels.geometry.kinds import Flag, Optional, Tensor, describe, takes
 
+from .anchor import RowNorm
 from .gradient import GRAD_DTYPES, RowGradient, row_gradient
 from .placed import PlacedRows
 from .placement import REGISTERED
@@ -20,14 +21,13 @@ class TrainableRows(PlacedRows):
     _anchor: torch.Tensor | None = None
     #: Where optimizers take their steps, once the rows were trainable.
     _steps_on: torch.device | None = None
-    #: ``(row ids, their gradients, rows) -> RowGradient`` of a backward pass. Ranks that train the same rows set it.
-    gradient_of: Callable[[torch.Tensor, torch.Tensor, int], RowGradient] = staticmethod(row_gradient)
+    #: In the place of row_gradient, where ranks train the same rows.
+    gradient_of: Callable[[torch.Tensor, torch.Tensor, int], RowGradient] | None = None
     #: Of a ShardedTable's part: its place in that table.
     shard: Shard | None = None
     #: Takes the moves of rows, which are distinct, that an optimizer has put off (RowSinkhorn); None is all.
     put_off: Callable[[torch.Tensor | None], None] | None = None
-    #: What backward passes have left since the last zero_row_grad.
-    row_grad: RowGradient | None = None
+    _row_grad: RowGradient | None = None
 
     @property
     def requires_row_grad(self) -> bool:
@@ -40,9 +40,21 @@ class TrainableRows(PlacedRows):
 
         It is float32, or float64 for float64 rows. A backward pass fills ``row_grad`` and makes the anchor's gradient
         that gradient's norm. What scales the one, such as clip_grad_norm_ or a GradScaler, scales the other when an
-        optimizer of this package takes its step.
+        optimizer of this package takes its step. Norms of other orders, and clip_grad_value_, are taken of the rows;
+        other operations on the anchor's gradient are a ValueError (tables/anchor.py).
         """
         return self._anchor if self.requires_row_grad else None
+
+    @property
+    def row_grad(self) -> RowGradient | None:
+        """What backward passes have left since the last zero_row_grad. Setting it sets the anchor's gradient too."""
+        return self._row_grad
+
+    @row_grad.setter
+    def row_grad(self, gradient: RowGradient | None) -> None:
+        self._row_grad = gradient
+        if self._anchor is not None:
+            self._anchor.grad = None if gradient is None else RowNorm.of(gradient, self._anchor)
 
     @takes(requires=Flag())
     def requires_row_grad_(self, requires: bool = True) -> Self:
@@ -62,6 +74,11 @@ class TrainableRows(PlacedRows):
         if requires and self.placement == "staged":
             raise ValueError(
                 f"{where}: kernels cannot write to placement 'staged'; use 'host' or 'device', got {self!r}"
+            )
+        if requires and self.overlays:
+            raise ValueError(
+                f"{where}: {len(self.overlays)} overlays are applied, and steps that move rows under them would be "
+                "lost; remove them first"
             )
         if self._anchor is None:
             device = self.weight.device
@@ -84,19 +101,22 @@ class TrainableRows(PlacedRows):
                 f"EngramTable.accumulate_row_grad: grad must have shape {list(shape)} on {row_ids.device}, "
                 f"as of row_ids, got {list(grad.shape)} on {grad.device}"
             )
-        new = self.gradient_of(row_ids, grad, self.rows)
+        new = (self.gradient_of or row_gradient)(row_ids, grad, self.rows)
         old = self.row_grad if self._anchor.grad is not None else None
         self.row_grad = new if old is None else old.times(self.row_grad_factor()).plus(new)
-        self._anchor.grad = self.row_grad.norm().to(self._anchor)[None]
 
     def row_grad_factor(self) -> torch.Tensor:
         """What the anchor's gradient was multiplied by since the last backward pass, a scalar: that of ``row_grad``.
 
-        1 where that is unknown, since there is no gradient or not a finite one.
+        1 where that is unknown, since the gradient is 0 or NaN. ValueError where another gradient was put there.
         """
-        norm = self.row_grad.norm()
-        scaled = self._anchor.grad[0].to(norm)
-        return torch.where(torch.isfinite(scaled) & (norm > 0), scaled / norm, 1.0)
+        found = self._anchor.grad
+        if not isinstance(found, RowNorm) or found.gradient is not self.row_grad:
+            raise ValueError(
+                "EngramTable.row_grad_factor: anchor.grad must be what the backward pass left there, scaled or clamped"
+                f", got {'that of another pass' if isinstance(found, RowNorm) else describe(found)}"
+            )
+        return found.factor()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -142,8 +162,6 @@ class TrainableRows(PlacedRows):
     def zero_row_grad(self) -> None:
         """Forget the rows' gradient."""
         self.row_grad = None
-        if self._anchor is not None:
-            self._anchor.grad = None
 
 
 @contextmanager

@@ -8,7 +8,8 @@ The rules are those of reference/training. All are torch optimizers over the tab
 schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/training.md shows how.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from weakref import ref
 
 import torch
@@ -27,9 +28,11 @@ from .update import ADAGRAD, ADAM
 class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: a row's rate falls with the sum, over its own steps, of its gradient's mean square.
 
-    tables: one or more trainable tables. weight_decay: times lr, the fraction of itself that a row loses in each step
-    in which it has a gradient. state_placement: "device", "host" or "cpu", where the states are; None is the table's
-    ("host" for a shared one, which one process writes).
+    tables: one or more trainable tables, or parameter groups, as torch has them: dicts with tables as "params" and the
+    options in which a group differs (lr, eps, weight_decay).
+    weight_decay: times lr, the fraction of itself that a row loses in each step in which it has a gradient.
+    state_placement: "device", "host" or "cpu", where the states are; None is the table's ("host" for a shared one,
+    which one process writes).
     stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
     reduce: of several ranks. "mean" or "sum" of the row gradients of all ranks of ``group`` (None: a group over the
     world), each of which has a copy of the tables: as DistributedDataParallel does with dense parameters, in the
@@ -43,7 +46,7 @@ class RowAdagrad(RowOptimizer):
     @takes(**OPTIONS)
     def __init__(
         self,
-        tables: EngramTable | Sequence[EngramTable],
+        tables: EngramTable | Sequence[EngramTable] | Sequence[dict[str, Any]],
         *,
         lr: float = 1e-2,
         eps: float = 1e-10,
@@ -61,8 +64,8 @@ class RowAdagrad(RowOptimizer):
 class RowAdam(RowOptimizer):
     """Adam with two moments per element, corrected for bias by the number of steps that a row has taken itself.
 
-    A row that has no gradient keeps its moments as they are. tables, weight_decay, state_placement,
-    stochastic_rounding, seed, reduce and group are those of :class:`RowAdagrad`.
+    A row that has no gradient keeps its moments as they are. betas may differ by group too. tables, weight_decay,
+    state_placement, stochastic_rounding, seed, reduce and group are those of :class:`RowAdagrad`.
     """
 
     _rule = ADAM
@@ -70,7 +73,7 @@ class RowAdam(RowOptimizer):
     @takes(betas=RATES["betas"], **OPTIONS)
     def __init__(
         self,
-        tables: EngramTable | Sequence[EngramTable],
+        tables: EngramTable | Sequence[EngramTable] | Sequence[dict[str, Any]],
         *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -108,7 +111,7 @@ class RowSinkhorn(RowOptimizer):
     @takes(**_options, **{name: RATES[name] for name in _taken})
     def __init__(
         self,
-        tables: EngramTable | Sequence[EngramTable],
+        tables: EngramTable | Sequence[EngramTable] | Sequence[dict[str, Any]],
         *,
         lr: float = 1e-3,
         momentum: float = 0.95,
@@ -125,12 +128,6 @@ class RowSinkhorn(RowOptimizer):
         defaults |= dict(balancings=balancings, eps=eps)
         self._momentum, self._rule, self._put_off = momentum, sinkhorn_rule(momentum), []
         super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None, reduce)
-        for index, table in enumerate(self.tables):
-            if table.put_off is not None and table.put_off.alive:
-                self.close()
-                raise ValueError(f"RowSinkhorn: {table!r} has another RowSinkhorn; close that first")
-            self._put_off.append(_PutOff(self, index))
-            table.put_off = self._put_off[-1]
 
     @takes(closure=Optional(Function()))
     def step(self, closure: Callable | None = None):
@@ -146,14 +143,29 @@ class RowSinkhorn(RowOptimizer):
                 table.put_off = None
         super().close()
 
+    def _checked_group(self, where, group, others):
+        group = super()._checked_group(where, group, others)
+        self._check_momentum(where, group.get("momentum", self._momentum))
+        for table in group["params"]:
+            if table.put_off is not None and table.put_off.alive:
+                raise ValueError(f"{where}: {table!r} has another RowSinkhorn; close that first")
+        return group
+
+    def _take(self, where, group) -> None:
+        super()._take(where, group)
+        for table in group["params"]:
+            table.put_off = _PutOff(self, len(self._put_off))
+            self._put_off.append(table.put_off)
+
     def _update(self, table, state, group) -> None:
         with table.as_it_stands():
             super()._update(table, state, group)
         self._put_off[self.tables.index(table)].due = True
 
     def _take_over(self, where, content, fill) -> None:
-        if isinstance(content.group, dict):
-            self._check_momentum(where, content.group.get("momentum", self._momentum))
+        for group in content.groups if isinstance(content.groups, (list, tuple)) else ():
+            if isinstance(group, Mapping):
+                self._check_momentum(where, group.get("momentum", self._momentum))
         super()._take_over(where, content, fill)
         for put_off in self._put_off:
             put_off.due = True
@@ -174,7 +186,8 @@ class RowSinkhorn(RowOptimizer):
                 "RowSinkhorn: rows have moves to take, which a CUDA graph cannot; call EngramTable.take_moves before "
                 "the capture, and before each replay that follows a step"
             )
-        options = dict(momentum=self._momentum, eps=float(self.param_groups[0]["eps"]), seed=self._seed)
+        group = [group for group in self.param_groups for _ in group["params"]][index]
+        options = dict(momentum=self._momentum, eps=float(group["eps"]), seed=self._seed)
         on_cpu = row_ids is None or not row_ids.is_cuda
         with torch.no_grad(), table.as_it_stands():
             if row_ids is not None:

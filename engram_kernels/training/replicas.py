@@ -11,7 +11,7 @@ often than others, or has other options, is so an error on all ranks, and no mix
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce as fold
 from typing import Any, Protocol
 from weakref import ref
@@ -61,29 +61,41 @@ class Replicas:
         if group is None:  # one of its own, where no collective of DistributedDataParallel comes between
             ranks = Ranks(dist.new_group(ranks.members, use_local_synchronization=True), where)
         self.ranks, self.reduce, self._optimizer = ranks, reduce, ref(optimizer)
-        self._tables = [table for table in optimizer.tables if table.shard is None]
-        for table in self._tables:
-            if table.placement == "shared":
-                raise ValueError(
-                    f"{where}: reduce={reduce!r} takes no table of placement 'shared', whose readers have no optimizer "
-                    f"that would meet the writer's, got {table!r}; ShardedTable(..., node=, replicas=) trains a copy "
-                    "per node"
-                )
-            check_free(table, where, self)
-        self.check(where)
-        self._passes = [0] * len(self._tables)
-        for number, table in enumerate(self._tables):
-            table.gradient_of = _Gathered(self, number)
+        self._tables: list[EngramTable] = []
+        self._passes: list[int] = []  # of each table since the last step
 
     @property
     def alive(self) -> bool:
         return self._optimizer() is not None
 
+    def check_new(self, group: Mapping[str, Any], where: str) -> None:
+        """Raise ValueError unless all ranks are about to take the same tables and options; collective, reads all."""
+        for table in group["params"]:
+            if table.shard is None and table.placement == "shared":
+                raise ValueError(
+                    f"{where}: reduce={self.reduce!r} takes no table of placement 'shared', whose readers have no "
+                    f"optimizer that would meet the writer's, got {table!r}; ShardedTable(..., node=, replicas=) "
+                    "trains a copy per node"
+                )
+        self._compare(group["params"], _options(self._optimizer(), [group]), where)
+
+    def join(self, tables: Sequence[EngramTable]) -> None:
+        """Gather the gradients of these tables from now on."""
+        for table in tables:
+            if table.shard is None:
+                table.gradient_of = _Gathered(self, len(self._tables))
+                self._tables.append(table)
+                self._passes.append(0)
+
     def check(self, where: str) -> None:
         """Raise ValueError on all ranks where options, rows or states differ between them; collective, reads all."""
         optimizer = self._optimizer()
-        facts = self._options(optimizer) | {"optimizer": type(optimizer).__name__, "reduce": self.reduce}
-        for number, table in enumerate(optimizer.tables):
+        self._compare(optimizer.tables, _options(optimizer, optimizer.param_groups), where)
+
+    def _compare(self, tables: Sequence[EngramTable], options: dict, where: str) -> None:
+        optimizer = self._optimizer()
+        facts = {"optimizer": type(optimizer).__name__, "reduce": self.reduce} | options
+        for number, table in enumerate(tables):
             if table.shard is None:
                 table.wait_for_steps()
                 facts[f"table {number}"] = f"{table.rows} x {table.width} {table.format.name}"
@@ -95,9 +107,7 @@ class Replicas:
     def before_step(self, where: str) -> None:
         """Raise on all ranks unless they take the same step, of the same options, after the same backward passes."""
         optimizer = self._optimizer()
-        if any(table.shard is None and table not in self._tables for table in optimizer.tables):
-            raise ValueError(f"{where}: tables that came later have no replicas; make an optimizer of their own")
-        options = self._options(optimizer)
+        options = _options(optimizer, optimizer.param_groups)
         digest_of_options = zlib.crc32(repr(options).encode())
         device = self._tables[0].anchor_device if self._tables else torch.device("cpu")
         met = self._meet(where, [_STEP, optimizer.steps, digest_of_options, 0], device)
@@ -131,12 +141,12 @@ class Replicas:
         """``[sum of counts, ...]``: all ranks' entries, in the order of ranks; sent as many as the longest has."""
         padded = mine.new_zeros(max(counts), *mine.shape[1:])
         padded[: len(mine)] = mine
-        every = self.ranks.all(padded, _BACKWARD, what)
+        every = self.ranks.values(padded, _BACKWARD, what)
         return torch.cat([entries[:count] for entries, count in zip(every, counts, strict=True)])
 
     def _meet(self, where: str, numbers: list[int], device: torch.device) -> list[list[int]]:
         """Every rank's numbers, of which the first two must be alike: what a rank is doing, and for which time."""
-        met = self.ranks.all(torch.tensor(numbers, device=device), where, "the meeting of ranks").tolist()
+        met = self.ranks.values(torch.tensor(numbers, device=device), where, "the meeting of ranks").tolist()
         for rank, other in enumerate(met):
             if other[:2] != met[0][:2]:
                 raise RankError(
@@ -145,17 +155,6 @@ class Replicas:
                     "ids where it has no tokens, and to take every step"
                 )
         return met
-
-    @staticmethod
-    def _options(optimizer: Optimizer) -> dict:
-        """What a step depends on besides rows, states and gradients, in plain numbers."""
-        found: dict = {"seed": optimizer._seed, "steps": optimizer.steps}
-        for number, group in enumerate(optimizer.param_groups):
-            for name, value in group.items():
-                if name != "params":
-                    plain = value.item() if isinstance(value, torch.Tensor) else value
-                    found[f"{name} of group {number}"] = plain
-        return found
 
 
 class _Gathered:
@@ -181,6 +180,16 @@ def check_free(table: EngramTable, where: str, replicas: Replicas | None = None)
             "close that first"
         )
     del table.gradient_of
+
+
+def _options(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> dict:
+    """What a step depends on besides rows, states and gradients, in plain numbers."""
+    found: dict = {"seed": optimizer._seed, "steps": optimizer.steps}
+    for number, group in enumerate(groups):
+        for name, value in group.items():
+            if name != "params":
+                found[f"{name} of group {number}"] = value.item() if isinstance(value, torch.Tensor) else value
+    return found
 
 
 def _told(number: int, count: int) -> str:

@@ -15,7 +15,7 @@ from engram_kernels.geometry.kinds import Flag, Function, Instance, Keyed, Numbe
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.tables.engram import EngramTable
 
-from .replicas import ALONE, REDUCES, Replicas, check_alone, check_free
+from .replicas import ALONE, MEAN, REDUCES, SUM, Replicas, check_alone, check_free
 from .saving import KEY, Content, fill_states, layout_of, open_states, save_states, tensors_of
 from .state import PLACEMENTS, RowState
 from .update import Rule
@@ -78,7 +78,7 @@ OPTIONS = dict(
     stochastic_rounding=Flag(),
     seed=Whole(),
     reduce=Optional(kinds.OneOf(*REDUCES)),
-    group=kinds.Anything(),
+    group=Optional(Instance("ProcessGroup")),
 )
 
 
@@ -89,47 +89,33 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        tables: EngramTable | Sequence[EngramTable],
+        tables: EngramTable | Sequence[EngramTable] | Sequence[dict[str, Any]],
         defaults: dict[str, Any],
         state_placement: str | None,
         seed: int | None,
         reduce: str | None = ALONE,
-        group: "dist.ProcessGroup | None" = None,
+        ranks: "dist.ProcessGroup | None" = None,
     ):
-        """defaults: hyper-parameters. seed: of stochastic rounding; None rounds to nearest."""
-        where = type(self).__name__
-        tables = (tables,) if isinstance(tables, EngramTable) else tuple(tables)
-        for table in tables:
-            if not isinstance(table, EngramTable):
-                raise TypeError(f"{where}: tables must be EngramTable objects, got {type(table).__name__}")
-            if not table.requires_row_grad:
-                raise ValueError(f"{where}: {table!r} is not trainable; call requires_row_grad_() on it first")
-            if table.attached:
-                raise ValueError(
-                    f"{where}: {table!r} was attached, and only the process that published it may move rows"
-                )
-        if not tables or len(set(map(id, tables))) != len(tables):
-            raise ValueError(f"{where}: tables must be one or more different tables, got {list(tables)}")
-        super().__init__([table.anchor for table in tables], defaults)
-        self.tables, self.steps = tables, 0
-        self._seed = seed
+        """defaults: hyper-parameters. seed: of stochastic rounding; None is to nearest. ranks: group of ``reduce``."""
+        self.tables: tuple[EngramTable, ...] = ()
+        self.steps = 0
+        self._seed, self._state_placement = seed, state_placement
         self._skipped: dict[torch.device, torch.Tensor] = {}
         self._skipped_before = 0
         self._states: list[RowState] = []
+        where = type(self).__name__
         self._reduce, self._replicas = reduce, None
-        if group is not None and reduce in (ALONE, None):
+        if ranks is not None and reduce in (ALONE, None):
             raise ValueError(f"{where}: group is for reduce 'mean' and 'sum', got one with {reduce!r}")
-        if reduce == ALONE:
-            check_alone(tables, where)
+        given = [tables] if isinstance(tables, EngramTable) else list(tables)
+        groups = given if given and all(isinstance(each, dict) for each in given) else [dict(params=given)]
+        found = []
+        for group in groups:  # all are looked at before memory is asked for
+            found.append(self._checked_group(where, group, [table for each in found for table in each["params"]]))
+        if reduce in (MEAN, SUM):
+            self._replicas = Replicas(self, reduce, ranks, where)
         try:
-            for table in tables:
-                self._states.append(RowState(table, self._rule.state, state_placement, where))
-                self.state[table.anchor] = self._states[-1].tensors
-            if reduce in (ALONE, None):
-                for table in tables:
-                    check_free(table, where)
-            else:
-                self._replicas = Replicas(self, reduce, group, where)
+            super().__init__(found, defaults)
         except BaseException:
             self.close()
             raise
@@ -153,19 +139,22 @@ class RowOptimizer(torch.optim.Optimizer):
             self._replicas.before_step(where)
         elif self._reduce == ALONE:
             check_alone(self.tables, where)
-        (group,) = self.param_groups
-        check_all(where, RATES, group)
+        for group in self.param_groups:
+            check_all(where, RATES, group)
+        members = iter(zip(self.tables, self._states, strict=True))
         moving = [
-            (table, state)
-            for table, state, anchor in zip(self.tables, self._states, group["params"], strict=True)
+            (table, state, group)
+            for group in self.param_groups
+            for anchor, (table, state) in zip(group["params"], members, strict=False)
             if table.row_grad is not None and anchor.grad is not None
         ]
-        for table, state in moving:
+        for table, state, _ in moving:
             device = table.row_grad.values.device
             state.check_readable_on(device, where)
             table.check_readable_on(device, where)
+            table.row_grad_factor()  # raises where that is no scaling
         self.steps += 1
-        for table, state in moving:
+        for table, state, group in moving:
             self._update(table, state, group)
         return loss
 
@@ -206,7 +195,7 @@ class RowOptimizer(torch.optim.Optimizer):
         where = self._open("load_state_dict")
         states, groups = state_dict.get("state"), state_dict.get("param_groups")
         Keyed(kinds.Anything(), Instance(Mapping)).check(where, "state_dict['state']", states)
-        kinds.Each(Instance(Mapping), count=1).check(where, "state_dict['param_groups']", groups)
+        kinds.Each(Instance(Mapping), least=1).check(where, "state_dict['param_groups']", groups)
         given = tensors_of(states)
         if empty := [name for name, value in given.items() if isinstance(value, torch.Tensor) and value.is_meta]:
             raise ValueError(f"{where}: {empty[0]} must be a tensor with content, got one on the meta device")
@@ -215,7 +204,7 @@ class RowOptimizer(torch.optim.Optimizer):
             for name, value in own.items():
                 value.copy_(given[name])
 
-        self._take_over(where, Content(state_dict.get(KEY), groups[0], layout_of(given)), copy)
+        self._take_over(where, Content(state_dict.get(KEY), groups, layout_of(given)), copy)
 
     @takes(path=kinds.Path(), metadata=Optional(Instance(Mapping)), progress=Optional(Function()))
     def save_safetensors(
@@ -265,12 +254,13 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @takes(param_group=Instance(dict))
     def add_param_group(self, param_group: dict) -> None:
-        """All tables are one group; ValueError for another. Rates by table take an optimizer each."""
-        if self.param_groups:
-            raise ValueError(
-                f"{type(self).__name__}: tables are one group; use an optimizer of its own for other options"
-            )
-        super().add_param_group(param_group)
+        """Add tables: a dict with them as "params", one or several, and the options in which they differ.
+
+        The other options are those of the constructor, as for torch optimizers. On an error none is added.
+        """
+        # The first comes from the constructor.
+        where = self._open("add_param_group") if self.param_groups else type(self).__name__
+        self._take(where, self._checked_group(where, param_group, self.tables))
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
@@ -295,6 +285,50 @@ class RowOptimizer(torch.optim.Optimizer):
         if self._replicas is not None:
             self._replicas.check(where)
 
+    def _checked_group(self, where: str, group: Mapping[str, Any], others: Sequence[EngramTable]) -> dict[str, Any]:
+        """The group with its tables in a tuple; raises unless an optimizer can take them beside others."""
+        given, name = group.get("params"), "tables" if where == type(self).__name__ else "param_group['params']"
+        given = [given] if isinstance(given, EngramTable) else given
+        kinds.Many().check(where, name, given)
+        tables = tuple(given)
+        for table in tables:
+            if not isinstance(table, EngramTable):
+                raise TypeError(f"{where}: {name} must be EngramTable objects, got {type(table).__name__}")
+            if not table.requires_row_grad:
+                raise ValueError(f"{where}: {table!r} is not trainable; call requires_row_grad_() on it first")
+            if table.attached:
+                raise ValueError(
+                    f"{where}: {table!r} was attached, and only the process that published it may move rows"
+                )
+        if not tables or len({id(table) for table in (*tables, *others)}) != len(tables) + len(others):
+            raise ValueError(f"{where}: {name} must be one or more different tables, got {list(tables)}")
+        check_all(where, RATES, group)
+        if self._reduce == ALONE:
+            check_alone(tables, where)
+        return dict(group) | dict(params=tables)
+
+    def _take(self, where: str, group: dict[str, Any]) -> None:
+        """Add a group that was checked."""
+        states: list[RowState] = []
+        if self._replicas is not None:
+            self._replicas.check_new(self.defaults | group, where)
+        for table in group["params"]:
+            check_free(table, where, self._replicas)
+        try:
+            for table in group["params"]:
+                states.append(RowState(table, self._rule.state, self._state_placement, where))
+            super().add_param_group(group | dict(params=[table.anchor for table in group["params"]]))
+        except BaseException:
+            for state in states:
+                state.close()
+            raise
+        self.tables += group["params"]
+        self._states += states
+        for table, state in zip(group["params"], states, strict=True):
+            self.state[table.anchor] = state.tensors
+        if self._replicas is not None:
+            self._replicas.join(group["params"])
+
     def _open(self, method: str) -> str:
         """The method's name for errors; ValueError where the optimizer is closed."""
         where = f"{type(self).__name__}.{method}"
@@ -305,10 +339,11 @@ class RowOptimizer(torch.optim.Optimizer):
     def _take_over(self, where: str, content: Content, fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
         """Become what was saved, once it is found to fit; ``fill`` writes the states, given by their names in files."""
         own = tensors_of({i: state.tensors for i, state in enumerate(self._states)})
-        if isinstance(content.group, Mapping):
-            check_all(where, {"betas": RATES["betas"]}, content.group)
-        group = content.check(where, Content(self.facts(), self.defaults, layout_of(own)))
-        check_all(where, RATES, group)
+        ours = [dict(self.defaults, params=group["params"]) for group in super().state_dict()["param_groups"]]
+        groups = content.check(where, Content(self.facts(), ours, layout_of(own)))
+        for group in groups:
+            check_all(where, RATES, group)
+            group |= {"betas": tuple(group["betas"])} if "betas" in group else {}
         facts = content.facts
         check_all(where, dict(steps=Whole(0), skipped=Whole(0), seed=Optional(Whole())), facts)
         for table in facts["tables"]:
@@ -323,7 +358,8 @@ class RowOptimizer(torch.optim.Optimizer):
             table.token_map = table.token_map or saved.get("token_map")
         self.steps, self._seed = facts["steps"], facts["seed"]
         self._skipped_before, self._skipped = facts["skipped"], {}
-        self.param_groups[0].update(group)
+        for own_group, group in zip(self.param_groups, groups, strict=True):
+            own_group.update(group)
 
     def _update(self, table: EngramTable, state: RowState, group: dict) -> None:
         device, factor = table.row_grad.values.device, table.row_grad_factor()

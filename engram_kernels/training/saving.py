@@ -8,7 +8,7 @@ How a file is written: checkpoints/writing.py.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +40,11 @@ class Content(NamedTuple):
     """What is saved of an optimizer, as it says or as a file's header does."""
 
     facts: Any  #: version, optimizer, tables, steps, skipped and seed, in plain numbers
-    group: Any  #: hyper-parameters
+    groups: Any  #: parameter groups: hyper-parameters of each, and "params", the numbers of its tables
     layout: Mapping[str, tuple[str, tuple[int, ...]]]  #: (dtype as safetensors calls it, shape) of tensors by name
 
-    def check(self, where: str, own: "Content") -> dict:
-        """The hyper-parameters; ValueError unless this is of an optimizer like the one of which ``own`` is."""
+    def check(self, where: str, own: "Content") -> list[dict]:
+        """The groups' hyper-parameters; ValueError unless this is of an optimizer like the one of which ``own`` is."""
         ours, facts = own.facts, self.facts
         if not isinstance(facts, dict) or not ours.keys() <= facts.keys():
             raise ValueError(
@@ -69,9 +69,7 @@ class Content(NamedTuple):
                 continue
             if type(value) is not int or (name != "seed" and value < 0):
                 raise ValueError(f"{where}: {name} must be a whole number, got {value!r}")
-        missing = [name for name in own.group if not isinstance(self.group, Mapping) or name not in self.group]
-        if missing:
-            raise ValueError(f"{where}: expected hyper-parameters {', '.join(own.group)}, got none of {missing}")
+        groups = self._checked_groups(where, own.groups)
         if self.layout.keys() != own.layout.keys():
             missing, foreign = (sorted(a.layout.keys() - b.layout.keys()) for a, b in ((own, self), (self, own)))
             raise ValueError(f"{where}: expected {', '.join(own.layout)}; missing are {missing}, and foreign {foreign}")
@@ -79,8 +77,27 @@ class Content(NamedTuple):
             if self.layout[name] != (dtype, shape):
                 got = " ".join(map(str, self.layout[name]))
                 raise ValueError(f"{where}: {name} must be {dtype} {list(shape)}, got {got}")
-        found = {name: value for name, value in self.group.items() if name != "params"}
-        return found | ({"betas": tuple(found["betas"])} if "betas" in found else {})
+        return groups
+
+    def _checked_groups(self, where: str, own: Sequence[Mapping]) -> list[dict]:
+        """The hyper-parameters of each group; ValueError unless groups are of the tables that ``own`` has in them."""
+        given = self.groups if isinstance(self.groups, (list, tuple)) else [self.groups]
+        if len(given) != len(own):
+            raise ValueError(f"{where}: expected {len(own)} parameter groups, got {len(given)}")
+        found = []
+        for ours, group in zip(own, given, strict=True):
+            missing = [name for name in ours if not isinstance(group, Mapping) or name not in group]
+            if len(own) == 1 and "params" in missing:
+                missing.remove("params")  # all tables, in files from before there could be several groups
+            if missing:
+                raise ValueError(f"{where}: expected parameter groups of {', '.join(ours)}, got none of {missing}")
+            tables = group.get("params", ours["params"])
+            if tables != ours["params"]:
+                raise ValueError(
+                    f"{where}: expected a parameter group of tables {ours['params']}, got {tables!r}"[:400]
+                )
+            found.append({name: value for name, value in group.items() if name != "params"})
+        return found
 
 
 def _described(tables: Any, where: str) -> list[str]:
@@ -119,7 +136,7 @@ def save_states(
     tensors = tensors_of(state_dict["state"])
     _check_replaceable(path, where)
     new = [NewTensor(name, *layout, tensors[name].nbytes) for name, layout in layout_of(tensors).items()]
-    facts = state_dict[KEY] | {"group": _plain(state_dict["param_groups"][0], where)}
+    facts = state_dict[KEY] | {"groups": [_plain(group, where) for group in state_dict["param_groups"]]}
     header, places = header_of(new, metadata | {KEY: json.dumps(facts)})
     remove_abandoned(path)
     check_disk(path.parent, places[-1], where)
@@ -156,7 +173,8 @@ def open_states(path: str | os.PathLike, where: str) -> Iterator[tuple[Checkpoin
         facts = facts if isinstance(facts, dict) else {}
         stored = map(checkpoint.tensor, checkpoint.names)
         layout = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in stored}
-        yield checkpoint, Content(facts, facts.pop("group", None), layout)
+        groups = facts.pop("groups", None)
+        yield checkpoint, Content(facts, facts.pop("group", None) if groups is None else groups, layout)
 
 
 def fill_states(
@@ -169,7 +187,7 @@ def fill_states(
 
 def _plain(group: Mapping, where: str) -> dict:
     """A parameter group's entries as JSON holds them; Python's floats come back as they went."""
-    found = {name: value for name, value in group.items() if name != "params"}
+    found = dict(group)
     for name, value in found.items():
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             found[name] = value = value.item()

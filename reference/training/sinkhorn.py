@@ -132,16 +132,19 @@ def take_moves(weight, state, ids, *, momentum, eps, seed):
     ids = ids[(state.taken[ids] > 0) & (state.taken[ids] < clock)]
     if not len(ids):
         return
+    ids = ids[state.taken[ids].argsort(stable=True)]
     before, taken = state.momentum[ids], state.taken[ids].to(torch.int64)
     left = decays(momentum, steps, before.dtype, before.device)
     norms = before.norm(dim=1)
     direction = torch.where(norms > 0, 1 / norms, 0)[:, None] * before
     moved = torch.zeros_like(before)
-    for k in range(int(taken.min()) + 1, clock + 1):
-        due = (taken < k) & (k - taken <= steps)
-        due &= left[(k - taken + 1).clamp(0, steps + 1)] * norms > state.thresholds[k % steps]
-        step = _normalised(direction * state.columns[k % steps], eps)
-        moved += torch.where(due, state.rates[k % steps], 0)[:, None] * step
+    passing = range(int(taken[0]) + 1, clock + 1)
+    ends = torch.searchsorted(taken, torch.tensor(passing, device=taken.device)).tolist()
+    begins = torch.searchsorted(taken, torch.tensor(passing, device=taken.device) - steps).tolist()
+    for k, begin, end in zip(passing, begins, ends, strict=True):  # of rows in the order of the step they have taken
+        due = left[k - taken[begin:end] + 1] * norms[begin:end] > state.thresholds[k % steps]
+        rates = torch.where(due, state.rates[k % steps], 0)[:, None]
+        moved[begin:end] += rates * _normalised(direction[begin:end] * state.columns[k % steps], eps)
     move_rows(weight, ids, -moved, 1.0, seed, clock)
     passed = clock - taken
     state.momentum[ids] = before * torch.where(passed <= steps, left[passed.clamp(max=steps)], 0)[:, None]

@@ -103,7 +103,7 @@ def test_a_folder_may_hold_the_optimizers_of_its_table(tmp_path):
     made = EngramTable.from_tensors(torch.randn(20, 16), placement="cpu").requires_row_grad_()
     optimizer = RowAdagrad(made)
     states = [optimizer.save_safetensors(tmp_path / f"rows-rank{rank}.safetensors") for rank in range(2)]
-    with pytest.raises(CheckpointError, match="hold states of optimizers alone"):
+    with pytest.raises(CheckpointError, match="hold states of optimizers or overlays alone"):
         load(tmp_path, placement="cpu")
     with pytest.raises(CheckpointError, match="no Engram table; the 1 tensors are 0.sums"):
         load(states[0], placement="cpu")

@@ -7,7 +7,7 @@ wide enough. Each file here has the mutants of one operation; machine_code.py ha
 Left out is what no result can show: an ``other=`` never used, a swap of the norms inside their product.
 """
 
-from . import cache, gate, gate_backward, gate_conv, hashing, machine_code, read_order, rows, serving, training
+from . import cache, editing, gate, gate_backward, gate_conv, hashing, machine_code, read_order, rows, serving, training
 from .change import Mutant as Mutant
 
 # What the list has to hold at least once; a kernel without the thing that is broken is spared it.
@@ -18,5 +18,5 @@ KINDS = (
     "barrier dropped, alignment wrong"
 ).split(", ")
 
-FILES = (hashing, rows, read_order, cache, gate, gate_conv, gate_backward, training, serving, machine_code)
+FILES = (hashing, rows, read_order, cache, gate, gate_conv, gate_backward, training, editing, serving, machine_code)
 MUTANTS = tuple(mutant for file in FILES for mutant in file.MUTANTS)

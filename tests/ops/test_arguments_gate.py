@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels
+from engram_kernels import split_kv
 
 META = "meta"
 T, H, D, K, DILATION = 6, 2, 8, 3, 2
@@ -225,13 +226,26 @@ def test_limits_are_inclusive(op):
         assert [part.shape for part in one[1]] == [(1, 0, D), (1, 0, H)]
 
 
+@pytest.mark.parametrize("tokens", [(), (5,), (2, 3), (0,)])
+def test_split_kv(tokens):
+    """Views of kv's memory, in its order: keys of all branches, then the value; of any strides."""
+    for kv in (torch.randn(*tokens, (H + 1) * D), torch.randn(*tokens, (H + 1) * D, 2)[..., 0]):
+        key, value = split_kv(kv, H, D)
+        assert key.shape == (*tokens, H, D) and value.shape == (*tokens, D)
+        assert torch.equal(torch.cat([key.flatten(-2), value], -1), kv)
+        assert key.data_ptr() == kv.data_ptr() and value.stride() == kv.stride()
+    for wrong in (torch.randn(3, H * D), torch.randn(())):
+        with pytest.raises(ValueError, match=rf"^split_kv: kv must have shape .* ends with {(H + 1) * D}, got \["):
+            split_kv(wrong, H, D)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_views_and_mixed_weights_are_taken(op):
     """key and value as views of one projection, hidden as a slice, norm weights of any float type."""
     plain = valid(op)
     kv = torch.cat([plain["key"].flatten(1), plain["value"]], dim=1)
     sliced = torch.cat([plain["hidden"], randn(T, 1, D)], dim=1)[:, :H]
-    changes = {"key": kv[:, : H * D].view(T, H, D), "value": kv[:, H * D :], "hidden": sliced}
+    changes = dict(zip(("key", "value"), split_kv(kv, H, D), strict=True), hidden=sliced)
     assert not changes["value"].is_contiguous() and not sliced.is_contiguous()
     assert torch.equal(call(op, **changes), call(op))
     norms = [name for name in plain if name.endswith("norm") or name == "conv_weight"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 
-from engram_kernels import gate_conv_residual, gate_residual
+from engram_kernels import gate_conv_residual, gate_residual, split_kv
 from tests.support.launches import launch_gate_residual
 
 from .test_gate import inputs
@@ -41,7 +41,7 @@ def shifted(tensor):
 def as_kv(key, value):
     """Key and value as views of one ``kv [T, (H + 1) * D]``."""
     kv = torch.cat([key.flatten(1), value], dim=1)
-    return kv[:, : -value.shape[1]].unflatten(1, key.shape[1:]), kv[:, -value.shape[1] :]
+    return split_kv(kv, *key.shape[1:])
 
 
 def gate_forms(tensors):

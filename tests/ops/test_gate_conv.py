@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_kernels import gate_conv_residual, reference
+from engram_kernels import gate_conv_residual, reference, split_kv
 from engram_kernels.ops.conv_kernels.residual import conv_config
 from tests.support import oracles, tolerances
 from tests.support.guards import Guarded
@@ -273,7 +273,7 @@ def test_kernel_in_place_with_strided_inputs(device):
     stream = room[:, 1:5]
     stream.copy_(hidden)
     taps_first = weight.permute(2, 0, 1).contiguous().to(device).permute(1, 2, 0)
-    views = kv[:, :-40].unflatten(1, (4, 40)), kv[:, -40:]
+    views = split_kv(kv, 4, 40)
     moved = [x.to(device) for x in norms]
     options = dict(dilation=2, eps=EPS, conv_eps=CONV_EPS)
     assert gate_conv_residual(stream, *views, *moved, taps_first, **options, out=stream) is stream

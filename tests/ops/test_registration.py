@@ -7,7 +7,16 @@ inductor does, and generates no code.
 import pytest
 import torch
 
-from engram_kernels import Engram, EngramTable, gate_conv_residual, gate_residual, hash_lookup, lookup, ngram_hash
+from engram_kernels import (
+    Engram,
+    EngramTable,
+    gate_conv_residual,
+    gate_residual,
+    hash_lookup,
+    lookup,
+    ngram_hash,
+    split_kv,
+)
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.ops.row_kernels import order as read_order
 from engram_kernels.tables.view import view_tables
@@ -78,7 +87,7 @@ def test_opcheck_out_forms(device):
 def test_opcheck_gates(device):
     hidden, key, value, *norms = (x.to(device) for x in inputs(5, 4, 24))
     kv = torch.cat([key.flatten(1), value], 1)
-    views = kv[:, :-24].unflatten(1, (4, 24)), kv[:, -24:]
+    views = split_kv(kv, 4, 24)
     mask = torch.arange(5, device=device) % 2 == 0
     check("gate_residual", hidden, *views, *norms, None, 1e-6, mask, "sign", False)
     check("gate_residual", hidden[:0], key[:0], value[:0], *norms, 1e-6, 1e-6, None, "copysign", True)

@@ -6,20 +6,20 @@ ValueError that names function and parameter; one that is may be right, or an er
 done: after an error the good call goes through, on the same objects.
 """
 
-import inspect
 import math
 import re
-import types
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import engram_kernels as ek
-from engram_kernels.geometry.config import KINDS
-from engram_kernels.geometry.kinds import Function, Kind
+from engram_kernels.geometry.kinds import Function
 from tests.ops import test_arguments, test_arguments_gate
+from tests.reports.arguments import PAGE, kinds_of, page, parameters, public_functions
 
 
 class Unprintable:
@@ -58,6 +58,10 @@ def trainable():
     found = ek.EngramTable.from_tensors(torch.ones(7, 8), placement="cpu").requires_row_grad_()
     found.accumulate_row_grad(torch.tensor([1, 2]), torch.ones(2, 8))
     return found
+
+
+def overlay():
+    return table().overlay(torch.tensor([3]), torch.ones(1, 32))
 
 
 def engram():
@@ -99,17 +103,24 @@ def begun():
     return state().begin(ids(), slots())
 
 
+def sharded(**options):
+    weight = torch.ones(config().rows_per_layer[0], 32)
+    return ek.ShardedTable.from_tensors(weight, config=config(), layer=1, placement="cpu", **options)
+
+
 OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
 OPTIMIZER |= dict(reduce="alone", group=None)
 NEW = dict(device=None, name=None, scales=None, progress=None, placement="cpu")
 TOKENS = dict(cu_seqlens=None, history=None, dead=None)
 READ = dict(out=None, out_dtype=None, out_format="values", programs=None, order=None)
+SHARDED = dict(config=config(), layer=1, group=None, placement="cpu")
 GATE = dict(clamp=1e-6, mask=None, zero_gate="sign", residual=True, out=None)
 
 
 #: {public callable: a good call of it, as (function, arguments)}, made anew for each parameter.
 CALLS = {
     "EngramConfig": lambda: (ek.EngramConfig, dict(CONFIG)),
+    "HashPlan": lambda: (ek.HashPlan, {name: getattr(plan(), name) for name in parameters(ek.HashPlan)}),
     "HashPlan.build": lambda: (ek.HashPlan.build, dict(config=config(), token_map=torch.arange(50))),
     "HashPlan.from_parts": lambda: (
         ek.HashPlan.from_parts,
@@ -118,6 +129,10 @@ CALLS = {
     ),
     "HashPlan.select": lambda: (plan().select, dict(layers=[0], columns=None)),
     "HashPlan.to": lambda: (plan().to, dict(device="cpu")),
+    "EngramTable": lambda: (
+        ek.EngramTable,
+        dict(weight=torch.ones(4, 32), scale=None, format=table().format, placement="cpu", mapping=None, scales=None),
+    ),
     "EngramTable.empty": lambda: (ek.EngramTable.empty, NEW | dict(rows=4, width=32, format="float32", scale=1.0)),
     "EngramTable.from_tensors": lambda: (ek.EngramTable.from_tensors, NEW | dict(weight=torch.ones(4, 32), scale=None)),
     "EngramTable.requires_row_grad_": lambda: (trainable().requires_row_grad_, dict(requires=True)),
@@ -188,6 +203,14 @@ CALLS = {
     "EngramTable.save_safetensors": lambda: (
         table().save_safetensors, dict(path="t.safetensors", prefix="", shard_bytes=None, metadata=None, progress=None)
     ),
+    "EngramTable.overlay": lambda: (
+        table().overlay, dict(ids=torch.tensor([1, 2]), rows=torch.ones(2, 32), scales=None)
+    ),
+    "EngramTable.write_rows": lambda: (
+        table().write_rows, dict(ids=torch.tensor([1, 2]), rows=torch.ones(2, 32), scales=None)
+    ),
+    "EngramTable.load_overlay": lambda: (table().load_overlay, dict(path=overlay().save_safetensors("r.safetensors"))),
+    "RowOverlay.save_safetensors": lambda: (overlay().save_safetensors, dict(path="r.safetensors", metadata=None)),
     "EngramTable.attach": lambda: (
         ek.EngramTable.attach, dict(name="x", rows=4, width=32, format="e4m3", scale=None, scales=None, timeout=0)
     ),
@@ -199,31 +222,60 @@ CALLS = {
         made(ek.RowAdam).load_safetensors,
         dict(path=made(ek.RowAdam).save_safetensors("o.safetensors"), threads=1, progress=None),
     ),
-    "RowAdam.add_param_group": lambda: (made(ek.RowAdam).add_param_group, dict(param_group={})),
+    "RowAdam.add_param_group": lambda: (
+        made(ek.RowAdam).add_param_group, dict(param_group=dict(params=trainable(), lr=0.2))
+    ),
     "NgramCache.save": lambda: (cache().save, dict(path="keys.npz")),
     "NgramCache.load": lambda: (cache().load, dict(path=cache().save("keys.npz"))),
     "NgramCache.takes": lambda: (cache().takes, dict(num_tokens=3)),
     "EngramState.layer_slots": lambda: (state().layer_slots, dict(layer=1, slots=slots())),
     "EngramStep.conv_state": lambda: (begun().conv_state, dict(layer=1)),
     "Prefetcher.rows": lambda: (started().rows, dict(layer=0)),
+    "ShardedTable": lambda: (
+        ek.ShardedTable,
+        SHARDED | dict(split="rows", format=None, scale=1.0, fill=None, capacity=None, node=None, replicas=None),
+    ),
+    "ShardedTable.from_tensors": lambda: (
+        ek.ShardedTable.from_tensors, SHARDED | dict(weight=torch.ones(config().rows_per_layer[0], 32), scale=None)
+    ),
+    "ShardedTable.from_safetensors": lambda: (
+        ek.ShardedTable.from_safetensors,
+        SHARDED | dict(paths=table().save_safetensors("t.safetensors"), prefix=None, threads=1, progress=None),
+    ),
+    "ShardedTable.save_safetensors": lambda: (
+        sharded().save_safetensors, dict(path="s.safetensors", prefix="", shard_bytes=None, metadata=None)
+    ),
+    "ShardedTable.node_groups": lambda: (
+        ek.ShardedTable.node_groups, dict(group=None, node=None, timeout=timedelta(seconds=9))
+    ),
+    "ShardedTable.lookup": lambda: (
+        sharded().lookup, dict(row_ids=torch.ones(3, 4).long(), out=None, out_dtype=None, out_format="values")
+    ),
+    "ShardedTable.hash_lookup": lambda: (
+        sharded().hash_lookup,
+        dict(token_ids=torch.arange(4), plan=plan(), out=None, out_dtype=None, out_format="values", **TOKENS),
+    ),
+    "ShardedTable.requires_row_grad_": lambda: (sharded().requires_row_grad_, dict(requires=True)),
+    "ShardedTable.accumulate_row_grad": lambda: (
+        sharded().requires_row_grad_().accumulate_row_grad, dict(row_ids=torch.tensor([1]), grad=torch.ones(1, 32))
+    ),
+    "ShardedTable.overlay": lambda: (
+        sharded().overlay, dict(ids=torch.tensor([3]), rows=torch.ones(1, 32), scales=None)
+    ),
+    "ShardedTable.load_overlay": lambda: (
+        sharded().load_overlay, dict(path=overlay().save_safetensors("edit.safetensors"))
+    ),
     "build_token_map": lambda: (ek.build_token_map, dict(tokenizer=None)),
     "ngram_hash": lambda: (ek.ngram_hash, test_arguments.valid("ngram_hash") | TOKENS | dict(out=None)),
     "lookup": lambda: (ek.lookup, test_arguments.valid("lookup") | READ),
     "hash_lookup": lambda: (ek.hash_lookup, test_arguments.valid("hash_lookup") | TOKENS | READ | dict(cache=None)),
+    "split_kv": lambda: (ek.split_kv, dict(kv=torch.ones(5, 24), branches=2, hidden_size=8)),
     "gate_residual": lambda: (ek.gate_residual, test_arguments_gate.valid("gate_residual") | GATE),
     "gate_conv_residual": lambda: (
         ek.gate_conv_residual,
         test_arguments_gate.valid("gate_conv_residual") | GATE | dict(cu_seqlens=None, conv_state=None),
     ),
 }  # fmt: skip
-
-
-def kinds_of(function) -> dict[str, Kind]:
-    if function is ek.EngramConfig:
-        return KINDS
-    if isinstance(function, ek.Engram):
-        return function.forward.kinds
-    return (function.__init__ if inspect.isclass(function) else function).kinds
 
 
 def shown(value) -> str:
@@ -233,9 +285,19 @@ def shown(value) -> str:
         return type(value).__name__
 
 
+@pytest.fixture
+def group():
+    """A world of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("name", CALLS)
-def test_bad_values(name, tmp_path, monkeypatch):
+def test_bad_values(name, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if name.startswith("ShardedTable"):
+        request.getfixturevalue("group")
     faults = []
     for parameter in CALLS[name]()[1]:
         for value in POOL:
@@ -266,36 +328,18 @@ def test_bad_values(name, tmp_path, monkeypatch):
 
 
 #: Functions whose call in CALLS is no good one: it takes packages, large models, or another process.
-REFUSED = ("build_token_map", "replace_engram", "EngramTable.attach", "EngramTable.publish", "RowAdam.add_param_group",
+REFUSED = ("build_token_map", "replace_engram", "EngramTable.attach", "EngramTable.publish",
            "EngramConfig.from_hf")  # fmt: skip
-#: What takes no argument of users: made by class methods, or called by this package alone.
-INTERNAL = {
-    "HashPlan", "EngramTable", "EngramTable.memory", "EngramTable.check_readable_on", "EngramTable.check_usable",
-    "NgramCache.look_up", "ShardedTable.map",
-}  # fmt: skip
-#: Of several processes: what ranks give is compared before it is checked, so that all of them raise (tests/ranks).
-COLLECTIVE = ("ShardedTable",)
+FUNCTIONS = dict(public_functions())
 
 
-def public_functions():
-    for name in ek.__all__:
-        value = getattr(ek, name)
-        yield name, value
-        for member in dir(value) if inspect.isclass(value) and not name.startswith("_") else ():
-            static = inspect.getattr_static(value, member)
-            own = any(member in vars(base) for base in value.__mro__ if base.__module__.startswith("engram_kernels"))
-            if not member.startswith("_") and own and isinstance(static, (types.FunctionType, classmethod)):
-                yield f"{name}.{member}", getattr(value, member)
-
-
-FUNCTIONS = {name: function for name, function in public_functions() if name.split(".")[0] not in COLLECTIVE}
-
-
-@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - INTERNAL))
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_every_parameter_is_declared(name):
-    function = FUNCTIONS[name]
-    parameters = inspect.signature(function).parameters.values()
-    names = {each.name for each in parameters if each.kind != each.VAR_KEYWORD and each.name != "self"}
+    names = parameters(FUNCTIONS[name]).keys()
+    assert kinds_of(FUNCTIONS[name]).keys() == names
     if names:
-        assert kinds_of(function).keys() == names
         assert name in CALLS or FUNCTIONS[name] in {FUNCTIONS.get(other) for other in CALLS}
+
+
+def test_the_document_is_that_of_the_kinds():
+    assert PAGE.read_text() == page(), "python -m tests.reports.arguments writes it"

@@ -69,9 +69,18 @@ def test_training_has_the_bits_of_one_process(world, optimizer, tokens, split, f
         assert ours == pytest.approx(alone, rel=1e-6) and ours > 0
 
 
-def test_clipping_counts_the_rows_of_all_ranks(world):
+def test_balanced_momentum_is_that_of_one_process(world):
+    """Sums over columns and thresholds go over the ranks, and differ from one process's in the order of addition."""
+    answers = world.run("train", "sinkhorn", "uneven")
+    assert all(answer["changed"] for answer in answers)
+    furthest = max(answer["furthest"] for answer in answers)
+    assert 0 < furthest < 1e-5, furthest
+
+
+@pytest.mark.parametrize("clip", ["norm", "sum", "largest", "value"])
+def test_clipping_counts_the_rows_of_all_ranks(world, clip):
     """The norm is summed over ranks, which rounds otherwise than one process: one step of float32 apart, no more."""
-    for answer in world.run("train", "adagrad", "uneven", clip=0.1):
+    for answer in world.run("train", "adagrad", "uneven", clip=clip):
         assert answer["norms"][0][0] > 1
         assert answer["furthest"] < 1e-5
 
@@ -164,7 +173,7 @@ def test_the_blocks_of_the_document_run(four, tmp_path, shared_name):
     config = config_of("wide", "float32")
     EngramTable.from_tensors(*whole(config, 4), placement="cpu").save_safetensors(tmp_path)
     rows = config.rows_per_layer[1]
-    for shapes, has_gradient in four.run("documented", blocks, str(tmp_path), shared_name):
+    for shapes, has_gradient in four.run("rank_documents.documented", blocks, str(tmp_path), shared_name):
         assert shapes[0][:2] == ("host", 4) and 0 < shapes[0][2] < rows / 2
         assert shapes[1] == ("shared", 1, rows) and shapes[2][:2] == ("host", 2)
         assert shapes[3] == ("host", None, rows)

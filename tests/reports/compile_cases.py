@@ -9,11 +9,12 @@ from unittest import mock
 
 import torch
 
-from engram_kernels import EngramConfig, EngramTable, HashPlan, NgramCache
+from engram_kernels import EngramConfig, EngramTable, HashPlan, NgramCache, split_kv
 from engram_kernels.ops.conv_kernels.backward import make_conv_gradients
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.ops.gate_kernels.gradients import make_gate_gradients
 from engram_kernels.serving.history import launch_commit_history, launch_gather_history
+from engram_kernels.tables.editing.exchange import StoredRows, launch_exchange_rows
 from engram_kernels.tables.gradient import RowGradient, launch_row_gradient
 from engram_kernels.tables.view import view_tables
 from engram_kernels.training.sinkhorn import launch_row_sinkhorn, sinkhorn_rule
@@ -117,7 +118,7 @@ def gate_inputs(branches, width, dtype):
     hidden = torch.empty(TOKENS, branches, width, dtype=dtype)
     kv = torch.empty(TOKENS, (branches + 1) * width, dtype=dtype)
     norm = torch.empty(branches, width, dtype=dtype)
-    return hidden, kv[:, :-width].unflatten(1, (branches, width)), kv[:, -width:], norm, norm
+    return hidden, *split_kv(kv, branches, width), norm, norm
 
 
 def gate_case(branches, width, dtype, mask=False):
@@ -213,6 +214,14 @@ def sinkhorn_case(width, dtype):
     launch_row_sinkhorn(torch.empty(64, width, dtype=dtype), state, gradient, torch.empty(1), count, **options)
 
 
+def exchange_case(rows):
+    """As many rows as there are tokens, for any of the table."""
+    fmt, width, uint8 = rows.format, rows.width, partial(torch.empty, dtype=torch.uint8)
+    scales = uint8(TOKENS, fmt.scale_bytes(width)) if fmt.scaling == "group" else None
+    stored = StoredRows(torch.empty(TOKENS, dtype=torch.int64), uint8(TOKENS, fmt.row_bytes(width)), scales)
+    launch_exchange_rows(rows.weight, rows.scale, stored)
+
+
 V41, PAPER, QWEN = "deepseek_v41_flash", "engram_27b", "qwen38_flash_next"
 PRESETS = {"v41": V41, "27b": PAPER, "40b": "engram_40b", "demo": "deepseek_demo", "qwen": QWEN}
 
@@ -267,6 +276,10 @@ CASES = {
     "gate_backward/v41-masked": lambda: gate_backward_case(4, 5120, torch.bfloat16, mask=True),
     "gate_backward/float32-1x1000": lambda: gate_backward_case(1, 1000, torch.float32),
     "gate_conv_backward/27b-packed": lambda: conv_backward_case(4, 2560, torch.bfloat16, full=True),
+    "exchange_rows/v41": lambda: exchange_case(table(V41)),
+    "exchange_rows/27b": lambda: exchange_case(table(PAPER)),
+    "exchange_rows/qwen": lambda: exchange_case(table(QWEN)),
+    "exchange_rows/float32-1024": lambda: exchange_case(EngramTable.empty(64, 1024, "float32", placement="cpu")),
     "row_gradient/27b": lambda: row_gradient_case(80, torch.bfloat16),
     "row_gradient/float32-1024": lambda: row_gradient_case(1024, torch.float32),
     "row_adagrad/27b": lambda: update_case(80, torch.bfloat16, adam=False),

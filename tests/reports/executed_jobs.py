@@ -29,6 +29,7 @@ from engram_kernels import (
 )
 from engram_kernels.launching import device as running
 from engram_kernels.serving.history import commit_history, gather_history
+from engram_kernels.tables.editing.exchange import StoredRows, exchange_rows
 from engram_kernels.tables.gradient import row_gradient
 from tests.support.tables import place
 
@@ -276,6 +277,24 @@ def _updates(bench: Workbench) -> Iterator[Job]:
             return [table.weight, *optimizer.states().values()]
 
         yield Job(f"{kind.__name__} 27b, 16 tokens", "row", distinct, wanted, step, differing=differing)
+    yield _exchange(bench)
+
+
+def _exchange(bench: Workbench) -> Job:
+    """256 rows of V4.1 for as many others, the same ones there and back."""
+    config, ids = bench.config("v41"), torch.randperm(4096, generator=torch.Generator().manual_seed(9))[:256]
+    given = [torch.randint(0, 256, (n, config.row_width), dtype=torch.uint8) for n in (4096, 256)]
+    given += [torch.randint(0, 256, (n, config.row_width // 32), dtype=torch.uint8) for n in (4096, 256)]
+    expected = [each.clone() for each in given]
+    for memory, rows in (expected[:2], expected[2:]):
+        reference.tables.editing.exchange.exchange_rows(ids, rows, memory)
+
+    def exchange():
+        weight, rows, scale, scales = (each.clone() for each in given)
+        exchange_rows(place(weight.view(torch.float8_e4m3fn), scale, CPU, None), StoredRows(ids, rows, scales))
+        return [weight, rows, scale, scales]
+
+    return Job("rows of v41 exchanged", "row", len(ids), expected, exchange)
 
 
 @contextlib.contextmanager

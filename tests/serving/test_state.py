@@ -182,6 +182,36 @@ def test_a_step_is_committed_once(conv):
     assert state.begin(ids, int32(1)).history.tolist() == [[3, 4]]
 
 
+@pytest.mark.parametrize("conv", [0, 3])
+def test_steps_of_a_slot_follow_each_other(conv):
+    """What moved a slot since a step began makes its commit an error, which changes nothing; other slots do not."""
+    state, ids = form(conv=conv).state, torch.arange(1, 7)[None]
+    restored = dict(token_ids=ids, conv_states=state.conv_states(0) if conv else None)
+    for move in (
+        lambda: state.begin(ids, int32(1)).commit(),
+        lambda: newer.commit(int32(2)),
+        lambda: state.reset(1),
+        lambda: state.reset(int32(0, -1, 1)),
+        lambda: state.reset(),
+        lambda: state.restore(1, **restored),
+    ):
+        older, newer = (state.begin(ids.repeat(2, 1), int32(0, 1)), state.begin(ids, int32(1)))
+        move()
+        before = [part.clone() for part in state._tensors()]
+        with pytest.raises(
+            ValueError, match="^EngramStep.commit: accepted must be 0 for slot [01], which another step"
+        ):
+            older.commit()
+        assert all(torch.equal(a, b) for a, b in zip(state._tensors(), before, strict=True))
+        older.commit(int32(0, 0))
+    older, newer = state.begin(ids, int32(1)), state.begin(ids, int32(2))
+    state.begin(ids, int32(1)).commit(int32(0))  # which moves nothing
+    newer.commit()
+    state.reset(0)
+    older.commit()
+    assert state.begin(ids.repeat(2, 1), int32(1, 2)).history.tolist() == [[5, 6]] * 2
+
+
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("ids", [[-1, -1], [-1, 7], [5, -1], [5, 7]])
 def test_no_token_in_a_restored_history(ids, id_dtype):

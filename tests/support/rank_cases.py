@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from functools import partial
 
 import torch
 import torch._dynamo  # which torch's optimizers import when they are first used; here it is done once for all ranks
@@ -16,6 +17,7 @@ from engram_kernels import (
     HashPlan,
     RowAdagrad,
     RowAdam,
+    RowSinkhorn,
     ShardedTable,
     hash_lookup,
     lookup,
@@ -25,7 +27,7 @@ from engram_kernels.checkpoints import table_writer
 
 from . import tables
 
-OPTIMIZERS = {"adagrad": RowAdagrad, "adam": RowAdam}
+OPTIMIZERS = {"adagrad": RowAdagrad, "adam": RowAdam, "sinkhorn": RowSinkhorn}
 WIDTH, HIDDEN = 64, 16
 PRIMES = EngramConfig.deepseek_demo().primes  # imports sympy, once for all ranks
 HELD = {}  # what one case leaves for the next, by name
@@ -133,27 +135,6 @@ def traffic(kind, capacity=None, tokens=300, meshed=False):
     return *sent, [len(set(part)) for part in entries], [len(part) for part in entries]
 
 
-def documented(blocks, folder, name):
-    """The blocks of docs/ranks.md, on a CPU; what the rows are before and after the step of the first."""
-    config = config_of("wide", "float32")
-    own = batches(dist.get_world_size(), "uneven")[dist.get_rank()]
-    hidden = torch.randn(len(own), config.branches, HIDDEN, requires_grad=True)
-    space = dict(config=config, layer=4, plan=plan_of(config), folder=folder, hidden=hidden, token_ids=own, group=None)
-    tables_made = []
-    for block in blocks:
-        for there, here in (('dist.init_process_group("nccl")', ""), ('"cuda"', '"cpu"'), ('"engram-1"', repr(name))):
-            block = block.replace(there, here)
-        exec(compile(block, "docs/ranks.md", "exec"), space)
-        tables_made.append(space["table"])
-    shapes = [
-        (it.placement, it.ranks.size, it.part.rows) if isinstance(it, ShardedTable) else (it.placement, None, it.rows)
-        for it in tables_made
-    ]
-    for it in (space["rows"], *tables_made):
-        it.close()
-    return shapes, hidden.grad is not None
-
-
 def held_rows(table, rows):
     """Of ``rows [all, ...]`` those that this rank holds, one range after the other."""
     return torch.cat([rows[:0], *(rows[begin:end] for begin, end in table.sharding.ranges(table.ranks.rank))])
@@ -191,12 +172,23 @@ def overflow():
             return message, str(error), fits, lost, again
 
 
+#: Ways to clip; elements of a batch's gradients reach 3.
+CLIPPINGS = {
+    "norm": partial(torch.nn.utils.clip_grad_norm_, max_norm=0.1),
+    "sum": partial(torch.nn.utils.clip_grad_norm_, max_norm=0.1, norm_type=1),
+    "largest": partial(torch.nn.utils.clip_grad_norm_, max_norm=0.1, norm_type=float("inf")),
+    "value": partial(torch.nn.utils.clip_grad_value_, clip_value=0.5),
+}
+
+
 def train(optimizer, tokens, split="columns", format="float32", clip=None, table=None):
     """Steps over all ranks' batches, against one process over the batches one after the other; what differs."""
     config, size = config_of("wide", format), dist.get_world_size()
     table = (sharded(config, split=split) if table is None else table).requires_row_grad_()
     alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu").requires_row_grad_()
-    options = dict(lr=0.1, weight_decay=0.01, stochastic_rounding=False, reduce=None)
+    options = dict(lr=0.1, stochastic_rounding=False, reduce=None) | (
+        dict(weight_decay=0.01) if optimizer != "sinkhorn" else {}
+    )
     made = {it: OPTIMIZERS[optimizer](it, **options) for it in (table.part, alone) if not it.attached}
     ours, theirs = made.get(table.part), made[alone]
     plan, norms = plan_of(config), []
@@ -217,7 +209,7 @@ def train(optimizer, tokens, split="columns", format="float32", clip=None, table
         norms.append((float(table.anchor.grad), float(alone.anchor.grad)))
         if clip:  # and one more pass, which adds to what clipping left
             for values, anchor in ((rows, table.anchor), (expected, alone.anchor)):
-                torch.nn.utils.clip_grad_norm_([anchor], clip)
+                CLIPPINGS[clip]([anchor])
                 values.float().sum().backward()
         if ours is not None:
             ours.step()
@@ -293,7 +285,7 @@ def construct(change=None):
     """A table of arguments that ``change`` spoils on this rank."""
     config = config_of("wide", "bfloat16")
     options = dict(config=config, layer=4, placement="cpu") | (change or {})
-    weight, _ = whole(config, 4)
+    weight = options.pop("weight", whole(config, 4)[0])
     if options.pop("cut", False):
         weight = weight[:-1].contiguous()
     ShardedTable.from_tensors(weight, **options).close()
@@ -313,8 +305,19 @@ def construct_filled(fails):
         assert HELD.pop("shard").closed
 
 
-def keep():
-    HELD["table"] = sharded(config_of())
+def keep(path=None):
+    HELD["table"], HELD["path"] = sharded(config_of()), path
+    if path is not None:
+        HELD["table"].save_safetensors(path)
+
+
+def ask(call, change=None):
+    """A call of the table that was kept, with arguments that ``change`` spoils on this rank."""
+    loading = dict(paths=HELD["path"], config=config_of(), layer=4, placement="cpu")
+    arguments = dict(lookup=dict(row_ids=torch.arange(10)[:, None]), from_safetensors=loading, node_groups={})
+    arguments |= dict(hash_lookup=dict(token_ids=torch.arange(10), plan=plan_of(config_of())))
+    arguments |= dict(save_safetensors=dict(path=HELD["path"]))
+    getattr(HELD["table"], call)(**arguments[call] | (change or {}))
 
 
 def use(step, what="work"):

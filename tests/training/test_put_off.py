@@ -162,3 +162,20 @@ def test_momentum_stays_and_rates_may_change():
     with pytest.raises(ValueError, match=r"^RowSinkhorn.step: momentum must stay 0.8.* got 0.9; give cycle_momentum=F"):
         optimizer.step()
     assert torch.equal(table.weight, before)
+
+
+def test_groups_and_tables_added_later():
+    """Each table takes its moves with the options of its own group."""
+    tables = [trainable() for _ in range(3)]
+    optimizer = RowSinkhorn([dict(params=tables[:1], lr=0.5), dict(params=tables[1:2])], **OPTIONS)
+    optimizer.add_param_group(dict(params=tables[2], lr=0.2))
+    before = [table.weight.clone() for table in tables]
+    for table in tables:
+        table.accumulate_row_grad(torch.tensor([1, 2]), torch.randn(2, WIDTH, dtype=torch.float64))
+    optimizer.step()
+    for table, old, lr in zip(tables, before, (0.5, 0.1, 0.2), strict=True):
+        moved = (table.weight - old)[1:3].square().mean(1).sqrt()
+        torch.testing.assert_close(moved, torch.full((2,), lr * 0.2, dtype=torch.float64))
+        assert table.put_off.due is False
+    with pytest.raises(ValueError, match=r"^RowSinkhorn.add_param_group: momentum must stay 0.8"):
+        optimizer.add_param_group(dict(params=trainable(), momentum=0.5))

@@ -234,7 +234,7 @@ BAD = {
     "no tables": (lambda x: changed(x, tables=[{"rows": 3}, None]), "expected rows, width and format of tables, got"),
     "steps": (lambda x: changed(x, steps=-1), "steps must be a whole number, got -1"),
     "seed": (lambda x: changed(x, seed=0.5), "seed must be a whole number, got 0.5"),
-    "an option": (lambda x: without(x, "betas"), r"expected hyper-parameters lr, betas, .*got none of \['betas'\]"),
+    "an option": (lambda x: without(x, "betas"), r"expected parameter groups of lr, betas, .*got none of \['betas'\]"),
     "range": (lambda x: x | {"param_groups": [x["param_groups"][0] | {"lr": -1.0}]}, "lr must be a finite"),
     "type": (lambda x: x | {"param_groups": [x["param_groups"][0] | {"lr": "1"}]}, "lr must be a finite .* '1'"),
 }
@@ -352,12 +352,6 @@ def test_a_copied_model_reads_the_same_table():
     assert other.table is run.table and other.wkv.weight is not run.module.wkv.weight
     hidden, ids = torch.randn(4, 2, 24), torch.randint(0, 40, (4,))
     assert torch.equal(other(hidden, ids), run.module(hidden, ids))
-
-
-def test_one_group_of_tables():
-    made = optimizer()
-    with pytest.raises(ValueError, match="RowAdam: tables are one group"):
-        made.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
 
 
 @pytest.mark.parametrize("kind", [RowAdagrad, RowAdam])

@@ -6,7 +6,12 @@ of that shape too, which :func:`split_kv` hands back as the gradient of kv.
 
 import torch
 
+from engram_kernels.geometry.kinds import Tensor, Whole, check_all, declares
 from engram_kernels.launching.device import is_kernel_device
+
+from .arguments import FLOAT_DTYPES
+
+_SPLIT = dict(kv=Tensor(*FLOAT_DTYPES), branches=Whole(1), hidden_size=Whole(1))
 
 
 def readable(grad: torch.Tensor) -> torch.Tensor:
@@ -99,12 +104,20 @@ class SplitKV(torch.autograd.Function):
         return _join(grad_key, grad_value), None, None
 
 
+@declares(**_SPLIT)
 def split_kv(kv: torch.Tensor, branches: int, hidden_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key ``[..., H, D]`` and value ``[..., D]`` as views of ``kv [..., (H + 1) * D]``.
+    """Key ``[..., H, D]`` and value ``[..., D]`` as views of ``kv [..., (H + 1) * D]``, the projection of rows.
 
+    branches: H, whose keys come first. hidden_size: D. Any float dtype, any strides.
     Where the gradients that come back are views of one tensor, as those of the kernels are, that tensor is kv's
     gradient. torch.split would copy both, 10 D elements a token at H = 4, and slices would write zeros besides.
     """
+    check_all("split_kv", _SPLIT, dict(kv=kv, branches=branches, hidden_size=hidden_size))
+    if not kv.dim() or kv.shape[-1] != (branches + 1) * hidden_size:
+        raise ValueError(
+            f"split_kv: kv must have shape [..., (H + 1) * D], which ends with {(branches + 1) * hidden_size}, "
+            f"got {list(kv.shape)}"
+        )
     recorded = torch.is_grad_enabled() and kv.requires_grad
     if recorded and is_kernel_device(kv) and not torch.compiler.is_compiling():
         return SplitKV.apply(kv, branches, hidden_size)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engram_kernels.geometry.kinds import describe
+from engram_kernels.geometry.kinds import Instance
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.tables.engram import EngramTable
@@ -34,14 +34,17 @@ class RowCache(ABC):
         """On a CPU: what the reference tells of the n-grams that it looks up."""
 
 
+CACHE = Instance(RowCache)
+CACHE.expected = "an NgramCache"  # the one there is, in a room above
+
+
 def check_cache(where: str, cache, plan: HashPlan, tables, num_rows: int) -> None:
     """Raise unless ``cache`` is None or one for this plan and these tables, in a call for ``num_rows`` rows."""
     if cache is None:
         return
     if torch.compiler.is_compiling():
         raise ValueError(f"{where}: cache must be None under torch.compile, which cannot see that a cache changes")
-    if not isinstance(cache, RowCache):
-        raise TypeError(f"{where}: cache must be an NgramCache, got {describe(cache)}")
+    CACHE.check(where, "cache", cache)
     same = len(tables) == len(cache.tables) and all(map(lambda a, b: a is b, tables, cache.tables))
     if plan is not cache.plan or not same:
         raise ValueError(f"{where}: cache must be made for this very plan and these tables, got {cache!r} of others")

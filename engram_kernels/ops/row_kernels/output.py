@@ -10,6 +10,8 @@ from engram_kernels.launching.checks import check_out, check_tensor
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import TableView
 
+from .order import ORDERS
+
 #: A TableView in the schema of a registered op.
 VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement, int link_bytes, int page_bytes"
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -19,8 +21,7 @@ OUT_KINDS = dict(
     out_dtype=Optional(Dtype(*OUT_DTYPES, torch.float64)),
     out_format=OneOf("values", "storage"),
 )
-_ORDER = OneOf("direct", "address", "head")  # order.ORDERS
-READ_KINDS = OUT_KINDS | dict(programs=Optional(Whole(1, 2**31 - 1)), order=Optional(_ORDER))
+READ_KINDS = OUT_KINDS | dict(programs=Optional(Whole(1, 2**31 - 1)), order=Optional(OneOf(*ORDERS)))
 
 
 class Reading(NamedTuple):

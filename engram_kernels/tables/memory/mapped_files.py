@@ -14,7 +14,7 @@ import weakref
 import torch
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.12
-_RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) +(/.*)")
+_RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ (\d+) *(.*)")
 
 
 def map_file(fd: int, offset: int, nbytes: int) -> torch.Tensor:
@@ -37,6 +37,29 @@ def check_length(fd: int, path: object, need: int, where: str) -> None:
         raise ValueError(f"{where}: {path} shrank to {have:,} bytes while mapped, {need:,} are needed")
 
 
+def _range_of(address: int) -> re.Match | None:
+    """The line of the process's map that has ``address``."""
+    with open("/proc/self/maps") as lines:
+        matches = map(_RANGE.match, lines)
+        return next((match for match in matches if match and int(match[1], 16) <= address < int(match[2], 16)), None)
+
+
+def refuses_writes(tensor: torch.Tensor) -> str | None:
+    """Why a CPU tensor is not to be written to, in words; None where nothing but this process's memory would change.
+
+    A file that is mapped privately, as :func:`map_file` does, is copied page by page where it is written to.
+    """
+    match = _range_of(tensor.data_ptr() + tensor.nbytes - 1)
+    if match is None:
+        return None
+    name, permissions = match[6] or "memory", match[3]
+    if not permissions.startswith("rw"):
+        return f"{name} is mapped for reading alone"
+    # A name that has gone is shared with nobody who could still open it.
+    shared = permissions.endswith("s") and name.startswith("/") and not name.endswith(" (deleted)")
+    return f"a write would change {name}, of which they are a shared mapping" if shared else None
+
+
 class MappedFile:
     """A regular file, held open, and the length that a tensor mapped from it needs."""
 
@@ -51,13 +74,10 @@ class MappedFile:
         A checkpoint read by safetensors, numpy.memmap or torch is mapped, not copied.
         """
         last = tensor.data_ptr() + tensor.nbytes - 1
-        with open("/proc/self/maps") as lines:
-            for line in lines:
-                match = _RANGE.match(line)
-                if match is None or not int(match[1], 16) <= last < int(match[2], 16):
-                    continue
-                return cls._open(match[5], int(match[4]), int(match[3], 16) + last + 1 - int(match[1], 16))
-        return None
+        match = _range_of(last)
+        if match is None or not match[6].startswith("/"):
+            return None
+        return cls._open(match[6], int(match[5]), int(match[4], 16) + last + 1 - int(match[1], 16))
 
     @classmethod
     def _open(cls, path: str, inode: int, need: int) -> "MappedFile | None":

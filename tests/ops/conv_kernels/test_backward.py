@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_kernels import gate_conv_residual, reference
+from engram_kernels import gate_conv_residual, reference, split_kv
 from engram_kernels.ops.conv_kernels import backward as gate_conv_backward
 from engram_kernels.ops.conv_kernels.backward import conv_backward_config, make_conv_gradients
 from engram_kernels.ops.gate_kernels.gradients import split_gradient
@@ -133,7 +133,7 @@ def test_kernel_strides(device):
     hidden, key, value, *norms, weight = (x.to(device) for x in tensors)
     kv = torch.cat([key.flatten(1), value], 1)
     taps_first = weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    views = hidden, kv[:, :-40].unflatten(1, (4, 40)), kv[:, -40:], *norms, taps_first
+    views = hidden, *split_kv(kv, 4, 40), *norms, taps_first
     turned = grad.to(device).permute(2, 1, 0).contiguous().permute(2, 1, 0)
     options = dict(dilation=2, eps=EPS, conv_eps=CONV_EPS)
     _, found = backward(gate_conv_residual, views, turned, ALL, **options)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from engram_kernels import gate_residual, reference
+from engram_kernels import gate_residual, reference, split_kv
 from engram_kernels.ops.gate_kernels import backward as gate_backward
 from engram_kernels.ops.gate_kernels.backward import gate_backward_config
-from engram_kernels.ops.gate_kernels.gradients import split_gradient, split_kv
+from engram_kernels.ops.gate_kernels.gradients import split_gradient
 from tests.ops.test_gate import EPS, doubles, inputs
 from tests.ops.test_registration import same
 from tests.support import tolerances

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 
+from engram_kernels import split_kv
 from engram_kernels.ops.gate_kernels.gradients import arrange_gradients
 from engram_kernels.tables.gradient import row_gradient
 from tests.ops.test_gate import EPS
@@ -74,7 +75,7 @@ def every_form(run, tensors, recorded, grad, subsets, device):
     hidden, key, value, *weights = tensors
     branches, width = hidden.shape[1:]
     kv = torch.cat([key.flatten(1), value], 1)
-    views = kv[:, :-width].unflatten(1, (branches, width)), kv[:, -width:]
+    views = split_kv(kv, branches, width)
     compare(run(grad, (hidden, *views, *weights), recorded), whole, "views of one kv")
     compare(run(grad, (moved(hidden), key, value, *weights), recorded), whole, "hidden elsewhere")
     compare(run(grad, (hidden, moved(key, 3), moved(value, 5), *weights), recorded), whole, "key and value elsewhere")

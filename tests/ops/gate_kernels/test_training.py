@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from engram_kernels import gate_conv_residual, gate_residual, hash_lookup
+from engram_kernels import gate_conv_residual, gate_residual, hash_lookup, split_kv
 from tests.nn.test_engram import FORMS, built
 from tests.ops.test_gate import inputs
 from tests.ops.test_gate_conv import conv_inputs
@@ -114,7 +114,7 @@ def check_autocast(device, form):
         found = module_gradients(module, lambda x: module(x, ids), hidden)
     weights = [None if x is None else x.to(torch.bfloat16) for x in (module.wkv.weight, module.wkv.bias)]
     kv = torch.nn.functional.linear(rows.to(torch.bfloat16), *weights).float()
-    key, value = kv[..., :48].unflatten(-1, (2, 24)), kv[..., 48:]
+    key, value = split_kv(kv, 2, 24)
     norms, options = (module.q_weight, module.k_weight), dict(eps=1e-6, zero_gate=module.config.zero_gate)
     if module.config.conv_kernel:
         weights = module.conv_norm, module.conv_weight

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engram_kernels import gate_residual
+from engram_kernels import gate_residual, split_kv
 
 
 def apart(rows, gap):
@@ -24,7 +24,6 @@ def test_rows_of_the_gate(device, gap):
 
     def gated(hidden, kv):
         hidden = hidden.unflatten(1, (branches, width))
-        key, value = kv[:, :-width].unflatten(1, (branches, width)), kv[:, -width:]
-        return gate_residual(hidden, key, value, *norms, eps=1e-6)
+        return gate_residual(hidden, *split_kv(kv, branches, width), *norms, eps=1e-6)
 
     assert torch.equal(gated(apart(hidden, gap), apart(kv, gap)), gated(hidden, kv))
