@@ -1,1 +1,1 @@
-"""What the launchers of all kernels share: checks, devices, streams, kept launches, and sums in a fixed order."""
+"""What the launchers of all kernels share: checks, devices, streams, kept launches, sums, exchanges of ranks."""

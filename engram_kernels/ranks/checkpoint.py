@@ -16,10 +16,10 @@ from engram_kernels.checkpoints.table_writer import RowsFiles, TableWriter
 from engram_kernels.checkpoints.validate import StoredTable, select_table
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import check_all
+from engram_kernels.launching.exchange import Groups
 from engram_kernels.tables.engram import LOAD_KINDS, SAVE_KINDS
 from engram_kernels.tables.files import check_room, fill_table
 
-from .exchange import Groups
 from .rows import TABLE_KINDS, ShardedRows, layer_index
 from .sharding import SPLITS, shard_rows
 

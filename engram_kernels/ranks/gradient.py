@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engram_kernels.launching.exchange import Ranks
 from engram_kernels.tables.gradient import RowGradient
 
-from .exchange import Ranks
 from .rows import ShardedRows
 
 _WHERE, _STEP = "ShardedTable.backward", "RowSinkhorn.step"

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from engram_kernels.geometry.kinds import Instance, Optional, Text, check_all
+from engram_kernels.launching.exchange import Ranks
 
-from .exchange import Ranks
 from .rows import GROUP
 
 _WHERE = "ShardedTable.node_groups"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -9,14 +10,18 @@ import torch.distributed as dist
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import Function, Instance, Number, OneOf, Optional, Whole, check_all, declares
 from engram_kernels.geometry.row_format import FORMATS, RowFormat, row_format
+from engram_kernels.launching.exchange import Groups
 from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.gradient import RowGradient, row_gradient
 from engram_kernels.tables.placement import PLACEMENTS
+from engram_kernels.tables.shard import Shard
 
-from .exchange import Groups
 from .sharding import SPLITS, ShardMap, shard_rows
 
 Fill = Callable[[EngramTable, Sequence[tuple[int, int]]], object]
 _WHERE = "ShardedTable"
+#: How the gradients of ranks meet: the mean is what DistributedDataParallel makes of those of dense parameters.
+REDUCES = ("mean", "sum")
 #: What every constructor takes. Groups are checked as they are used, since without them no rank could tell another one.
 GROUP = Optional(Instance("ProcessGroup"))
 TABLE_KINDS = dict(config=Instance(EngramConfig), layer=Whole(0), group=GROUP, placement=OneOf(*PLACEMENTS))
@@ -28,6 +33,7 @@ _KINDS = TABLE_KINDS | dict(
     capacity=Optional(Whole(1)),
     node=GROUP,
     replicas=GROUP,
+    reduce=OneOf(*REDUCES),
 )
 
 
@@ -53,13 +59,14 @@ class ShardedRows:
         capacity: int | None = None,
         node: "dist.ProcessGroup | None" = None,
         replicas: "dist.ProcessGroup | None" = None,
+        reduce: str = "mean",
         **options,
     ):
         groups = Groups(group, node, replicas, _WHERE)
         self.groups, self.ranks, self.replicas = groups, groups.ranks, groups.replicas
 
         given = dict(config=config, layer=layer, placement=placement, split=split, format=format, scale=scale)
-        given |= dict(fill=fill, capacity=capacity)
+        given |= dict(fill=fill, capacity=capacity, reduce=reduce)
 
         def check() -> int:
             check_all(_WHERE, _KINDS, given)
@@ -68,7 +75,7 @@ class ShardedRows:
         index = groups.attempt(_WHERE, "checking its arguments", check)
         facts = {f"config's {name}": value for name, value in dataclasses.asdict(config).items()}
         facts |= {"layer": layer, "format": format or config.format, "capacity": capacity, "split": split}
-        facts |= {"table's scale": scale, "shared by a node": node is not None}
+        facts |= {"table's scale": scale, "shared by a node": node is not None, "reduce": reduce}
         groups.attempt(_WHERE, "comparing arguments", lambda: self.ranks.check_equal(facts, _WHERE))
         if self.replicas is not None:
             facts |= {"number of ranks": self.ranks.size, "part": self.ranks.rank}
@@ -76,12 +83,15 @@ class ShardedRows:
             sources = self.replicas.gather(self.ranks.members, _WHERE, "the exchange of groups")
             #: Rank of the world behind each (replica, rank of its group).
             self.source_ranks = [rank for members in sources for rank in members]
-        self.config, self.layer, self.capacity = config, layer, capacity
+        self.config, self.layer, self.capacity, self.reduce = config, layer, capacity, reduce
         self.format: RowFormat = row_format(format or config.format, _WHERE)
         self.placement, self.rows, self.width = placement, config.rows_per_layer[index], config.row_width
         self.sharding = shard_rows(config.primes[index], self.rows, self.ranks.size, split)
         self._maps: dict[torch.device, ShardMap] = {}
         self.part = self._make_shard(groups, scale, fill, options)
+        self.part.shard = Shard(self.ranks, self.rows, self.sharding.ranges(self.ranks.rank))
+        contributors = self.ranks.size * (1 if self.replicas is None else self.replicas.size)
+        self.part.gradient_of = partial(_scaled_gradient, factor=1 / contributors if reduce == "mean" else 1.0)
 
     def map(self, device: torch.device) -> ShardMap:
         """The sharding as tensors on ``device``."""
@@ -116,6 +126,12 @@ class ShardedRows:
                 shard.close()
             raise
         return made[0]
+
+
+def _scaled_gradient(row_ids: torch.Tensor, grad: torch.Tensor, rows: int, factor: float) -> RowGradient:
+    """Entries from all ranks and replicas, added and then multiplied."""
+    found = row_gradient(row_ids, grad, rows)
+    return found if factor == 1 else found.times(found.squares.new_tensor(factor))
 
 
 def layer_index(config: EngramConfig, layer: int, where: str) -> int:

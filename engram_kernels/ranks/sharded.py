@@ -27,6 +27,7 @@ from engram_kernels.geometry.kinds import Path as PathKind
 from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.geometry.row_format import check_content, format_of
 from engram_kernels.launching.checks import check_tensor
+from engram_kernels.launching.exchange import Groups
 from engram_kernels.launching.tokens import ID_DTYPES, TOKEN_KINDS, Tokens, check_token_values, check_tokens
 from engram_kernels.ops.hashing import ngram_hash
 from engram_kernels.ops.row_kernels.output import OUT_KINDS, check_row_out
@@ -37,7 +38,6 @@ from engram_kernels.tables.engram import LOAD_KINDS, SAVE_KINDS
 from engram_kernels.tables.gradient import GRAD_DTYPES, check_recordable, record_rows, records_rows
 
 from .checkpoint import load_sharded, save_sharded
-from .exchange import Groups
 from .gradient import ShardGradient, gather_row_gradients
 from .lookup import ROWS_ASKED, FixedExchange, received_rows
 from .nodes import NODE_KINDS, make_node_groups
@@ -61,6 +61,8 @@ class ShardedTable(ShardedRows):
     node: group of the ranks that share one shard, with placement "shared": its first rank makes it, the others attach
     (:meth:`node_groups`). replicas: group of the ranks that hold the same shard in other groups, whose row gradients
     are added as well; None is ``node``.
+    reduce: "mean" divides the sum of all ranks' row gradients, replicas' included, by their number, as
+    DistributedDataParallel does with those of dense parameters; "sum" does not.
 
     Arguments that differ between ranks, and an error on one of them, are errors on all: of constructors, saving and
     :meth:`node_groups`, and of lookups without ``capacity``, whose peers learn it with the number of rows. Two things

@@ -1,14 +1,13 @@
 """Rows in a storage format, in the memory of a placement: what kernels are told of them, and who can read them."""
 
 import struct
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from engram_kernels.geometry.kinds import Instance, OneOf, Optional, Tensor, describe, takes
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT, SCALE_GROUP, RowFormat
 
-from .changes import ChangeRecord
 from .memory.allocation import page_bytes, report
 from .memory.host import Mapping
 from .memory.mapped_files import MappedFile
@@ -35,7 +34,7 @@ class PlacedRows:
     token_map: str | None = None
     _changes = 0
     #: Which rows changed when, once :meth:`EngramTable.record_changes` has been called.
-    changes: ChangeRecord | None = None
+    changes: Any = None
 
     @takes(
         weight=Tensor(),

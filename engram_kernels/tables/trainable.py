@@ -12,6 +12,7 @@ from .anchor import RowNorm
 from .gradient import GRAD_DTYPES, RowGradient, row_gradient
 from .placed import PlacedRows
 from .placement import REGISTERED
+from .shard import Shard
 
 
 class TrainableRows(PlacedRows):
@@ -20,6 +21,10 @@ class TrainableRows(PlacedRows):
     _anchor: torch.Tensor | None = None
     #: Where optimizers take their steps, once the rows were trainable.
     _steps_on: torch.device | None = None
+    #: In the place of row_gradient, where ranks train the same rows.
+    gradient_of: Callable[[torch.Tensor, torch.Tensor, int], RowGradient] | None = None
+    #: Of a ShardedTable's part: its place in that table.
+    shard: Shard | None = None
     #: Takes the moves of rows, which are distinct, that an optimizer has put off (RowSinkhorn); None is all.
     put_off: Callable[[torch.Tensor | None], None] | None = None
     _row_grad: RowGradient | None = None
@@ -96,7 +101,7 @@ class TrainableRows(PlacedRows):
                 f"EngramTable.accumulate_row_grad: grad must have shape {list(shape)} on {row_ids.device}, "
                 f"as of row_ids, got {list(grad.shape)} on {grad.device}"
             )
-        new = row_gradient(row_ids, grad, self.rows)
+        new = (self.gradient_of or row_gradient)(row_ids, grad, self.rows)
         old = self.row_grad if self._anchor.grad is not None else None
         self.row_grad = new if old is None else old.times(self.row_grad_factor()).plus(new)
 

@@ -13,11 +13,13 @@ from typing import Any
 from weakref import ref
 
 import torch
+import torch.distributed as dist
 
 from engram_kernels.checkpoints.parallel import spans
-from engram_kernels.geometry.kinds import Function, Optional, takes
+from engram_kernels.geometry.kinds import Function, OneOf, Optional, takes
 from engram_kernels.tables.engram import EngramTable
 
+from .replicas import ALONE
 from .row_optimizer import OPTIONS, RATES, RowOptimizer
 from .sinkhorn import sinkhorn_rule, take_moves
 from .update import ADAGRAD, ADAM
@@ -32,6 +34,11 @@ class RowAdagrad(RowOptimizer):
     state_placement: "device", "host" or "cpu", where the states are; None is the table's ("host" for a shared one,
     which one process writes).
     stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
+    reduce: of several ranks. "mean" or "sum" of the row gradients of all ranks of ``group`` (None: a group over the
+    world), each of which has a copy of the tables: as DistributedDataParallel does with dense parameters, in the
+    backward pass, before gradients are clipped. The backward pass and the step are collective then. None trains tables
+    that differ on purpose. "alone", as it is, refuses plain tables in a job of more than one rank. Parts of a
+    :class:`ShardedTable` reduce as that says.
     """
 
     _rule = ADAGRAD
@@ -47,16 +54,18 @@ class RowAdagrad(RowOptimizer):
         state_placement: str | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        reduce: str | None = ALONE,
+        group: "dist.ProcessGroup | None" = None,
     ):
         defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay)
-        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None)
+        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None, reduce, group)
 
 
 class RowAdam(RowOptimizer):
     """Adam with two moments per element, corrected for bias by the number of steps that a row has taken itself.
 
     A row that has no gradient keeps its moments as they are. betas may differ by group too. tables, weight_decay,
-    state_placement, stochastic_rounding and seed are those of :class:`RowAdagrad`.
+    state_placement, stochastic_rounding, seed, reduce and group are those of :class:`RowAdagrad`.
     """
 
     _rule = ADAM
@@ -73,9 +82,11 @@ class RowAdam(RowOptimizer):
         state_placement: str | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        reduce: str | None = ALONE,
+        group: "dist.ProcessGroup | None" = None,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None)
+        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None, reduce, group)
 
 
 class RowSinkhorn(RowOptimizer):
@@ -89,9 +100,12 @@ class RowSinkhorn(RowOptimizer):
     Formulas, sources, and what differs from a step over all rows: reference/training/sinkhorn.py.
 
     tables, state_placement, stochastic_rounding and seed are those of :class:`RowAdagrad`. One of these a table.
+    reduce: None is for ranks whose tables are different ones; copies on ranks would be rounded at different times, as
+    their rows are read, and take a ShardedTable instead.
     """
 
-    _options = {name: kind for name, kind in OPTIONS.items() if name != "weight_decay"}
+    _options = {name: kind for name, kind in OPTIONS.items() if name not in ("weight_decay", "group")}
+    _options |= dict(reduce=Optional(OneOf(ALONE)))
     _taken = ("momentum", "update_rms", "threshold", "balancings")
 
     @takes(**_options, **{name: RATES[name] for name in _taken})
@@ -108,11 +122,12 @@ class RowSinkhorn(RowOptimizer):
         state_placement: str | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        reduce: str | None = ALONE,
     ):
         defaults = dict(lr=lr, momentum=momentum, update_rms=update_rms, threshold=threshold)
         defaults |= dict(balancings=balancings, eps=eps)
         self._momentum, self._rule, self._put_off = momentum, sinkhorn_rule(momentum), []
-        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None)
+        super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None, reduce)
 
     @takes(closure=Optional(Function()))
     def step(self, closure: Callable | None = None):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.geometry import kinds
@@ -14,6 +15,7 @@ from engram_kernels.geometry.kinds import Flag, Function, Instance, Keyed, Numbe
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.tables.engram import EngramTable
 
+from .replicas import ALONE, MEAN, REDUCES, SUM, Replicas, check_alone, check_free
 from .saving import KEY, Content, fill_states, layout_of, open_states, save_states, tensors_of
 from .state import PLACEMENTS, RowState
 from .update import Rule
@@ -75,6 +77,8 @@ OPTIONS = dict(
     state_placement=Optional(kinds.OneOf(*PLACEMENTS)),
     stochastic_rounding=Flag(),
     seed=Whole(),
+    reduce=Optional(kinds.OneOf(*REDUCES)),
+    group=Optional(Instance("ProcessGroup")),
 )
 
 
@@ -89,8 +93,10 @@ class RowOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         state_placement: str | None,
         seed: int | None,
+        reduce: str | None = ALONE,
+        ranks: "dist.ProcessGroup | None" = None,
     ):
-        """defaults: hyper-parameters. seed: of stochastic rounding; None rounds to nearest."""
+        """defaults: hyper-parameters. seed: of stochastic rounding; None is to nearest. ranks: group of ``reduce``."""
         self.tables: tuple[EngramTable, ...] = ()
         self.steps = 0
         self._seed, self._state_placement = seed, state_placement
@@ -98,11 +104,16 @@ class RowOptimizer(torch.optim.Optimizer):
         self._skipped_before = 0
         self._states: list[RowState] = []
         where = type(self).__name__
+        self._reduce, self._replicas = reduce, None
+        if ranks is not None and reduce in (ALONE, None):
+            raise ValueError(f"{where}: group is for reduce 'mean' and 'sum', got one with {reduce!r}")
         given = [tables] if isinstance(tables, EngramTable) else list(tables)
         groups = given if given and all(isinstance(each, dict) for each in given) else [dict(params=given)]
         found = []
         for group in groups:  # all are looked at before memory is asked for
             found.append(self._checked_group(where, group, [table for each in found for table in each["params"]]))
+        if reduce in (MEAN, SUM):
+            self._replicas = Replicas(self, reduce, ranks, where)
         try:
             super().__init__(found, defaults)
         except BaseException:
@@ -124,6 +135,10 @@ class RowOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         where = self._open("step")
+        if self._replicas is not None:
+            self._replicas.before_step(where)
+        elif self._reduce == ALONE:
+            check_alone(self.tables, where)
         for group in self.param_groups:
             check_all(where, RATES, group)
         members = iter(zip(self.tables, self._states, strict=True))
@@ -257,6 +272,18 @@ class RowOptimizer(torch.optim.Optimizer):
         self.state.clear()
         for state in self._states:
             state.close()
+        if self._replicas is not None:
+            self._replicas.close()
+
+    def check_replicas(self) -> None:
+        """Raise ValueError on all ranks where copies of a table, of its states, or their options differ; collective.
+
+        The optimizer does so when it is made with ``reduce``: rows that came from different files or seeds show then.
+        It reads all rows and states. Without ``reduce`` there is nothing to compare.
+        """
+        where = self._open("check_replicas")
+        if self._replicas is not None:
+            self._replicas.check(where)
 
     def _checked_group(self, where: str, group: Mapping[str, Any], others: Sequence[EngramTable]) -> dict[str, Any]:
         """The group with its tables in a tuple; raises unless an optimizer can take them beside others."""
@@ -276,11 +303,17 @@ class RowOptimizer(torch.optim.Optimizer):
         if not tables or len({id(table) for table in (*tables, *others)}) != len(tables) + len(others):
             raise ValueError(f"{where}: {name} must be one or more different tables, got {list(tables)}")
         check_all(where, RATES, group)
+        if self._reduce == ALONE:
+            check_alone(tables, where)
         return dict(group) | dict(params=tables)
 
     def _take(self, where: str, group: dict[str, Any]) -> None:
         """Add a group that was checked."""
         states: list[RowState] = []
+        if self._replicas is not None:
+            self._replicas.check_new(self.defaults | group, where)
+        for table in group["params"]:
+            check_free(table, where, self._replicas)
         try:
             for table in group["params"]:
                 states.append(RowState(table, self._rule.state, self._state_placement, where))
@@ -293,6 +326,8 @@ class RowOptimizer(torch.optim.Optimizer):
         self._states += states
         for table, state in zip(group["params"], states, strict=True):
             self.state[table.anchor] = state.tensors
+        if self._replicas is not None:
+            self._replicas.join(group["params"])
 
     def _open(self, method: str) -> str:
         """The method's name for errors; ValueError where the optimizer is closed."""

@@ -123,6 +123,7 @@ def sharded(**options):
 
 
 OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
+OPTIMIZER |= dict(reduce="alone", group=None)
 NEW = dict(device=None, name=None, scales=None, progress=None, placement="cpu")
 TOKENS = dict(cu_seqlens=None, history=None, dead=None)
 READ = dict(out=None, out_dtype=None, out_format="values", programs=None, order=None)
@@ -155,7 +156,7 @@ CALLS = {
     "RowAdagrad": lambda: (ek.RowAdagrad, OPTIMIZER | dict(tables=trainable())),
     "RowSinkhorn": lambda: (
         ek.RowSinkhorn,
-        {name: value for name, value in OPTIMIZER.items() if name != "weight_decay"}
+        {name: value for name, value in OPTIMIZER.items() if name not in ("weight_decay", "group")}
         | dict(tables=[trainable()], momentum=0.9, update_rms=0.2, threshold=0.01, balancings=3),
     ),
     "RowSinkhorn.step": lambda: (made(ek.RowSinkhorn).step, dict(closure=None)),

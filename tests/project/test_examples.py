@@ -18,11 +18,11 @@ from tests.support.documents import ROOT, Document
 from tests.support.patience import HANG
 
 
-def run(name):
+def run(name, *arguments):
     """Output of one example. It sees no GPU: there its tables would be pinned, beside those of other tests."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     environment["OMP_NUM_THREADS"] = "1"  # small tensors, and other tests beside it
-    command = [sys.executable, str(ROOT / "examples" / name)]
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -49,6 +49,18 @@ def test_tensor_parallel():
     rows, projected = run("tensor_parallel.py").splitlines()
     assert rows == "4 ranks of 4 columns: rows equal the whole's"
     assert float(re.match(r"layer 1's key and value from fp8 rows: largest error (\S+) of", projected)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", ["2", "3"])
+def test_train_ranks(ranks):
+    """Dense weights by DDP and FSDP2, tables as copies and sharded: each step is that of one process."""
+    lines = run("train_ranks.py", ranks).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"{a}, {b}" for a in ("DDP", "FSDP2") for b in ("copies", "sharded")
+    ]
+    for line in lines:
+        furthest, moved = re.search(r": (\S+) from one process at most; rows moved by (\S+)$", line).groups()
+        assert float(furthest) < 1e-4 and float(moved) > 0.1
 
 
 def test_serve():

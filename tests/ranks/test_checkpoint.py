@@ -58,7 +58,7 @@ def test_a_rank_that_cannot_write_leaves_what_was_there(worlds, tmp_path):
     errors = worlds[4].errors("save", str(path), "wide", "bfloat16", fault="error", shard_bytes=20_000)
     assert errors.pop(1) == "OSError: [Errno 28] No space left on device"
     told = "writing its rows failed on rank 1 of 4: OSError: [Errno 28] No space left on device"
-    assert set(errors) == {f"engram_kernels.ranks.exchange.RankError: ShardedTable.save_safetensors: {told}"}
+    assert set(errors) == {f"engram_kernels.launching.exchange.RankError: ShardedTable.save_safetensors: {told}"}
     assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
     worlds[4].run("save", str(path), "wide", "bfloat16")
     assert path.read_bytes() != before and len(list(tmp_path.iterdir())) == 1

@@ -169,13 +169,14 @@ def test_nodes_of_different_sizes_are_refused(four):
 def test_the_blocks_of_the_document_run(four, tmp_path, shared_name):
     """One after the other, by four ranks of one node; the step of the first is in the file it writes."""
     blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/ranks.md").read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     config = config_of("wide", "float32")
     EngramTable.from_tensors(*whole(config, 4), placement="cpu").save_safetensors(tmp_path)
     rows = config.rows_per_layer[1]
-    for shapes, has_gradient in four.run("documented", blocks, str(tmp_path), shared_name):
+    for shapes, has_gradient in four.run("rank_documents.documented", blocks, str(tmp_path), shared_name):
         assert shapes[0][:2] == ("host", 4) and 0 < shapes[0][2] < rows / 2
         assert shapes[1] == ("shared", 1, rows) and shapes[2][:2] == ("host", 2)
+        assert shapes[3] == ("host", None, rows)
         assert has_gradient
     with EngramTable.from_safetensors(tmp_path, placement="cpu") as table:
         moved = (table.weight != whole(config, 4)[0]).any(1).sum()

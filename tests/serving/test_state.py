@@ -198,7 +198,9 @@ def test_steps_of_a_slot_follow_each_other(conv):
         older, newer = (state.begin(ids.repeat(2, 1), int32(0, 1)), state.begin(ids, int32(1)))
         move()
         before = [part.clone() for part in state._tensors()]
-        with pytest.raises(ValueError, match="^EngramStep.commit: accepted must be 0 for slot [01], which another step"):
+        with pytest.raises(
+            ValueError, match="^EngramStep.commit: accepted must be 0 for slot [01], which another step"
+        ):
             older.commit()
         assert all(torch.equal(a, b) for a, b in zip(state._tensors(), before, strict=True))
         older.commit(int32(0, 0))

@@ -65,7 +65,7 @@ def whole(config, layer):
 
 
 def sharded(config, **options):
-    options = dict(placement="cpu") | options
+    options = dict(placement="cpu", reduce="sum") | options
     return ShardedTable.from_tensors(*whole(config, 4), config=config, layer=4, **options)
 
 
@@ -135,24 +135,6 @@ def traffic(kind, capacity=None, tokens=300, meshed=False):
     return *sent, [len(set(part)) for part in entries], [len(part) for part in entries]
 
 
-def documented(blocks, folder, name):
-    """The blocks of docs/ranks.md, on a CPU; what the rows are before and after the step of the first."""
-    config = config_of("wide", "float32")
-    own = batches(dist.get_world_size(), "uneven")[dist.get_rank()]
-    hidden = torch.randn(len(own), config.branches, HIDDEN, requires_grad=True)
-    space = dict(config=config, layer=4, plan=plan_of(config), folder=folder, hidden=hidden, token_ids=own, group=None)
-    tables_made = []
-    for block in blocks:
-        for there, here in (('dist.init_process_group("nccl")', ""), ('"cuda"', '"cpu"'), ('"engram-1"', repr(name))):
-            block = block.replace(there, here)
-        exec(compile(block, "docs/ranks.md", "exec"), space)
-        tables_made.append(space["table"])
-    shapes = [(table.placement, table.ranks.size, table.part.rows) for table in tables_made]
-    for it in (space["rows"], *tables_made):
-        it.close()
-    return shapes, hidden.grad is not None
-
-
 def held_rows(table, rows):
     """Of ``rows [all, ...]`` those that this rank holds, one range after the other."""
     return torch.cat([rows[:0], *(rows[begin:end] for begin, end in table.sharding.ranges(table.ranks.rank))])
@@ -204,7 +186,9 @@ def train(optimizer, tokens, split="columns", format="float32", clip=None, table
     config, size = config_of("wide", format), dist.get_world_size()
     table = (sharded(config, split=split) if table is None else table).requires_row_grad_()
     alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu").requires_row_grad_()
-    options = dict(lr=0.1, stochastic_rounding=False) | (dict(weight_decay=0.01) if optimizer != "sinkhorn" else {})
+    options = dict(lr=0.1, stochastic_rounding=False, reduce=None) | (
+        dict(weight_decay=0.01) if optimizer != "sinkhorn" else {}
+    )
     made = {it: OPTIMIZERS[optimizer](it, **options) for it in (table.part, alone) if not it.attached}
     ours, theirs = made.get(table.part), made[alone]
     plan, norms = plan_of(config), []

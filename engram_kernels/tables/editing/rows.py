@@ -10,8 +10,8 @@ from engram_kernels.geometry.kinds import Flag, Instance, Keyed, Number, OneOf, 
 from engram_kernels.geometry.kinds import Path as PathKind
 from engram_kernels.geometry.row_format import FORMATS, checked_scale
 
-from ..changes import ChangeRecord
 from ..trainable import TrainableRows
+from .changes import ChangeRecord
 from .conversion import Copy, check_copy, convert_rows, update_rows
 from .exchange import StoredRows, exchange_rows
 from .files import load_rows, save_rows

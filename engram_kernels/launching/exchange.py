@@ -91,8 +91,8 @@ class Ranks:
         return self.values(value, where, what).sum(0)
 
     def values(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:
-        """Every rank's ``value [n]``, in the order of ranks ``[W, n]``."""
-        values = value.new_empty(self.size, len(value))
+        """Every rank's ``value [...]``, of the same shape and dtype on all, in the order of ranks ``[W, ...]``."""
+        values = value.new_empty(self.size, *value.shape)
         with self._together(where, what):
             dist.all_gather(list(values), value, group=self.group)
         return values
