@@ -13,13 +13,14 @@ The table is not in it, but saved and loaded by itself (:class:`EngramTable`). :
 checkpoints in which these tensors have other names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Paths
 from engram_kernels.checkpoints.names import as_prefix, module_prefix
+from engram_kernels.checkpoints.parallel import Progress
 from engram_kernels.checkpoints.weights import dense_tensor, matrix
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import (
@@ -28,7 +29,11 @@ from engram_kernels.geometry.kinds import (
     Dtype,
     Each,
     Flag,
+    Function,
     Instance,
+    Integers,
+    Number,
+    OneOf,
     Optional,
     Path,
     Tensor,
@@ -39,6 +44,7 @@ from engram_kernels.geometry.kinds import (
     takes,
 )
 from engram_kernels.geometry.plan import HashPlan, layer_plan
+from engram_kernels.geometry.token_map import TOKENIZER
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.tokens import ID_DTYPES, check_batch
 from engram_kernels.ops.gate import gate_residual
@@ -49,6 +55,9 @@ from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ranks.sharded import ShardedTable
 from engram_kernels.serving.state import EngramStep
 from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.placement import PLACEMENTS
+
+from .initial import STD, fill_rows, fill_weights, new_rows
 
 _TOKENS = dict(
     cu_seqlens=Optional(Tensor(torch.int32)),
@@ -113,6 +122,65 @@ class Engram(nn.Module):
         if config.conv_kernel:
             self.conv_norm = nn.Parameter(torch.ones(branches, hidden_size, **options))
             self.conv_weight = nn.Parameter(torch.zeros(branches, hidden_size, config.conv_kernel, **options))
+
+    @classmethod
+    @takes(
+        config=Instance(EngramConfig),
+        layer=Whole(0),
+        tokenizer=Optional(AnyOf(TOKENIZER, Integers(1))),
+        placement=OneOf(*PLACEMENTS),
+        name=Optional(Text()),
+        init=AnyOf(Number(0), Function()),
+        seed=Whole(0),
+        trainable=Flag(),
+        residual=Flag(),
+        device=Optional(Device()),
+        dtype=Optional(Dtype(*FLOAT_DTYPES)),
+        progress=Optional(Function()),
+    )
+    def build(
+        cls,
+        config: EngramConfig,
+        layer: int,
+        tokenizer=None,
+        *,
+        placement: str,
+        name: str | None = None,
+        init: float | Callable[["Engram"], object] = STD,
+        seed: int = 0,
+        trainable: bool = False,
+        residual: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> "Engram":
+        """A new layer: its plan, its table in ``placement``, and the module over both, which a training begins with.
+
+        tokenizer: that of the model, as for :func:`build_token_map`, or the token map that this gave; None for window
+        "eos", which hashes raw ids.
+        init: the standard deviation of rows and projection, which ``seed`` makes, the same for every placement; or a
+        function that is called with the module and writes both. Convolutions begin at 0, norms at 1. Whose rule this
+        is: nn/initial.py.
+        trainable: as :meth:`EngramTable.requires_row_grad_`, for formats that are dense.
+        name: of a table with placement "shared", which is published then. device: of the module's weights, and of the
+        table with placement "device". progress(bytes done, all): of rows.
+        """
+        table, plan = new_rows(config, layer, tokenizer, placement, name, device, init)
+        try:
+            module = cls(config, layer, plan, table, residual=residual, device=device, dtype=dtype)
+            if callable(init):
+                init(module)
+                table.rows_changed()
+            else:
+                fill_weights(module.wkv, init, seed)
+                fill_rows(table, init, seed + layer, progress)
+            if placement == "shared":
+                table.publish()
+            table.requires_row_grad_(trainable)
+        except BaseException:
+            table.close()
+            raise
+        return module
 
     @declares(**_FORWARD)
     def forward(

@@ -63,6 +63,33 @@ def test_train_ranks(ranks):
         assert float(furthest) < 1e-4 and float(moved) > 0.1
 
 
+@pytest.mark.parametrize(("train", "moves"), [("all", True), ("engram", True), ("adapters", False)])
+def test_train_transformers(monkeypatch, train, moves):
+    """The whole model, the new layer in a frozen model, adapters beside a frozen layer: what learns and what not."""
+    pytest.importorskip("transformers")
+    program, kept = example("train_transformers"), {}
+    optimizer, freeze = program.RowAdagrad, program.freeze
+
+    def frozen(model, what):
+        freeze(model, what)
+        kept.update(model=model, before={name: x.detach().clone() for name, x in model.named_parameters()})
+        kept["rows"] = model.engram.table.weight.clone()
+
+    class Watched(optimizer):
+        def close(self):
+            kept["moved"] = not torch.equal(self.tables[0].weight, kept["rows"])
+            super().close()
+
+    monkeypatch.setattr(program, "freeze", frozen)
+    monkeypatch.setattr(program, "RowAdagrad", Watched)
+    losses = program.main(["--steps", "12", "--train", train])
+    assert losses[-1] < losses[0] - 0.05 and kept["moved"] == moves
+    changed = {name for name, x in kept["model"].named_parameters() if not torch.equal(x, kept["before"][name])}
+    for name in kept["before"]:
+        learns = {"all": True, "engram": name.startswith("engram."), "adapters": ".down." in name or ".up." in name}
+        assert (name in changed) == learns[train], name
+
+
 def test_serve():
     """A small engine, with drafts right and wrong, gives the tokens of generation without any state."""
     first, drafts, share, same = run("serve.py").splitlines()
