@@ -188,6 +188,7 @@ class Engram(nn.Module):
         return hash_lookup(token_ids, plan, (self.table,), **options)[0]
 
     def extra_repr(self) -> str:
+        """Layer and table, in the module's repr."""
         return f"layer={self.layer}, table={self.table!r}"
 
     @takes(batch=Whole(0))

@@ -49,7 +49,7 @@ _RUN = dict(
     module=Instance(nn.Module),
     row_optimizers=Each(Instance(RowOptimizer)),
     optimizers=Each(Instance(torch.optim.Optimizer)),
-    schedulers=Each(kinds.Anything()),
+    schedulers=Each(Instance(torch.optim.lr_scheduler.LRScheduler)),
     tables=Optional(Keyed(Text(), Instance(EngramTable, ShardedTable))),
 )
 
@@ -61,7 +61,7 @@ def save_training(
     row_optimizers: Sequence[RowOptimizer],
     optimizers: Sequence[torch.optim.Optimizer] = (),
     *,
-    schedulers: Sequence[Any] = (),
+    schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler] = (),
     tables: Mapping[str, Table] | None = None,
     step: int = 0,
     extra: Any = None,
@@ -138,7 +138,7 @@ def load_training(
     row_optimizers: Sequence[RowOptimizer],
     optimizers: Sequence[torch.optim.Optimizer] = (),
     *,
-    schedulers: Sequence[Any] = (),
+    schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler] = (),
     tables: Mapping[str, Table] | None = None,
 ) -> tuple[int, Any]:
     """Bring a run back into objects of the same kinds; returns (step, extra) as they were saved.

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from engram_kernels import EngramTable, RowAdagrad, RowAdam, RowSinkhorn, load_training, lookup, save_training
+from tests.support.documents import ROOT, Document
 from tests.support.ranks import World
 from tests.support.run_cases import Run, begin, resume
 
@@ -147,3 +149,13 @@ def test_the_module_says_where_its_rows_are():
     run = Run("alone")
     assert not any("table" in name for name in run.model.state_dict())
     assert "layer=4" in repr(run.model) and "EngramTable(" in repr(run.model)
+
+
+def test_the_block_of_the_document_runs():
+    """After the page's first one, as they stand."""
+    document, names = Document("docs/training.md"), {}
+    first = re.search(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.S)[1]
+    (block,) = document.blocks("A whole run in one folder")
+    exec(first, names)
+    exec(block, names)
+    assert names["step"] == 3 and names["extra"] == {"tokens seen": 96}
