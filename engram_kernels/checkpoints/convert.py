@@ -62,7 +62,7 @@ def convert_table(
         stored = select_table(checkpoint, layer=layer, prefix=prefix)
         target = row_format(format or stored.format.name, where)
         target.check_width(stored.width, where)
-        _check_pair(stored.format, target, scale, where)
+        check_pair(stored.format, target, scale, where)
         same = target == stored.format and scale in (None, stored.scale)
         size = stored.width * stored.format.dtype.itemsize
         chunks = row_chunks(stored, max(1, CHUNK // size if same else _DECODED // stored.width))
@@ -94,7 +94,8 @@ def convert_table(
         return Conversion(path, target, stored.rows, stored.width, scale, sum(lost))
 
 
-def _check_pair(source: RowFormat, target: RowFormat, scale: float | None, where: str) -> None:
+def check_pair(source: RowFormat, target: RowFormat, scale: float | None, where: str) -> None:
+    """Raise ValueError unless rows convert from one format to the other, with a table's scale or without."""
     if source != target and "float64" in (source.name, target.name) and target.name != "float32":
         raise ValueError(f"{where}: float64 rows convert to float32 alone, got {source.name} to {target.name}")
     if scale is not None and (target.scaling != "table" or not 0 < scale < float("inf")):

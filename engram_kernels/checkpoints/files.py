@@ -132,6 +132,8 @@ class Checkpoint:
 
     def read(self, tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
         """A small tensor as ``dtype``, which is as wide as what is stored."""
+        if not tensor.nbytes:
+            return torch.empty(tensor.shape, dtype=dtype, device="cpu")
         content = bytearray(tensor.nbytes)
         self.read_into(tensor, 0, memoryview(content))
         return torch.frombuffer(content, dtype=dtype).reshape(tensor.shape)

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 
 from engram_kernels.geometry.kinds import check_all
+from engram_kernels.geometry.row_format import check_content
 from engram_kernels.tables.editing.overlay import RowOverlay
 from engram_kernels.tables.editing.stored import ROW_KINDS, checked_ids
 
@@ -41,6 +42,8 @@ class ShardedOverlay:
             check_all(where, ROW_KINDS, given)
             found = checked_ids(table, ids, where)
             for name, part in given.items():
+                if part is not None:
+                    check_content(part, name, where)
                 if part is not None and (part.dim() < 1 or len(part) != len(found)):
                     raise ValueError(f"{where}: {name} must have {len(found)} rows, one per id, got {list(part.shape)}")
             keys, stride = table.map(found.device).keys(found, -1), table.sharding.key_stride

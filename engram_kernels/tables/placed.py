@@ -1,7 +1,7 @@
 """Rows in a storage format, in the memory of a placement: what kernels are told of them, and who can read them."""
 
 import struct
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -33,6 +33,8 @@ class PlacedRows:
     #: and of its optimizers; None until files or :class:`Engram` tell it.
     token_map: str | None = None
     _changes = 0
+    #: Which rows changed when, once :meth:`EngramTable.record_changes` has been called.
+    changes: Any = None
 
     @takes(
         weight=Tensor(),
@@ -127,9 +129,18 @@ class PlacedRows:
         tensors = [tensor for tensor in (self._weight, self._scale) if tensor is not None and not tensor.is_inference()]
         return self._changes + sum(tensor._version for tensor in tensors)
 
-    def rows_changed(self) -> None:
-        """Say that rows have been written by other means: a kernel, NumPy, another process."""
+    @takes(ids=Optional(Tensor(torch.int32, torch.int64)))
+    def rows_changed(self, ids: torch.Tensor | None = None) -> None:
+        """Say that rows have been written by other means: a kernel, NumPy, another process.
+
+        ids: int32 or int64, of any shape, which rows; ids outside the table are none. None may be any row.
+        """
+        if self.changes is None:
+            self._changes += 1
+            return
+        before = self.version
         self._changes += 1
+        self.changes.note(ids, before, before + 1)
 
     @property
     def writing_device(self) -> torch.device:

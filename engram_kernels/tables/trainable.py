@@ -155,10 +155,11 @@ class TrainableRows(PlacedRows):
         self.put_off(row_ids)
 
     def wait_for_steps(self) -> None:
-        """Return when a GPU has taken all steps given to it, so that the CPU may read or write rows and states."""
+        """Return when a GPU has done all steps and edits given to it, so that the CPU may read or write rows."""
         self.take_moves()
-        if self._steps_on is not None and self._steps_on.type == "cuda":
-            torch.cuda.synchronize(self._steps_on)
+        for device in {self._steps_on, self.writing_device}:
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
 
     def zero_row_grad(self) -> None:
         """Forget the rows' gradient."""

@@ -191,15 +191,16 @@ class RowSinkhorn(RowOptimizer):
         on_cpu = row_ids is None or not row_ids.is_cuda
         with torch.no_grad(), table.as_it_stands():
             if row_ids is not None:
-                take_moves(table.weight, state.tensors, row_ids.to(device), **options)
+                table.rows_changed(row_ids.to(device))
+                take_moves(table.weight.data, state.tensors, row_ids.to(device), **options)
             else:
                 table.wait_for_steps()  # the CPU reads which rows these are
                 for begin, end in spans(table.rows, 2**24):
                     taken = state.tensors["taken"][begin:end]
                     ids = ((taken > 0) & (taken < state.tensors["clock"].item())).nonzero()[:, 0] + begin
-                    take_moves(table.weight, state.tensors, ids.to(device), **options)
+                    table.rows_changed(ids.to(device))
+                    take_moves(table.weight.data, state.tensors, ids.to(device), **options)
                 self._put_off[index].due = False
-            table.rows_changed()
             if on_cpu:
                 table.wait_for_steps()
 

@@ -368,8 +368,8 @@ class RowOptimizer(torch.optim.Optimizer):
         options = {name: group[name] for name in self.defaults}
         options |= {name: float(value) for name, value in options.items() if isinstance(value, torch.Tensor)}
         options |= dict(seed=self._seed, step=self.steps)
-        table.rows_changed()
-        arguments = table.weight, tuple(state.tensors.values()), table.row_grad
+        table.rows_changed(table.row_grad.ids)
+        arguments = table.weight.data, tuple(state.tensors.values()), table.row_grad
         if takes_kernels(device) and table.weight.dtype != torch.float64:
             self._rule.launch(*arguments, factor[None], self._skipped[device], **options)
         else:

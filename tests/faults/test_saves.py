@@ -103,11 +103,31 @@ class SavedTraining(Saved):
         return values.pop()
 
 
+class SavedOverlay(Saved):
+    """Edited rows of a table; the value is what they hold."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def made(self, value):
+        return table_of(0).overlay(torch.arange(5), torch.full((5, WIDTH), float(value)))
+
+    def write(self, overlay):
+        overlay.save_safetensors(self.folder)
+
+    def value(self):
+        table = table_of(0)
+        table.load_overlay(self.folder)
+        (value,) = table.weight[:5].unique().tolist()
+        return value
+
+
 KINDS = {
     "one file": lambda folder: SavedTable(folder, None),
     "several": lambda folder: SavedTable(folder, 3000),
     "cache": SavedCache,
     "training": SavedTraining,
+    "overlay": SavedOverlay,
 }
 
 

@@ -64,6 +64,20 @@ def overlay():
     return table().overlay(torch.tensor([3]), torch.ones(1, 32))
 
 
+def recording():
+    """A table whose record began at version 1."""
+    found = table()
+    found.write_rows(torch.arange(found.rows), torch.zeros(found.rows, 32))  # what empty() leaves may be anything
+    found.record_changes()
+    found.rows_changed(torch.tensor([2]))
+    return found
+
+
+def changes_file():
+    recording().save_changes("c.safetensors", 1, format="float32")
+    return "c.safetensors"
+
+
 def engram():
     return ek.Engram(config(), 1, plan(), table())
 
@@ -230,6 +244,15 @@ CALLS = {
         table().write_rows, dict(ids=torch.tensor([1, 2]), rows=torch.ones(2, 32), scales=None)
     ),
     "EngramTable.load_overlay": lambda: (table().load_overlay, dict(path=overlay().save_safetensors("r.safetensors"))),
+    "EngramTable.rows_changed": lambda: (table().rows_changed, dict(ids=torch.tensor([1]))),
+    "EngramTable.record_changes": lambda: (table().record_changes, dict(on=True)),
+    "EngramTable.changed_since": lambda: (recording().changed_since, dict(version=0)),
+    "EngramTable.update_from": lambda: (table().update_from, dict(master=recording(), since=1, clip=False)),
+    "EngramTable.save_changes": lambda: (
+        recording().save_changes,
+        dict(path="c.safetensors", since=1, format="e4m3", scale=0.5, clip=False, metadata=None),
+    ),
+    "EngramTable.load_changes": lambda: (table().load_changes, dict(path=changes_file(), since=1)),
     "RowOverlay.save_safetensors": lambda: (overlay().save_safetensors, dict(path="r.safetensors", metadata=None)),
     "EngramTable.attach": lambda: (
         ek.EngramTable.attach, dict(name="x", rows=4, width=32, format="e4m3", scale=None, scales=None, timeout=0)

@@ -125,7 +125,7 @@ def launch_exchange_rows(weight: torch.Tensor, scale: torch.Tensor | None, store
 
 def exchange_rows(table: PlacedRows, stored: StoredRows) -> None:
     """Write the rows of ``stored`` to the table, and those that were there to ``stored``."""
-    table.rows_changed()
+    table.rows_changed(stored.ids)
     if not len(stored.ids):
         return
     weight, scale = table.weight, table.scale

@@ -121,14 +121,12 @@ def on_writer(table: PlacedRows, ids: torch.Tensor, rows: torch.Tensor, scales: 
 
 def read_rows(table: PlacedRows, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(bytes of rows, of scales or None) as they are now, where the table lies; waits for a GPU that writes them."""
-    if table.writing_device.type == "cuda" and table.weight.is_cpu:
-        torch.cuda.synchronize(table.writing_device)
     table.wait_for_steps()
     sources = [table.weight.view(torch.uint8), table.scale if table.format.scaling == "group" else None]
     return tuple(None if source is None else _gathered(source, ids) for source in sources)
 
 
 def _gathered(source: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    if source.is_cpu:  # a quarter of the time of torch's indexing
+    if source.is_cpu and len(ids):  # a quarter of the time of torch's indexing
         return torch.from_numpy(np.take(source.numpy(), ids.cpu().numpy(), axis=0))
     return source.index_select(0, ids.to(source.device))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engram_kernels import EngramTable
+from engram_kernels import EngramTable, lookup
 from engram_kernels.reference.tables.editing import exchange as reference
 from engram_kernels.tables.editing.exchange import StoredRows, exchange_config, exchange_rows, launch_exchange_rows
 from tests.support import tables
@@ -59,4 +59,29 @@ def test_a_row_beyond_2_to_the_32_words(device):
         torch.cuda.synchronize()
     assert torch.equal(table.weight.view(torch.uint8)[ids.cpu()], new) and torch.equal(table.scale[ids.cpu()], scales)
     assert not stored.rows.any() and not table.weight.view(torch.uint8)[0].any()
+    table.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_replays_of_a_graph_read_edited_rows(device, placement):
+    """A captured lookup knows the table by address; to edit rows is no part of a capture."""
+    table = tables.place(*tables.random_parts(50, 64, "bfloat16"), device, placement)
+    ids, edit = torch.arange(50, device=device), (torch.tensor([3, 9]), torch.ones(2, 64))
+    lookup(table, ids)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lookup(table, ids)
+        with pytest.raises(ValueError, match="^EngramTable.overlay: a CUDA graph is being captured"):
+            table.overlay(*edit)
+
+    def replayed():
+        graph.replay()
+        return out.clone()
+
+    plain = replayed()
+    with table.overlay(*edit):
+        edited = replayed()
+    assert edited[[3, 9]].eq(1).all() and torch.equal(edited[10:], plain[10:])
+    assert torch.equal(replayed(), plain)
     table.close()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_kernels import EngramTable, Prefetcher, RowAdagrad, hash_lookup, lookup
+from engram_kernels import EngramTable, Prefetcher, RowAdagrad, RowSinkhorn, hash_lookup, lookup
 from engram_kernels.checkpoints.encoding import encode_rows
 from engram_kernels.geometry.row_format import FORMATS
 from tests.cache.test_lookup import Pair
@@ -156,6 +156,25 @@ def test_a_training_table_and_an_overlay_exclude_each_other():
     assert table.requires_row_grad
 
 
+def test_moves_that_momentum_still_owes():
+    """A frozen table's rows take them before they are kept, so that what comes back is what a lookup reads."""
+    rows = {}
+    for edited in (False, True):
+        torch.manual_seed(1)
+        table = table_of("float32").requires_row_grad_()
+        optimizer = RowSinkhorn(table, lr=0.1)
+        for ids in ([1, 2], [2, 3], [9]):
+            table.accumulate_row_grad(torch.tensor(ids), torch.randn(len(ids), WIDTH))
+            optimizer.step()
+            optimizer.zero_grad()
+        table.requires_row_grad_(False)
+        if edited:
+            with table.overlay(torch.tensor([1, 9]), torch.ones(2, WIDTH)):
+                assert lookup(table, torch.tensor([1, 9])).eq(1).all()
+        rows[edited] = lookup(table, torch.arange(ROWS))
+    assert torch.equal(rows[True], rows[False]) and not torch.equal(rows[True], table_of("float32").weight)
+
+
 def test_bad_arguments():
     table = table_of()
     ids, rows, scales = edits()
@@ -258,6 +277,19 @@ def test_saving_writes_what_lookups_read(tmp_path, name):
     assert not same(edited, bits(table))
     for file, expected in (("edited", edited), ("plain", bits(table))):
         assert same(bits(EngramTable.from_safetensors(tmp_path / f"{file}.safetensors", placement="cpu")), expected)
+
+
+def test_the_cpu_waits_for_rows_that_a_gpu_writes(tmp_path, monkeypatch):
+    """Where rows of a registered table are written over UVA: before it saves them, or some of them."""
+    table, waited = table_of("float32", "host"), []
+    overlay = table.overlay(*edits("float32"))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(EngramTable, "writing_device", gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    table.save_safetensors(tmp_path / "table.safetensors")
+    assert waited == [gpu]
+    overlay.save_safetensors(tmp_path / "overlay.safetensors")
+    assert waited == [gpu, gpu]
 
 
 @pytest.mark.kernel
