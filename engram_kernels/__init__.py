@@ -6,6 +6,7 @@ from .geometry.plan import HashPlan
 from .geometry.token_map import build_token_map
 from .nn.engram import Engram
 from .nn.replacement import export_state, replace_engram
+from .nn.training import load_training, save_training
 from .nn.warmup import warmup
 from .ops.gate import gate_residual
 from .ops.gate_conv import gate_conv_residual
@@ -39,9 +40,11 @@ __all__ = [
     "gate_conv_residual",
     "gate_residual",
     "hash_lookup",
+    "load_training",
     "lookup",
     "ngram_hash",
     "replace_engram",
+    "save_training",
     "split_kv",
     "warmup",
 ]

@@ -9,8 +9,8 @@ State dict, for every config (bias and conv entries where it has them):
     wkv.weight   [(H + 1) * D, C * R]    wkv.bias  [(H + 1) * D]
     q_weight, k_weight, conv_norm  [H, D]          conv_weight  [H, D, K]
 
-The table is not in it, but saved and loaded by itself (:class:`EngramTable`). :meth:`Engram.load_checkpoint` reads
-checkpoints in which these tensors have other names.
+The table is not in it: :func:`save_training` saves both, :class:`EngramTable` its rows alone.
+:meth:`Engram.load_checkpoint` reads checkpoints in which these tensors have other names.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,6 +81,8 @@ class Engram(nn.Module):
     plan: the plan of all the config's layers, or of this one alone. table: this layer's rows, as many as the config
     says; of a :class:`ShardedTable` each rank looks up its own tokens, in forward passes that all ranks make.
     residual: False returns what is to be added to the hidden state instead of the sum, as the demo's module does.
+    The rows are ``table``'s: no parameter or buffer of the module, in none of its state_dicts, moved by no ``to()``.
+    :func:`save_training` saves them with it.
     """
 
     @takes(
@@ -252,6 +254,10 @@ class Engram(nn.Module):
         if isinstance(self.table, ShardedTable):
             return self.table.hash_lookup(token_ids, plan, **options)
         return hash_lookup(token_ids, plan, (self.table,), **options)[0]
+
+    def extra_repr(self) -> str:
+        """Layer and table, in the module's repr."""
+        return f"layer={self.layer}, table={self.table!r}"
 
     @takes(batch=Whole(0))
     def new_conv_state(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:

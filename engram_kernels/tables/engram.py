@@ -67,6 +67,8 @@ class EngramTable(EditableRows):
 
     weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32
     scalar on the CPU for ``e4m3`` (fixed at construction), else None.
+    A table is no module and no parameter: its rows are in no state_dict. :meth:`save_safetensors` saves them, or
+    :func:`save_training` with the rest of a run.
     """
 
     @classmethod

@@ -60,7 +60,8 @@ class TrainableRows(PlacedRows):
     def requires_row_grad_(self, requires: bool = True) -> Self:
         """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged".
 
-        An optimizer passes over a table while it is not trainable, and goes on when it is again.
+        An optimizer passes over a table while it is not trainable, and goes on when it is again. Trained rows are in no
+        state_dict() of module or torch optimizer; :func:`save_training` saves them.
         """
         where = "EngramTable.requires_row_grad_"
         self.check_usable(where)

@@ -5,12 +5,15 @@ import gc
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from engram_kernels import EngramTable, HashPlan, NgramCache
+from engram_kernels import EngramTable, HashPlan, NgramCache, RowAdam, load_training, save_training
 from engram_kernels.checkpoints import writing
+from engram_kernels.checkpoints.writing import mode_of
 from tests.support.checkpoints import V41
 
 from .system import descriptors, failing, striking
@@ -77,6 +80,29 @@ class SavedCache(Saved):
         return int(cache.state.clock[0] - cache.state.lag) - 10
 
 
+class SavedTraining(Saved):
+    """A whole run; every part of it holds the value, so that a mixture of two shows."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def made(self, value):
+        module, table = nn.Linear(4, 4), table_of(value).requires_row_grad_()
+        nn.init.constant_(module.weight, float(value))
+        return value, module, table, RowAdam(table, lr=float(value))
+
+    def write(self, made):
+        value, module, table, rows = made
+        save_training(self.folder, module, [rows], tables={"table": table}, step=value, extra=value)
+
+    def value(self):
+        _, module, table, rows = self.made(0)
+        found = load_training(self.folder, module, [rows], tables={"table": table})
+        values = {*found, *module.weight.unique().tolist(), *table.weight.unique().tolist(), rows.param_groups[0]["lr"]}
+        assert len(values) == 1, f"a mixture of runs: {values}"
+        return values.pop()
+
+
 class SavedOverlay(Saved):
     """Edited rows of a table; the value is what they hold."""
 
@@ -100,6 +126,7 @@ KINDS = {
     "one file": lambda folder: SavedTable(folder, None),
     "several": lambda folder: SavedTable(folder, 3000),
     "cache": SavedCache,
+    "training": SavedTraining,
     "overlay": SavedOverlay,
 }
 
@@ -191,7 +218,8 @@ def test_interrupts_leave_nothing_open(saved):
         run(stop)
         gc.collect()
         # A folder's descriptor is a number, which an interrupt at the line that closes it loses.
-        opened = {fd: path for fd, path in descriptors().items() if path != str(saved.folder)}
+        ours = str(saved.folder)
+        opened = {fd: path for fd, path in descriptors().items() if not path.startswith(ours) or Path(path).suffix}
         assert opened == before, f"line {stop}"
         assert saved.value() in (1, 2)
         saved.save(1)
@@ -208,12 +236,18 @@ def test_writes_and_reads_come_in_pieces(saved, monkeypatch):
 
 
 def test_permissions_stay(saved):
-    files = [saved.folder / name for name in os.listdir(saved.folder)]
-    for file in files:
-        file.chmod(0o600)
+    """Of files, and of a folder that holds a run."""
+
+    def modes():
+        return {mode_of(path) for path in saved.folder.iterdir() if path.is_dir()}, {
+            mode_of(path) for path in saved.folder.iterdir() if path.is_file()
+        }
+
+    for path in saved.folder.iterdir():
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    before = modes()
     saved.save(2)
-    modes = {name: (saved.folder / name).stat().st_mode & 0o777 for name in os.listdir(saved.folder)}
-    assert set(modes.values()) == {0o600}, modes
+    assert modes() == before and before[1] == {0o600}
 
 
 @pytest.mark.parametrize("shard_bytes", [(None, None), (3000, 3000), (3000, None)], ids=["one", "several", "both"])

@@ -131,6 +131,20 @@ SHARDED = dict(config=config(), layer=1, group=None, placement="cpu")
 GATE = dict(clamp=1e-6, mask=None, zero_gate="sign", residual=True, out=None)
 
 
+RUN = dict(optimizers=[], schedulers=[])
+
+
+def run():
+    """A module, its table and an optimizer of that."""
+    optimizer = made(ek.RowAdam)
+    optimizer.zero_grad()
+    return dict(module=nn.Linear(2, 2), row_optimizers=[optimizer], tables={"table": optimizer.tables[0]})
+
+
+def saved_run():
+    return ek.save_training("run", **run())
+
+
 #: {public callable: a good call of it, as (function, arguments)}, made anew for each parameter.
 CALLS = {
     "EngramConfig": lambda: (ek.EngramConfig, dict(CONFIG)),
@@ -207,6 +221,12 @@ CALLS = {
     "warmup": lambda: (
         ek.warmup,
         dict(engrams=[engram()], max_tokens=4, prefetcher=None, state=None, dead=False, id_dtype=torch.int64),
+    ),
+    "save_training": lambda: (
+        ek.save_training, RUN | run() | dict(folder="run", step=3, extra=None)
+    ),
+    "load_training": lambda: (
+        ek.load_training, RUN | dict(folder=saved_run()) | run()
     ),
     "EngramConfig.from_hf": lambda: (ek.EngramConfig.from_hf, dict(config=None)),
     "EngramTable.from_safetensors": lambda: (
