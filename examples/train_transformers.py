@@ -5,8 +5,8 @@
 The model is a small Llama with random weights; any decoder whose layers take the hidden state first goes the same way.
 Its hidden state is one branch. Rows are trained by an optimizer of their own, beside that of the model's parameters;
 bfloat16 autocast, accumulation, clipping and a cosine schedule act on both. With ``engram`` the model is frozen, and
-the layer and its rows learn alone; with ``adapters`` the layer and its rows are frozen too, and low-rank adapters (LoRA)
-of the attention learn beside them. Needs transformers (extra ``test``).
+the layer and its rows learn alone; with ``adapters`` the layer and its rows are frozen too, and low-rank adapters
+(LoRA) of the attention learn beside them. Needs transformers (extra ``test``).
 """
 
 import argparse

@@ -5,6 +5,7 @@ is locked for as long as it is open. The lock goes with its process, so that wha
 none, and the next writer of the same name removes it.
 """
 
+import errno
 import fcntl
 import io
 import itertools
@@ -96,7 +97,8 @@ def check_disk(folder: Path, nbytes: int, where: str) -> None:
     """Raise OSError where the folder's file system has no ``nbytes`` free."""
     free = shutil.disk_usage(folder).free
     if nbytes > free:
-        raise OSError(f"{where}: {nbytes:,} bytes are to be written and {folder} has room for {free:,}")
+        text = f"{where}: {nbytes:,} bytes are to be written and there is room for {free:,}"
+        raise OSError(errno.ENOSPC, text, str(folder))
 
 
 @contextmanager

@@ -29,11 +29,7 @@ from engram_kernels.geometry.kinds import (
     Dtype,
     Each,
     Flag,
-    Function,
     Instance,
-    Integers,
-    Number,
-    OneOf,
     Optional,
     Path,
     Tensor,
@@ -44,7 +40,6 @@ from engram_kernels.geometry.kinds import (
     takes,
 )
 from engram_kernels.geometry.plan import HashPlan, layer_plan
-from engram_kernels.geometry.token_map import TOKENIZER
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.tokens import ID_DTYPES, check_batch
 from engram_kernels.ops.gate import gate_residual
@@ -55,9 +50,8 @@ from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ranks.sharded import ShardedTable
 from engram_kernels.serving.state import EngramStep
 from engram_kernels.tables.engram import EngramTable
-from engram_kernels.tables.placement import PLACEMENTS
 
-from .initial import STD, fill_rows, fill_weights, new_rows
+from .initial import NEW_KINDS, STD, fill_rows, fill_weights, new_rows
 
 _TOKENS = dict(
     cu_seqlens=Optional(Tensor(torch.int32)),
@@ -127,18 +121,10 @@ class Engram(nn.Module):
 
     @classmethod
     @takes(
-        config=Instance(EngramConfig),
-        layer=Whole(0),
-        tokenizer=Optional(AnyOf(TOKENIZER, Integers(1))),
-        placement=OneOf(*PLACEMENTS),
-        name=Optional(Text()),
-        init=AnyOf(Number(0), Function()),
-        seed=Whole(0),
+        **NEW_KINDS,
         trainable=Flag(),
         residual=Flag(),
-        device=Optional(Device()),
         dtype=Optional(Dtype(*FLOAT_DTYPES)),
-        progress=Optional(Function()),
     )
     def build(
         cls,

@@ -14,12 +14,37 @@ from torch import nn
 from engram_kernels.checkpoints.encoding import E4M3_MAX, encode_rows
 from engram_kernels.checkpoints.parallel import CHUNK, Progress, run_chunks, spans
 from engram_kernels.geometry.config import EngramConfig
+from engram_kernels.geometry.kinds import (
+    AnyOf,
+    Device,
+    Function,
+    Instance,
+    Integers,
+    Number,
+    OneOf,
+    Optional,
+    Text,
+    Whole,
+)
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.geometry.token_map import build_token_map
+from engram_kernels.geometry.token_map import TOKENIZER, build_token_map
 from engram_kernels.reference.training.update import random_bits
 from engram_kernels.tables.engram import EngramTable
+from engram_kernels.tables.placement import PLACEMENTS
 
 STD = 0.02
+#: What :meth:`Engram.build` takes, of what is decided here.
+NEW_KINDS = dict(
+    config=Instance(EngramConfig),
+    layer=Whole(0),
+    tokenizer=Optional(AnyOf(TOKENIZER, Integers(1))),
+    placement=OneOf(*PLACEMENTS),
+    name=Optional(Text()),
+    init=AnyOf(Number(0), Function()),
+    seed=Whole(0),
+    device=Optional(Device()),
+    progress=Optional(Function()),
+)
 #: Standard deviations that the one scale of format "e4m3" has room for: one value in 10^15 is beyond.
 _SIGMAS = 8
 

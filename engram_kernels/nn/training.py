@@ -13,8 +13,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -98,36 +98,39 @@ def save_training(
         return made
 
     name = ranks.first(ranks.attempt("making the folder", prepare))
-    run = folder / name
-    manifest: dict[str, Any] = dict(version=1, folder=name, step=step, ranks=ranks.size, tables={}, row_optimizers=[])
-    manifest |= {name: len(given) for name, given in others.items()}
-    for number, (table_name, table) in enumerate(found.items()):
-        file = f"table-{number}.safetensors"
-        manifest["tables"][table_name] = dict(file=file) | _geometry(table)
-        if isinstance(table, ShardedTable):
-            table.save_safetensors(run / file)
-        else:
-            ranks.attempt("writing a table", partial(_on_rank_0, ranks.rank, table.save_safetensors, run / file))
-    for number, optimizer in enumerate(row_optimizers):
-        parts = ranks.size if any(table.shard for table in optimizer.tables) else 1
-        save = partial(optimizer.save_safetensors, run / f"rows-{number}-{ranks.rank}.safetensors")
-        ranks.attempt("writing states of rows", save if ranks.rank < parts else lambda: None)
-        ranges = ranks.gather([table.shard.ranges if table.shard else None for table in optimizer.tables])[:parts]
-        kind = type(optimizer).__name__
-        manifest["row_optimizers"].append(dict(kind=kind, tables=_names(found, optimizer), ranges=ranges))
+    with _swept(folder, ranks.rank):
+        run = folder / name
+        manifest: dict[str, Any] = dict(
+            version=1, folder=name, step=step, ranks=ranks.size, tables={}, row_optimizers=[]
+        )
+        manifest |= {name: len(given) for name, given in others.items()}
+        for number, (table_name, table) in enumerate(found.items()):
+            file = f"table-{number}.safetensors"
+            manifest["tables"][table_name] = dict(file=file) | _geometry(table)
+            if isinstance(table, ShardedTable):
+                table.save_safetensors(run / file)
+            else:
+                ranks.attempt("writing a table", partial(_on_rank_0, ranks.rank, table.save_safetensors, run / file))
+        for number, optimizer in enumerate(row_optimizers):
+            parts = ranks.size if any(table.shard for table in optimizer.tables) else 1
+            save = partial(optimizer.save_safetensors, run / f"rows-{number}-{ranks.rank}.safetensors")
+            ranks.attempt("writing states of rows", save if ranks.rank < parts else lambda: None)
+            ranges = ranks.gather([table.shard.ranges if table.shard else None for table in optimizer.tables])[:parts]
+            kind = type(optimizer).__name__
+            manifest["row_optimizers"].append(dict(kind=kind, tables=_names(found, optimizer), ranges=ranges))
 
-    def finish() -> None:
-        dense = dict(module=_bare(module).state_dict(), extra=extra)
-        dense |= {name: [one.state_dict() for one in given] for name, given in others.items()}
-        with new_file(run / _DENSE, partial_path(run / _DENSE)) as fd, os.fdopen(os.dup(fd), "wb") as file:
-            torch.save(dense, file)
-        sync_folder(run)
-        sync_folder(folder)
-        with new_file(folder / _MANIFEST, partial_path(folder / _MANIFEST)) as fd:
-            write_all(fd, json.dumps(manifest, indent=1).encode(), 0)
-        _sweep(folder, name)
+        def finish() -> None:
+            dense = dict(module=_bare(module).state_dict(), extra=extra)
+            dense |= {name: [one.state_dict() for one in given] for name, given in others.items()}
+            with new_file(run / _DENSE, partial_path(run / _DENSE)) as fd, os.fdopen(os.dup(fd), "wb") as file:
+                torch.save(dense, file)
+            sync_folder(run)
+            sync_folder(folder)
+            with new_file(folder / _MANIFEST, partial_path(folder / _MANIFEST)) as fd:
+                write_all(fd, json.dumps(manifest, indent=1).encode(), 0)
+            _sweep(folder, name)
 
-    ranks.attempt("finishing", partial(_on_rank_0, ranks.rank, finish))
+        ranks.attempt("finishing", partial(_on_rank_0, ranks.rank, finish))
     return folder
 
 
@@ -278,6 +281,18 @@ def _sweep(folder: Path, keep: str | None) -> None:
         if _FOLDER.fullmatch(name) and name != keep:
             with suppress(OSError):
                 shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextmanager
+def _swept(folder: Path, rank: int) -> Iterator[None]:
+    """Where a save fails, what it wrote goes: a disk that is full has room again."""
+    try:
+        yield
+    except BaseException:
+        if rank == 0:
+            with suppress(OSError, ValueError):
+                _sweep(folder, _current(folder))
+        raise
 
 
 def _check_fits(

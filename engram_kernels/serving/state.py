@@ -320,8 +320,8 @@ class EngramState:
             moves = self._moves[slot]
             if count and slot >= 0 and not step.captured and step._seen.get(slot, moves) != moves:
                 raise ValueError(
-                    f"{where}: accepted must be 0 for slot {slot}, which another step, reset or restore has moved since "
-                    f"this step began, got {count}"
+                    f"{where}: accepted must be 0 for slot {slot}, which another step, reset or restore has moved "
+                    f"since this step began, got {count}"
                 )
             moved |= {slot} if count and slot >= 0 else set()
         return moved
