@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from engram_kernels.checkpoints import parallel
 from engram_kernels.nn import initial
 from tests.nn.test_engram import FORMS
 from tests.support.checkpoints import raw
+from tests.support.documents import ROOT
 
 PLAIN = EngramConfig(
     layers=(1, 3), max_ngram=3, heads=2, row_width=32, table_sizes=(500, 700), hidden_size=16, branches=1,
@@ -89,6 +91,17 @@ def test_shared_tables_are_published():
     module = build(placement="shared", name=f"initial-{os.getpid()}")
     with module.table:
         assert module.table.weight.any() and module.table.page_bytes
+
+
+def test_the_guides_block():
+    """As it stands, after the first, whose names it uses."""
+    text = (ROOT / "docs/training.md").read_text()
+    block = re.search(r"## Beginning.*?```python\n(.*?)```", text, re.S)[1]
+    names = dict(RowAdagrad=RowAdagrad, hidden=torch.randn(2, 9, 64), token_ids=torch.randint(0, 256, (2, 9)))
+    exec(block, names)
+    assert names["hidden"].shape == (2, 9, 64) and names["engram"].table.requires_row_grad
+    names["hidden"].sum().backward()
+    names["rows"].step()
 
 
 def test_errors_leave_nothing(monkeypatch):
