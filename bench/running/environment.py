@@ -31,6 +31,14 @@ def describe_gpu(device) -> dict:
     }
 
 
+def _runtime() -> str:
+    """What torch was built for."""
+    import torch
+
+    found = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    return next((f"{name} {version}" for name, version in found.items() if version), "CPU")
+
+
 def describe_software() -> dict:
     """Versions, host and date."""
     import numpy
@@ -46,7 +54,7 @@ def describe_software() -> dict:
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}",
+        "runtime": _runtime(),
         "triton": triton.__version__,
         "numpy": numpy.__version__,
         "cpu": cpu_name(),

@@ -229,6 +229,7 @@ def run(settings: Settings, device: torch.device) -> dict:
         settings=asdict(settings),
         environment=dict(describe_software(), device=device_name(device)),
         command="python -m bench train",
+        unit="nats a token",
         runs=results,
         largest_difference=max(abs(ours - dense) / dense for ours, dense in pairs),
         tolerance=TOLERANCE,
@@ -253,7 +254,7 @@ def device_name(device: torch.device) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Training loss over steps, smoothed over ten, of the first seed of each model."""
+    """Training loss over steps, smoothed over ten, and held-out loss, both of the first seed of each model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,11 +263,11 @@ def plot(result: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for kind, style in (("without", "-"), ("engram", "-"), ("dense", ":")):
         smooth = np.convolve(result["runs"][kind][0]["losses"], np.ones(10) / 10, mode="valid")
-        held_out = np.mean([each["held_out"] for each in result["runs"][kind]])
+        held_out = result["runs"][kind][0]["held_out"]
         axes.plot(smooth, style, label=f"{kind}, held-out loss {held_out:.3f}")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, mean of ten steps")
-    axes.set_title(f"A small transformer on English novels, {result['environment']['device']}")
+    axes.set_ylabel("loss, nats a token, mean of ten steps")
+    axes.set_title(f"A small transformer on English novels, seed 0, {result['environment']['device']}")
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -146,6 +146,7 @@ def run(sizes: list[int], rows_read: int, device: torch.device, timer=None) -> d
         records.append(measure(subject, nbytes, rows_read, device, timer))
     return dict(
         command="python -m bench updates",
+        unit="s a step: median, low and high of the samples",
         environment=dict(describe_software(), device=device_name(device), threads=torch.get_num_threads()),
         ids=rows_read,
         width=WIDTH,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.running.timing import Measurement
-from bench.training import train, updates
+from bench.training import optimizers, train, updates
 
 from .toys import CPU
 
@@ -100,3 +100,18 @@ def test_the_updates_command_and_its_committed_result(tmp_path, capsys):
     assert "RowAdam/cpu" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         updates.main(["--gb", "0.0000001"])
+
+
+def test_committed_results_say_what_they_are_of():
+    """Units, and what torch was built for; and the optimizers' table of the document is that of the JSON."""
+    for path in train.RESULT.parent.glob("*.json"):
+        environment = json.loads(path.read_text()).get("environment", {})
+        assert "None" not in str(environment.get("runtime")) or not environment, path.name
+    for path in (train.RESULT, updates.RESULT, optimizers.RESULT):
+        assert json.loads(path.read_text())["unit"], path.name
+    text = (train.RESULT.parents[2] / "docs" / "training.md").read_text()
+    for name, each in json.loads(optimizers.RESULT.read_text())["optimizers"].items():
+        rates = [float(rate) for rate in each["by_rate"]]
+        assert min(rates) < each["rate"] < max(rates), f"{name}: the best rate is at an end of those tried"
+        losses = ", ".join(f"{loss:.3f}" for loss in each["held_out"])
+        assert f"| `{name}` | {each['rate']:g} | {losses} |" in text

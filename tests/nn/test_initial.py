@@ -94,14 +94,14 @@ def test_shared_tables_are_published():
 
 
 def test_the_guides_block():
-    """As it stands, after the first, whose names it uses."""
+    """As it stands, after the page's first, whose names it uses."""
     text = (ROOT / "docs/training.md").read_text()
     block = re.search(r"## Beginning.*?```python\n(.*?)```", text, re.S)[1]
-    names = dict(RowAdagrad=RowAdagrad, hidden=torch.randn(2, 9, 64), token_ids=torch.randint(0, 256, (2, 9)))
+    names = dict(RowAdagrad=RowAdagrad, torch=torch)
     exec(block, names)
     assert names["hidden"].shape == (2, 9, 64) and names["engram"].table.requires_row_grad
     names["hidden"].sum().backward()
-    names["rows"].step()
+    names["optimizer"].step()
 
 
 def test_errors_leave_nothing(monkeypatch):
