@@ -205,8 +205,8 @@ CALLS = {
     "Prefetcher.launches": lambda: (prefetcher().launches, dict(num_tokens=4)),
     "Engram.build": lambda: (
         ek.Engram.build,
-        dict(config=config(), layer=1, tokenizer=torch.arange(50), placement="cpu", name=None, init=0.1, seed=0, trainable=False,
-             residual=True, device=None, dtype=None, progress=None),
+        dict(config=config(), layer=1, tokenizer=torch.arange(50), placement="cpu", name=None, init=0.1, seed=0,
+             trainable=False, residual=True, device=None, dtype=None, progress=None),
     ),
     "Engram": lambda: (
         ek.Engram, dict(config=config(), layer=1, plan=plan(), table=table(), residual=True, device=None, dtype=None)
