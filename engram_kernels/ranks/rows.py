@@ -89,8 +89,9 @@ class ShardedRows:
         self.sharding = shard_rows(config.primes[index], self.rows, self.ranks.size, split)
         self._maps: dict[torch.device, ShardMap] = {}
         self.part = self._make_shard(groups, scale, fill, options)
-        self.part.shard = Shard(self.ranks, self.rows, self.sharding.ranges(self.ranks.rank))
-        contributors = self.ranks.size * (1 if self.replicas is None else self.replicas.size)
+        copies = 1 if self.replicas is None else self.replicas.size
+        self.part.shard = Shard(self.ranks, self.rows, copies, self.sharding.ranges(self.ranks.rank))
+        contributors = self.ranks.size * copies
         self.part.gradient_of = partial(_scaled_gradient, factor=1 / contributors if reduce == "mean" else 1.0)
 
     def map(self, device: torch.device) -> ShardMap:

@@ -10,4 +10,5 @@ class Shard(NamedTuple):
 
     ranks: Ranks  #: that hold the table together
     rows: int  #: of the whole table
+    copies: int  #: of this part, on other ranks too (replicas), or read from one memory (node)
     ranges: tuple[tuple[int, int], ...]  #: ``[begin, end)`` of its rows that the part holds, one after the other

@@ -149,6 +149,11 @@ class RowSinkhorn(RowOptimizer):
         for table in group["params"]:
             if table.put_off is not None and table.put_off.alive:
                 raise ValueError(f"{where}: {table!r} has another RowSinkhorn; close that first")
+            if table.shard is not None and table.shard.copies > 1:
+                raise ValueError(
+                    f"{where}: tables must have no replicas, which would take moves that are put off at different "
+                    f"times and round them differently, got a part with {table.shard.copies}"
+                )
         return group
 
     def _take(self, where, group) -> None:

@@ -68,6 +68,7 @@ def test_what_other_reductions_do_shows(world, kind, reduce):
 REFUSED = {
     "plain": "ValueError: RowAdagrad: reduce must say what EngramTable(.*) is to the other ranks, for there are .* got",
     "sinkhorn": "ValueError: RowSinkhorn: reduce must be one of 'alone' or None, got 'mean'",
+    "sinkhorn of replicas": "ValueError: RowSinkhorn: tables must have no replicas, .* got a part with [23]",
     "group": "ValueError: RowAdagrad: group is for reduce 'mean' and 'sum', got one with None",
     "no group": "TypeError: RowAdagrad: group must be .*ProcessGroup.* got str",
     "shared": "ValueError: RowAdagrad: reduce='mean' takes no table of placement 'shared', .* a copy per node",

@@ -141,6 +141,12 @@ def refused(what):
         RowAdagrad(copy_of())
     elif what == "sinkhorn":
         RowSinkhorn(copy_of(), reduce="mean")
+    elif what == "sinkhorn of replicas":
+        alone = dist.new_group([rank], use_local_synchronization=True)
+        with ShardedTable.from_tensors(
+            *whole(config_of(), 4), config=config_of(), layer=4, group=alone, replicas=dist.group.WORLD, placement="cpu"
+        ) as table:
+            RowSinkhorn(table.requires_row_grad_().part)
     elif what == "group":
         RowAdagrad(copy_of(), reduce=None, group=dist.group.WORLD)
     elif what == "no group":
