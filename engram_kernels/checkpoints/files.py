@@ -303,8 +303,8 @@ def _checked_header(path: Path, fd: int, where: str) -> tuple[dict[str, StoredTe
             names = set(file.keys())
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{where}: {path} {_diagnosis(fd)} ({error})") from None
-    begin = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
-    header = parse_json(os.pread(fd, begin - 8, 8), path, where)
+    begin = 8 + int.from_bytes(_bytes_at(fd, 0, 8), "little")
+    header = parse_json(_bytes_at(fd, 8, begin - 8), path, where)
     texts = header.pop("__metadata__", None) or {}
     if set(header) != names:
         raise CheckpointError(f"{where}: {path} was replaced while its header was read")
@@ -314,6 +314,14 @@ def _checked_header(path: Path, fd: int, where: str) -> tuple[dict[str, StoredTe
         for first, end in [entry["data_offsets"]]
     }
     return tensors, texts
+
+
+def _bytes_at(fd: int, offset: int, count: int) -> bytes:
+    """``count`` bytes from ``offset`` on, fewer at the end of the file; a call of the system may give fewer too."""
+    found = b""
+    while len(found) < count and (more := os.pread(fd, count - len(found), offset + len(found))):
+        found += more
+    return found
 
 
 def _diagnosis(fd: int) -> str:
