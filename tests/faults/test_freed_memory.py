@@ -67,7 +67,8 @@ def test_plans(device, name, how):
         calls |= {"hash_lookup": lambda: hash_lookup(ids, own, rows), "Prefetcher.start": lambda: prefetcher.start(ids)}
     for call in calls.values():  # after this one the launches are kept
         call()
-    spoil(how, getattr(own, name))
+    if not spoil(how, getattr(own, name)):
+        return  # what executes machine code on a CPU shares the memory with NumPy, and it cannot be freed
     for where, call in calls.items():
         with pytest.raises(ValueError, match=f"^{where}: (the memory of )?plan.{name} ({FREED})"):
             call()
