@@ -172,7 +172,7 @@ def test_a_failed_save_leaves_what_was_there_and_nothing_else(tmp_path, before, 
                 new.save_safetensors(tmp_path / "t.safetensors", **FORMS[after])
         untouched()
     monkeypatch.setattr(file_writing.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    with pytest.raises(OSError, match=r"save_safetensors: [\d,]+ bytes are to be written and .* has room for 100$"):
+    with pytest.raises(OSError, match=r"save_safetensors: [\d,]+ bytes are to be written and there is room for 100: "):
         new.save_safetensors(tmp_path / "t.safetensors", **FORMS[after])
     untouched()
 
