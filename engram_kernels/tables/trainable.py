@@ -121,13 +121,15 @@ class TrainableRows(PlacedRows):
 
     @property
     def weight(self) -> torch.Tensor:
-        self.take_moves()
-        return super().weight
+        if self.put_off is not None:
+            self.take_moves()
+        self.check_usable("EngramTable")
+        return self._weight.detach()  # as of PlacedRows, whose property torch.compile does not follow through super()
 
     @property
     def anchor_device(self) -> torch.device:
         """Where steps take place, once the rows were trainable; else where they lie."""
-        return self._steps_on or super().weight.device
+        return self._steps_on or self._weight.device
 
     @contextmanager
     def as_it_stands(self) -> Iterator[None]:
