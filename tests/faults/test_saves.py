@@ -102,7 +102,7 @@ def test_interrupts_leave_nothing_open(saved):
     total = run(None)
     saved.save(1)
     before = descriptors()
-    for stop in range(1, total + 1, 7):
+    for stop in range(1, total + 1, 13):
         run(stop)
         gc.collect()
         # A folder's descriptor is a number, which an interrupt at the line that closes it loses.
