@@ -21,7 +21,7 @@ from torch import nn
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Paths
 from engram_kernels.checkpoints.names import as_prefix, module_prefix
 from engram_kernels.checkpoints.parallel import Progress
-from engram_kernels.checkpoints.weights import dense_tensor, matrix
+from engram_kernels.checkpoints.weights import dense_tensor
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import (
     AnyOf,
@@ -52,6 +52,7 @@ from engram_kernels.serving.state import EngramStep
 from engram_kernels.tables.engram import EngramTable
 
 from .initial import NEW_KINDS, STD, fill_rows, fill_weights, new_rows
+from .weights import layer_weights
 
 _TOKENS = dict(
     cu_seqlens=Optional(Tensor(torch.int32)),
@@ -277,26 +278,7 @@ class Engram(nn.Module):
             with Checkpoint(tensors, where) as checkpoint:
                 prefix = prefix or module_prefix(checkpoint, self.layer)
                 return self.load_checkpoint(CheckpointTensors(checkpoint), prefix)
-        if prefix + "wkv.weight" in tensors:
-            loaded = {"wkv.weight": matrix(tensors, prefix + "wkv", where)}
-            optional = [name for name in ("wkv.bias", "conv_norm", "conv_weight") if prefix + name in tensors]
-            for name in ("q_weight", "k_weight", *optional):
-                loaded[name] = dense_tensor(tensors, prefix + name, where)
-        elif prefix + "key_proj.weight" in tensors:
-            loaded = self._qwen_tensors(tensors, prefix, where)
-        else:
-            raise ValueError(
-                f"{where}: expected {prefix}wkv.weight (DeepSeek-V4.1) or {prefix}key_proj.weight (Qwen), got neither"
-            )
-        if more := sorted(loaded.keys() - parameters.keys()):
-            raise ValueError(f"{where}: the checkpoint has {', '.join(more)}, and this config has none")
-        for name, parameter in parameters.items():
-            if name not in loaded:
-                raise ValueError(f"{where}: this config needs {name}, and the checkpoint has none")
-            if loaded[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{where}: {name} must have shape {list(parameter.shape)}, got {list(loaded[name].shape)}"
-                )
+        loaded = layer_weights(where, tensors, prefix, self.config, parameters)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(loaded[name])
@@ -340,25 +322,6 @@ class Engram(nn.Module):
             mask = inside if mask is None else mask & inside
         return mask
 
-    def _qwen_tensors(self, tensors, prefix: str, where: str) -> dict[str, torch.Tensor]:
-        branches, hidden_size = shape = (self.config.branches, self.config.hidden_size)
-        projections = {f"{prefix}{name}_proj": rows for name, rows in (("key", branches), ("value", 1))}
-        weights = {name: matrix(tensors, name, where) for name in projections}
-        width = self.config.columns * self.config.row_width
-        for name, weight in weights.items():
-            _check_shape(f"{name}.weight", weight, [projections[name] * hidden_size, width], where)
-        loaded = {"wkv.weight": torch.cat(list(weights.values()))}
-        if any(f"{name}.bias" in tensors for name in projections):
-            loaded["wkv.bias"] = torch.cat([dense_tensor(tensors, f"{name}.bias", where) for name in projections])
-        for ours, theirs in (("q_weight", "query"), ("k_weight", "key"), ("conv_norm", "conv")):
-            norm = dense_tensor(tensors, name := f"{prefix}norm_{theirs}.weight", where)
-            _check_shape(name, norm, [branches * hidden_size], where)
-            loaded[ours] = norm.float().view(shape) + self.config.norm_offset
-        conv = dense_tensor(tensors, name := f"{prefix}conv1d.weight", where)
-        _check_shape(name, conv, [branches * hidden_size, 1, self.config.conv_kernel], where)
-        loaded["conv_weight"] = conv.view(*shape, -1)
-        return loaded
-
     def _plan(self, device: torch.device) -> HashPlan:
         if device not in self._plans:
             self._plans[device] = next(iter(self._plans.values())).to(device)
@@ -384,8 +347,3 @@ def _check_rows(config: EngramConfig, layer: int, plan: HashPlan, table: EngramT
             f"Engram: table was made with token map {table.token_map[:12]}, and the plan has "
             f"{(plan.token_map_digest or 'none')[:12]}: is its tokenizer of another revision?"
         )
-
-
-def _check_shape(name: str, tensor: torch.Tensor, shape: list[int], where: str) -> None:
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{where}: {name} must have shape {shape}, got {list(tensor.shape)}")
