@@ -40,7 +40,7 @@ from engram_kernels.geometry.kinds import (
     takes,
 )
 from engram_kernels.geometry.plan import HashPlan, layer_plan
-from engram_kernels.launching.checks import check_tensor
+from engram_kernels.launching.checks import check_out, check_tensor
 from engram_kernels.launching.tokens import ID_DTYPES, check_batch
 from engram_kernels.ops.gate import gate_residual
 from engram_kernels.ops.gate_conv import gate_conv_residual
@@ -60,10 +60,12 @@ _TOKENS = dict(
     dead=Optional(Tensor(torch.bool)),
 )
 _ROWS = dict(token_ids=Tensor(*ID_DTYPES), **_TOKENS)
+_PROJECT = dict(rows=Tensor(*FLOAT_DTYPES), out=Optional(Tensor(*FLOAT_DTYPES)))
 _FORWARD = dict(
     hidden=Tensor(*FLOAT_DTYPES),
     token_ids=Optional(Tensor(*ID_DTYPES)),
     rows=Optional(Tensor(*FLOAT_DTYPES)),
+    kv=Optional(Tensor(*FLOAT_DTYPES)),
     **_TOKENS,
     conv_state=Optional(Instance(tuple)),
     state=Optional(Instance(EngramStep)),
@@ -178,6 +180,7 @@ class Engram(nn.Module):
         token_ids: torch.Tensor | None = None,
         *,
         rows: torch.Tensor | None = None,
+        kv: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
@@ -187,27 +190,41 @@ class Engram(nn.Module):
         """``[T, H, D]`` (``[B, S, H, D]``) from hidden of that shape; with conv_state (out, new state).
 
         token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history and dead as for :func:`ngram_hash`; or rows
-        ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before.
-        state: a step of :class:`EngramState`, in place of all of them but rows; the result is out alone.
+        ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before; or kv ``[T, (H + 1) * D]`` (``[B, S, ...]``) in
+        hidden's dtype, which :meth:`project` or an engine's own projection made of them before.
+        state: a step of :class:`EngramState`, in place of all of them but rows or kv; the result is out alone.
         Padding tokens come back as hidden, and so do dead ones (in DeepSeek-V4.1 those of images), to which a
         convolution, where there is one, still adds what it makes of earlier tokens.
         Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
         """
-        given = hidden, token_ids, rows, cu_seqlens, history, dead, conv_state, state
+        given = hidden, token_ids, rows, kv, cu_seqlens, history, dead, conv_state, state
         check_all("Engram.forward", _FORWARD, dict(zip(_FORWARD, given, strict=True)))
         if state is not None:
             others = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, conv_state=conv_state)
             if given := [name for name, value in others.items() if value is not None]:
                 raise ValueError(f"Engram.forward: state stands for {', '.join(given)} too, got both")
             options = dict(state.options, conv_state=state.conv_state(self.layer))
-            out = self.forward(hidden, state.token_ids if rows is None else None, rows=rows, **options)
+            token_ids = state.token_ids if rows is None and kv is None else None
+            out = self.forward(hidden, token_ids, rows=rows, kv=kv, **options)
             return out if options["conv_state"] is None else out[0]
-        if (token_ids is None) == (rows is None):
-            raise ValueError("Engram.forward: expected either token_ids or rows, got both or neither")
-        if rows is None:
-            rows = self.rows(token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead)
-        self._check_hidden(hidden, rows)
-        kv = self.wkv(rows.flatten(-2).to(self.wkv.weight.dtype))
+        sources = dict(token_ids=token_ids, rows=rows, kv=kv)
+        if len(given := [name for name, source in sources.items() if source is not None]) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"Engram.forward: expected one of token_ids, rows and kv, got {got}")
+        if kv is None:
+            if rows is None:
+                rows = self.rows(token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead)
+            self._check_row_shape("Engram.forward", rows)
+            self._check_hidden(hidden, tuple(rows.shape[:-2]))
+            kv = self.project(rows)
+        else:
+            width = (self.config.branches + 1) * self.config.hidden_size
+            if kv.shape[-1:] != (width,):
+                expected = f"[T, W] or [B, S, W], W = (H + 1) * D = {width}"
+                raise ValueError(f"Engram.forward: kv must have shape {expected}, got {list(kv.shape)}")
+            self._check_hidden(hidden, tuple(kv.shape[:-1]))
+            dtypes = FLOAT_DTYPES if torch.is_autocast_enabled(hidden.device.type) else (hidden.dtype,)
+            check_tensor("Engram.forward", "kv", kv, dtypes=dtypes, device=hidden.device, contiguous=False)
         if torch.is_autocast_enabled(hidden.device.type):
             kv = kv.to(hidden.dtype)
         key, value = split_kv(kv, self.config.branches, self.config.hidden_size)
@@ -241,6 +258,22 @@ class Engram(nn.Module):
         if isinstance(self.table, ShardedTable):
             return self.table.hash_lookup(token_ids, plan, **options)
         return hash_lookup(token_ids, plan, (self.table,), **options)[0]
+
+    @declares(**_PROJECT)
+    def project(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """kv ``[T, (H + 1) * D]`` (``[B, S, (H + 1) * D]``) of rows ``[T, C, R]``: what forward() would project.
+
+        out: where to put it, in the projection's dtype, without a gradient. A :class:`Prefetcher` takes this method as
+        the layer's projection, and forward() its result as kv.
+        """
+        check_all("Engram.project", _PROJECT, dict(rows=rows, out=out))
+        self._check_row_shape("Engram.project", rows)
+        kv = self.wkv(rows.flatten(-2).to(self.wkv.weight.dtype))
+        if out is None:
+            return kv
+        check_out("Engram.project", out, kv.shape, kv.dtype, kv.device)
+        with torch.no_grad():
+            return out.copy_(kv)
 
     def extra_repr(self) -> str:
         """Layer and table, in the module's repr."""
@@ -292,13 +325,15 @@ class Engram(nn.Module):
                 dense_tensor(state_dict, prefix + name, "Engram.load_state_dict")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def _check_hidden(self, hidden: torch.Tensor, rows: torch.Tensor) -> None:
-        """Raise ValueError unless rows are the config's, and hidden has their tokens and its branches and elements."""
-        branches, hidden_size, where = self.config.branches, self.config.hidden_size, "Engram.forward"
+    def _check_row_shape(self, where: str, rows: torch.Tensor) -> None:
+        """Raise ValueError unless rows are the config's."""
         if tuple(rows.shape[-2:]) != (self.config.columns, self.config.row_width):
             expected = f"C = {self.config.columns} and R = {self.config.row_width}"
             raise ValueError(f"{where}: rows must have shape [..., C, R], {expected}, got {list(rows.shape)}")
-        tokens = tuple(rows.shape[:-2])
+
+    def _check_hidden(self, hidden: torch.Tensor, tokens: tuple[int, ...]) -> None:
+        """Raise ValueError unless hidden has ``tokens``, and the config's branches and elements."""
+        branches, hidden_size, where = self.config.branches, self.config.hidden_size, "Engram.forward"
         if tuple(hidden.shape) != (*tokens, branches, hidden_size):
             bare = branches == 1 and tuple(hidden.shape) == (*tokens, hidden_size)
             raise ValueError(

@@ -1,23 +1,37 @@
-"""Rows of all Engram layers, looked up on a side stream as soon as token ids are known.
+"""Rows of all Engram layers, looked up on a side stream as soon as token ids are known, and projected there.
 
     caller    copy ids -- event ------------------------------------- wait layer 0 -- read -- ... wait layer 1 -- read
     side             `--- wait -- lookup layer 0 -- event -- lookup layer 1 -- event
 
 Four waits are needed, and each is one event: a lookup waits until the ids that it reads are copied, the next ids until
-the last lookup has read these, a reader for its layer's lookup, and the next lookup until all readers are done.
-docs/prefetch.md has the argument, and recipes for CUDA graphs.
+the last lookup has read these, a reader for its layer's lookup, and the next lookup until all readers are done. Where
+the side stream projects too, each lookup is followed by a projection with an event of its own, and "lookup" is both.
+With several starts in flight each has buffers and events of its own. docs/prefetch.md has the argument, and recipes
+for CUDA graphs.
 """
 
 from collections.abc import Hashable, Sequence
 
 import torch
 
-from engram_kernels.geometry.kinds import Dtype, Each, Instance, OneOf, Optional, Tensor, Whole, declares, short, takes
+from engram_kernels.geometry.kinds import (
+    Dtype,
+    Each,
+    Flag,
+    Function,
+    Instance,
+    OneOf,
+    Optional,
+    Tensor,
+    Whole,
+    declares,
+    takes,
+)
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.device import processors
 from engram_kernels.launching.streams import streams_of
 from engram_kernels.launching.tokens import ID_DTYPES, Tokens, check_token_values, check_tokens
+from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
 from engram_kernels.ops.row_kernels.caching import CACHE, RowCache, check_cache
@@ -27,8 +41,12 @@ from engram_kernels.ops.row_kernels.output import OUT_DTYPES, check_row_out
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import view_tables
 
+from .started import Projection, Side, StartBuffers, Started
+
 _LAUNCH_BYTES = {"device": 32 << 20}  # of other placements:
 _LINK_BYTES = 512 << 10
+#: Most tokens that are projected ahead.
+AHEAD_TOKENS = 128
 
 
 def layers_apart(layer_bytes: int, placement: str) -> bool:
@@ -41,6 +59,19 @@ def layers_apart(layer_bytes: int, placement: str) -> bool:
     return layer_bytes >= _LAUNCH_BYTES.get(placement, _LINK_BYTES)
 
 
+def projects_ahead(num_tokens: int) -> bool:
+    """Whether the side stream projects rows too, rather than the stream that reads them.
+
+    T tokens cost 2 T operations for each weight, and GPUs do 150 to 300 in the time in which they read one (bfloat16:
+    A100 153, MI300X 247, B200 281, H100 295; as many in fp8, which halves both). Below that a projection's time is
+    that of its weights' way from memory, which a decoder of few tokens leaves free between its kernels and in their
+    tails. Above, it takes multiprocessors from matmuls that need them, hides nothing, and its result of (H + 1) * D
+    elements (51 KB a token and layer for V4.1) needs room that rows do not. Half of the H100's number, and below all of
+    them: 128 tokens. Arithmetic, not measured; ``python -m bench step_model`` has the model.
+    """
+    return num_tokens <= AHEAD_TOKENS
+
+
 class Prefetcher:
     """Looks rows up ahead of the layers that read them, for at most ``max_tokens`` tokens at a time.
 
@@ -49,13 +80,22 @@ class Prefetcher:
         hidden = engram(hidden, rows=prefetcher.rows(layer))
 
     plan, tables: as for :func:`hash_lookup`, one table per layer of the plan. Buffers of ``L * max_tokens * C`` rows
-    are allocated here, once; :meth:`start` overwrites them, once those that read them are done.
+    are allocated here, once (``nbytes`` are all of them); :meth:`start` overwrites them, once those that read them are
+    done.
     programs: size of the lookup's persistent grid; None is half the multiprocessors, which leaves the others to the
     model. order (the read order), out_dtype: as for :func:`hash_lookup`.
     max_sequences: most sequences of one start; None is max_tokens.
     layers: what :meth:`rows` calls the plan's layers, such as ``config.layers``; None is 0, 1, and so on.
     cache: as for :func:`hash_lookup`. With one the rows of all layers come at once.
-    Lookups run on a stream of the plan's GPU; on a CPU start() does all the work.
+    projections: for :meth:`kv`, a callable for each layer of the plan: ``projection(rows, out)`` writes ``out [T, W]``
+    (``[B, S, W]``) from rows ``[T, C, R]`` (``[B, S, C, R]``) on the current stream, such as :meth:`Engram.project` or
+    an engine's own of whatever precision. kv_width: W. kv_dtype: of out; None is that of rows.
+    ahead: True projects on the side stream, False where kv() is called; None goes by :func:`projects_ahead`, up to 128
+    tokens. Buffers of ``L * T * W`` elements for the most tokens that are projected ahead are allocated here too.
+    depth: most starts in flight, each with buffers of its own. With more than 1 a start is in flight until its
+    :meth:`Started.release`; with 1 it ends the one before.
+    Lookups run on a stream of the plan's GPU; on a CPU start() does all the work. All of it is inference, under
+    torch.no_grad().
 
     Keep it, like any buffer, for as long as a CUDA graph that holds its work is replayed. Not for two threads at once.
     """
@@ -70,6 +110,11 @@ class Prefetcher:
         max_sequences=Optional(Whole(1)),
         layers=Optional(Each(Instance(Hashable), least=1)),
         cache=Optional(CACHE),
+        projections=Optional(Each(Function())),
+        kv_width=Optional(Whole(1)),
+        kv_dtype=Optional(Dtype(*FLOAT_DTYPES)),
+        ahead=Optional(Flag()),
+        depth=Whole(1),
     )
     def __init__(
         self,
@@ -83,6 +128,11 @@ class Prefetcher:
         max_sequences: int | None = None,
         layers: Sequence[int] | None = None,
         cache: RowCache | None = None,
+        projections: Sequence[Projection] | None = None,
+        kv_width: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        ahead: bool | None = None,
+        depth: int = 1,
     ):
         where = "Prefetcher"
         tables = check_tables_of_plan(where, plan, tables)
@@ -96,42 +146,56 @@ class Prefetcher:
         names = tuple(range(num_layers) if layers is None else layers)
         if len(set(names)) != num_layers or len(names) != num_layers:
             raise ValueError(f"{where}: layers must be {num_layers} different names, one per layer, got {list(names)}")
-        self._plan, self._tables, self._layers, self._cache = plan, tables, names, cache
-        self.max_tokens, self.max_sequences = max_tokens, max_sequences
+        if projections is None and (kv_width, kv_dtype, ahead) != (None, None, None):
+            raise ValueError(f"{where}: kv_width, kv_dtype and ahead are of projections, and there are none")
+        if projections is not None and (len(projections) != num_layers or kv_width is None):
+            got = f"{len(projections)} and kv_width {kv_width}"
+            raise ValueError(f"{where}: projections must be {num_layers}, one per layer, with kv_width, got {got}")
+        self._plan, self._tables, self._cache = plan, tables, cache
+        self.max_tokens, self.max_sequences, self.depth = max_tokens, max_sequences, depth
         self._plans = [plan.select(layers=[layer]) for layer in range(num_layers)]
         self._layer_bytes = num_columns * tables[0].nbytes // tables[0].rows  # of one token
         programs = programs or max(1, processors(plan.device) // 2)
         self._options = dict(programs=programs, order=order, out_dtype=out_dtype)
+        rows_dtype = out_dtype or tables[0].default_out_dtype
+        self._ahead, self._kv_width, self._kv_dtype = ahead, kv_width, kv_dtype or rows_dtype
+        kv_tokens = 0 if projections is None or ahead is False else max_tokens
+        kv_tokens = kv_tokens if ahead else min(kv_tokens, AHEAD_TOKENS)
 
         def buffer(count: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(count, dtype=dtype, device=plan.device)
+            return torch.empty(depth, count, dtype=dtype, device=plan.device)
 
-        self._ids, self._dead = buffer(max_tokens, torch.int64), buffer(max_tokens, torch.bool)
-        self._cu_seqlens = buffer(max_sequences + 1, torch.int32)
-        self._history = buffer(max_sequences * (plan.max_ngram - 1), torch.int64)
         row_elements = num_columns * tables[0].width
-        self._rows = buffer(num_layers * max_tokens * row_elements, out_dtype or tables[0].default_out_dtype)
-        self._buffers = Buffers("the prefetcher", (self._ids, self._dead, self._cu_seqlens, self._history, self._rows))
-        self._view: torch.Tensor | None = None  # [L, T, C, R] of the last start
-        self._start_captured = False
+        inputs = (
+            buffer(max_tokens, torch.int64),
+            buffer(max_sequences + 1, torch.int32),
+            buffer(max_sequences * (plan.max_ngram - 1), torch.int64),
+            buffer(max_tokens, torch.bool),
+        )
+        rows = buffer(num_layers * max_tokens * row_elements, rows_dtype)
+        kv = buffer(num_layers * kv_tokens * kv_width, self._kv_dtype) if kv_tokens else None
 
         self._streams = streams = streams_of(plan.device)
         self._copied = streams.event()
-        # A layer's rows are there: for waits within the capture that start() was in, and for all others. The latter
-        # are external, so that in a capture they become nodes of the graph and outside remain what they are.
-        self._captured_ready = [streams.event() for _ in names]
-        self._ready = [streams.event(external=True) for _ in names]
-        # Streams that were given rows, and the event of their end once that is known; in a capture and outside.
-        self._readers: dict[bool, dict] = {False: {}, True: {}}
-        self._reader_events: dict[tuple, object] = {}
-        self._kept: set = set()
-        self._keep(streams.side)
+        memory = (*inputs, rows) if kv is None else (*inputs, rows, kv)
+        self._side = Side(streams, memory, names, projections)
+        self._taken = [
+            StartBuffers(streams, num_layers, [each[n] for each in inputs], rows[n], None if kv is None else kv[n])
+            for n in range(depth)
+        ]
+        self._starts = 0
+        self._last: Started | None = None
         # A launch in a capture must not be the first to copy these to the device.
         for chosen in (tables, *((table,) for table in tables)):
             view_tables(chosen, plan.device)
         # The memory may have been another's: the first start() waits for the stream that it was allocated on.
-        for event in self._ready:
-            streams.record(event, streams.current())
+        for each in self._taken:
+            each.last.set(streams.current(), captured=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, on the plan's device."""
+        return self._side.nbytes
 
     @takes(num_tokens=Whole(0))
     def launches(self, num_tokens: int) -> tuple[bool, bool, str, int]:
@@ -157,13 +221,19 @@ class Prefetcher:
         cu_seqlens: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
-    ) -> None:
+    ) -> Started:
         """Begin to look up the rows of ``token_ids`` in all layers; arguments as for :func:`hash_lookup`.
 
-        The arguments are copied on the current stream, and may be overwritten by what follows on it.
+        The arguments are copied on the current stream, and may be overwritten by what follows on it. The start that is
+        returned is needed only where another one comes before it is read.
         """
         where = "Prefetcher.start"
-        self._buffers.check(where)
+        self._side.buffers.check(where)
+        taken = self._taken[self._starts % self.depth]
+        if self.depth > 1 and taken.in_flight:
+            raise ValueError(
+                f"{where}: expected at most depth = {self.depth} starts in flight, got one more; release() the oldest"
+            )
         sources = Tokens(token_ids, cu_seqlens, history, dead)
         check_tokens(where, sources, self._plan)
         sequences = max(0 if cu_seqlens is None else len(cu_seqlens) - 1, 0 if history is None else len(history))
@@ -171,7 +241,7 @@ class Prefetcher:
             if count > (most := getattr(self, f"max_{name}")):
                 raise ValueError(f"{where}: token_ids must be at most max_{name} = {most} {name}, got {count}")
         check_token_values(where, sources, self._plan)
-        buffers = (self._ids, self._cu_seqlens, self._history, self._dead)
+        buffers = taken.inputs
         inputs = Tokens(
             *(
                 None if source is None else buffer[: source.numel()].view(source.shape)
@@ -187,82 +257,74 @@ class Prefetcher:
         streams, side = self._streams, self._streams.side
         current = streams.current()
         captured = streams.capturing(current)
-        first = captured and not streams.capturing(side)  # of this capture: no event tells what was before it
-        if first:
-            self._readers[True].clear()
-        else:
-            streams.wait(current, (self._captured_ready if captured else self._ready)[-1])
+        if captured and not streams.capturing(side):  # the first start of this capture
+            self._side.captures += 1
+            for each in self._taken:
+                each.begin_capture()
+        inside = captured and taken.capture == self._side.captures
+        if inside or not captured:  # in a capture no event tells what was before it
+            taken.last.wait(current, inside)
         if not captured:
-            self._keep(current)
+            self._side.keep(current)
         streams.run(current, copy)
         streams.record(self._copied, current)
         streams.wait(side, self._copied)
-        readers = self._readers[captured]
-        readers.pop(current, None)  # they come before the copy
-        self._end_reading(captured)
-        for event in readers.values():
-            streams.wait(side, event)
-        readers.clear()
-        self._look_up(inputs, captured)
+        taken.wait_for_readers(current, captured)
+        self._starts += 1
+        taken.number, taken.in_flight = self._starts, True
+        taken.capture = self._side.captures if captured else None
+        self._last = self._look_up(taken, inputs, captured)
+        return self._last
 
     @declares(layer=Instance(Hashable))
     def rows(self, layer: int) -> torch.Tensor:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, for work given to the current stream from now on.
 
-        It is a view of a buffer: the next start() overwrites it, once the streams that asked for rows are done with
-        what they were given before that start(), or before :meth:`release`.
+        They are of the last start(). It is a view of a buffer: the next start() that takes the buffer overwrites it,
+        once the streams that asked for rows are done with what they were given before that start(), or before
+        :meth:`release`.
         """
-        Instance(Hashable).check("Prefetcher.rows", "layer", layer)
-        if not any(type(layer) is type(each) and layer == each for each in self._layers):
-            raise ValueError(f"Prefetcher.rows: layer must be one of {list(self._layers)}, got {short(layer)}")
-        if self._view is None:
-            raise ValueError(f"Prefetcher.rows: no start() came before rows({layer!r})")
-        self._buffers.check("Prefetcher.rows")
-        index = self._layers.index(layer)
-        current, captured, inside = self._where()
-        self._streams.wait(current, (self._captured_ready if inside else self._ready)[index])
-        if not captured:
-            self._keep(current)
-        if inside or not captured:
-            self._readers[captured][current] = None
-        return self._view[index]
+        return self._started("Prefetcher.rows", layer).read_rows("Prefetcher.rows", layer)
+
+    @declares(layer=Instance(Hashable))
+    def kv(self, layer: int) -> torch.Tensor:
+        """What the layer's projection made of :meth:`rows`, ``[T, W]`` (``[B, S, W]``), ordered as those are.
+
+        It is a view of a buffer, as they are, where the side stream projects, and otherwise a new tensor, projected
+        here on the current stream, at each call.
+        """
+        return self._started("Prefetcher.kv", layer).read_kv("Prefetcher.kv", layer)
 
     def release(self) -> None:
-        """Say that all readers of the last start's rows have been given to their streams.
+        """Say that all readers of the last start have been given to their streams: :meth:`Started.release`.
 
         The next start() then waits for these alone, not for what their streams were given later. The current stream
         waits for lookups that nobody waited for: a capture can end, and a graph that starts others be replayed.
         """
-        current, captured, inside = self._where()
-        if self._view is not None:
-            self._streams.wait(current, (self._captured_ready if inside else self._ready)[-1])
-        if inside or not captured:
-            self._end_reading(captured)
+        if self._last is not None:
+            self._last.release()
 
-    def _where(self) -> tuple[Hashable, bool, bool]:
-        """The current stream, whether its work is captured, and whether in the capture that the last start() was in.
+    @property
+    def projects(self) -> bool:
+        """Whether there are projections, so that :meth:`kv` can be asked for."""
+        return self._side.projections is not None
 
-        That capture takes in a stream that is not in it yet, by the event that the stream is made to wait for.
-        """
-        current = self._streams.current()
-        inside = self._start_captured and self._streams.capturing(self._streams.side)
-        return current, inside or self._streams.capturing(current), inside
+    def _started(self, where: str, layer: Hashable) -> Started:
+        """The last start, for one of the layers."""
+        self._side.index(where, layer)
+        if self._last is None:
+            raise ValueError(f"{where}: no start() came before {where.partition('.')[2]}({layer!r})")
+        return self._last
 
-    def _end_reading(self, captured: bool) -> None:
-        """Record the end of the readers whose end is not known yet."""
-        for stream, event in self._readers[captured].items():
-            if event is None:
-                event = self._reader_events.setdefault((captured, stream), self._streams.event())
-                self._streams.record(event, stream)
-                self._readers[captured][stream] = event
-
-    def _look_up(self, inputs: Tokens, captured: bool) -> None:
-        """Give the lookups to the side stream, each followed by the events of its layers."""
+    def _look_up(self, taken: StartBuffers, inputs: Tokens, captured: bool) -> Started:
+        """Give lookups and projections to the side stream, each followed by the marks of its layers."""
         token_ids, options = inputs.token_ids, self._options | inputs.options
         num_layers, num_columns = self._plan.primes.shape
-        shape = (num_layers, *token_ids.shape, num_columns, self._tables[0].width)
-        view = self._rows[: torch.Size(shape).numel()].view(shape)
-        self._view, self._start_captured = view, captured
+        shape = torch.Size((num_layers, *token_ids.shape, num_columns, self._tables[0].width))
+        rows, kv = taken.rows[: shape.numel()].view(shape), None
+        if taken.kv is not None and (self._ahead or projects_ahead(token_ids.numel())):
+            shape = torch.Size((num_layers, *token_ids.shape, self._kv_width))
+            kv = taken.kv[: shape.numel()].view(shape)
         parts = [(self._plan, slice(0, num_layers))]
         cached, apart, *_ = self.launches(token_ids.numel())
         if cached:
@@ -274,16 +336,15 @@ class Prefetcher:
 
             def look_up(plan=plan, part=part) -> None:
                 with torch.no_grad():  # the rows are a buffer, of trainable tables too: docs/training.md
-                    hash_lookup(token_ids, plan, self._tables[part], out=view[part], **options)
+                    hash_lookup(token_ids, plan, self._tables[part], out=rows[part], **options)
 
             streams.run(side, look_up)
-            for layer in range(num_layers)[part]:
-                if streams.external or not captured:
-                    streams.record(self._ready[layer], side)
-                if captured:  # last, so that who waits for it has joined all that is in the graph
-                    streams.record(self._captured_ready[layer], side)
-
-    def _keep(self, stream) -> None:
-        if stream not in self._kept:
-            self._kept.add(stream)
-            self._streams.keep((self._ids, self._dead, self._cu_seqlens, self._history, self._rows), stream)
+            layers = range(num_layers)[part]
+            for layer in layers:
+                taken.ready[layer].set(side, captured)
+            for layer in layers if taken.kv is not None else ():
+                if kv is not None:
+                    streams.run(side, lambda layer=layer: self._side.project(layer, rows[layer], kv[layer]))
+                # Without a projection too: a graph's replay may have set it last, and a start waits for the last one.
+                taken.projected[layer].set(side, captured)
+        return Started(self._side, taken, rows, kv, self._kv_width, self._kv_dtype)

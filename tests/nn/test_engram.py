@@ -207,10 +207,30 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="^Engram: plan must be of layer 1, got that of layer 4"):
         Engram(config, 1, plan.select(layers=[1]), tables[1])
     hidden, ids = torch.randn(3, 2, 24), torch.tensor([1, 2, 3])
-    with pytest.raises(ValueError, match="either token_ids or rows, got both or neither"):
-        module(hidden)
-    with pytest.raises(ValueError, match="either token_ids or rows, got both or neither"):
-        module(hidden, ids, rows=torch.zeros(3, 4, 8))
+    rows, kv = torch.zeros(3, 4, 8), torch.zeros(3, 72)
+    for got, given in {
+        "none": {},
+        "token_ids and rows": dict(token_ids=ids, rows=rows),
+        "rows and kv": dict(rows=rows, kv=kv),
+        "token_ids and rows and kv": dict(token_ids=ids, rows=rows, kv=kv),
+    }.items():
+        with pytest.raises(ValueError, match=f"forward: expected one of token_ids, rows and kv, got {got}$"):
+            module(hidden, **given)
+    for error, words, given in (
+        (ValueError, r"kv must have shape \[T, W\] .* = 72, got \[3, 48\]", kv[:, :48]),
+        (ValueError, r"kv must have shape .* got \[\]", kv[0, 0]),
+        (ValueError, r"hidden must have shape .* got \[3, 2, 24\].* that is \[2, 2, 24\]", kv[:2]),
+        (ValueError, r"hidden must have shape .* that is \[1, 3, 2, 24\]", kv[None]),
+        (TypeError, "kv must be a tensor of float32, got bfloat16", kv.bfloat16()),
+        (TypeError, "kv must be a tensor of bfloat16, .* got int32", kv.int()),
+    ):
+        with pytest.raises(error, match=f"^Engram.forward: {words}"):
+            module(hidden, kv=given)
+    for words, out in ((r"shape \[3, 72\], got \[3, 48\]", kv[:, :48]), ("a tensor of float32, got", kv.bfloat16())):
+        with pytest.raises((TypeError, ValueError), match=f"^Engram.project: out must (be|have) {words}"):
+            module.project(rows, out)
+    with pytest.raises(ValueError, match=r"^Engram.project: rows must have shape \[..., C, R\]"):
+        module.project(kv)
     with pytest.raises(ValueError, match="has no convolution and takes no conv_state"):
         module(hidden, ids, conv_state=module.new_conv_state(1))
     with pytest.raises(ValueError, match=r"rows must have shape \[..., C, R\], C = 4 and R = 8, got \[3, 32\]"):
@@ -228,5 +248,6 @@ def test_kernels(device, form):
         result = module(hidden, ids)
     recorded = module(hidden, ids)
     assert recorded.requires_grad and torch.equal(result, recorded)
+    assert torch.equal(module(hidden, kv=module.project(rows)), recorded)
     exact = module.double().cpu()(hidden.double().cpu(), rows=rows.double().cpu())
     torch.testing.assert_close(result.double().cpu(), exact, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,5 @@
 """Prefetcher: its rows, its errors, and its order, on streams whose work runs as late or early as events let it."""
 
-import itertools
 import re
 from pathlib import Path
 
@@ -10,26 +9,11 @@ import torch
 from engram_kernels import EngramTable, HashPlan, Prefetcher, hash_lookup
 from engram_kernels.serving import prefetch
 from tests.nn.test_engram import FORMS, built
-from tests.ops.test_hash_rows import parts_of
-from tests.ops.test_hashing import ragged, small_plan
+from tests.ops.test_hashing import ragged
 from tests.ops.test_registration import same
-from tests.support import tables
-from tests.support.gpu.fake_streams import FakeStreams
-from tests.support.gpu.ordering import ordered_by
+from tests.support.gpu.prefetching import ORDERS, SCHEDULES, Model, batches, replayed, setting
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "prefetch.md").read_text(), re.S)
-SCHEDULES = [list(names) for names in itertools.permutations(("main", "model", "side"))]
-
-
-def setting(device="cpu", name="bfloat16", width=16, **options):
-    plan = small_plan(**options)
-    placed = [tables.place(*part, torch.device(device)) for part in parts_of(plan, width, name)]
-    return plan.to(device), placed
-
-
-def batches(count, tokens=6):
-    generator = torch.Generator().manual_seed(count)
-    return [torch.randint(0, 40, (tokens,), generator=generator) for _ in range(count)]
 
 
 @pytest.mark.kernel
@@ -95,47 +79,6 @@ def test_a_launch_a_layer_from_what_a_launch_takes():
     assert not prefetch.layers_apart(83 * row_bytes, "device") and prefetch.layers_apart(8192 * row_bytes, "device")
 
 
-class Model:
-    """Steps that prefetch on one stream and read on another, and what they read."""
-
-    def __init__(self, dropped=None, reading="model"):
-        self.plan, self.tables = setting()
-        self.streams = FakeStreams(dropped=dropped)
-        with ordered_by(self.streams):
-            self.prefetcher = Prefetcher(self.plan, self.tables, 8)
-        self.ids, self.reading, self.seen = torch.zeros(6, dtype=torch.int64), reading, []
-
-    def start(self, batch):
-        """Ids appear in a buffer of the caller's, which is overwritten as soon as start() has returned."""
-        self.streams.run("main", lambda: self.ids.copy_(batch))
-        self.prefetcher.start(self.ids)
-        self.streams.run("main", lambda: self.ids.fill_(39))
-
-    def read(self, layer, stream=None):
-        with self.streams.stream(stream or self.reading):
-            rows = self.prefetcher.rows(layer)
-            self.streams.run(self.streams.current(), lambda: self.seen.append((layer, rows.clone())))
-
-    def step(self, batch):
-        self.start(batch)
-        for layer in range(2):
-            self.read(layer)
-
-    def right(self, given, schedule):
-        """Whether, with all work run in the order of ``schedule``, each layer saw the rows of each batch."""
-        try:
-            self.streams.drain(schedule)
-        except ValueError as error:  # a lookup of ids that nobody copied
-            assert "must be valid ids" in str(error)
-            return False
-        expected = [hash_lookup(batch, self.plan, self.tables) for batch in given]
-        for layer in range(2):
-            seen = [rows for at, rows in self.seen if at == layer]
-            if len(seen) != len(given) or not all(same(a, b[layer]) for a, b in zip(seen, expected, strict=True)):
-                return False
-        return True
-
-
 def both_launches(function):
     return pytest.mark.parametrize("apart", [True, False])(function)
 
@@ -155,14 +98,6 @@ def test_every_order_of_work_gives_the_rows(apart, reading, choose_launches):
             model.step(batch)
         assert model.right(given, schedule), schedule
     assert {"main", "side"} <= set(model.streams.kept)
-
-
-ORDERS = {
-    "a lookup after the copy of its ids": ("side", "main"),
-    "a copy after the lookups that read the ids before": ("main", "side"),
-    "a reader after its layer's lookup": ("model", "side"),
-    "a lookup after the readers of the rows before": ("side", "model"),
-}
 
 
 @both_launches
@@ -209,16 +144,6 @@ def test_release_ends_the_reading(choose_launches):
         model.read(1)
         assert model.right(given, ["side", "main", "model"])
         assert log == (["next rows", "later layers"] if released else ["later layers", "next rows"])
-
-
-def replayed(model, given, graphs, schedule):
-    """Whether replays of graphs, in turn and each on its stream, give the rows of each batch."""
-    model.seen.clear()
-    for batch in given:
-        model.streams.run("main", lambda batch=batch: model.ids.copy_(batch))
-        for replay, stream in graphs:
-            replay(stream)
-    return model.right(given, schedule)
 
 
 @both_launches

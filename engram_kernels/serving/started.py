@@ -1,0 +1,203 @@
+"""One start of a :class:`Prefetcher`: rows and projections that it makes ready, and the events that order their use.
+
+Buffers that starts take in turn are one :class:`StartBuffers` each. What the side stream has done is a :class:`Mark`,
+and who reads a buffer is known stream by stream. docs/prefetch.md has the argument.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from engram_kernels.geometry.kinds import Instance, declares, short
+from engram_kernels.launching.buffers import Buffers
+
+#: Writes ``out [T, W]`` (``[B, S, W]``) from rows ``[T, C, R]`` (``[B, S, C, R]``) on the current stream.
+Projection = Callable[[torch.Tensor, torch.Tensor], object]
+
+
+class Mark:
+    """A point in the side stream's work that others wait for: by one event in the capture it was set in, else another.
+
+    The latter is external, so that in a capture it becomes a node of the graph and outside remains what it is.
+    """
+
+    def __init__(self, streams):
+        self._streams = streams
+        self._captured, self._external = streams.event(), streams.event(external=True)
+
+    def set(self, stream: Hashable, captured: bool) -> None:
+        """Record it on ``stream``, whose work is captured or not."""
+        if self._streams.external or not captured:
+            self._streams.record(self._external, stream)
+        if captured:  # last, so that who waits for it has joined all that is in the graph
+            self._streams.record(self._captured, stream)
+
+    def wait(self, stream: Hashable, inside: bool) -> None:
+        """Let ``stream`` wait for it; inside: whether within the capture that it was set in."""
+        self._streams.wait(stream, self._captured if inside else self._external)
+
+
+class StartBuffers:
+    """Buffers of one start at a time, their marks, and the streams that read them.
+
+    inputs: of token ids, cu_seqlens, history and dead. rows, kv: flat, of all layers; kv is None where nothing is
+    projected ahead.
+    """
+
+    def __init__(self, streams, num_layers: int, inputs: Sequence[torch.Tensor], rows, kv):
+        self.inputs, self.rows, self.kv, self._streams = inputs, rows, kv, streams
+        self.ready = [Mark(streams) for _ in range(num_layers)]
+        self.projected = self.ready if kv is None else [Mark(streams) for _ in range(num_layers)]
+        self.number = 0  # of the start that they hold
+        self.in_flight = False
+        self.capture: int | None = None  # that this start was in
+        # Streams that were given something to read, and the event of their end once that is known; in a capture, and
+        # outside.
+        self.readers: dict[bool, dict] = {False: {}, True: {}}
+        self._events: dict[tuple, object] = {}
+
+    @property
+    def last(self) -> Mark:
+        """The end of a start's work on the side stream."""
+        return self.projected[-1]
+
+    def begin_capture(self) -> None:
+        """Forget readers of captures that have ended. Those of the one that begins may have read before its start."""
+        readers = self.readers[True]
+        for stream in list(readers):
+            if self._streams.capturing(stream):
+                readers[stream] = None  # an event of before may be another capture's
+            else:
+                del readers[stream]
+
+    def end_reading(self, captured: bool) -> None:
+        """Record the end of the readers whose end is not known yet."""
+        for stream, event in self.readers[captured].items():
+            if event is None:
+                event = self._events.setdefault((captured, stream), self._streams.event())
+                self._streams.record(event, stream)
+                self.readers[captured][stream] = event
+
+    def wait_for_readers(self, current: Hashable, captured: bool) -> None:
+        """Let the side stream wait for all of them; those on ``current`` come before what it waits for already."""
+        readers = self.readers[captured]
+        readers.pop(current, None)
+        self.end_reading(captured)
+        for event in readers.values():
+            self._streams.wait(self._streams.side, event)
+        readers.clear()
+
+
+class Side:
+    """What all starts of a Prefetcher have in common: streams, memory, the names and projections of layers."""
+
+    def __init__(
+        self, streams, memory: Sequence[torch.Tensor], layers: tuple, projections: Sequence[Projection] | None
+    ):
+        self.streams, self.layers, self.projections = streams, layers, projections
+        self.buffers = Buffers("the prefetcher", memory)
+        self.nbytes = sum(tensor.nbytes for tensor in memory)
+        self.captures = 0  # that starts were in, until now
+        self._memory, self._kept = tuple(memory), set()
+        self.keep(streams.side)
+
+    def keep(self, stream: Hashable) -> None:
+        """The memory, once freed, is not reused before ``stream`` is done with it."""
+        if stream not in self._kept:
+            self._kept.add(stream)
+            self.streams.keep(self._memory, stream)
+
+    def index(self, where: str, layer: Hashable) -> int:
+        """The layer's place in the plan."""
+        Instance(Hashable).check(where, "layer", layer)
+        if not any(type(layer) is type(each) and layer == each for each in self.layers):
+            raise ValueError(f"{where}: layer must be one of {list(self.layers)}, got {short(layer)}")
+        return self.layers.index(layer)
+
+    def project(self, index: int, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """A layer's projection on the current stream; nothing where there are no tokens, which a matmul may refuse."""
+        if rows.numel():
+            with torch.no_grad():  # a buffer, which autograd knows nothing of
+                self.projections[index](rows, out)
+
+
+class Started:
+    """What one start() makes ready: :meth:`rows` and :meth:`kv` of each layer, until a later start takes its buffers.
+
+    It is what :meth:`Prefetcher.start` returns. Those of Prefetcher itself are of the last start.
+    """
+
+    def __init__(self, side: Side, taken: StartBuffers, rows: torch.Tensor, kv: torch.Tensor | None, width: int, dtype):
+        self._side, self._taken, self._number = side, taken, taken.number
+        self._rows, self._kv = rows, kv  # [L, T, C, R], and [L, T, W] where the side stream projects
+        self._width, self._dtype = width, dtype  # of kv
+
+    @declares(layer=Instance(Hashable))
+    def rows(self, layer: int) -> torch.Tensor:
+        """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, as :meth:`Prefetcher.rows` has those of the last start."""
+        return self.read_rows("Started.rows", layer)
+
+    @declares(layer=Instance(Hashable))
+    def kv(self, layer: int) -> torch.Tensor:
+        """Projection ``[T, W]`` (``[B, S, W]``) of a layer, as :meth:`Prefetcher.kv` has that of the last start."""
+        return self.read_kv("Started.kv", layer)
+
+    def release(self) -> None:
+        """Say that all that read this start's buffers has been given to its streams: a later start may take them.
+
+        That start then waits for these alone, not for what their streams were given later. The current stream waits
+        for lookups and projections that nobody waited for: a capture can end, and a graph that starts others be
+        replayed. Until the buffers are taken more may be read, and released again.
+        """
+        if self._taken.number != self._number:
+            return
+        current, captured, inside = self._where()
+        self._taken.last.wait(current, inside)
+        if inside or not captured:
+            self._taken.end_reading(captured)
+        self._taken.in_flight = False
+
+    def read_rows(self, where: str, layer: Hashable) -> torch.Tensor:
+        """:meth:`rows` for a function that errors call ``where``."""
+        index = self._index(where, layer)
+        self._wait(self._taken.ready[index])
+        return self._rows[index]
+
+    def read_kv(self, where: str, layer: Hashable) -> torch.Tensor:
+        """:meth:`kv` for a function that errors call ``where``."""
+        index = self._index(where, layer)
+        if self._side.projections is None:
+            raise ValueError(f"{where}: expected a Prefetcher with projections, got one without")
+        if self._kv is not None:
+            self._wait(self._taken.projected[index])
+            return self._kv[index]
+        self._wait(self._taken.ready[index])
+        streams, rows = self._side.streams, self._rows[index]
+        out = rows.new_empty(*rows.shape[:-2], self._width, dtype=self._dtype)
+        streams.run(streams.current(), lambda: self._side.project(index, rows, out))
+        return out
+
+    def _index(self, where: str, layer: Hashable) -> int:
+        index = self._side.index(where, layer)
+        if self._taken.number != self._number:
+            raise ValueError(f"{where}: expected buffers that hold this start, and a later one has taken them")
+        self._side.buffers.check(where)
+        return index
+
+    def _wait(self, mark: Mark) -> None:
+        """Let the current stream wait for ``mark``, and be one of the readers."""
+        current, captured, inside = self._where()
+        mark.wait(current, inside)
+        if not captured:
+            self._side.keep(current)
+        self._taken.readers[captured][current] = None
+
+    def _where(self) -> tuple[Hashable, bool, bool]:
+        """The current stream, whether its work is captured, and whether in the capture that this start was in.
+
+        That capture takes in a stream that is not in it yet, by the event that the stream is made to wait for.
+        """
+        streams = self._side.streams
+        current = streams.current()
+        inside = self._taken.capture == self._side.captures and streams.capturing(streams.side)
+        return current, inside or streams.capturing(current), inside
