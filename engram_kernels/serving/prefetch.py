@@ -262,7 +262,8 @@ class Prefetcher:
             for each in self._taken:
                 each.begin_capture()
         inside = captured and taken.capture == self._side.captures
-        if inside or not captured:  # in a capture no event tells what was before it
+        # What was before a capture is its replays' order to keep, but for a start in flight, which may be read in it.
+        if inside or not captured or (self.depth > 1 and streams.external):
             taken.last.wait(current, inside)
         if not captured:
             self._side.keep(current)

@@ -124,6 +124,8 @@ class FakeStreams:
     def _replay(self, capture, stream):
         """Give a graph to ``stream``: its streams start after what is there, and ``stream`` goes on after them."""
         begun, marks = FakeEvent(False), {}
+        awaited = [rest[0] for work in capture.work.values() for kind, *rest in work if kind == "wait"]
+        before = {event: event.recorded for event in awaited}
         self.record(begun, stream)
         number = self._replays = getattr(self, "_replays", 0) + 1
         for name, work in capture.work.items():
@@ -136,7 +138,7 @@ class FakeStreams:
                     waited.recorded = 1
                     self._give(lane, "wait", waited, 1)
                 elif kind == "wait":  # an external one: for the last record that was given before the replay
-                    self._give(lane, "wait", rest[0], rest[0].recorded)
+                    self._give(lane, "wait", rest[0], before[rest[0]])
                 elif kind == "record":
                     rest[0].recorded += 1
                     self._give(lane, "record", rest[0])

@@ -13,6 +13,8 @@ from tests.support import tables
 from .fake_streams import FakeStreams
 from .ordering import ordered_by
 
+#: Elements of a token's projection.
+WIDTH = 24
 SCHEDULES = [list(names) for names in itertools.permutations(("main", "model", "side"))]
 ORDERS = {
     "a lookup after the copy of its ids": ("side", "main"),
@@ -55,9 +57,10 @@ class Model:
 
     def start(self, batch):
         """Ids appear in a buffer of the caller's, which is overwritten as soon as start() has returned."""
-        self.streams.run("main", lambda: self.ids.copy_(batch))
-        started = self.prefetcher.start(self.ids)
-        self.streams.run("main", lambda: self.ids.fill_(39))
+        ids = self.ids
+        self.streams.run("main", lambda: ids.copy_(batch))
+        started = self.prefetcher.start(ids)
+        self.streams.run("main", lambda: ids.fill_(39))
         return started
 
     def read(self, layer, stream=None, started=None):
@@ -83,6 +86,71 @@ class Model:
             if len(seen) != len(given) or not all(same(a, b[layer]) for a, b in zip(seen, expected, strict=True)):
                 return False
         return True
+
+
+def weights(columns=4, width=16, layers=2):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(columns * width, WIDTH, generator=generator) for _ in range(layers)]
+
+
+def projections(device="cpu", **options):
+    """As of an engine: of a precision of its own, by no module."""
+
+    def projection(weight):
+        return lambda rows, out: out.copy_(rows.flatten(-2).float() @ weight.to(device))
+
+    return [projection(weight) for weight in weights(**options)]
+
+
+def projected(ids, plan, placed, **options):
+    rows = hash_lookup(ids, plan, placed, **options)
+    return [each.flatten(-2).float() @ weight.to(each.device) for each, weight in zip(rows, weights(), strict=True)]
+
+
+class Projecting(Model):
+    """Steps that read projections."""
+
+    reads = "kv"
+
+    def options(self):
+        return dict(projections=projections(), kv_width=WIDTH, kv_dtype=torch.float32)
+
+    def expected(self, batch):
+        return projected(batch, self.plan, self.tables)
+
+
+KINDS = {"rows": Model, "kv": Projecting}
+
+
+def noted(model):
+    """Let ``model.running`` be the stream whose work runs."""
+    give = model.streams._give
+
+    def giving(stream, kind, *rest):
+        if kind == "run":
+            work = rest[0]
+
+            def run():
+                model.running = stream
+                work()
+
+            rest = (run,)
+        return give(stream, kind, *rest)
+
+    model.streams._give = giving
+
+
+def in_flight(model, given, ahead_by=0):
+    """Steps in which each start comes ``ahead_by`` steps before it is read."""
+    started = []
+    for number in range(len(given) + ahead_by):
+        if number < len(given):
+            started.append(model.start(given[number]))
+        if number >= ahead_by:
+            for layer in range(2):
+                model.read(layer, started=started[number - ahead_by])
+            with model.streams.stream(model.reading):
+                started[number - ahead_by].release()
 
 
 def replayed(model, given, graphs, schedule):

@@ -1,0 +1,133 @@
+"""Several starts of a Prefetcher in flight: each has its own rows and projections, in every order of work."""
+
+import pytest
+import torch
+
+from engram_kernels import Prefetcher, hash_lookup
+from engram_kernels.serving import prefetch
+from tests.ops.test_registration import same
+from tests.support.gpu.prefetching import KINDS, ORDERS, SCHEDULES, batches, in_flight, setting
+
+
+@pytest.fixture(params=[True, False], ids=["apart", "together"])
+def apart(request, monkeypatch):
+    monkeypatch.setattr(prefetch, "layers_apart", lambda *_: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reading", ["model", "main"])
+def test_two_starts_in_flight(apart, kind, reading):
+    for schedule in SCHEDULES:
+        model, given = KINDS[kind](reading=reading, depth=2), batches(5)
+        in_flight(model, given, ahead_by=1)
+        assert model.right(given, schedule), schedule
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropped", ORDERS.values(), ids=ORDERS)
+def test_two_starts_in_flight_need_each_order(apart, kind, dropped):
+    results = []
+    for schedule in SCHEDULES:
+        model, given = KINDS[kind](dropped, depth=2), batches(5)
+        in_flight(model, given, ahead_by=1)
+        results.append(model.right(given, schedule))
+    assert not all(results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_starts_in_flight_need_buffers_each(kind):
+    results = []
+    for schedule in SCHEDULES:
+        model, given = KINDS[kind](depth=2), batches(5)
+        first, second = model.prefetcher._taken
+        for name in ("inputs", "rows", "kv"):
+            setattr(second, name, getattr(first, name))
+        in_flight(model, given, ahead_by=1)
+        results.append(model.right(given, schedule))
+    assert not all(results)
+
+
+def in_one_capture(model, given, early):
+    """Two steps in one graph, each started while the one before is read, across replays too; ``early``: a step is
+    read before the next is started. On another stream than that of the starts."""
+    other = torch.zeros(6, dtype=torch.int64)
+    streams, fork, joined = model.streams, model.streams.event(), model.streams.event()
+    first = waiting = model.start(given[0])
+    with streams.capture("main") as replay:
+        streams.record(fork, "main")
+        streams.wait("model", fork)
+        for ids in (model.ids, other):
+            coming = None if early else model.prefetcher.start(ids)
+            for layer in range(2):
+                model.read(layer, started=waiting)
+            with streams.stream("model"):
+                waiting.release()
+            waiting = model.prefetcher.start(ids) if coming is None else coming
+        waiting.release()
+        streams.record(joined, "model")
+        streams.wait("main", joined)
+    assert waiting._taken is first._taken
+    for number in range(1, len(given) - 1, 2):
+        for ids, batch in zip((model.ids, other), given[number:], strict=False):
+            streams.run("main", lambda ids=ids, batch=batch: ids.copy_(batch))
+        replay("main")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("dropped", [None, ("side", "model")])
+def test_two_steps_of_one_capture_in_flight(kind, early, dropped):
+    results = []
+    for schedule in SCHEDULES:
+        model, given = KINDS[kind](dropped, depth=2), batches(7)
+        in_one_capture(model, given, early)
+        results.append(model.right(given[:-1], schedule))
+    assert all(results) == (dropped is None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_in_turn(apart, kind):
+    """Each graph starts the next step and reads the one that the other graph has started."""
+    for schedule in SCHEDULES:
+        model, given = KINDS[kind](reading="main", depth=2), batches(6)
+        waiting, graphs = model.start(given[0]), []
+        for _ in range(2):
+            with model.streams.capture("main") as replay:
+                coming = model.prefetcher.start(model.ids)
+                for layer in range(2):
+                    model.read(layer, started=waiting)
+                waiting.release()
+                coming.release()
+            graphs.append(replay)
+            waiting = coming
+        for number, batch in enumerate(given[1:]):
+            model.streams.run("main", lambda model=model, batch=batch: model.ids.copy_(batch))
+            graphs[number % 2]("main")
+        assert model.right(given[:-1], schedule), schedule
+
+
+def test_starts_beyond_depth():
+    plan, placed = setting()
+    prefetcher = Prefetcher(plan, placed, 8, depth=2)
+    ids = batches(3)
+    first, second = (prefetcher.start(each) for each in ids[:2])
+    words = r"^Prefetcher.start: expected at most depth = 2 starts in flight, got one more; release\(\) the oldest"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            prefetcher.start(ids[2])
+    second.release()
+    with pytest.raises(ValueError, match=words):
+        prefetcher.start(ids[2])
+    expected = [hash_lookup(each, plan, placed) for each in ids]
+    assert same(first.rows(1), expected[0][1]) and same(second.rows(0), expected[1][0])
+    assert same(prefetcher.rows(0), expected[1][0]), "the prefetcher's own are of the last start"
+    first.release()
+    third = prefetcher.start(ids[2])
+    assert same(third.rows(0), expected[2][0]) and same(second.rows(1), expected[1][1]), "which is still there"
+    first.release()  # nothing: its buffers are the third's
+    for call in (first.rows, first.kv):
+        with pytest.raises(ValueError, match=f"^Started.{call.__name__}: expected buffers that hold this start"):
+            call(0)
+    with pytest.raises(ValueError, match="in flight"):
+        (prefetcher.start(ids[0]), prefetcher.start(ids[0]))
