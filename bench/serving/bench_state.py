@@ -1,6 +1,6 @@
 """State by slot in decode: one token of each of T sequences.
 
-``history`` is begin() and commit() of an EngramState, two launches. ``conv`` is gate_conv_residual whose window and new
+``history`` is what a Prefetcher copies of an EngramState's step, and its commit: two launches. ``conv`` is gate_conv_residual whose window and new
 entries lie in slots; its baseline ``dense`` gathers a dense state from slots, convolves, and puts the new state back,
 and ``given`` is the convolution of a dense state alone.
 """
@@ -13,9 +13,12 @@ import torch
 from bench.ops.bench_gate import GateInputs, disagreement, norms
 from bench.running.cases import Case, Prepared, Workbench, poison, tensor_bytes
 from engram_kernels import EngramState, gate_conv_residual, reference
+from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.reference.ops import conv_slots
+from engram_kernels.reference.ops.sequences import slot_history
 from engram_kernels.reference.serving import history
+from engram_kernels.serving.inputs import TokenBuffers
 
 SEQUENCES, ALL_SEQUENCES = (64, 256), (16, 64, 256, 1024)
 PRIORITY = 30
@@ -31,17 +34,21 @@ def prepare_history(sequences: int, bench: Workbench) -> Prepared:
     state = EngramState(bench.config("v41"), 2 * sequences, bench.device)
     slots, ids = _slots(sequences, bench), bench.token_ids("text", "v41", sequences, 0)[:, None]
     depth = bench.config("v41").max_ngram - 1
+    buffers = TokenBuffers(sequences, sequences, depth + 1, bench.device)
     for _ in range(depth):  # then no call changes what the next one finds
         state.begin(ids, slots).commit()
     plain = ids.expand(-1, depth).long().contiguous()
 
     def call() -> torch.Tensor:
         step = state.begin(ids, slots)
+        given = Tokens(ids, **step.options)
+        copies = buffers.views(given)
+        buffers.copy(given, copies)
         step.commit()
-        return step.history
+        return copies.history
 
     def eager(_) -> torch.Tensor:
-        past = history.gather_history(table, slots)
+        past = slot_history(table, slots)
         history.commit_history(table, None, slots, ids)
         return past
 
@@ -52,7 +59,7 @@ def prepare_history(sequences: int, bench: Workbench) -> Prepared:
     return Prepared(
         calls=[call, call],
         check=lambda result, _: None if torch.equal(result, plain) else wrong,
-        nbytes=2 * tensor_bytes(slots) + 4 * tensor_bytes(plain) + tensor_bytes(ids),
+        nbytes=2 * tensor_bytes(slots) + 4 * tensor_bytes(plain) + 3 * tensor_bytes(ids),
         baselines={"eager": lambda: eager},
     )
 

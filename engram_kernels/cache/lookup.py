@@ -71,7 +71,17 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
     known = hash_arguments(tokens, plan)
     columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr", "NON_NEGATIVE", "NUM_LAYERS")
     columns = {name: known[name] for name in columns}
-    mixing = ("token_map_ptr", "multipliers_ptr", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos")
+    mixing = (
+        "token_map_ptr",
+        "multipliers_ptr",
+        "num_seqs",
+        "search_steps",
+        "seq_len",
+        "num_slots",
+        "vocab_size",
+        "pad",
+        "eos",
+    )
     mixing = {name: known[name] for name in (*mixing, "MAX_NGRAM", "HAS_EOS")}
     shared = dict(num_tokens=num_tokens, now_ptr=now, stamps_ptr=state.stamps)
     reading = dict(tables_ptr=view.descriptors, out_ptr=out_ptr, out_scale_ptr=out_scale_ptr, counts_ptr=state.counts)
@@ -85,6 +95,7 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
             cu_seqlens_ptr=tokens.cu_seqlens,
             history_ptr=tokens.history,
             dead_ptr=tokens.dead,
+            slots_ptr=tokens.slots,
             missed_ptr=missed,
             keys_ptr=state.keys,
             clock_ptr=state.clock,

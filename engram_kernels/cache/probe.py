@@ -58,13 +58,24 @@ def key_of(value):
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos", "num_sets"]
+    do_not_specialize=[
+        "num_tokens",
+        "num_seqs",
+        "search_steps",
+        "seq_len",
+        "num_slots",
+        "vocab_size",
+        "pad",
+        "eos",
+        "num_sets",
+    ]
 )
 def probe_cache_kernel(
     token_ids_ptr,
     cu_seqlens_ptr,
     history_ptr,
     dead_ptr,
+    slots_ptr,
     token_map_ptr,
     multipliers_ptr,
     primes_ptr,
@@ -84,6 +95,7 @@ def probe_cache_kernel(
     num_seqs,
     search_steps,
     seq_len,
+    num_slots,
     vocab_size,
     pad,
     eos,
@@ -107,7 +119,7 @@ def probe_cache_kernel(
     Writes a sort value for each group and token, and the time of this call. Persistent grid. Relies on G * T < 2^31,
     and on writing tags and entries nowhere: a stamp gets the same value from all writers.
     """
-    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr)
+    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr, slots_ptr, num_slots)
     sequences = (num_seqs, search_steps, seq_len)
     vocabulary = (token_map_ptr, vocab_size, pad, eos)
     parameters = (None, primes_ptr, offsets_ptr, reciprocals_ptr)

@@ -1,5 +1,7 @@
 """One kernel with all that is fixed, launched again and again with other tensors."""
 
+from collections.abc import Callable, Hashable
+
 import torch
 from triton.compiler import CompiledKernel
 
@@ -46,3 +48,26 @@ class Launch:
     def again(self, compiled: CompiledKernel, values: list) -> None:
         """Launch what was compiled; ``values`` of all parameters, in their order."""
         compiled[(*self.grid, 1, 1)[:3]](*values)
+
+
+class KeptLaunches:
+    """Launches by what they have in common, each made when it first comes."""
+
+    #: All are forgotten then: no serving engine repeats as many lengths.
+    MOST = 1024
+
+    def __init__(self):
+        self._kept: dict[Hashable, Callable] = {}
+
+    def get(self, form: Hashable, make: Callable[[], Callable]) -> Callable:
+        """The launch for ``form``."""
+        launch = self._kept.get(form)
+        if launch is None:
+            if len(self._kept) >= self.MOST:
+                self._kept.clear()
+            launch = self._kept[form] = make()
+        return launch
+
+    def forget(self) -> None:
+        """Drop them all."""
+        self._kept.clear()

@@ -6,6 +6,7 @@ import torch
 
 from engram_kernels.geometry.kinds import Instance, Optional, Tensor
 from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.reference.ops.sequences import slot_history
 
 from .checks import check_tensor
 
@@ -17,10 +18,11 @@ TOKEN_KINDS = dict(
     cu_seqlens=Optional(Tensor(torch.int32)),
     history=Optional(Tensor(*ID_DTYPES)),
     dead=Optional(Tensor(torch.bool)),
+    slots=Optional(Tensor(torch.int32)),
 )
 _MAX_TOKENS = 2**31 - 1
 #: Tokens in the schema of a registered op.
-TOKENS_SCHEMA = "Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead"
+TOKENS_SCHEMA = "Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, Tensor? slots"
 
 
 class Tokens(NamedTuple):
@@ -28,18 +30,25 @@ class Tokens(NamedTuple):
 
     token_ids: torch.Tensor  #: int32 or int64 ``[T]`` or ``[B, S]``
     cu_seqlens: torch.Tensor | None = None  #: int32 ``[B + 1]``
-    history: torch.Tensor | None = None  #: int32 or int64 ``[B, N - 1]``
+    history: torch.Tensor | None = None  #: int32 or int64 ``[B, N - 1]``; with slots ``[slots, N - 1]``
     dead: torch.Tensor | None = None  #: bool, of the shape of token_ids
+    slots: torch.Tensor | None = None  #: int32 ``[B]``, each sequence's row of history; another one is none
 
     @property
     def options(self) -> dict[str, torch.Tensor | None]:
         """All but the ids, as keyword arguments of the ops."""
-        return dict(cu_seqlens=self.cu_seqlens, history=self.history, dead=self.dead)
+        return dict(cu_seqlens=self.cu_seqlens, history=self.history, dead=self.dead, slots=self.slots)
+
+    def gathered(self) -> "Tokens":
+        """The same with each sequence's history in its place, a copy: slots move on."""
+        if self.slots is None:
+            return self
+        return self._replace(history=slot_history(self.history, self.slots), slots=None)
 
 
 def check_tokens(where: str, tokens: Tokens, plan: HashPlan) -> None:
     """Types, shapes and devices of what a hash reads."""
-    token_ids, cu_seqlens, history, dead = tokens
+    token_ids, cu_seqlens, history, dead, slots = tokens
     check_tensor(where, "token_ids", token_ids, dtypes=ID_DTYPES)
     if token_ids.dim() not in (1, 2) or token_ids.numel() > _MAX_TOKENS:
         raise ValueError(
@@ -52,8 +61,12 @@ def check_tokens(where: str, tokens: Tokens, plan: HashPlan) -> None:
     if plan.device != token_ids.device:
         raise ValueError(f"{where}: plan must be on {token_ids.device} (plan.to(...)), got {plan.device}")
     batch = check_batch(where, token_ids.shape, cu_seqlens, token_ids.device)
+    if slots is not None:
+        check_tensor(where, "slots", slots, dtypes=(torch.int32,), shape=(batch,), device=token_ids.device)
+        if history is None:
+            raise ValueError(f"{where}: slots are rows of history, and there is no history")
     if history is not None:
-        shape = (batch, plan.max_ngram - 1)
+        shape = (batch if slots is None else max(1, *history.shape[:1]), plan.max_ngram - 1)
         check_tensor(where, "history", history, dtypes=ID_DTYPES, shape=shape, device=token_ids.device)
     if dead is not None:
         check_tensor(where, "dead", dead, dtypes=(torch.bool,), shape=token_ids.shape, device=token_ids.device)
@@ -61,9 +74,9 @@ def check_tokens(where: str, tokens: Tokens, plan: HashPlan) -> None:
 
 def check_token_values(where: str, tokens: Tokens, plan: HashPlan) -> None:
     """On the CPU: every id that is neither dead nor padding, and all history but -1, is in the vocabulary."""
-    token_ids, cu_seqlens, history, dead = tokens
-    if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if tokens.token_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    token_ids, cu_seqlens, history, dead, _ = tokens.gathered()
     if cu_seqlens is not None:
         check_ends(where, cu_seqlens, token_ids.shape[0])
     live = token_ids if cu_seqlens is None else token_ids[: int(cu_seqlens[-1])]

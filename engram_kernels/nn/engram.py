@@ -58,6 +58,7 @@ _TOKENS = dict(
     cu_seqlens=Optional(Tensor(torch.int32)),
     history=Optional(Tensor(*ID_DTYPES)),
     dead=Optional(Tensor(torch.bool)),
+    slots=Optional(Tensor(torch.int32)),
 )
 _ROWS = dict(token_ids=Tensor(*ID_DTYPES), **_TOKENS)
 _PROJECT = dict(rows=Tensor(*FLOAT_DTYPES), out=Optional(Tensor(*FLOAT_DTYPES)))
@@ -184,12 +185,13 @@ class Engram(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
         conv_state: tuple[torch.Tensor, torch.Tensor] | None = None,
         state: EngramStep | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """``[T, H, D]`` (``[B, S, H, D]``) from hidden of that shape; with conv_state (out, new state).
 
-        token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history and dead as for :func:`ngram_hash`; or rows
+        token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history, dead and slots as for :func:`ngram_hash`; or rows
         ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before; or kv ``[T, (H + 1) * D]`` (``[B, S, ...]``) in
         hidden's dtype, which :meth:`project` or an engine's own projection made of them before.
         state: a step of :class:`EngramState`, in place of all of them but rows or kv; the result is out alone.
@@ -197,10 +199,11 @@ class Engram(nn.Module):
         convolution, where there is one, still adds what it makes of earlier tokens.
         Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
         """
-        given = hidden, token_ids, rows, kv, cu_seqlens, history, dead, conv_state, state
+        given = hidden, token_ids, rows, kv, cu_seqlens, history, dead, slots, conv_state, state
         check_all("Engram.forward", _FORWARD, dict(zip(_FORWARD, given, strict=True)))
         if state is not None:
-            others = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, conv_state=conv_state)
+            others = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, slots=slots)
+            others |= dict(conv_state=conv_state)
             if given := [name for name, value in others.items() if value is not None]:
                 raise ValueError(f"Engram.forward: state stands for {', '.join(given)} too, got both")
             options = dict(state.options, conv_state=state.conv_state(self.layer))
@@ -213,7 +216,7 @@ class Engram(nn.Module):
             raise ValueError(f"Engram.forward: expected one of token_ids, rows and kv, got {got}")
         if kv is None:
             if rows is None:
-                rows = self.rows(token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead)
+                rows = self.rows(token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, slots=slots)
             self._check_row_shape("Engram.forward", rows)
             self._check_hidden(hidden, tuple(rows.shape[:-2]))
             kv = self.project(rows)
@@ -247,13 +250,13 @@ class Engram(nn.Module):
         )
 
     @declares(**_ROWS)
-    def rows(self, token_ids, *, cu_seqlens=None, history=None, dead=None) -> torch.Tensor:
+    def rows(self, token_ids, *, cu_seqlens=None, history=None, dead=None, slots=None) -> torch.Tensor:
         """This layer's rows ``[T, C, R]``, in the projection's dtype where the kernels write it."""
-        given = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead)
-        check_all("Engram.rows", _ROWS, given)
+        options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, slots=slots)
+        check_all("Engram.rows", _ROWS, dict(token_ids=token_ids, **options))
         dtype = self.wkv.weight.dtype
         out_dtype = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else None
-        options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, out_dtype=out_dtype)
+        options |= dict(out_dtype=out_dtype)
         plan = self._plan(token_ids.device)
         if isinstance(self.table, ShardedTable):
             return self.table.hash_lookup(token_ids, plan, **options)

@@ -131,6 +131,9 @@ class HashLookup(Op):
 
     def record(self, call, out):
         check_recordable(self.name, out)
+        call = call._replace(
+            tokens=call.tokens.gathered()
+        )  # the backward pass hashes again, when slots may have moved on
         with torch.no_grad():
             rows = self(call)
         return record_rows(rows, call.tables, partial(_layer_gradients, call.plan), *call.tokens)
@@ -224,7 +227,7 @@ def _launch(tokens: Tokens, plan: HashPlan, view: TableView, out, storage, progr
     prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, order))(tokens, out)
 
 
-def _new_values(token_ids, cu_seqlens, history, dead, *rest):
+def _new_values(token_ids, cu_seqlens, history, dead, slots, *rest):
     view, (out_dtype, storage, *_), plan = _split(rest, 4)
     return op_result(make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
 
@@ -235,11 +238,11 @@ _OPTIONS = f"bool storage, int? programs, str? order, {PLAN_SCHEMA}"
 @registered(
     "hash_lookup", f"({TOKENS_SCHEMA}, {VIEW_SCHEMA}, ScalarType? out_dtype, {_OPTIONS}) -> Tensor[]", _new_values
 )
-def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
+def hash_lookup_op(token_ids, cu_seqlens, history, dead, slots, *rest):
     """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
     view, (out_dtype, storage, programs, order), plan = _split(rest, 4)
     out = make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
-    _launch(Tokens(token_ids, cu_seqlens, history, dead), plan, view, out, storage, programs, order)
+    _launch(Tokens(token_ids, cu_seqlens, history, dead, slots), plan, view, out, storage, programs, order)
     return op_result(out)
 
 
@@ -249,11 +252,11 @@ def hash_lookup_op(token_ids, cu_seqlens, history, dead, *rest):
     writes_alone,
     mutates=("out", "out_scales"),
 )
-def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, *rest):
+def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, slots, *rest):
     """:func:`hash_lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
     view, (out, out_scales, storage, programs, order), plan = _split(rest, 5)
     out = (out, out_scales) if storage else out
-    _launch(Tokens(token_ids, cu_seqlens, history, dead), plan, view, out, storage, programs, order)
+    _launch(Tokens(token_ids, cu_seqlens, history, dead, slots), plan, view, out, storage, programs, order)
 
 
 @declares(
@@ -270,6 +273,7 @@ def hash_lookup(
     cu_seqlens: torch.Tensor | None = None,
     history: torch.Tensor | None = None,
     dead: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
     out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
     out_dtype: torch.dtype | None = None,
     out_format: str = "values",
@@ -280,14 +284,14 @@ def hash_lookup(
     """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, in one launch unless rows are sorted.
 
     tables: one :class:`EngramTable` per layer of the plan, in its order, of one format and width.
-    token_ids, plan, cu_seqlens, history and dead are those of :func:`ngram_hash`; out, out_dtype, out_format, programs
-    and order those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3 comes
-    as float32 ``[L]``. Where a table is staged there is a launch per layer, and the call waits for the GPU
-    once, to bring row ids to the CPU; it cannot be captured or compiled then.
+    token_ids, plan, cu_seqlens, history, dead, slots: as for :func:`ngram_hash`. out, out_dtype, out_format, programs
+    and order are those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3
+    comes as float32 ``[L]``. Where a table is staged there is a launch per layer, and the call waits for the GPU once,
+    to bring row ids to the CPU; it cannot be captured or compiled then.
     cache: an :class:`NgramCache` for this plan and these tables; what it has is not read from them, and what it has not
     once a call, head by head in every order but "direct". No bit differs.
     Where a table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows; the
     backward pass hashes once more rather than keep the ids.
     """
-    tokens = Tokens(token_ids, cu_seqlens, history, dead)
+    tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
     return HASH_LOOKUP(HashLookupCall(tokens, plan, tables, out_dtype, out_format, programs, order, cache), out)

@@ -38,7 +38,7 @@ class HashCall(NamedTuple):
     @classmethod
     def of(cls, arguments) -> "HashCall":
         """The call of a registered op's arguments: tokens and parts of a plan."""
-        return cls(Tokens(*arguments[:4]), HashPlan.of_parts(arguments[4:]))
+        return cls(Tokens(*arguments[:5]), HashPlan.of_parts(arguments[5:]))
 
 
 class NgramHash(Op):
@@ -102,9 +102,9 @@ def ngram_hash_op(*arguments):
 
 
 @registered("ngram_hash_out", f"({TOKENS_SCHEMA}, Tensor(a!) out, {PLAN_SCHEMA}) -> ()", writes_alone, mutates=("out",))
-def ngram_hash_out_op(token_ids, cu_seqlens, history, dead, out, *plan_parts):
+def ngram_hash_out_op(token_ids, cu_seqlens, history, dead, slots, out, *plan_parts):
     """:func:`ngram_hash` for torch.compile, into ``out``."""
-    call = HashCall(Tokens(token_ids, cu_seqlens, history, dead), HashPlan.of_parts(plan_parts))
+    call = HashCall(Tokens(token_ids, cu_seqlens, history, dead, slots), HashPlan.of_parts(plan_parts))
     HASH.launcher(call, out)(call, out)
 
 
@@ -116,6 +116,7 @@ def ngram_hash(
     cu_seqlens: torch.Tensor | None = None,
     history: torch.Tensor | None = None,
     dead: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Row ids ``[T, L, C]`` (``[B, S, L, C]``), offsets included; int32, or int64 for layers of 2^31 rows or more.
@@ -126,9 +127,10 @@ def ngram_hash(
     beyond ``cu_seqlens[B]`` are padding.
     history: ``[B, N - 1]`` raw ids before each sequence's first token here, oldest first, -1 for none.
     dead: bool ``[T]`` (``[B, S]``), tokens that take no part in an n-gram and block what is older.
+    slots: int32 ``[B]``, where history ``[slots, N - 1]`` is kept by slot: each sequence's row of it, -1 for none.
     out: a contiguous tensor to write to.
 
     A look-back that is blocked reads as the pad id (the EOS in the "eos" dialect). An invalid id raises ValueError on
     the CPU; in a kernel the columns that read it get -1, as do padding tokens.
     """
-    return HASH(HashCall(Tokens(token_ids, cu_seqlens, history, dead), plan), out)
+    return HASH(HashCall(Tokens(token_ids, cu_seqlens, history, dead, slots), plan), out)

@@ -207,6 +207,7 @@ class ShardedTable(ShardedRows):
         cu_seqlens: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
         out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
         out_dtype: torch.dtype | None = None,
         out_format: str = "values",
@@ -216,11 +217,12 @@ class ShardedTable(ShardedRows):
         plan: of all the config's layers, or of this one alone. Other arguments are those of :func:`hash_lookup`.
         """
         where = "ShardedTable.hash_lookup"
+        tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
         with self._refusing(token_ids):
-            check_tokens(where, Tokens(token_ids, cu_seqlens, history, dead), plan)
+            check_tokens(where, tokens, plan)
             plan = self._own_plan(plan, where)
-            check_token_values(where, Tokens(token_ids, cu_seqlens, history, dead), plan)
-            row_ids = ngram_hash(token_ids, plan, cu_seqlens=cu_seqlens, history=history, dead=dead)[..., 0, :]
+            check_token_values(where, tokens, plan)
+            row_ids = ngram_hash(token_ids, plan, **tokens.options)[..., 0, :]
             self._check_lookup(where, row_ids, out, out_dtype, out_format)
         return self.lookup(row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
 

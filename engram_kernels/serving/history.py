@@ -1,4 +1,4 @@
-"""Raw ids before each sequence's first token, kept per slot: read for a batch, and moved on by the tokens accepted.
+"""Raw ids before each sequence's first token, kept per slot, and moved on by the tokens accepted.
 
     history  [slots, N - 1]   raw ids, oldest first, int64; NO_TOKEN, INVALID: see below
     cursor   [slots]          int32, where the convolution's next entry goes (ops/conv_kernels/slots.py), or None
@@ -13,34 +13,19 @@ import triton
 import triton.language as tl
 
 from engram_kernels.launching.device import cdiv, is_kernel_device, next_power_of_2, on_device_of
+from engram_kernels.launching.launch import KeptLaunches, Launch
+from engram_kernels.ops.call import form_of
 from engram_kernels.reference.serving import history as reference
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "gather_history_kernel": dict(sm_80=(24, 0), sm_90=(24, 0), sm_100=(24, 0), gfx942=(16, 0)),
     "commit_history_kernel": dict(sm_80=(32, 0), sm_90=(32, 0), sm_100=(32, 0), gfx942=(24, 0)),
 }
-_GATHER_ELEMENTS = 128
 _COMMIT_SEQUENCES = 8
 # In place of an id: no token (before the text, or a dead one), and a token whose id was -1, which no vocabulary has.
 NO_TOKEN = tl.constexpr(reference.NO_TOKEN)
 INVALID = tl.constexpr(reference.INVALID)
-
-
-@triton.jit(do_not_specialize=["num_seqs", "num_slots"])
-def gather_history_kernel(
-    history_ptr, slots_ptr, out_ptr, num_seqs, num_slots, DEPTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """BLOCK ids of ``out [B, DEPTH]``.
-
-    Grid (cdiv(B * DEPTH, BLOCK),). Relies on contiguous arguments.
-    """
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < num_seqs * DEPTH
-    slot = tl.load(slots_ptr + offs // DEPTH, mask=mask, other=-1)
-    known = (slot >= 0) & (slot < num_slots)
-    id = tl.load(history_ptr + slot.to(tl.int64) * DEPTH + offs % DEPTH, mask=known, other=NO_TOKEN)
-    tl.store(out_ptr + offs, id, mask=mask)
+COMMITS = KeptLaunches()
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_slots", "seq_len", "restart"])
@@ -105,65 +90,35 @@ def commit_history_kernel(
         tl.store(cursor_ptr + slot, moved, mask=writes)
 
 
-def launch_gather_history(history, slots, out) -> None:
-    """One launch; writes ``out [B, N - 1]``."""
-    if out.numel():
-        with on_device_of(history):
-            gather_history_kernel[(cdiv(out.numel(), _GATHER_ELEMENTS),)](
-                history,
-                slots,
-                out,
-                len(slots),
-                len(history),
-                DEPTH=history.shape[1],
-                BLOCK=_GATHER_ELEMENTS,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
-
-
 def launch_commit_history(
     history, cursor, slots, token_ids, cu_seqlens, dead, accepted, ring: int, span: int, restart: int | None
 ) -> None:
     """One launch; rewrites the slots of ``history``, and of ``cursor`` where it is a tensor, in place."""
-    batch = len(slots)
-    if batch == 0:
+    if not len(slots):
         return
+    tensors = history, cursor, slots, token_ids, cu_seqlens, dead, accepted
+    form = form_of(*tensors), ring, span, restart
     with on_device_of(history):
-        commit_history_kernel[(cdiv(batch, _COMMIT_SEQUENCES),)](
-            history,
-            cursor,
-            slots,
-            token_ids,
-            cu_seqlens,
-            dead,
-            accepted,
-            batch,
-            len(history),
-            token_ids.numel() // batch,
-            0 if restart is None else restart,
-            DEPTH=history.shape[1],
-            RING=ring,
-            SPAN=span,
-            RESTART=restart is not None,
-            BLOCK_B=_COMMIT_SEQUENCES,
-            BLOCK_N=next_power_of_2(history.shape[1]),
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
+        COMMITS.get(form, lambda: _committing(history, slots, token_ids, ring, span, restart))(*tensors)
 
 
-@torch.library.custom_op("engram::gather_history", mutates_args=(), schema="(Tensor history, Tensor slots) -> Tensor")
-def gather_history_op(history, slots):
-    """:func:`gather_history` for torch.compile."""
-    out = make_gathered(history, slots)
-    launch_gather_history(history, slots, out)
-    return out
-
-
-@gather_history_op.register_fake
-def _(history, slots):
-    return make_gathered(history, slots)
+def _committing(history, slots, token_ids, ring: int, span: int, restart: int | None) -> Launch:
+    batch, depth = len(slots), history.shape[1]
+    fixed = dict(
+        num_seqs=batch,
+        num_slots=len(history),
+        seq_len=token_ids.numel() // batch,
+        restart=0 if restart is None else restart,
+        DEPTH=depth,
+        RING=ring,
+        SPAN=span,
+        RESTART=restart is not None,
+        BLOCK_B=_COMMIT_SEQUENCES,
+        BLOCK_N=next_power_of_2(depth),
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+    return Launch(commit_history_kernel, (cdiv(batch, _COMMIT_SEQUENCES),), fixed)
 
 
 @torch.library.custom_op(
@@ -180,22 +135,6 @@ def commit_history_op(history, cursor, *options):
 @commit_history_op.register_fake
 def _(history, cursor, *options):
     return None
-
-
-def make_gathered(history, slots) -> torch.Tensor:
-    """A new tensor for the history of ``slots``."""
-    return history.new_empty(slots.shape[0], history.shape[1])
-
-
-def gather_history(history: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """History ``[B, N - 1]`` of the sequences in ``slots [B]`` int32; NO_TOKEN (-1) throughout for padding."""
-    if not is_kernel_device(history):
-        return reference.gather_history(history, slots)
-    if torch.compiler.is_compiling():
-        return gather_history_op(history, slots)
-    out = make_gathered(history, slots)
-    launch_gather_history(history, slots, out)
-    return out
 
 
 def commit_history(

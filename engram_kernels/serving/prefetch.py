@@ -22,7 +22,6 @@ from engram_kernels.geometry.kinds import (
     Instance,
     OneOf,
     Optional,
-    Tensor,
     Whole,
     declares,
     takes,
@@ -30,7 +29,7 @@ from engram_kernels.geometry.kinds import (
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.device import processors
 from engram_kernels.launching.streams import streams_of
-from engram_kernels.launching.tokens import ID_DTYPES, Tokens, check_token_values, check_tokens
+from engram_kernels.launching.tokens import TOKEN_KINDS, Tokens, check_token_values, check_tokens
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.ops.hash_rows import hash_lookup
 from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
@@ -41,6 +40,7 @@ from engram_kernels.ops.row_kernels.output import OUT_DTYPES, check_row_out
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import view_tables
 
+from .inputs import TokenBuffers
 from .started import Projection, Side, StartBuffers, Started
 
 _LAUNCH_BYTES = {"device": 32 << 20}  # of other placements:
@@ -166,22 +166,16 @@ class Prefetcher:
             return torch.empty(depth, count, dtype=dtype, device=plan.device)
 
         row_elements = num_columns * tables[0].width
-        inputs = (
-            buffer(max_tokens, torch.int64),
-            buffer(max_sequences + 1, torch.int32),
-            buffer(max_sequences * (plan.max_ngram - 1), torch.int64),
-            buffer(max_tokens, torch.bool),
-        )
+        inputs = [TokenBuffers(max_tokens, max_sequences, plan.max_ngram, plan.device) for _ in range(depth)]
         rows = buffer(num_layers * max_tokens * row_elements, rows_dtype)
         kv = buffer(num_layers * kv_tokens * kv_width, self._kv_dtype) if kv_tokens else None
 
         self._streams = streams = streams_of(plan.device)
         self._copied = streams.event()
-        memory = (*inputs, rows) if kv is None else (*inputs, rows, kv)
+        memory = [part for each in inputs for part in each.tensors] + [rows] + ([] if kv is None else [kv])
         self._side = Side(streams, memory, names, projections)
         self._taken = [
-            StartBuffers(streams, num_layers, [each[n] for each in inputs], rows[n], None if kv is None else kv[n])
-            for n in range(depth)
+            StartBuffers(streams, num_layers, inputs[n], rows[n], None if kv is None else kv[n]) for n in range(depth)
         ]
         self._starts = 0
         self._last: Started | None = None
@@ -208,12 +202,7 @@ class Prefetcher:
         hashed = hash_rows_config(view, num_rows, self._options["programs"])[1]
         return cached, apart, choose_order(self._options["order"], view, num_rows), hashed
 
-    @declares(
-        token_ids=Tensor(*ID_DTYPES),
-        cu_seqlens=Optional(Tensor(torch.int32)),
-        history=Optional(Tensor(*ID_DTYPES)),
-        dead=Optional(Tensor(torch.bool)),
-    )
+    @declares(**{name: kind for name, kind in TOKEN_KINDS.items() if name != "plan"})
     def start(
         self,
         token_ids: torch.Tensor,
@@ -221,11 +210,12 @@ class Prefetcher:
         cu_seqlens: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
     ) -> Started:
         """Begin to look up the rows of ``token_ids`` in all layers; arguments as for :func:`hash_lookup`.
 
-        The arguments are copied on the current stream, and may be overwritten by what follows on it. The start that is
-        returned is needed only where another one comes before it is read.
+        The arguments are copied on the current stream, by one launch, and may be overwritten by what follows on it. The
+        start that is returned is needed only where another one comes before it is read.
         """
         where = "Prefetcher.start"
         self._side.buffers.check(where)
@@ -234,26 +224,15 @@ class Prefetcher:
             raise ValueError(
                 f"{where}: expected at most depth = {self.depth} starts in flight, got one more; release() the oldest"
             )
-        sources = Tokens(token_ids, cu_seqlens, history, dead)
+        sources = Tokens(token_ids, cu_seqlens, history, dead, slots)
         check_tokens(where, sources, self._plan)
-        sequences = max(0 if cu_seqlens is None else len(cu_seqlens) - 1, 0 if history is None else len(history))
+        past = history if slots is None else slots
+        sequences = max(0 if cu_seqlens is None else len(cu_seqlens) - 1, 0 if past is None else len(past))
         for name, count in (("tokens", token_ids.numel()), ("sequences", sequences)):
             if count > (most := getattr(self, f"max_{name}")):
                 raise ValueError(f"{where}: token_ids must be at most max_{name} = {most} {name}, got {count}")
         check_token_values(where, sources, self._plan)
-        buffers = taken.inputs
-        inputs = Tokens(
-            *(
-                None if source is None else buffer[: source.numel()].view(source.shape)
-                for source, buffer in zip(sources, buffers, strict=True)
-            )
-        )
-
-        def copy() -> None:
-            for target, source in zip(inputs, sources, strict=True):
-                if target is not None:
-                    target.copy_(source)
-
+        inputs = taken.inputs.views(sources)
         streams, side = self._streams, self._streams.side
         current = streams.current()
         captured = streams.capturing(current)
@@ -267,7 +246,7 @@ class Prefetcher:
             taken.last.wait(current, inside)
         if not captured:
             self._side.keep(current)
-        streams.run(current, copy)
+        streams.run(current, lambda: taken.inputs.copy(sources, inputs))
         streams.record(self._copied, current)
         streams.wait(side, self._copied)
         taken.wait_for_readers(current, captured)

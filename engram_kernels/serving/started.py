@@ -11,6 +11,8 @@ import torch
 from engram_kernels.geometry.kinds import Instance, declares, short
 from engram_kernels.launching.buffers import Buffers
 
+from .inputs import TokenBuffers
+
 #: Writes ``out [T, W]`` (``[B, S, W]``) from rows ``[T, C, R]`` (``[B, S, C, R]``) on the current stream.
 Projection = Callable[[torch.Tensor, torch.Tensor], object]
 
@@ -40,11 +42,11 @@ class Mark:
 class StartBuffers:
     """Buffers of one start at a time, their marks, and the streams that read them.
 
-    inputs: of token ids, cu_seqlens, history and dead. rows, kv: flat, of all layers; kv is None where nothing is
+    inputs: of its tokens. rows, kv: flat, of all layers; kv is None where nothing is
     projected ahead.
     """
 
-    def __init__(self, streams, num_layers: int, inputs: Sequence[torch.Tensor], rows, kv):
+    def __init__(self, streams, num_layers: int, inputs: TokenBuffers, rows, kv):
         self.inputs, self.rows, self.kv, self._streams = inputs, rows, kv, streams
         self.ready = [Mark(streams) for _ in range(num_layers)]
         self.projected = self.ready if kv is None else [Mark(streams) for _ in range(num_layers)]

@@ -1,12 +1,13 @@
 """What Engram remembers between the steps of a serving engine, by sequence slot.
 
-    begin     reads the slots     history [B, N - 1] of this step's sequences
-    forward   reads the slots     the convolution's window, by the kernel that convolves; new tokens go behind it
+    begin     reads nothing       which tokens are of which slots
+    forward   reads the slots     history, by the kernel that hashes, or that copies for a Prefetcher; the convolution's
+                                  window, by the kernel that convolves; new tokens go behind it
     commit    moves the slots on  by the tokens accepted: all, some or none
 
-All three are launched on the caller's stream, so each finds what the last commit before it wrote, and no launch writes
-what another one of the same step may still read. docs/serving.md has the argument. T tokens, B sequences, N longest
-n-gram, H branches, D hidden size.
+Forward and commit are launched on the caller's stream, so each finds what the last commit before it wrote, and no
+launch writes what another one of the same step may still read. docs/serving.md has the argument. T tokens, B sequences,
+N longest n-gram, H branches, D hidden size.
 """
 
 from collections import Counter
@@ -25,9 +26,10 @@ from engram_kernels.launching.tokens import ID_DTYPES, check_batch
 from engram_kernels.ops.conv_kernels.slots import ConvSlots, launch_store_conv
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.reference.ops import conv_slots as reference
+from engram_kernels.reference.ops.sequences import slot_history
 from engram_kernels.reference.serving.history import NO_TOKEN
 
-from .history import commit_history, gather_history
+from .history import commit_history
 
 _TOKENS = dict(
     token_ids=Tensor(*ID_DTYPES), cu_seqlens=Optional(Tensor(torch.int32)), dead=Optional(Tensor(torch.bool))
@@ -43,7 +45,6 @@ class EngramStep:
     slots: torch.Tensor
     cu_seqlens: torch.Tensor | None
     dead: torch.Tensor | None
-    history: torch.Tensor  #: [B, N - 1] raw ids before each sequence's first token here, oldest first, -1: none
     state: "EngramState" = field(repr=False)
     captured: bool = False  #: begun in the capture of a CUDA graph: one commit follows each replay
     _committed: bool = field(default=False, init=False, repr=False)
@@ -52,13 +53,25 @@ class EngramStep:
 
     @property
     def options(self) -> dict[str, torch.Tensor | None]:
-        """``cu_seqlens``, ``history`` and ``dead``: what hashes, :meth:`Prefetcher.start` and lookups take."""
-        return dict(cu_seqlens=self.cu_seqlens, history=self.history, dead=self.dead)
+        """``cu_seqlens``, ``history``, ``dead`` and ``slots``: what hashes, :meth:`Prefetcher.start` and lookups take.
+
+        History is the state's own, which they read by slot: give them to the stream before :meth:`commit`.
+        """
+        self._check_open("options")
+        history = self.state._history
+        return dict(cu_seqlens=self.cu_seqlens, history=history, dead=self.dead, slots=self.slots)
+
+    @property
+    def history(self) -> torch.Tensor:
+        """``[B, N - 1]`` raw ids before each sequence's first token here, oldest first, -1 for none; a copy."""
+        self._check_open("history")
+        return slot_history(self.state._history, self.slots)
 
     @declares(layer=Whole(0))
     def conv_state(self, layer: int) -> ConvSlots | None:
         """State of one of the config's layers, as :func:`gate_conv_residual` takes it; None without a convolution."""
         Whole(0).check("EngramStep.conv_state", "layer", layer)
+        self._check_open("conv_state")
         return self.state.layer_slots(layer, self.slots)
 
     @declares(accepted=Optional(Tensor(torch.int32)))
@@ -78,6 +91,13 @@ class EngramStep:
             )
         self.state._commit(self, accepted)
         self._committed = True
+
+    def _check_open(self, name: str) -> None:
+        """Raise where what the step is to read has moved on."""
+        if self._committed and not self.captured:
+            raise ValueError(
+                f"EngramStep.{name}: expected before commit(), which moves on what a step reads, got after"
+            )
 
 
 class EngramState:
@@ -148,16 +168,15 @@ class EngramState:
         """A step over ``token_ids``: ``[T]`` with cu_seqlens, or ``[B, S]``, and dead as for :func:`ngram_hash`.
 
         slots: int32 ``[B]``, different from each other; -1 for padding. Without a convolution several sequences may
-        have one slot, as candidates for its continuation of which commit() accepts at most one. One launch.
+        have one slot, as candidates for its continuation of which commit() accepts at most one. No launch.
         """
         where = "EngramState.begin"
         self._buffers.check(where)
         batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
         self._check_slots(where, slots, batch, distinct=self._span > 0)
         captured = token_ids.is_cuda and not is_compiling() and torch.cuda.is_current_stream_capturing()
-        history = gather_history(self._history, slots)
         seen = {slot: self._moves[slot] for slot in slots.tolist()} if self._checks_values() else {}
-        return EngramStep(token_ids, slots, cu_seqlens, dead, history, self, captured, seen)
+        return EngramStep(token_ids, slots, cu_seqlens, dead, self, captured, seen)
 
     @takes(slots=Optional(AnyOf(Whole(), _SLOTS)))
     def reset(self, slots: torch.Tensor | int | None = None) -> None:

@@ -4,6 +4,7 @@ import torch
 
 from .hashing import ngram_hash
 from .rows import lookup
+from .sequences import slot_history
 
 
 def hash_lookup(
@@ -14,6 +15,7 @@ def hash_lookup(
     cu_seqlens=None,
     history=None,
     dead=None,
+    slots=None,
     out=None,
     out_dtype=None,
     out_format="values",
@@ -25,6 +27,7 @@ def hash_lookup(
 
     cache: a ``CacheSimulator``, which says what a cache would have had; the rows come from the tables all the same.
     """
+    history = history if slots is None else slot_history(history, slots)
     options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead)
     row_ids = ngram_hash(token_ids, plan, **options)
     if cache is not None:

@@ -8,14 +8,15 @@ T tokens, L layers, C columns, N the longest n-gram. Source: arXiv 2601.07372, s
 
 import torch
 
-from .sequences import token_sequences
+from .sequences import slot_history, token_sequences
 
 
-def ngram_hash(token_ids, plan, *, cu_seqlens=None, history=None, dead=None, out=None):
+def ngram_hash(token_ids, plan, *, cu_seqlens=None, history=None, dead=None, slots=None, out=None):
     """Row ids ``[T, L, C]`` (``[B, S, L, C]`` for ids ``[B, S]``); arguments as ``engram_kernels.ngram_hash``.
 
     A column whose window holds an invalid id, and every padding token, gets -1.
     """
+    history = history if slots is None else slot_history(history, slots)
     mixes, bad = ngram_mixes(token_ids, plan, cu_seqlens, history, dead)
     newest = plan.orders.long() - 1  # the oldest shift that each column's n-gram reads
     rows = torch.remainder(mixes[..., newest], plan.primes) + plan.offsets

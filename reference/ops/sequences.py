@@ -1,4 +1,4 @@
-"""Which sequence each token of a packed batch belongs to."""
+"""Which sequence each token of a packed batch belongs to, and what came before it."""
 
 import torch
 
@@ -19,3 +19,9 @@ def token_sequences(shape, cu_seqlens, device):
     # Counting the sequences that end at or before a token also steps over empty ones.
     sequence = torch.searchsorted(ends, token, right=True).clamp(max=max(0, ends.shape[0] - 1))
     return sequence, cu_seqlens.long()[sequence], token >= cu_seqlens[-1]
+
+
+def slot_history(history, slots):
+    """History ``[B, N - 1]``, rows ``slots [B]`` of ``history [slots, N - 1]``; -1, no token, where there is none."""
+    known = (slots >= 0) & (slots < len(history))
+    return history[slots.clamp(0, len(history) - 1).long()].masked_fill(~known[:, None], -1)

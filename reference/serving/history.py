@@ -1,4 +1,4 @@
-"""Raw ids before each sequence's first token, kept per slot: read for a batch, and moved on by the tokens accepted.
+"""Raw ids before each sequence's first token, kept per slot, and moved on by the tokens accepted.
 
     history  [slots, N - 1]   raw ids, oldest first; NO_TOKEN, INVALID: see below
     cursor   [slots]          where the convolution's next entry goes (ops/conv_slots.py), or None
@@ -14,12 +14,6 @@ import torch
 NO_TOKEN = -1
 #: A token whose id was -1. It is invalid as any id outside the vocabulary is, but -1 itself would pass for NO_TOKEN.
 INVALID = -2
-
-
-def gather_history(history, slots):
-    """History ``[B, N - 1]`` of the sequences in ``slots [B]``; NO_TOKEN throughout for padding."""
-    known = (slots >= 0) & (slots < len(history))
-    return torch.where(known[:, None], history[torch.where(known, slots, 0).long()], NO_TOKEN)
 
 
 def commit_history(

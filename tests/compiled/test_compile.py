@@ -123,7 +123,7 @@ SWEEPS = {
             lambda: compile_cases.history_case(ring=True),
         ),
         dict(gate_scale_kernel=1, conv_residual_kernel=5, store_conv_kernel=1)
-        | dict(gather_history_kernel=1, commit_history_kernel=1),
+        | dict(copy_tokens_kernel=1, commit_history_kernel=1),
     ),
     "gradients": (
         (lambda: compile_cases.conv_backward_case(3, 64, torch.bfloat16, full=True),),

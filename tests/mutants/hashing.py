@@ -32,11 +32,27 @@ cu_seqlens ignored: padding @ ops/hash_kernels/sequences
 - padding = token >= tl.load(cu_seqlens_ptr + num_seqs)
 + padding = token < 0
 history reversed @ ops/hash_kernels/mix
-- * (MAX_NGRAM - 1) + slot
-+ * (MAX_NGRAM - 1) + (MAX_NGRAM - 2 - slot)
+- tl.load(history_ptr + past + slot, mask
++ tl.load(history_ptr + past + (MAX_NGRAM - 2 - slot), mask
 offset omitted @ ops/hash_kernels/mix
 - mask_param, NON_NEGATIVE) + offset
 + mask_param, NON_NEGATIVE)
+"""
+
+# history_start, in both kernels that hash and in the cache's.
+HISTORY_BY_SLOT = """\
+slots ignored @ ops/hash_kernels/mix
+- slot = tl.load(slots_ptr + seq, mask=mask_token & (token - start < MAX_NGRAM - 1), other=-1)
++ slot = seq
+mask dropped: slots that do not exist @ ops/hash_kernels/mix
+- slot = tl.where(slot < num_slots, slot, -1)
++ slot = slot + num_slots * 0
+mask dropped: sequences without a slot @ ops/hash_kernels/mix
+- before = before & (past >= 0)
++ before = before
+window off by one: tokens that read history @ ops/hash_kernels/mix
+- (token - start < MAX_NGRAM - 1)
++ (token - start < MAX_NGRAM - 2)
 """
 
 # ngram_rows, by which hash_lookup hashes.
@@ -94,4 +110,7 @@ last tile skipped @ ops/hash_kernels/row_ids
 + mask_token = token < num_tokens // BLOCK_T * BLOCK_T
 """
 
-MUTANTS = mutants("ngram_hash_kernel", "ops/hashing", ("hash/v41-packed", "hash/qwen-overflow"), HASH, NGRAM_HASH)
+MUTANTS = (
+    *mutants("ngram_hash_kernel", "ops/hashing", ("hash/v41-packed", "hash/qwen-overflow"), HASH, NGRAM_HASH),
+    *mutants("ngram_hash_kernel", "ops/slots", ("hash/v41-slots",), HISTORY_BY_SLOT),
+)

@@ -2,19 +2,31 @@
 
 from .change import mutants
 
-GATHER_HISTORY = """\
-mask dropped: slots that do not exist @ serving/history -k many or equals_reference
-- mask=known, other=NO_TOKEN)
-+ mask=mask & (slot < num_slots), other=NO_TOKEN)
-other dropped @ serving/history -k equals_reference
-- offs % DEPTH, mask=known, other=NO_TOKEN)
-+ offs % DEPTH, mask=known, other=0)
-stride swapped @ serving/history -k equals_reference
-- tl.load(slots_ptr + offs // DEPTH, mask=mask, other=-1)
-+ tl.load(slots_ptr + offs % num_seqs, mask=mask, other=-1)
-history reversed @ serving/history -k equals_reference
-- * DEPTH + offs % DEPTH, mask
-+ * DEPTH + DEPTH - 1 - offs % DEPTH, mask
+COPY_TOKENS = """\
+mask dropped: slots that do not exist @ serving/inputs
+- known = (row >= 0) & (row < num_slots)
++ known = row >= 0
+mask dropped: sequences without a slot @ serving/inputs
+- known = (row >= 0) & (row < num_slots)
++ known = row < num_slots
+slots ignored @ serving/inputs
+- row = tl.load(slots_ptr + row, mask=mask_past, other=-1)
++ row = row
+history reversed @ serving/inputs
+- * DEPTH + offs % DEPTH, mask=known
++ * DEPTH + DEPTH - 1 - offs % DEPTH, mask=known
+other dropped @ serving/inputs
+- mask=known, other=-1)
++ mask=known, other=0)
+mask dropped: tokens @ serving/inputs
+- mask_token, mask_end, mask_past = offs < num_tokens
++ mask_token, mask_end, mask_past = offs < num_tokens + BLOCK
+mask dropped: history @ serving/inputs
+- offs < num_ends, offs < num_past
++ offs < num_ends, offs < num_past + BLOCK
+last ends skipped @ serving/inputs
+- offs < num_ends, offs
++ offs < num_ends - 1, offs
 """
 
 COMMIT_HISTORY = """\
@@ -104,7 +116,7 @@ _HISTORY, _CONV = (
     ("ops/conv_kernels/slots", ("gate_conv/27b-packed-slots",)),
 )
 MUTANTS = (
-    *mutants("gather_history_kernel", *_HISTORY, GATHER_HISTORY),
+    *mutants("copy_tokens_kernel", "serving/inputs", ("history/27b-packed",), COPY_TOKENS),
     *mutants("commit_history_kernel", *_HISTORY, COMMIT_HISTORY),
     *mutants("conv_residual_kernel", *_CONV, SLOTS, SLOTS_RESIDUAL),
     *mutants("store_conv_kernel", *_CONV, SLOTS, STORE_CONV),

@@ -72,6 +72,7 @@ def closed():
 
 
 META_PLAN, OPEN_PLAN = plan_of().to(META), plan_of(vocab_size=None)
+WIDE = torch.ones(2, 3, dtype=I64)
 B3 = ends(0, 2, 2, 5)  # three sequences, one of them empty, and a token of padding
 # Constraints on tokens, shared by ngram_hash and hash_lookup: error, words, changes
 TOKEN_CASES = [
@@ -111,6 +112,14 @@ TOKEN_CASES = [
         r"history must have shape \[2, 2\], got \[1, 2\]",
         {"token_ids": ids_of(*range(6)).view(2, 3), "history": ids_of(1, 2)[None]},
     ),
+    (ValueError, "slots are rows of history, and there is no history", {"slots": ends(0)}),
+    (TypeError, "slots must be a tensor of int32, got int64", {"slots": ids_of(0), "history": ids_of(1, 2)[None]}),
+    (ValueError, r"slots must have shape \[1\], got \[2\]", {"slots": ends(0, 1), "history": ids_of(1, 2)[None]}),
+    (ValueError, r"history must have shape \[2, 2\], got \[2, 3\]", {"slots": ends(0), "history": WIDE}),
+    (ValueError, r"history must have shape \[1, 2\], got \[0, 2\]", {"slots": ends(0), "history": WIDE[:0, :2]}),
+    (ValueError, r"history must have shape \[2, 2\], got \[2\]", {"slots": ends(0), "history": ids_of(1, 2)}),
+    (ValueError, "slots must be on cpu, got meta", {"slots": ends(0).to(META), "history": ids_of(1, 2)[None]}),
+    (ValueError, "history must be valid ids, .* got 50", {"slots": ends(1), "history": ids_of(1, 1, 50, 1).view(2, 2)}),
     (ValueError, "history must be on cpu, got meta", {"history": ids_of(1, 2)[None].to(META)}),
     (ValueError, "history must be contiguous", {"history": torch.zeros(2, 3).long().T, "cu_seqlens": B3}),
     (TypeError, "dead must be a tensor of bool, got uint8", {"dead": torch.zeros(6).byte()}),

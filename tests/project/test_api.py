@@ -139,11 +139,12 @@ def test_no_op_waits_for_a_gpu(monkeypatch):
         state = engram_kernels.EngramState(dataclasses.replace(config, hidden_size=8, branches=2), 4, "cuda:0")
         slots = fake(2, dtype=torch.int32)
         step = state.begin(ids, slots, cu_seqlens=cu, dead=mask)
+        assert step.history.shape == (2, 2)
+        assert engram_kernels.hash_lookup(ids, plan, tables, **step.options).shape == (2, 6, 4, 32)
         step.commit(slots)
         state.begin(ids, slots, cu_seqlens=cu).commit()
         state.reset(slots)
         state.restore(slots, ids, cu_seqlens=cu, conv_states=[(fake(2, 9, 8, dtype=torch.bfloat16), fake(2, 9, 2))])
-        assert step.history.shape == (2, 2)
 
 
 def test_classes_make_their_objects_by_name():

@@ -124,7 +124,7 @@ def sharded(**options):
 OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
 OPTIMIZER |= dict(reduce="alone", group=None)
 NEW = dict(device=None, name=None, scales=None, progress=None, placement="cpu")
-TOKENS = dict(cu_seqlens=None, history=None, dead=None)
+TOKENS = dict(cu_seqlens=None, history=None, dead=None, slots=None)
 READ = dict(out=None, out_dtype=None, out_format="values", programs=None, order=None)
 SHARDED = dict(config=config(), layer=1, group=None, placement="cpu")
 GATE = dict(clamp=1e-6, mask=None, zero_gate="sign", residual=True, out=None)

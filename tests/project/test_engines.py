@@ -86,6 +86,7 @@ def test_vllm_with_a_state():
         starts = torch.tensor([0, counts[0], counts[1], 1, counts[2]]).cumsum(0).int()
         hidden, kv, q_weight, k_weight = gate_tensors(len(ids))
         dead = torch.zeros(len(ids), dtype=torch.bool)
+        history = engram_state.begin(ids, slots, cu_seqlens=starts).history
         result = ENGINES.run(
             "vLLM",
             1,
@@ -108,14 +109,14 @@ def test_vllm_with_a_state():
         close(result.hidden, expected_gate(hidden, kv, q_weight, k_weight))
         for request, place in enumerate((0, 1, 3)):
             before = [-1] * N + texts[request][: done[request]].tolist()
-            assert result.step.history[place].tolist() == before[len(before) - N + 1 :]
+            assert history[place].tolist() == before[len(before) - N + 1 :]
             ids_so_far = texts[request][: done[request] + counts[request]]
             row_ids = np.array(expected_rows(ids_so_far.tolist()))[done[request] :]
             here = slice(int(starts[place]), int(starts[place + 1]))
             for index, layer in enumerate((1, 14)):
                 assert torch.equal(prefetcher.rows(layer)[here], rows_of(tables[index], row_ids[:, index]))
             done[request] += counts[request] - rejected[request]
-    assert result.step.history[2].tolist() == [-1] * (N - 1)
+    assert history[2].tolist() == [-1] * (N - 1)
 
 
 def rows_of(table, row_ids):

@@ -10,10 +10,11 @@ from unittest import mock
 import torch
 
 from engram_kernels import EngramConfig, EngramTable, HashPlan, NgramCache, split_kv
+from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.conv_kernels.backward import make_conv_gradients
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.ops.gate_kernels.gradients import make_gate_gradients
-from engram_kernels.serving.history import launch_commit_history, launch_gather_history
+from engram_kernels.serving.history import launch_commit_history
 from engram_kernels.tables.editing.exchange import StoredRows, launch_exchange_rows
 from engram_kernels.tables.gradient import RowGradient, launch_row_gradient
 from engram_kernels.tables.view import view_tables
@@ -21,6 +22,7 @@ from engram_kernels.training.sinkhorn import launch_row_sinkhorn, sinkhorn_rule
 from engram_kernels.training.update import launch_row_update
 from tests.support.launches import (
     launch_cached_lookup,
+    launch_copy_tokens,
     launch_gate_backward,
     launch_gate_conv_backward,
     launch_gate_conv_residual,
@@ -31,6 +33,7 @@ from tests.support.launches import (
 )
 
 TOKENS = 2048
+SLOTS = torch.empty(8, dtype=torch.int32)
 CPU = torch.device("cpu")
 
 
@@ -63,10 +66,10 @@ def tokens(full):
     return ids, torch.empty(9, dtype=torch.int32), torch.empty(8, 3, dtype=torch.int32), torch.empty(TOKENS).bool()
 
 
-def hash_case(chosen, full=False):
+def hash_case(chosen, full=False, slots=None):
     ids, *rest = tokens(full)
     out = torch.empty(TOKENS, *chosen.primes.shape, dtype=chosen.index_dtype)
-    return launch_ngram_hash(ids, chosen, *rest, out)
+    return launch_ngram_hash(ids, chosen, *rest, out, slots=slots)
 
 
 def row_out(rows, shape, storage):
@@ -82,14 +85,14 @@ def lookup_case(rows, columns, storage=False, order="direct"):
     launch_lookup(ids, view_tables((rows,), CPU), row_out(rows, ids.shape, storage), storage, None, order)
 
 
-def hash_lookup_case(model, full=False, storage=False, order="direct"):
+def hash_lookup_case(model, full=False, storage=False, order="direct", slots=None):
     chosen, rows = plan(model), table(model)
     if order == "address":  # each layer is a launch of its own, of the same kernel
         chosen = chosen.select(layers=[0])
     ids, *rest = tokens(full)
     out = row_out(rows, (chosen.primes.shape[0], TOKENS, chosen.primes.shape[1]), storage)
     view = view_tables([rows] * chosen.primes.shape[0], CPU)
-    launch_hash_lookup(ids, chosen, view, *rest, out, storage, None, order)
+    launch_hash_lookup(ids, chosen, view, *rest, out, storage, None, order, slots)
 
 
 def cached_case(chosen, width, row_format, full=False, storage=False, order="direct", ways=8):
@@ -161,7 +164,9 @@ def few(case, tokens=8):
 def history_case(ring):
     """History of three ids for 8 sequences in 64 slots, with the cursor of a convolution or without."""
     history, slots = torch.empty(64, 3, dtype=torch.int64), torch.empty(8, dtype=torch.int32)
-    launch_gather_history(history, slots, torch.empty(8, 3, dtype=torch.int64))
+    copies = (torch.empty(TOKENS).long(), torch.empty(9, dtype=torch.int32), torch.empty(8, 3).long())
+    ids, ends, _, dead = tokens(True)
+    launch_copy_tokens(Tokens(ids, ends, history, dead, slots), Tokens(*copies, torch.empty(TOKENS).bool()))
     cursor, options = (torch.empty(64, dtype=torch.int32), (26, 9)) if ring else (None, (0, 0))
     launch_commit_history(history, cursor, slots, *tokens(True)[:2], tokens(True)[3], slots, *options, None)
 
@@ -228,6 +233,7 @@ PRESETS = {"v41": V41, "27b": PAPER, "40b": "engram_40b", "demo": "deepseek_demo
 CASES = {
     "hash/v41": lambda: hash_case(plan(V41)),
     "hash/v41-packed": lambda: hash_case(plan(V41), full=True),
+    "hash/v41-slots": lambda: hash_case(plan(V41), full=True, slots=SLOTS),
     "hash/v41-few": few(lambda: hash_case(plan(V41))),
     "hash/v41-packed-few": few(lambda: hash_case(plan(V41), full=True)),
     "hash/v41-packed-columns": lambda: hash_case(plan(V41).select(columns=range(1, 24, 5)), full=True),
@@ -245,6 +251,7 @@ CASES = {
     "hash_lookup/v41-few": few(lambda: hash_lookup_case(V41), tokens=1),
     "hash_lookup/v41-packed-head-few": few(lambda: hash_lookup_case(V41, full=True, order="head"), tokens=1),
     "hash_lookup/v41-packed": lambda: hash_lookup_case(V41, full=True),
+    "hash_lookup/v41-slots-few": few(lambda: hash_lookup_case(V41, full=True, slots=SLOTS)),
     "hash_lookup/v41-storage": lambda: hash_lookup_case(V41, storage=True),
     "hash_lookup/v41-head": lambda: hash_lookup_case(V41, order="head"),
     "hash_lookup/v41-address": lambda: hash_lookup_case(V41, order="address"),

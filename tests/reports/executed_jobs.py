@@ -28,7 +28,9 @@ from engram_kernels import (
     reference,
 )
 from engram_kernels.launching import device as running
-from engram_kernels.serving.history import commit_history, gather_history
+from engram_kernels.launching.tokens import Tokens
+from engram_kernels.serving.history import commit_history
+from engram_kernels.serving.inputs import TokenBuffers
 from engram_kernels.tables.editing.exchange import StoredRows, exchange_rows
 from engram_kernels.tables.gradient import row_gradient
 from tests.support.tables import place
@@ -320,8 +322,15 @@ def _histories(bench: Workbench) -> Iterator[Job]:
         return after
 
     yield Job("history committed, 8 requests", "request", len(slots), [wanted], commit)
-    gathered = reference.serving.history.gather_history(before, slots)
-    yield Job("history gathered, 8 requests", "request", len(slots), [gathered], lambda: gather_history(before, slots))
+    given = Tokens(ids, requests.cu_seqlens, before, dead, slots)
+
+    def copy():
+        buffers = TokenBuffers(64, 8, 4, ids.device)
+        copies = buffers.views(given)
+        buffers.copy(given, copies)
+        return copies[:4]
+
+    yield Job("tokens copied, history by slot, 8 requests", "token", 64, list(given.gathered()[:4]), copy)
 
 
 FAMILIES = dict(hash=_hashes, lookup=_lookups, hash_lookup=_hash_lookups, cache=_cached, gate=_gates)

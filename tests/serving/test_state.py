@@ -237,7 +237,6 @@ def test_registered_ops(device):
     engine = form(device=device)
     history, slots = torch.arange(6, device=device).view(3, 2), int32(2, 0, device=device)
     cursor, ids = int32(3, 4, 5, device=device), torch.arange(4, device=device)
-    check("gather_history", history, slots)
     check("commit_history", history, cursor, slots, ids, int32(0, 1, 4, device=device), ids > 1, slots, 14, 6, None)
     ring = engine.state.layer_slots(1, slots)
     inputs = engine.text(4, torch.zeros(4).bool()).inputs[0]

@@ -14,30 +14,39 @@ from engram_kernels.ops.hash_kernels.row_ids import prepare_ngram_hash
 from engram_kernels.ops.row_kernels.by_id import prepare_lookup
 from engram_kernels.ops.row_kernels.hashed import prepare_hash_lookup
 from engram_kernels.ops.row_kernels.output import Reading
+from engram_kernels.serving.history import COMMITS
+from engram_kernels.serving.inputs import copying
 
 
 def forget_launches():
     """Drop the launches that ops keep, as in a process that has launched nothing."""
     for op in (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV):
         op.forget()
+    COMMITS.forget()
 
 
-def launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out, key_stride=None):
-    tokens = Tokens(token_ids, cu_seqlens, history, dead)
+def launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out, key_stride=None, slots=None):
+    tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
     prepare_ngram_hash(tokens, plan, key_stride)(tokens, out)
+
+
+def launch_copy_tokens(sources, copies):
+    copying(sources, copies)(*sources, *copies[:4])
 
 
 def launch_lookup(row_ids, view, out, storage, programs, order="direct"):
     prepare_lookup(row_ids, view, Reading(storage, programs, order))(row_ids, out)
 
 
-def launch_hash_lookup(token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order="direct"):
-    tokens = Tokens(token_ids, cu_seqlens, history, dead)
+def launch_hash_lookup(
+    token_ids, plan, view, cu_seqlens, history, dead, out, storage, programs, order="direct", slots=None
+):
+    tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
     prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, order))(tokens, out)
 
 
-def launch_cached_lookup(cache, view, storage, programs, order, token_ids, cu_seqlens, history, dead, out):
-    tokens = Tokens(token_ids, cu_seqlens, history, dead)
+def launch_cached_lookup(cache, view, storage, programs, order, token_ids, cu_seqlens, history, dead, out, slots=None):
+    tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
     cached.launch_cached_lookup(cache, tokens, view, Reading(storage, programs, order), out)
 
 

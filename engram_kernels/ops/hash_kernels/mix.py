@@ -2,7 +2,7 @@
 
 Formulas and symbols are those of ops/hashing.py. What travels together comes as a tuple:
 
-    tokens       token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr
+    tokens       token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr, slots_ptr, num_slots
     sequences    num_seqs, search_steps, seq_len                           as sequence_arguments says
     vocabulary   token_map_ptr, vocab_size, pad, eos
     parameters   orders_ptr, primes_ptr, offsets_ptr, reciprocals_ptr      of columns
@@ -42,10 +42,21 @@ def mix_rows(mix, offs_param, mask_param, parameters, NON_NEGATIVE: tl.constexpr
 
 
 @triton.jit
+def history_start(token, mask_token, seq, start, tokens, MAX_NGRAM: tl.constexpr):
+    """Where the history of each token's sequence begins, int64; below 0 where it has none, or the token reads none."""
+    _, _, _, _, slots_ptr, num_slots = tokens
+    slot = seq
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + seq, mask=mask_token & (token - start < MAX_NGRAM - 1), other=-1)
+        slot = tl.where(slot < num_slots, slot, -1)
+    return slot.to(tl.int64) * (MAX_NGRAM - 1)
+
+
+@triton.jit
 def look_back(
     token,
     mask_token,
-    seq,
+    past,
     start,
     blocked,
     tokens,
@@ -56,9 +67,9 @@ def look_back(
 ):
     """The id, int64, that each token's look-back by SHIFT hashes, whether it is blocked, and whether it is invalid.
 
-    ``blocked`` tells whether a newer one was.
+    ``blocked`` tells whether a newer one was; ``past`` is what :func:`history_start` found.
     """
-    token_ids_ptr, _, history_ptr, dead_ptr = tokens
+    token_ids_ptr, _, history_ptr, dead_ptr, slots_ptr, _ = tokens
     token_map_ptr, vocab_size, pad, eos = vocabulary
     source = token - SHIFT
     inside = mask_token & (source >= start) & (source >= 0)
@@ -67,8 +78,10 @@ def look_back(
         if history_ptr is not None:
             slot = MAX_NGRAM - 1 + source - start
             before = mask_token & (source < start) & (slot >= 0)
-            past = tl.load(history_ptr + seq.to(tl.int64) * (MAX_NGRAM - 1) + slot, mask=before, other=-1)
-            raw = tl.where(inside, raw, past.to(tl.int64))
+            if slots_ptr is not None:
+                before = before & (past >= 0)
+            older = tl.load(history_ptr + past + slot, mask=before, other=-1)
+            raw = tl.where(inside, raw, older.to(tl.int64))
         blocked = blocked | ((raw == -1) & ~inside)
         if HAS_EOS:
             blocked = blocked | (raw == eos)
@@ -98,11 +111,12 @@ def ngram_mix(
     ``token`` and ``order`` broadcast against each other.
     """
     seq, start, bad = find_sequence(token, tokens[1], sequences)
+    past = history_start(token, mask_token, seq, start, tokens, MAX_NGRAM)
     blocked = token < 0
     mix = (token * 0).to(tl.int64) + (order * 0).to(tl.int64)
     for shift in tl.static_range(MAX_NGRAM):
         value, blocked, invalid = look_back(
-            token, mask_token, seq, start, blocked, tokens, vocabulary, shift, MAX_NGRAM, HAS_EOS
+            token, mask_token, past, start, blocked, tokens, vocabulary, shift, MAX_NGRAM, HAS_EOS
         )
         multiplier = tl.load(multipliers_ptr + layer * MAX_NGRAM + shift)
         reads = order > shift

@@ -12,7 +12,7 @@ from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
 from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
 
-from .mix import look_back, mix_rows, ngram_rows
+from .mix import history_start, look_back, mix_rows, ngram_rows
 from .sequences import find_sequence, sequence_arguments
 
 _INT64_MAX = 2**63 - 1
@@ -74,13 +74,24 @@ def store_row_ids(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos", "key_stride"]
+    do_not_specialize=[
+        "num_tokens",
+        "num_seqs",
+        "search_steps",
+        "seq_len",
+        "num_slots",
+        "vocab_size",
+        "pad",
+        "eos",
+        "key_stride",
+    ]
 )
 def ngram_hash_kernel(
     token_ids_ptr,
     cu_seqlens_ptr,
     history_ptr,
     dead_ptr,
+    slots_ptr,
     token_map_ptr,
     multipliers_ptr,
     primes_ptr,
@@ -92,6 +103,7 @@ def ngram_hash_kernel(
     num_seqs,
     search_steps,
     seq_len,
+    num_slots,
     vocab_size,
     pad,
     eos,
@@ -112,7 +124,7 @@ def ngram_hash_kernel(
     HEADS has the columns of each order from 2 to N; it is None where columns don't come in that order.
     Grid (cdiv(T, BLOCK_T), L / BLOCK_L). Relies on T < 2^31 and on contiguous arguments.
     """
-    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr)
+    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr, slots_ptr, num_slots)
     sequences = (num_seqs, search_steps, seq_len)
     vocabulary = (token_map_ptr, vocab_size, pad, eos)
     parameters = (orders_ptr, primes_ptr, offsets_ptr, reciprocals_ptr)
@@ -145,13 +157,14 @@ def ngram_hash_kernel(
     else:
         # A mix grows by one token for each order, and an order's rows are ready with it: nothing is hashed twice.
         seq, start, bad = find_sequence(token, cu_seqlens_ptr, sequences)
+        past = history_start(token, mask_token, seq, start, tokens, MAX_NGRAM)
         blocked = token < 0
         head, mixes, rows, columns = column, (), (), ()
         for _ in tl.static_range(BLOCK_L):
             mixes = mixes + ((token * 0).to(tl.int64),)
         for shift in tl.static_range(MAX_NGRAM):
             value, blocked, invalid = look_back(
-                token, mask_token, seq, start, blocked, tokens, vocabulary, shift, MAX_NGRAM, HAS_EOS
+                token, mask_token, past, start, blocked, tokens, vocabulary, shift, MAX_NGRAM, HAS_EOS
             )
             bad = bad | invalid
             grown = ()
@@ -197,6 +210,7 @@ def hash_arguments(tokens: Tokens, plan: HashPlan) -> dict:
         orders_ptr=plan.orders,
         num_tokens=tokens.token_ids.numel(),
         **sequence_arguments(tokens.token_ids.shape, tokens.cu_seqlens),
+        num_slots=None if tokens.slots is None else len(tokens.history),
         vocab_size=_INT64_MAX if plan.vocab_size is None else plan.vocab_size,
         pad=plan.pad,
         eos=-1 if plan.eos is None else plan.eos,

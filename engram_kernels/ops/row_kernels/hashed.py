@@ -43,12 +43,15 @@ def hash_rows_config(view: TableView, num_rows: int, programs: int | None) -> tu
     return config, max(config.block_rows, 64) if many else config.block_rows
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "vocab_size", "pad", "eos"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "search_steps", "seq_len", "num_slots", "vocab_size", "pad", "eos"]
+)
 def hash_lookup_kernel(
     token_ids_ptr,
     cu_seqlens_ptr,
     history_ptr,
     dead_ptr,
+    slots_ptr,
     token_map_ptr,
     multipliers_ptr,
     primes_ptr,
@@ -62,6 +65,7 @@ def hash_lookup_kernel(
     num_seqs,
     search_steps,
     seq_len,
+    num_slots,
     vocab_size,
     pad,
     eos,
@@ -85,7 +89,7 @@ def hash_lookup_kernel(
 
     Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31 and contiguous arguments.
     """
-    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr)
+    tokens = (token_ids_ptr, cu_seqlens_ptr, history_ptr, dead_ptr, slots_ptr, num_slots)
     sequences = (num_seqs, search_steps, seq_len)
     vocabulary = (token_map_ptr, vocab_size, pad, eos)
     parameters = (orders_ptr, primes_ptr, offsets_ptr, reciprocals_ptr)

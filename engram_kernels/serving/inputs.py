@@ -1,0 +1,117 @@
+"""A step's tokens copied into buffers by one launch: what another stream reads while the caller writes the next ones.
+
+History that is kept by slot is gathered on the way, so that a commit may move the slots on at once. T tokens, B
+sequences, N longest n-gram.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from engram_kernels.launching.device import cdiv, is_kernel_device, on_device_of
+from engram_kernels.launching.launch import KeptLaunches, Launch
+from engram_kernels.launching.tokens import Tokens
+from engram_kernels.ops.call import form_of
+
+# Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
+CEILINGS = {
+    "copy_tokens_kernel": dict(sm_80=(32, 0), sm_90=(32, 0), sm_100=(32, 0), gfx942=(24, 0)),
+}
+_ELEMENTS = 128
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_ends", "num_past", "num_slots"])
+def copy_tokens_kernel(
+    token_ids_ptr,
+    cu_seqlens_ptr,
+    history_ptr,
+    dead_ptr,
+    slots_ptr,
+    out_token_ids_ptr,
+    out_cu_seqlens_ptr,
+    out_history_ptr,
+    out_dead_ptr,
+    num_tokens,
+    num_ends,
+    num_past,
+    num_slots,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of each of them: T ids and flags, B + 1 ends of sequences, B * DEPTH ids of history.
+
+    Grid (cdiv(the most of them, BLOCK),). All loads come before the first store, past which none is moved. Relies on
+    contiguous arguments, and on outputs that are none of the inputs.
+    """
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask_token, mask_end, mask_past = offs < num_tokens, offs < num_ends, offs < num_past
+    token = tl.load(token_ids_ptr + offs, mask=mask_token, other=0)
+    if cu_seqlens_ptr is not None:
+        end = tl.load(cu_seqlens_ptr + offs, mask=mask_end, other=0)
+    if history_ptr is not None:
+        row, known = offs // DEPTH, mask_past
+        if slots_ptr is not None:
+            row = tl.load(slots_ptr + row, mask=mask_past, other=-1)
+            known = (row >= 0) & (row < num_slots)
+        past = tl.load(history_ptr + row.to(tl.int64) * DEPTH + offs % DEPTH, mask=known, other=-1)
+    if dead_ptr is not None:
+        dead = tl.load(dead_ptr + offs, mask=mask_token, other=0)
+        tl.store(out_dead_ptr + offs, dead, mask=mask_token)
+    if history_ptr is not None:
+        tl.store(out_history_ptr + offs, past.to(tl.int64), mask=mask_past)
+    if cu_seqlens_ptr is not None:
+        tl.store(out_cu_seqlens_ptr + offs, end, mask=mask_end)
+    tl.store(out_token_ids_ptr + offs, token.to(tl.int64), mask=mask_token)
+
+
+class TokenBuffers:
+    """Room for the tokens of a step: ``max_tokens`` of at most ``max_sequences`` sequences, N - 1 ids before each."""
+
+    def __init__(self, max_tokens: int, max_sequences: int, max_ngram: int, device: torch.device):
+        def buffer(count: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(count, dtype=dtype, device=device)
+
+        past, ends = buffer(max_sequences * (max_ngram - 1), torch.int64), buffer(max_sequences + 1, torch.int32)
+        self.tensors = buffer(max_tokens, torch.int64), ends, past, buffer(max_tokens, torch.bool)
+        self._launches = KeptLaunches()
+
+    def views(self, sources: Tokens) -> Tokens:
+        """Where copies of ``sources`` go: no slots, but history for each sequence where there is one."""
+        shapes = [None if x is None else x.shape for x in sources[:4]]
+        if sources.slots is not None:
+            shapes[2] = torch.Size((len(sources.slots), sources.history.shape[1]))
+        views = zip(self.tensors, shapes, strict=True)
+        return Tokens(*(None if shape is None else buffer[: shape.numel()].view(shape) for buffer, shape in views))
+
+    def copy(self, sources: Tokens, copies: Tokens) -> None:
+        """Fill ``copies``, the :meth:`views` of ``sources``; one launch on a GPU."""
+        if is_kernel_device(sources.token_ids):
+            with on_device_of(sources.token_ids):
+                self._launches.get(form_of(*sources), lambda: copying(sources, copies))(*sources, *copies[:4])
+            return
+        for target, source in zip(copies, sources.gathered(), strict=True):
+            if target is not None:
+                target.copy_(source)
+
+
+def copying(sources: Tokens, copies: Tokens) -> Callable[..., None]:
+    """The launch for tokens such as these, of their five parts and the first four of their copies."""
+    num_tokens, past = sources.token_ids.numel(), copies.history
+    ends = 0 if sources.cu_seqlens is None else len(sources.cu_seqlens)
+    num_past = 0 if past is None else past.numel()
+    most = max(num_tokens, ends, num_past)
+    if not most:
+        return lambda *_: None
+    fixed = dict(
+        num_tokens=num_tokens,
+        num_ends=ends,
+        num_past=num_past,
+        num_slots=None if sources.slots is None else len(sources.history),
+        DEPTH=1 if past is None else max(1, past.shape[1]),
+        BLOCK=_ELEMENTS,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return Launch(copy_tokens_kernel, (cdiv(most, _ELEMENTS),), fixed)
