@@ -1,8 +1,8 @@
 """State by slot in decode: one token of each of T sequences.
 
-``history`` is what a Prefetcher copies of an EngramState's step, and its commit: two launches. ``conv`` is gate_conv_residual whose window and new
-entries lie in slots; its baseline ``dense`` gathers a dense state from slots, convolves, and puts the new state back,
-and ``given`` is the convolution of a dense state alone.
+``history`` is what a Prefetcher copies of an EngramState's step, and the commit: two launches. ``conv`` is
+gate_conv_residual whose window and new entries lie in slots; its baseline ``dense`` gathers a dense state from slots,
+convolves, and puts the new state back, and ``given`` is the convolution of a dense state alone.
 """
 
 from collections.abc import Iterator
@@ -45,6 +45,7 @@ def prepare_history(sequences: int, bench: Workbench) -> Prepared:
         copies = buffers.views(given)
         buffers.copy(given, copies)
         step.commit()
+        assert copies.history is not None
         return copies.history
 
     def eager(_) -> torch.Tensor:
@@ -59,7 +60,7 @@ def prepare_history(sequences: int, bench: Workbench) -> Prepared:
     return Prepared(
         calls=[call, call],
         check=lambda result, _: None if torch.equal(result, plain) else wrong,
-        nbytes=2 * tensor_bytes(slots) + 4 * tensor_bytes(plain) + 3 * tensor_bytes(ids),
+        nbytes=2 * tensor_bytes(slots) + 4 * tensor_bytes(plain) + 2 * tensor_bytes(ids) + 8 * ids.numel(),
         baselines={"eager": lambda: eager},
     )
 

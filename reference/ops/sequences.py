@@ -24,4 +24,4 @@ def token_sequences(shape, cu_seqlens, device):
 def slot_history(history, slots):
     """History ``[B, N - 1]``, rows ``slots [B]`` of ``history [slots, N - 1]``; -1, no token, where there is none."""
     known = (slots >= 0) & (slots < len(history))
-    return history[slots.clamp(0, len(history) - 1).long()].masked_fill(~known[:, None], -1)
+    return history.index_select(0, slots.clamp(0, len(history) - 1)).masked_fill(~known.unsqueeze(1), -1)

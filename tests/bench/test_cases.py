@@ -158,7 +158,9 @@ def test_bytes_over_the_link_and_of_states(bench):
     assert layer_traffic(bench.config("v41"), 8).wire_bytes == 8 * 24 * (256 + 32 + 3 * 20)
     assert link_seconds(148, 50) == pytest.approx(128 / 50e9)
     state = CASES[f"state/v41/history/T={FEW}"].prepare(bench)
-    assert state.nbytes == FEW * (2 * 4 + 4 * 3 * 8 + 4), "slots twice; old and new of 3 ids twice each; ids"
+    assert state.nbytes == FEW * (2 * 4 + 4 * 3 * 8 + 2 * 4 + 8), (
+        "slots twice; old and new of 3 ids twice each; ids twice and a copy"
+    )
     plan, tokens = bench.plan("v41", "host"), 64
     rows = 2 * tokens * 24
     for order, scales in (("direct", "host"), ("head", "host"), ("address", "device"), ("address", "host")):

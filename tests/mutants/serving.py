@@ -20,7 +20,7 @@ other dropped @ serving/inputs
 + mask=known, other=0)
 mask dropped: tokens @ serving/inputs
 - mask_token, mask_end, mask_past = offs < num_tokens
-+ mask_token, mask_end, mask_past = offs < num_tokens + BLOCK
++ mask_token, mask_end, mask_past = offs < num_tokens + 1
 mask dropped: history @ serving/inputs
 - offs < num_ends, offs < num_past
 + offs < num_ends, offs < num_past + BLOCK
