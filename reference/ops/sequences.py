@@ -23,5 +23,5 @@ def token_sequences(shape, cu_seqlens, device):
 
 def slot_history(history, slots):
     """History ``[B, N - 1]``, rows ``slots [B]`` of ``history [slots, N - 1]``; -1, no token, where there is none."""
-    known = (slots >= 0) & (slots < len(history))
-    return history.index_select(0, slots.clamp(0, len(history) - 1)).masked_fill(~known.unsqueeze(1), -1)
+    unknown = (slots < 0) | (slots >= len(history))
+    return history.index_select(0, slots.clamp(0, len(history) - 1)).masked_fill(unknown.unsqueeze(1), -1)
