@@ -53,16 +53,14 @@ class _Driver:
 class _Kernel(CompiledKernel):
     """A compiled kernel that does nothing."""
 
-    function = packed_metadata = module = None
+    function = packed_metadata = module = src = None
+    name = "nothing"
 
     def __init__(self):
         pass
 
     def _init_handles(self):
         pass
-
-    def launch_metadata(self, *_):
-        return None
 
     def run(self, *_):
         pass

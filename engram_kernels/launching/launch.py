@@ -1,9 +1,13 @@
 """One kernel with all that is fixed, launched again and again with other tensors."""
 
 from collections.abc import Callable, Hashable
+from typing import ClassVar
+from weakref import WeakSet
 
 import torch
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 
 class Launch:
@@ -20,6 +24,7 @@ class Launch:
     def __init__(self, kernel, grid: tuple[int, ...], fixed: dict):
         names = kernel.arg_names
         self.kernel, self.grid = kernel, grid
+        self._grid = (*grid, 1, 1)[:3]
         #: Parameters that tensors come for.
         self.tensors = [name for name in names if name.endswith("_ptr") and name not in fixed]
         missing = [name for name in names if name not in fixed and name not in self.tensors]
@@ -46,18 +51,29 @@ class Launch:
             self._compiled[misaligned] = compiled
 
     def again(self, compiled: CompiledKernel, values: list) -> None:
-        """Launch what was compiled; ``values`` of all parameters, in their order."""
-        compiled[(*self.grid, 1, 1)[:3]](*values)
+        """Launch what was compiled; ``values`` of all parameters, in their order.
+
+        Without hooks (of profilers) nothing is to be told of a launch, and what Triton does then for each costs 3 us.
+        """
+        hooks = knobs.runtime
+        if getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True):
+            compiled[self._grid](*values)
+            return
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        compiled.run(*self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
 class KeptLaunches:
     """Launches by what they have in common, each made when it first comes."""
+
+    _all: ClassVar[WeakSet["KeptLaunches"]] = WeakSet()
 
     #: All are forgotten then: no serving engine repeats as many lengths.
     MOST = 1024
 
     def __init__(self):
         self._kept: dict[Hashable, Callable] = {}
+        self._all.add(self)
 
     def get(self, form: Hashable, make: Callable[[], Callable]) -> Callable:
         """The launch for ``form``."""
@@ -68,6 +84,8 @@ class KeptLaunches:
             launch = self._kept[form] = make()
         return launch
 
-    def forget(self) -> None:
-        """Drop them all."""
-        self._kept.clear()
+    @classmethod
+    def forget(cls) -> None:
+        """Drop what is kept anywhere, as in a process that has launched nothing."""
+        for kept in cls._all:
+            kept._kept.clear()

@@ -1,6 +1,7 @@
 """One launch each, of arguments in a row: what launchers prepare for a signature, prepared and launched at once."""
 
 from engram_kernels.cache import lookup as cached
+from engram_kernels.launching.launch import KeptLaunches
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
 from engram_kernels.ops.conv_kernels import backward as conv_backward
@@ -14,7 +15,6 @@ from engram_kernels.ops.hash_kernels.row_ids import prepare_ngram_hash
 from engram_kernels.ops.row_kernels.by_id import prepare_lookup
 from engram_kernels.ops.row_kernels.hashed import prepare_hash_lookup
 from engram_kernels.ops.row_kernels.output import Reading
-from engram_kernels.serving.history import COMMITS
 from engram_kernels.serving.inputs import copying
 
 
@@ -22,7 +22,7 @@ def forget_launches():
     """Drop the launches that ops keep, as in a process that has launched nothing."""
     for op in (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV):
         op.forget()
-    COMMITS.forget()
+    KeptLaunches.forget()
 
 
 def launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out, key_stride=None, slots=None):
