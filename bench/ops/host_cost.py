@@ -21,8 +21,10 @@ from triton.runtime.jit import JITFunction
 from bench.running.report import print_table
 from engram_kernels import (
     EngramConfig,
+    EngramState,
     EngramTable,
     HashPlan,
+    Prefetcher,
     gate_conv_residual,
     gate_residual,
     hash_lookup,
@@ -31,7 +33,9 @@ from engram_kernels import (
     split_kv,
 )
 from engram_kernels.launching import device as running
+from engram_kernels.launching.launch import Kept, Launch
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
+from engram_kernels.serving import prefetch
 
 TOKENS = 4
 OPS = (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV)
@@ -82,30 +86,40 @@ def launching_nothing() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compile_nothing))
             stack.enter_context(mock.patch.object(running, "CPU_TAKES_KERNELS", True))
-            for module in (hash_rows, hashing):
+            for module in (hash_rows, hashing, prefetch):
                 stack.enter_context(mock.patch.object(module, "check_token_values", lambda *_: None))
-            for op in OPS:  # what was kept is not for CPU tensors
-                op.forget()
+            stack.enter_context(mock.patch.object(EngramState, "_checks_values", lambda _: False))
+            forget_launches()  # what was kept is not for CPU tensors
             yield
     finally:
-        for op in OPS:
-            op.forget()
+        forget_launches()
         driver._active = previous
         for function in used:
             function.device_caches.clear()
 
 
+def forget_launches() -> None:
+    """Drop the launches that ops and others keep, as in a process that has launched nothing."""
+    for op in OPS:
+        op.forget()
+    Kept.forget()
+
+
 def launches_of(call: Callable[[], object]) -> list[tuple]:
     """(kernel, grid, arguments, keyword arguments) of each launch that ``call`` makes."""
     launches, run = [], JITFunction.run
-    for op in OPS:  # Triton's own launches are those of a first call
-        op.forget()
+    forget_launches()  # Triton's own launches are those of a first call
 
     def record(self, *args, grid, warmup, **kwargs):
         launches.append((self, grid, args, kwargs))
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    with mock.patch.object(JITFunction, "run", record):
+    def record_kept(self, compiled, values):
+        launches.append((self.kernel, self.grid, values, self.options))
+        return again(self, compiled, values)
+
+    again = Launch.again
+    with mock.patch.object(JITFunction, "run", record), mock.patch.object(Launch, "again", record_kept):
         call()
     return launches
 
@@ -146,6 +160,27 @@ def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
     tensors, weight = (hidden, key, value, norms[0], norms[1]), torch.ones(branches, hidden_size, 4)
     options = dict(dilation=3, eps=1e-6, conv_eps=1e-6)
     operands = (*tensors, 1e-6, 1e-6, None, "copysign", True)
+    state = EngramState(config, TOKENS, "cpu", dtype=torch.float32)
+    prefetcher = Prefetcher(plan, tables, 16 * TOKENS, layers=config.layers)
+    slots = torch.arange(TOKENS, dtype=torch.int32)
+
+    def step(drafts: int) -> Callable[[], None]:
+        """Of a sequence in each slot: state, rows ahead, the gates of all layers; projections are torch's."""
+        length, accepted = 1 + drafts, torch.ones(TOKENS, dtype=torch.int32) if drafts else None
+        ids = torch.zeros(TOKENS, length, dtype=torch.int64)
+        hidden = torch.zeros(TOKENS, length, branches, hidden_size)
+        parts = split_kv(torch.zeros(TOKENS, length, (branches + 1) * hidden_size), branches, hidden_size)
+
+        def run() -> None:
+            begun = state.begin(ids, slots)
+            prefetcher.start(ids, **begun.options)
+            for layer in config.layers:
+                prefetcher.rows(layer)
+                gate_residual(hidden, *parts, norms[0], norms[1], eps=1e-6)
+            begun.commit(accepted)
+
+        return run
+
     return {
         "ngram_hash": lambda: ngram_hash(ids, plan),
         "lookup": lambda: lookup(tables[0], row_ids),
@@ -153,6 +188,8 @@ def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
         "gate_residual": lambda: gate_residual(*tensors, eps=1e-6),
         "gate_residual as a registered op": lambda: gate.gate_residual_op(*operands),
         "gate_conv_residual": lambda: gate_conv_residual(*tensors, norms[2], weight, **options),
+        "a step of decode, two layers": step(0),
+        "a step of verification, 3 drafts": step(3),
     }
 
 

@@ -18,7 +18,7 @@ from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.reference.ops import conv_slots
 from engram_kernels.reference.ops.sequences import slot_history
 from engram_kernels.reference.serving import history
-from engram_kernels.serving.inputs import TokenBuffers
+from engram_kernels.serving.inputs import TokenBuffers, copying
 
 SEQUENCES, ALL_SEQUENCES = (64, 256), (16, 64, 256, 1024)
 PRIORITY = 30
@@ -43,7 +43,7 @@ def prepare_history(sequences: int, bench: Workbench) -> Prepared:
         step = state.begin(ids, slots)
         given = Tokens(ids, **step.options)
         copies = buffers.views(given)
-        buffers.copy(given, copies)
+        copying(given, copies)(*given)
         step.commit()
         assert copies.history is not None
         return copies.history

@@ -1,7 +1,7 @@
 """One kernel with all that is fixed, launched again and again with other tensors."""
 
 from collections.abc import Callable, Hashable
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -32,7 +32,7 @@ class Launch:
             raise TypeError(f"Launch: fixed must have all but tensors, and lacks {', '.join(missing)}")
         self._values = [fixed.get(name) for name in names]
         self._places = [names.index(name) for name in self.tensors]
-        self._options = {name: value for name, value in fixed.items() if name not in names}
+        self.options = {name: value for name, value in fixed.items() if name not in names}
         self._compiled: dict[int, CompiledKernel] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
@@ -42,13 +42,17 @@ class Launch:
             misaligned <<= 1
             if tensor is not None and tensor.data_ptr() % 16:
                 misaligned |= 1
+        self.settle(values, misaligned)
         compiled = self._compiled.get(misaligned)
         if compiled is not None:
             self.again(compiled, values)
             return
-        compiled = self.kernel.run(*values, grid=self.grid, warmup=False, **self._options)
+        compiled = self.kernel.run(*values, grid=self.grid, warmup=False, **self.options)
         if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
             self._compiled[misaligned] = compiled
+
+    def settle(self, values: list, misaligned: int) -> None:
+        """Set constants among ``values`` that go by which tensors are misaligned, a bit each, the last one's lowest."""
 
     def again(self, compiled: CompiledKernel, values: list) -> None:
         """Launch what was compiled; ``values`` of all parameters, in their order.
@@ -63,26 +67,29 @@ class Launch:
         compiled.run(*self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
-class KeptLaunches:
-    """Launches by what they have in common, each made when it first comes."""
+class Kept:
+    """What calls of one form have in common, such as a launch: made when the form first comes."""
 
-    _all: ClassVar[WeakSet["KeptLaunches"]] = WeakSet()
+    _all: ClassVar[WeakSet["Kept"]] = WeakSet()
 
     #: All are forgotten then: no serving engine repeats as many lengths.
     MOST = 1024
 
     def __init__(self):
-        self._kept: dict[Hashable, Callable] = {}
+        self._kept: dict[Hashable, Any] = {}
         self._all.add(self)
 
-    def get(self, form: Hashable, make: Callable[[], Callable]) -> Callable:
-        """The launch for ``form``."""
-        launch = self._kept.get(form)
-        if launch is None:
+    def __contains__(self, form: Hashable) -> bool:
+        return form in self._kept
+
+    def get(self, form: Hashable, make: Callable[[], Any]) -> Any:
+        """What is kept for ``form``."""
+        kept = self._kept.get(form)
+        if kept is None:
             if len(self._kept) >= self.MOST:
                 self._kept.clear()
-            launch = self._kept[form] = make()
-        return launch
+            kept = self._kept[form] = make()
+        return kept
 
     @classmethod
     def forget(cls) -> None:

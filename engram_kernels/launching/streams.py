@@ -1,8 +1,10 @@
 """A GPU's streams, and the events by which one waits for another. On a CPU none: work is done where it is called."""
 
+import contextlib
 from collections.abc import Hashable, Sequence
 
 import torch
+from triton.runtime import driver
 
 
 class CudaStreams:
@@ -17,23 +19,32 @@ class CudaStreams:
     def current(self) -> Hashable:
         return torch.cuda.current_stream(self._device)
 
+    def on(self, stream) -> contextlib.AbstractContextManager:
+        """The context in which ``stream`` is the current one; entering another costs the host several us."""
+        if (
+            torch.cuda.current_device() == self._device.index
+            and driver.active.get_current_stream(self._device.index) == stream.cuda_stream
+        ):
+            return contextlib.nullcontext()
+        return torch.cuda.stream(stream)
+
     def capturing(self, stream) -> bool:
-        with torch.cuda.stream(stream):
+        with self.on(stream):
             return torch.cuda.is_current_stream_capturing()
 
     def event(self, external: bool = False):
         return torch.cuda.Event(external=external and self.external)
 
     def record(self, event, stream) -> None:
-        with torch.cuda.stream(stream):  # an event goes by the capture of the current stream
+        with self.on(stream):  # an event goes by the capture of the current stream
             event.record(stream)
 
     def wait(self, stream, event) -> None:
-        with torch.cuda.stream(stream):
+        with self.on(stream):
             event.wait(stream)
 
     def run(self, stream, work) -> None:
-        with torch.cuda.stream(stream):
+        with self.on(stream):
             work()
 
     def keep(self, tensors: Sequence[torch.Tensor], stream) -> None:
@@ -49,6 +60,9 @@ class NoStreams:
 
     def current(self) -> None:
         return None
+
+    def on(self, stream) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def capturing(self, stream) -> bool:
         return False

@@ -41,10 +41,11 @@ class Op(ABC):
         # Kept with what they are for, as long as that lives: a launch holds tensors of a plan, and addresses of tables.
         self._kept: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
-    def __call__(self, call, out=None):
+    def __call__(self, call, out=None, signature: Hashable = None):
+        """The result; ``signature`` is that of the call, where it was asked for before."""
         compiling = is_compiling()
         if not compiling:
-            signature = self.signature(call, out)
+            signature = signature or self.signature(call, out)
             kept = self._kept_launch(call, signature)
             if kept is not None and self.repeats(call):
                 launch, apart = kept

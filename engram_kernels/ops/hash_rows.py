@@ -75,12 +75,12 @@ class HashLookup(Op):
             return None
         return form_of(*call.tokens, *out_parts(out)), identities(call.tables), call[3:]
 
-    def __call__(self, call, out=None):
+    def __call__(self, call, out=None, signature=None):
         if isinstance(call.tables, (tuple, list)):
             for table in call.tables:
                 if getattr(table, "put_off", None) is not None:
                     return self._moved(call, out)
-        return super().__call__(call, out)
+        return super().__call__(call, out, signature)
 
     @torch.compiler.disable
     def _moved(self, call, out):

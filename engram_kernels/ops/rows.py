@@ -61,9 +61,9 @@ class Lookup(Op):
     def signature(self, call, out):
         return form_of(call.row_ids, *out_parts(out)), getattr(call.table, "identity", None), call[2:]
 
-    def __call__(self, call, out=None):
+    def __call__(self, call, out=None, signature=None):
         if getattr(call.table, "put_off", None) is None:
-            return super().__call__(call, out)
+            return super().__call__(call, out, signature)
         return self._moved(call, out)
 
     @torch.compiler.disable

@@ -8,12 +8,14 @@ A dead token at the end of a chunk is kept as NO_TOKEN: it blocks look-backs of 
 its own, since hashing reads nothing that is older than a NO_TOKEN.
 """
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
 
 from engram_kernels.launching.device import cdiv, is_kernel_device, next_power_of_2, on_device_of
-from engram_kernels.launching.launch import KeptLaunches, Launch
+from engram_kernels.launching.launch import Kept, Launch
 from engram_kernels.ops.call import form_of
 from engram_kernels.reference.serving import history as reference
 
@@ -25,7 +27,7 @@ _COMMIT_SEQUENCES = 8
 # In place of an id: no token (before the text, or a dead one), and a token whose id was -1, which no vocabulary has.
 NO_TOKEN = tl.constexpr(reference.NO_TOKEN)
 INVALID = tl.constexpr(reference.INVALID)
-COMMITS = KeptLaunches()
+COMMITS = Kept()
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_slots", "seq_len", "restart"])
@@ -91,13 +93,13 @@ def commit_history_kernel(
 
 
 def launch_commit_history(
-    history, cursor, slots, token_ids, cu_seqlens, dead, accepted, ring: int, span: int, restart: int | None
+    history, cursor, slots, token_ids, cu_seqlens, dead, accepted, ring: int, span: int, restart: int | None, form=None
 ) -> None:
     """One launch; rewrites the slots of ``history``, and of ``cursor`` where it is a tensor, in place."""
     if not len(slots):
         return
     tensors = history, cursor, slots, token_ids, cu_seqlens, dead, accepted
-    form = form_of(*tensors), ring, span, restart
+    form = form or (form_of(*tensors), ring, span, restart)
     with on_device_of(history):
         COMMITS.get(form, lambda: _committing(history, slots, token_ids, ring, span, restart))(*tensors)
 
@@ -149,6 +151,7 @@ def commit_history(
     ring: int = 0,
     span: int = 0,
     restart: int | None = None,
+    form: Hashable = None,
 ) -> None:
     """Write the newest N - 1 ids of each old history and the first ``accepted [B]`` tokens (None: all) to its slot.
 
@@ -156,9 +159,13 @@ def commit_history(
     which is invalid, becomes INVALID (-2), or it would pass for no token. The cursor moves by the tokens accepted.
     ``ring`` is the number of tokens that the convolution's state has room for in a slot, ``span`` how many of them it
     reads (both 0 without one). restart: the old history counts as none, and the cursor is set to this number.
+    form: what this call shares with all that may be launched alike, where the caller knows.
     """
     if not is_kernel_device(history):
         options = dict(cu_seqlens=cu_seqlens, dead=dead, accepted=accepted, ring=ring, span=span, restart=restart)
         return reference.commit_history(history, cursor, slots, token_ids, **options)
-    run = commit_history_op if torch.compiler.is_compiling() else launch_commit_history
-    run(history, cursor, slots, token_ids, cu_seqlens, dead, accepted, ring, span, restart)
+    arguments = history, cursor, slots, token_ids, cu_seqlens, dead, accepted, ring, span, restart
+    if torch.compiler.is_compiling():
+        commit_history_op(*arguments)
+    else:
+        launch_commit_history(*arguments, form)

@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from engram_kernels.launching.device import cdiv, is_kernel_device, on_device_of
-from engram_kernels.launching.launch import KeptLaunches, Launch
+from engram_kernels.launching.device import cdiv, is_kernel_device
+from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
-from engram_kernels.ops.call import form_of
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -67,37 +66,32 @@ def copy_tokens_kernel(
 
 
 class TokenBuffers:
-    """Room for the tokens of a step: ``max_tokens`` of at most ``max_sequences`` sequences, N - 1 ids before each."""
+    """Room for the tokens of a step: ``max_tokens`` of at most ``max_sequences`` sequences, N - 1 ids before each.
+
+    memory: int64, all of it. parts: int64 ids, int32 ends of sequences, int64 history and bool dead, views of it.
+    """
 
     def __init__(self, max_tokens: int, max_sequences: int, max_ngram: int, device: torch.device):
-        def buffer(count: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(count, dtype=dtype, device=device)
-
-        past, ends = buffer(max_sequences * (max_ngram - 1), torch.int64), buffer(max_sequences + 1, torch.int32)
-        self.tensors = buffer(max_tokens, torch.int64), ends, past, buffer(max_tokens, torch.bool)
-        self._launches = KeptLaunches()
+        counts = max_tokens, max_sequences + 1, max_sequences * (max_ngram - 1), max_tokens
+        dtypes = torch.int64, torch.int32, torch.int64, torch.bool
+        words = [2 * cdiv(count * dtype.itemsize, 16) for count, dtype in zip(counts, dtypes, strict=True)]
+        self.memory = torch.empty(sum(words), dtype=torch.int64, device=device)
+        parts = zip(self.memory.split(words), counts, dtypes, strict=True)
+        self.parts = tuple(part.view(dtype)[:count] for part, count, dtype in parts)
 
     def views(self, sources: Tokens) -> Tokens:
         """Where copies of ``sources`` go: no slots, but history for each sequence where there is one."""
         shapes = [None if x is None else x.shape for x in sources[:4]]
         if sources.slots is not None:
             shapes[2] = torch.Size((len(sources.slots), sources.history.shape[1]))
-        views = zip(self.tensors, shapes, strict=True)
+        views = zip(self.parts, shapes, strict=True)
         return Tokens(*(None if shape is None else buffer[: shape.numel()].view(shape) for buffer, shape in views))
-
-    def copy(self, sources: Tokens, copies: Tokens) -> None:
-        """Fill ``copies``, the :meth:`views` of ``sources``; one launch on a GPU."""
-        if is_kernel_device(sources.token_ids):
-            with on_device_of(sources.token_ids):
-                self._launches.get(form_of(*sources), lambda: copying(sources, copies))(*sources, *copies[:4])
-            return
-        for target, source in zip(copies, sources.gathered(), strict=True):
-            if target is not None:
-                target.copy_(source)
 
 
 def copying(sources: Tokens, copies: Tokens) -> Callable[..., None]:
-    """The launch for tokens such as these, of their five parts and the first four of their copies."""
+    """What fills ``copies``, views of buffers, from the five parts of tokens such as these: on a GPU one launch."""
+    if not is_kernel_device(sources.token_ids):
+        return lambda *parts: _copy(Tokens(*parts), copies)
     num_tokens, past = sources.token_ids.numel(), copies.history
     ends = 0 if sources.cu_seqlens is None else len(sources.cu_seqlens)
     num_past = 0 if past is None else past.numel()
@@ -109,9 +103,16 @@ def copying(sources: Tokens, copies: Tokens) -> Callable[..., None]:
         num_ends=ends,
         num_past=num_past,
         num_slots=None if sources.slots is None else len(sources.history),
+        **{f"out_{name}_ptr": part for name, part in copies._asdict().items() if name != "slots"},
         DEPTH=1 if past is None else max(1, past.shape[1]),
         BLOCK=_ELEMENTS,
         num_warps=4,
         enable_fp_fusion=False,
     )
     return Launch(copy_tokens_kernel, (cdiv(most, _ELEMENTS),), fixed)
+
+
+def _copy(sources: Tokens, copies: Tokens) -> None:
+    for target, source in zip(copies, sources.gathered(), strict=True):
+        if target is not None:
+            target.copy_(source)

@@ -27,11 +27,12 @@ from engram_kernels.geometry.kinds import (
     takes,
 )
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.launching.device import processors
+from engram_kernels.launching.device import on_device_of, processors
 from engram_kernels.launching.streams import streams_of
 from engram_kernels.launching.tokens import TOKEN_KINDS, Tokens, check_token_values, check_tokens
+from engram_kernels.ops.call import form_of
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
-from engram_kernels.ops.hash_rows import hash_lookup
+from engram_kernels.ops.hash_rows import HASH_LOOKUP, HashLookupCall
 from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
 from engram_kernels.ops.row_kernels.caching import CACHE, RowCache, check_cache
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
@@ -40,8 +41,8 @@ from engram_kernels.ops.row_kernels.output import OUT_DTYPES, check_row_out
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import view_tables
 
-from .inputs import TokenBuffers
-from .started import Projection, Side, StartBuffers, Started
+from .inputs import TokenBuffers, copying
+from .started import Projection, Side, StartBuffers, Started, Work
 
 _LAUNCH_BYTES = {"device": 32 << 20}  # of other placements:
 _LINK_BYTES = 512 << 10
@@ -158,7 +159,7 @@ class Prefetcher:
         programs = programs or max(1, processors(plan.device) // 2)
         self._options = dict(programs=programs, order=order, out_dtype=out_dtype)
         rows_dtype = out_dtype or tables[0].default_out_dtype
-        self._ahead, self._kv_width, self._kv_dtype = ahead, kv_width, kv_dtype or rows_dtype
+        self._ahead, self._kv_width = ahead, kv_width
         kv_tokens = 0 if projections is None or ahead is False else max_tokens
         kv_tokens = kv_tokens if ahead else min(kv_tokens, AHEAD_TOKENS)
 
@@ -168,12 +169,12 @@ class Prefetcher:
         row_elements = num_columns * tables[0].width
         inputs = [TokenBuffers(max_tokens, max_sequences, plan.max_ngram, plan.device) for _ in range(depth)]
         rows = buffer(num_layers * max_tokens * row_elements, rows_dtype)
-        kv = buffer(num_layers * kv_tokens * kv_width, self._kv_dtype) if kv_tokens else None
+        kv = buffer(num_layers * kv_tokens * kv_width, kv_dtype or rows_dtype) if kv_tokens else None
 
         self._streams = streams = streams_of(plan.device)
         self._copied = streams.event()
-        memory = [part for each in inputs for part in each.tensors] + [rows] + ([] if kv is None else [kv])
-        self._side = Side(streams, memory, names, projections)
+        memory = [each.memory for each in inputs] + [rows] + ([] if kv is None else [kv])
+        self._side = Side(streams, memory, names, projections, kv_width, kv_dtype or rows_dtype)
         self._taken = [
             StartBuffers(streams, num_layers, inputs[n], rows[n], None if kv is None else kv[n]) for n in range(depth)
         ]
@@ -225,14 +226,11 @@ class Prefetcher:
                 f"{where}: expected at most depth = {self.depth} starts in flight, got one more; release() the oldest"
             )
         sources = Tokens(token_ids, cu_seqlens, history, dead, slots)
-        check_tokens(where, sources, self._plan)
-        past = history if slots is None else slots
-        sequences = max(0 if cu_seqlens is None else len(cu_seqlens) - 1, 0 if past is None else len(past))
-        for name, count in (("tokens", token_ids.numel()), ("sequences", sequences)):
-            if count > (most := getattr(self, f"max_{name}")):
-                raise ValueError(f"{where}: token_ids must be at most max_{name} = {most} {name}, got {count}")
+        form = form_of(*sources)
+        if form is None or form not in taken.works:
+            self._check(where, sources)
         check_token_values(where, sources, self._plan)
-        inputs = taken.inputs.views(sources)
+        work = taken.works.get(form, lambda: self._work(taken, sources))
         streams, side = self._streams, self._streams.side
         current = streams.current()
         captured = streams.capturing(current)
@@ -246,14 +244,16 @@ class Prefetcher:
             taken.last.wait(current, inside)
         if not captured:
             self._side.keep(current)
-        streams.run(current, lambda: taken.inputs.copy(sources, inputs))
+        streams.run(current, lambda: self._copy(work, sources))
         streams.record(self._copied, current)
-        streams.wait(side, self._copied)
-        taken.wait_for_readers(current, captured)
         self._starts += 1
-        taken.number, taken.in_flight = self._starts, True
-        taken.capture = self._side.captures if captured else None
-        self._last = self._look_up(taken, inputs, captured)
+        with streams.on(side):
+            streams.wait(side, self._copied)
+            taken.wait_for_readers(current, captured)
+            taken.number, taken.in_flight = self._starts, True
+            taken.capture = self._side.captures if captured else None
+            self._last = Started(self._side, taken, work)
+            self._look_up(taken, work, captured)
         return self._last
 
     @declares(layer=Instance(Hashable))
@@ -291,14 +291,24 @@ class Prefetcher:
 
     def _started(self, where: str, layer: Hashable) -> Started:
         """The last start, for one of the layers."""
-        self._side.index(where, layer)
         if self._last is None:
+            self._side.index(where, layer)
             raise ValueError(f"{where}: no start() came before {where.partition('.')[2]}({layer!r})")
         return self._last
 
-    def _look_up(self, taken: StartBuffers, inputs: Tokens, captured: bool) -> Started:
-        """Give lookups and projections to the side stream, each followed by the marks of its layers."""
-        token_ids, options = inputs.token_ids, self._options | inputs.options
+    def _check(self, where: str, sources: Tokens) -> None:
+        """Raise unless a start may take ``sources``."""
+        check_tokens(where, sources, self._plan)
+        token_ids, ends, past = sources.token_ids, sources.cu_seqlens, sources.history
+        past = past if sources.slots is None else sources.slots
+        sequences = max(0 if ends is None else len(ends) - 1, 0 if past is None else len(past))
+        for name, count in (("tokens", token_ids.numel()), ("sequences", sequences)):
+            if count > (most := getattr(self, f"max_{name}")):
+                raise ValueError(f"{where}: token_ids must be at most max_{name} = {most} {name}, got {count}")
+
+    def _work(self, taken: StartBuffers, sources: Tokens) -> Work:
+        """What starts of such tokens do with these buffers."""
+        token_ids = sources.token_ids
         num_layers, num_columns = self._plan.primes.shape
         shape = torch.Size((num_layers, *token_ids.shape, num_columns, self._tables[0].width))
         rows, kv = taken.rows[: shape.numel()].view(shape), None
@@ -307,24 +317,34 @@ class Prefetcher:
             kv = taken.kv[: shape.numel()].view(shape)
         parts = [(self._plan, slice(0, num_layers))]
         cached, apart, *_ = self.launches(token_ids.numel())
-        if cached:
-            options |= dict(cache=self._cache)
-        elif apart:
+        if apart:
             parts = [(plan, slice(layer, layer + 1)) for layer, plan in enumerate(self._plans)]
-        streams, side = self._streams, self._streams.side
+        inputs = taken.inputs.views(sources)
+        options = self._options | dict(out_format="values", cache=self._cache if cached else None)
+        lookups = []
         for plan, part in parts:
+            call, out = HashLookupCall(inputs, plan, self._tables[part], **options), rows[part]
+            lookups.append((range(num_layers)[part], (call, out, HASH_LOOKUP.signature(call, out))))
+        return Work(copying(sources, inputs), rows, kv, lookups)
 
-            def look_up(plan=plan, part=part) -> None:
+    def _copy(self, work: Work, sources: Tokens) -> None:
+        with on_device_of(sources.token_ids):
+            work.copy(*sources)
+
+    def _look_up(self, taken: StartBuffers, work: Work, captured: bool) -> None:
+        """Give lookups and projections to the side stream, each followed by the marks of its layers."""
+        streams, side = self._streams, self._streams.side
+        for layers, lookup in work.lookups:
+
+            def look_up(lookup=lookup) -> None:
                 with torch.no_grad():  # the rows are a buffer, of trainable tables too: docs/training.md
-                    hash_lookup(token_ids, plan, self._tables[part], out=rows[part], **options)
+                    HASH_LOOKUP(*lookup)
 
             streams.run(side, look_up)
-            layers = range(num_layers)[part]
             for layer in layers:
                 taken.ready[layer].set(side, captured)
             for layer in layers if taken.kv is not None else ():
-                if kv is not None:
-                    streams.run(side, lambda layer=layer: self._side.project(layer, rows[layer], kv[layer]))
+                if work.kv is not None:
+                    streams.run(side, lambda layer=layer: self._side.project(layer, work.rows[layer], work.kv[layer]))
                 # Without a projection too: a graph's replay may have set it last, and a start waits for the last one.
                 taken.projected[layer].set(side, captured)
-        return Started(self._side, taken, rows, kv, self._kv_width, self._kv_dtype)

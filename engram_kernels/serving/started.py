@@ -5,11 +5,14 @@ and who reads a buffer is known stream by stream. docs/prefetch.md has the argum
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from engram_kernels.geometry.kinds import Instance, declares, short
 from engram_kernels.launching.buffers import Buffers
+from engram_kernels.launching.launch import Kept
+from engram_kernels.ops.hash_rows import HashLookupCall
 
 from .inputs import TokenBuffers
 
@@ -39,6 +42,16 @@ class Mark:
         self._streams.wait(stream, self._captured if inside else self._external)
 
 
+class Work(NamedTuple):
+    """What starts of one form of tokens do: equal shapes, types and devices, in the same buffers."""
+
+    copy: Callable[..., None]  #: from the parts of the tokens that start() was given
+    rows: torch.Tensor  #: ``[L, T, C, R]``
+    kv: torch.Tensor | None  #: ``[L, T, W]``, where the side stream projects
+    #: Layers, and (call, out, signature) of their lookup.
+    lookups: list[tuple[range, tuple[HashLookupCall, torch.Tensor, Hashable]]]
+
+
 class StartBuffers:
     """Buffers of one start at a time, their marks, and the streams that read them.
 
@@ -57,6 +70,7 @@ class StartBuffers:
         # outside.
         self.readers: dict[bool, dict] = {False: {}, True: {}}
         self._events: dict[tuple, object] = {}
+        self.works = Kept()  # by form of tokens
 
     @property
     def last(self) -> Mark:
@@ -94,11 +108,19 @@ class Side:
     """What all starts of a Prefetcher have in common: streams, memory, the names and projections of layers."""
 
     def __init__(
-        self, streams, memory: Sequence[torch.Tensor], layers: tuple, projections: Sequence[Projection] | None
+        self,
+        streams,
+        memory: Sequence[torch.Tensor],
+        layers: tuple,
+        projections: Sequence[Projection] | None,
+        kv_width: int | None,
+        kv_dtype: torch.dtype,
     ):
         self.streams, self.layers, self.projections = streams, layers, projections
+        self.kv_width, self.kv_dtype = kv_width, kv_dtype
         self.buffers = Buffers("the prefetcher", memory)
         self.nbytes = sum(tensor.nbytes for tensor in memory)
+        self._places = {(type(layer), layer): place for place, layer in enumerate(layers)}
         self.captures = 0  # that starts were in, until now
         self._memory, self._kept = tuple(memory), set()
         self.keep(streams.side)
@@ -111,10 +133,14 @@ class Side:
 
     def index(self, where: str, layer: Hashable) -> int:
         """The layer's place in the plan."""
-        Instance(Hashable).check(where, "layer", layer)
-        if not any(type(layer) is type(each) and layer == each for each in self.layers):
+        try:
+            place = self._places.get((type(layer), layer))
+        except TypeError:
+            place = None
+        if place is None:
+            Instance(Hashable).check(where, "layer", layer)
             raise ValueError(f"{where}: layer must be one of {list(self.layers)}, got {short(layer)}")
-        return self.layers.index(layer)
+        return place
 
     def project(self, index: int, rows: torch.Tensor, out: torch.Tensor) -> None:
         """A layer's projection on the current stream; nothing where there are no tokens, which a matmul may refuse."""
@@ -129,10 +155,9 @@ class Started:
     It is what :meth:`Prefetcher.start` returns. Those of Prefetcher itself are of the last start.
     """
 
-    def __init__(self, side: Side, taken: StartBuffers, rows: torch.Tensor, kv: torch.Tensor | None, width: int, dtype):
+    def __init__(self, side: Side, taken: StartBuffers, work: Work):
         self._side, self._taken, self._number = side, taken, taken.number
-        self._rows, self._kv = rows, kv  # [L, T, C, R], and [L, T, W] where the side stream projects
-        self._width, self._dtype = width, dtype  # of kv
+        self._rows, self._kv = work.rows, work.kv
 
     @declares(layer=Instance(Hashable))
     def rows(self, layer: int) -> torch.Tensor:
@@ -175,7 +200,7 @@ class Started:
             return self._kv[index]
         self._wait(self._taken.ready[index])
         streams, rows = self._side.streams, self._rows[index]
-        out = rows.new_empty(*rows.shape[:-2], self._width, dtype=self._dtype)
+        out = rows.new_empty(*rows.shape[:-2], self._side.kv_width, dtype=self._side.kv_dtype)
         streams.run(streams.current(), lambda: self._side.project(index, rows, out))
         return out
 

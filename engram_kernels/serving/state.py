@@ -11,7 +11,7 @@ N longest n-gram, H branches, D hidden size.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,9 @@ from engram_kernels.geometry.kinds import AnyOf, Device, Dtype, Instance, Option
 from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
+from engram_kernels.launching.launch import Kept
 from engram_kernels.launching.tokens import ID_DTYPES, check_batch
+from engram_kernels.ops.call import form_of
 from engram_kernels.ops.conv_kernels.slots import ConvSlots, launch_store_conv
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.reference.ops import conv_slots as reference
@@ -46,6 +48,7 @@ class EngramStep:
     cu_seqlens: torch.Tensor | None
     dead: torch.Tensor | None
     state: "EngramState" = field(repr=False)
+    _form: Hashable = field(repr=False)
     captured: bool = False  #: begun in the capture of a CUDA graph: one commit follows each replay
     _committed: bool = field(default=False, init=False, repr=False)
     #: {slot: how often it had been moved when the step began}, where values are checked.
@@ -144,6 +147,8 @@ class EngramState:
             scale = torch.zeros(slots, self._ring, config.branches, dtype=scale_dtype, device=device)
             self._rings[layer] = value, scale
         self._buffers = Buffers("the state", self._tensors())
+        self._checked = Kept()  # forms of what steps and commits were given
+        self._own = object()  # tells launches of this state from those of others
         self._moves: Counter[int] = Counter()  # how often each slot was moved, where values are checked
 
     @property
@@ -172,11 +177,15 @@ class EngramState:
         """
         where = "EngramState.begin"
         self._buffers.check(where)
-        batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
-        self._check_slots(where, slots, batch, distinct=self._span > 0)
+        form = None if is_compiling() else form_of(token_ids, slots, cu_seqlens, dead)
+        if form is None or form not in self._checked or self._checks_values():
+            batch = self._check_tokens(where, token_ids, cu_seqlens, dead)
+            self._check_slots(where, slots, batch, distinct=self._span > 0)
+            if form is not None:
+                self._checked.get(form, lambda: True)
         captured = token_ids.is_cuda and not is_compiling() and torch.cuda.is_current_stream_capturing()
         seen = {slot: self._moves[slot] for slot in slots.tolist()} if self._checks_values() else {}
-        return EngramStep(token_ids, slots, cu_seqlens, dead, self, captured, seen)
+        return EngramStep(token_ids, slots, cu_seqlens, dead, self, form, captured, seen)
 
     @takes(slots=Optional(AnyOf(Whole(), _SLOTS)))
     def reset(self, slots: torch.Tensor | int | None = None) -> None:
@@ -265,11 +274,14 @@ class EngramState:
     def _commit(self, step: EngramStep, accepted: torch.Tensor | None) -> None:
         where, batch = "EngramStep.commit", len(step.slots)
         self._buffers.check(where)
-        if accepted is not None:
+        form = None if is_compiling() else (self._own, step._form, form_of(accepted))
+        if accepted is not None and (form is None or form not in self._checked):
             check_tensor(where, "accepted", accepted, dtypes=(torch.int32,), shape=(batch,), device=self.device)
+            if form is not None:
+                self._checked.get(form, lambda: True)
         moved = self._check_accepted(where, step, accepted) if self._checks_values() else ()
         tokens = dict(cu_seqlens=step.cu_seqlens, dead=step.dead, accepted=accepted)
-        options = dict(ring=self._ring, span=self._span)
+        options = dict(ring=self._ring, span=self._span, form=form)
         commit_history(self._history, self._cursor, step.slots, step.token_ids, **tokens, **options)
         self._moves.update(moved)
 

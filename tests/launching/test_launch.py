@@ -8,7 +8,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from engram_kernels.launching import launch
-from engram_kernels.launching.launch import KeptLaunches, Launch
+from engram_kernels.launching.launch import Kept, Launch
 
 DEVICE, STREAM = 3, 17
 
@@ -85,16 +85,16 @@ def test_hooks_are_told(hook):
 
 
 def test_kept_launches_are_made_once_and_forgotten_together():
-    kept, others, made = KeptLaunches(), KeptLaunches(), []
+    kept, others, made = Kept(), Kept(), []
 
     def make():
         made.append(made)
         return len(made)
 
     assert [kept.get(form, make) for form in ("a", "b", "a")] == [1, 2, 1] and others.get("a", make) == 3
-    KeptLaunches.forget()
+    Kept.forget()
     assert (kept.get("a", make), others.get("a", make)) == (4, 5)
-    for form in range(KeptLaunches.MOST):
+    for form in range(Kept.MOST):
         kept.get(form, make)
     assert kept.get("a", make) == len(made), "too many: all were dropped"
 

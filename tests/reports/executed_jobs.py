@@ -30,7 +30,7 @@ from engram_kernels import (
 from engram_kernels.launching import device as running
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.serving.history import commit_history
-from engram_kernels.serving.inputs import TokenBuffers
+from engram_kernels.serving.inputs import TokenBuffers, copying
 from engram_kernels.tables.editing.exchange import StoredRows, exchange_rows
 from engram_kernels.tables.gradient import row_gradient
 from tests.support.tables import place
@@ -327,7 +327,7 @@ def _histories(bench: Workbench) -> Iterator[Job]:
     def copy():
         buffers = TokenBuffers(64, 8, 4, ids.device)
         copies = buffers.views(given)
-        buffers.copy(given, copies)
+        copying(given, copies)(*given)
         return copies[:4]
 
     yield Job("tokens copied, history by slot, 8 requests", "token", 64, list(given.gathered()[:4]), copy)

@@ -138,7 +138,8 @@ def test_the_rule_chooses_the_stream_and_the_user_overrides_it(monkeypatch):
         return Prefetcher(plan, placed, 8, **given, **options).nbytes
 
     alone = room()
-    assert alone == 8 * (8 + 1) + 4 * 9 + 8 * 2 * 8 + 2 * 8 * 4 * 16 * 2
+    tokens = 8 * 8 + 48 + 8 * 2 * 8 + 16  # ids, 9 ends, history, 8 flags, each in whole 16 bytes
+    assert alone == tokens + 2 * 8 * 4 * 16 * 2
     assert room(ahead=False) == alone
     assert room(ahead=None) == alone + 2 * 4 * WIDTH * 4
     assert room(ahead=True) == alone + 2 * 8 * WIDTH * 4

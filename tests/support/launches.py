@@ -1,7 +1,7 @@
 """One launch each, of arguments in a row: what launchers prepare for a signature, prepared and launched at once."""
 
 from engram_kernels.cache import lookup as cached
-from engram_kernels.launching.launch import KeptLaunches
+from engram_kernels.launching.launch import Kept
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
 from engram_kernels.ops.conv_kernels import backward as conv_backward
@@ -22,7 +22,7 @@ def forget_launches():
     """Drop the launches that ops keep, as in a process that has launched nothing."""
     for op in (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV):
         op.forget()
-    KeptLaunches.forget()
+    Kept.forget()
 
 
 def launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out, key_stride=None, slots=None):
@@ -31,7 +31,7 @@ def launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out, key_strid
 
 
 def launch_copy_tokens(sources, copies):
-    copying(sources, copies)(*sources, *copies[:4])
+    copying(sources, copies)(*sources)
 
 
 def launch_lookup(row_ids, view, out, storage, programs, order="direct"):

@@ -125,18 +125,17 @@ def row_strides(rows: dict[str, torch.Tensor]) -> dict[str, int]:
     return strides
 
 
-class RowLaunch:
-    """A :class:`Launch` of a kernel that is told the strides of ``rows``, and whether each row is ALIGNED to 16 bytes.
+class RowLaunch(Launch):
+    """A launch of a kernel that is told the strides of ``rows``, and whether each row is ALIGNED to 16 bytes.
 
     rows: tensors such as those to come, by the names of their parameters without ``_ptr``.
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], fixed: dict, rows: dict[str, torch.Tensor]):
-        fixed = fixed | row_strides(rows)
-        self._launches = [Launch(kernel, grid, dict(fixed, ALIGNED=aligned)) for aligned in (False, True)]
-        self._aligned = strides_aligned(*rows.values())
-        self._places = [self._launches[0].tensors.index(f"{name}_ptr") for name in rows]
+        super().__init__(kernel, grid, fixed | row_strides(rows) | dict(ALIGNED=False))
+        self._flag = kernel.arg_names.index("ALIGNED") if strides_aligned(*rows.values()) else None
+        self._rows = sum(1 << len(self.tensors) - 1 - self.tensors.index(f"{name}_ptr") for name in rows)
 
-    def __call__(self, *tensors: torch.Tensor | None) -> None:
-        aligned = self._aligned and addresses_aligned(*[tensors[place] for place in self._places])
-        self._launches[aligned](*tensors)
+    def settle(self, values: list, misaligned: int) -> None:
+        if self._flag is not None:
+            values[self._flag] = not misaligned & self._rows

@@ -58,6 +58,8 @@ class FakeStreams:
         yield
         self._current = before
 
+    on = stream
+
     def capturing(self, stream):
         return stream in self._captures
 
