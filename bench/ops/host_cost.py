@@ -34,8 +34,10 @@ from engram_kernels import (
 )
 from engram_kernels.launching import device as running
 from engram_kernels.launching.launch import Kept, Launch
+from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
 from engram_kernels.serving import prefetch
+from engram_kernels.tables.view import view_tables
 
 TOKENS = 4
 OPS = (hashing.HASH, rows.LOOKUP, hash_rows.HASH_LOOKUP, gate.GATE, gate_conv.GATE_CONV)
@@ -160,6 +162,8 @@ def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
     tensors, weight = (hidden, key, value, norms[0], norms[1]), torch.ones(branches, hidden_size, 4)
     options = dict(dilation=3, eps=1e-6, conv_eps=1e-6)
     operands = (*tensors, 1e-6, 1e-6, None, "copysign", True)
+    given = Tokens(ids)
+    view, view_of_one = view_tables(tables, ids.device), view_tables(tables[:1], ids.device)
     state = EngramState(config, TOKENS, "cpu", dtype=torch.float32)
     prefetcher = Prefetcher(plan, tables, 16 * TOKENS, layers=config.layers)
     slots = torch.arange(TOKENS, dtype=torch.int32)
@@ -185,6 +189,11 @@ def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
         "ngram_hash": lambda: ngram_hash(ids, plan),
         "lookup": lambda: lookup(tables[0], row_ids),
         "hash_lookup": lambda: hash_lookup(ids, plan, tables),
+        "ngram_hash as a registered op": lambda: hashing.ngram_hash_op(*given, *plan.parts()),
+        "lookup as a registered op": lambda: rows.lookup_op(row_ids, *view_of_one, None, False, None, None),
+        "hash_lookup as a registered op": lambda: hash_rows.hash_lookup_op(
+            *given, *view, None, False, None, None, *plan.parts()
+        ),
         "gate_residual": lambda: gate_residual(*tensors, eps=1e-6),
         "gate_residual as a registered op": lambda: gate.gate_residual_op(*operands),
         "gate_conv_residual": lambda: gate_conv_residual(*tensors, norms[2], weight, **options),

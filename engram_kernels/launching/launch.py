@@ -67,6 +67,11 @@ class Launch:
         compiled.run(*self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
+def capturing(tensor: torch.Tensor) -> bool:
+    """Whether work on its device is captured: the tensor may be of the graph's pool, which nothing may keep."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Kept:
     """What calls of one form have in common, such as a launch: made when the form first comes."""
 

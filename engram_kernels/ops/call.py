@@ -14,6 +14,7 @@ costs the host 10 us, and checking arguments as much again, so both are done for
 tests/project/template has an op to copy.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -26,6 +27,7 @@ from engram_kernels.launching.overlap import Apart
 
 #: Launches kept for one owner. All are forgotten then: no serving engine repeats as many lengths.
 MOST_KEPT = 1024
+_LIBRARY = torch.library.Library("engram", "FRAGMENT")
 #: A launch of (call, out), and where there is an out the check of its address.
 _Kept = tuple[Callable, Apart | None]
 
@@ -194,15 +196,42 @@ def empty_of(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
-def registered(name: str, schema: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
-    """Make a function the registered op ``engram::name``, for torch.compile; ``fake`` gives its outputs' shapes."""
+def registered(
+    name: str, schema: str, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None
+) -> Callable[[Callable], Any]:
+    """Make a function the registered op ``engram::name``, for torch.compile; ``fake`` gives its outputs' shapes.
+
+    backward, setup_context: as for torch.library.register_autograd.
+    The dispatcher calls the function itself: what torch.library.custom_op puts before it takes as long as a launch.
+    """
 
     def register(function):
-        op = torch.library.custom_op(f"engram::{name}", mutates_args=mutates, schema=schema)(function)
-        op.register_fake(fake)
+        _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        op = getattr(torch.ops.engram, name).default
+        arguments = enumerate(op._schema.arguments)
+        written = [place for place, argument in arguments if argument.alias_info and argument.alias_info.is_write]
+        run = _noting_writes(function, written) if written else function
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"engram::{name}", fake, lib=_LIBRARY)
+        if backward is not None:
+            torch.library.register_autograd(f"engram::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
         return op
 
     return register
+
+
+def _noting_writes(function: Callable, written: list[int]) -> Callable:
+    """``function``, telling autograd which of its arguments it has written: what was saved before is no more."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        result = function(*arguments)
+        for place in written:
+            if arguments[place] is not None and not arguments[place].is_inference():
+                torch.autograd.graph.increment_version(arguments[place])
+        return result
+
+    return run
 
 
 def writes_alone(*_) -> None:

@@ -86,23 +86,26 @@ def gate_residual_op(*arguments):
     return GATE.launch(GateCall(*arguments))
 
 
-@registered("gate_residual_out", f"{_SCHEMA[:-1]}, Tensor(a!) out) -> ()", writes_alone, mutates=("out",))
+@registered("gate_residual_out", f"{_SCHEMA[:-1]}, Tensor(a!) out) -> ()", writes_alone)
 def gate_residual_out_op(*arguments):
     """:func:`gate_residual` for torch.compile, into ``out``."""
     *arguments, out = arguments
     GATE.launch(GateCall(*arguments), out)
 
 
-@registered("gate_residual_scalars", f"{_SCHEMA} -> (Tensor, Tensor)", lambda hidden, *_: make_recorded(hidden))
+@registered(
+    "gate_residual_scalars",
+    f"{_SCHEMA} -> (Tensor, Tensor)",
+    lambda hidden, *_: make_recorded(hidden),
+    gate_formula,
+    save_gate,
+)
 def gate_residual_scalars_op(*arguments):
     """:func:`gate_residual` where autograd records it: the same bits, and the scalars that the backward pass reads."""
     call = GateCall(*arguments)
     out, scalars = make_recorded(call.hidden)
     prepare_gate_residual(call, out)(call, out, scalars)
     return out, scalars
-
-
-gate_residual_scalars_op.register_autograd(gate_formula, setup_context=save_gate)
 
 
 @declares(**GATE_KINDS)

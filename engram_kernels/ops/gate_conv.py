@@ -193,7 +193,6 @@ def gate_conv_residual_op(*arguments):
     "gate_conv_residual_slots",
     f"{_SCHEMA}, Tensor(a!) ring_value, Tensor(b!) ring_scale, Tensor cursor, Tensor slots) -> Tensor",
     lambda *arguments: GATE_CONV.allocate(ConvCall(*arguments[:-4])),
-    mutates=("ring_value", "ring_scale"),
 )
 def gate_conv_residual_slots_op(*arguments):
     """:func:`gate_conv_residual` for torch.compile where the state lies in slots."""
@@ -205,7 +204,6 @@ def gate_conv_residual_slots_op(*arguments):
     f"{_SCHEMA}, {_STATE}, Tensor(a!) out, Tensor(b!)? new_value, Tensor(c!)? new_scale, "
     "Tensor(d!)? ring_value, Tensor(e!)? ring_scale, Tensor? cursor, Tensor? slots) -> ()",
     writes_alone,
-    mutates=("out", "new_value", "new_scale", "ring_value", "ring_scale"),
 )
 def gate_conv_residual_out_op(*arguments):
     """:func:`gate_conv_residual` for torch.compile, into ``out``, with a dense state, slots or neither."""
@@ -220,6 +218,8 @@ def gate_conv_residual_out_op(*arguments):
     "gate_conv_residual_scalars",
     f"{_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda hidden, *_: make_conv_recorded(hidden),
+    gate_conv_formula,
+    save_gate_conv,
 )
 def gate_conv_residual_scalars_op(*arguments):
     """:func:`gate_conv_residual` where autograd records it: the same bits, and what the backward pass reads."""
@@ -227,9 +227,6 @@ def gate_conv_residual_scalars_op(*arguments):
     out, *recorded = make_conv_recorded(call.hidden)
     prepare_gate_conv_residual(call, out)(call, out, None, recorded)
     return out, *recorded
-
-
-gate_conv_residual_scalars_op.register_autograd(gate_conv_formula, setup_context=save_gate_conv)
 
 
 def make_conv_recorded(hidden):

@@ -14,6 +14,7 @@ from engram_kernels import reference
 from engram_kernels.geometry.kinds import Each, Instance, Optional, check_all, declares
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.device import is_kernel_device
+from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.launching.overlap import memory_of_plan
 from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
@@ -23,7 +24,7 @@ from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView, view_tables
 
 from .call import Op, form_of, out_parts, registered, writes_alone
-from .hashing import ngram_hash
+from .hashing import known_plan, ngram_hash
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
 from .row_kernels.caching import CACHE, RowCache, check_cache
@@ -184,6 +185,7 @@ class HashLookup(Op):
 
 
 HASH_LOOKUP = HashLookup()
+_LAUNCHES = Kept()  # of the registered op
 
 
 def _ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
@@ -219,12 +221,20 @@ def _with_table_scales(call: HashLookupCall, out):
 def _split(rest, options: int) -> tuple[TableView, tuple, HashPlan]:
     """A registered op's arguments after the tokens: view, so many options, plan."""
     view, rest = split_view(rest)
-    return view, rest[:options], HashPlan.of_parts(rest[options:])
+    return view, rest[:options], known_plan(rest[options:])
 
 
 def _launch(tokens: Tokens, plan: HashPlan, view: TableView, out, storage, programs, order) -> None:
-    order = choose_order(order, view, prod(_ids_shape(tokens.token_ids, plan)))
-    prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, order))(tokens, out)
+    def prepare():
+        chosen = choose_order(order, view, prod(_ids_shape(tokens.token_ids, plan)))
+        return prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, chosen))
+
+    if capturing(tokens.token_ids):
+        launch = prepare()
+    else:  # it holds the plan's tensors and the descriptors, whose addresses stay theirs
+        form = form_of(*tokens, *out_parts(out)), plan, view.form, storage, programs, order
+        launch = _LAUNCHES.get(form, prepare)
+    launch(tokens, out)
 
 
 def _new_values(token_ids, cu_seqlens, history, dead, slots, *rest):
@@ -250,7 +260,6 @@ def hash_lookup_op(token_ids, cu_seqlens, history, dead, slots, *rest):
     "hash_lookup_out",
     f"({TOKENS_SCHEMA}, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, {_OPTIONS}) -> ()",
     writes_alone,
-    mutates=("out", "out_scales"),
 )
 def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, slots, *rest):
     """:func:`hash_lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""

@@ -6,15 +6,18 @@
 T tokens, B sequences, L layers, C columns, N the longest n-gram. Source: arXiv 2601.07372, section 2.2.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from engram_kernels import reference
 from engram_kernels.geometry.kinds import Optional, Tensor, declares
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.checks import check_out
 from engram_kernels.launching.device import is_kernel_device
+from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.launching.overlap import memory_of_plan
 from engram_kernels.launching.tokens import (
     ID_DTYPES,
@@ -38,7 +41,7 @@ class HashCall(NamedTuple):
     @classmethod
     def of(cls, arguments) -> "HashCall":
         """The call of a registered op's arguments: tokens and parts of a plan."""
-        return cls(Tokens(*arguments[:5]), HashPlan.of_parts(arguments[5:]))
+        return cls(Tokens(*arguments[:5]), known_plan(arguments[5:]))
 
 
 class NgramHash(Op):
@@ -92,20 +95,30 @@ class NgramHash(Op):
 
 
 HASH = NgramHash()
+_PLANS = Kept()
+
+
+def known_plan(parts: Sequence) -> HashPlan:
+    """The plan of a registered op's arguments: the same one, with what is kept for it, for the same tensors."""
+    tensors, numbers = parts[:6], parts[6:]
+    if isinstance(parts[0], FakeTensor) or capturing(parts[0]):
+        return HashPlan.of_parts(parts)
+    pad, eos, vocab_size, rows_per_layer, non_negative, heads = numbers
+    form = tuple([None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in tensors])
+    form += pad, eos, vocab_size, tuple(rows_per_layer), non_negative, None if heads is None else tuple(heads)
+    return _PLANS.get(form, lambda: HashPlan.of_parts(parts))  # it holds the tensors, whose addresses stay theirs
 
 
 @registered("ngram_hash", f"({TOKENS_SCHEMA}, {PLAN_SCHEMA}) -> Tensor", lambda *args: HASH.allocate(HashCall.of(args)))
 def ngram_hash_op(*arguments):
     """:func:`ngram_hash` for torch.compile."""
-    call = HashCall.of(arguments)
-    return HASH.prepare(call, None)(call, None)
+    return HASH.launch(HashCall.of(arguments))
 
 
-@registered("ngram_hash_out", f"({TOKENS_SCHEMA}, Tensor(a!) out, {PLAN_SCHEMA}) -> ()", writes_alone, mutates=("out",))
-def ngram_hash_out_op(token_ids, cu_seqlens, history, dead, slots, out, *plan_parts):
+@registered("ngram_hash_out", f"({TOKENS_SCHEMA}, Tensor(a!) out, {PLAN_SCHEMA}) -> ()", writes_alone)
+def ngram_hash_out_op(*arguments):
     """:func:`ngram_hash` for torch.compile, into ``out``."""
-    call = HashCall(Tokens(token_ids, cu_seqlens, history, dead, slots), HashPlan.of_parts(plan_parts))
-    HASH.launcher(call, out)(call, out)
+    HASH.launch(HashCall.of((*arguments[:5], *arguments[6:])), arguments[5])
 
 
 @declares(**TOKEN_KINDS, out=Optional(Tensor(*ID_DTYPES)))

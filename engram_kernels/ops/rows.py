@@ -15,6 +15,7 @@ from engram_kernels import reference
 from engram_kernels.geometry.kinds import Instance, Tensor, check_all, declares
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
+from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.trainable import moves_taken
@@ -128,13 +129,14 @@ class Lookup(Op):
 
     def launcher(self, call, out):
         if is_staged(call.table, call.row_ids.device):
-            return lambda call, out: _launch(
-                *view_rows(call.table, call.row_ids, self.name), out, call.storage, call.programs, call.order
-            )
+            return self._launch_staged
         _, view = view_rows(call.table, call.row_ids, self.name)
-        reading = Reading(call.storage, call.programs, choose_order(call.order, view, call.row_ids.numel()))
-        launch = prepare_lookup(call.row_ids, view, reading)
+        launch = _prepare(call.row_ids, view, call.storage, call.programs, call.order)
         return lambda call, out: launch(call.row_ids, out)
+
+    def _launch_staged(self, call, out):
+        row_ids, view = view_rows(call.table, call.row_ids, self.name)
+        _prepare(row_ids, view, call.storage, call.programs, call.order)(row_ids, out)
 
     def prepare(self, call, out):
         run = super().prepare(call, out)
@@ -142,11 +144,20 @@ class Lookup(Op):
 
 
 LOOKUP = Lookup()
+_LAUNCHES = Kept()  # of the registered op
 
 
-def _launch(row_ids, view: TableView, out, storage: bool, programs: int | None, order: str | None) -> None:
-    reading = Reading(storage, programs, choose_order(order, view, row_ids.numel()))
-    prepare_lookup(row_ids, view, reading)(row_ids, out)
+def _prepare(row_ids, view: TableView, storage: bool, programs: int | None, order: str | None):
+    return prepare_lookup(row_ids, view, Reading(storage, programs, choose_order(order, view, row_ids.numel())))
+
+
+def _launch(row_ids, view: TableView, out, *options) -> None:
+    """The registered op's launch, kept with the descriptors, so that their address stays theirs."""
+    if capturing(row_ids):
+        _prepare(row_ids, view, *options)(row_ids, out)
+        return
+    form = form_of(row_ids, *out_parts(out)), view.form, options
+    _LAUNCHES.get(form, lambda: _prepare(row_ids, view, *options))(row_ids, out)
 
 
 def _with_table_scale(call: LookupCall, out):
@@ -177,7 +188,6 @@ def lookup_op(row_ids, *rest):
     f"(Tensor row_ids, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, bool storage, int? programs, "
     "str? order) -> ()",
     writes_alone,
-    mutates=("out", "out_scales"),
 )
 def lookup_out_op(row_ids, *rest):
     """:func:`lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""

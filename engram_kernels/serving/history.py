@@ -16,7 +16,7 @@ import triton.language as tl
 
 from engram_kernels.launching.device import cdiv, is_kernel_device, next_power_of_2, on_device_of
 from engram_kernels.launching.launch import Kept, Launch
-from engram_kernels.ops.call import form_of
+from engram_kernels.ops.call import form_of, registered, writes_alone
 from engram_kernels.reference.serving import history as reference
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -123,20 +123,15 @@ def _committing(history, slots, token_ids, ring: int, span: int, restart: int | 
     return Launch(commit_history_kernel, (cdiv(batch, _COMMIT_SEQUENCES),), fixed)
 
 
-@torch.library.custom_op(
-    "engram::commit_history",
-    mutates_args=("history", "cursor"),
-    schema="(Tensor(a!) history, Tensor(b!)? cursor, Tensor slots, Tensor token_ids, Tensor? cu_seqlens, Tensor? dead, "
+@registered(
+    "commit_history",
+    "(Tensor(a!) history, Tensor(b!)? cursor, Tensor slots, Tensor token_ids, Tensor? cu_seqlens, Tensor? dead, "
     "Tensor? accepted, int ring, int span, int? restart) -> ()",
+    writes_alone,
 )
 def commit_history_op(history, cursor, *options):
     """:func:`commit_history` for torch.compile."""
     launch_commit_history(history, cursor, *options)
-
-
-@commit_history_op.register_fake
-def _(history, cursor, *options):
-    return None
 
 
 def commit_history(

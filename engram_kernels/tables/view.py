@@ -20,6 +20,11 @@ class TableView(NamedTuple):
     link_bytes: int = 0  #: of the largest table that is read over PCIe or NVLink; 0 for none
     page_bytes: int = 0  #: of its pages
 
+    @property
+    def form(self) -> tuple:
+        """What launches go by: which descriptors they are, and all that is no tensor."""
+        return self.descriptors.data_ptr(), self.descriptors.shape, *self[1:]
+
 
 def view_tables(tables: Sequence[PlacedRows], device: torch.device) -> TableView:
     """The view of tables of one format and width, for launches on ``device``.

@@ -15,6 +15,9 @@ CALLS = {
     "ngram_hash": (["ngram_hash_kernel"], 20),
     "lookup": (["lookup_kernel"], 30),
     "hash_lookup": (["hash_lookup_kernel"], 50),  # of all layers
+    "ngram_hash as a registered op": (["ngram_hash_kernel"], 90),
+    "lookup as a registered op": (["lookup_kernel"], 60),
+    "hash_lookup as a registered op": (["hash_lookup_kernel"], 110),
     "gate_residual": (["gate_residual_kernel"], 20),
     "gate_residual as a registered op": (["gate_residual_kernel"], 60),
     "gate_conv_residual": (["gate_scale_kernel", "conv_residual_kernel"], 20),

@@ -42,6 +42,11 @@ def hash_setting(device, name="e4m3_ue8m0", width=32):
     return [x.to(device) for x in ragged()], plan.to(device), placed
 
 
+def slots_of(history):
+    """Another row of history for each sequence."""
+    return torch.arange(len(history), dtype=torch.int32, device=history.device).flip(0)
+
+
 def check(name, *arguments):
     torch.library.opcheck(getattr(torch.ops.engram, name).default, arguments, test_utils=CHECKS)
 
@@ -49,9 +54,9 @@ def check(name, *arguments):
 @pytest.mark.parametrize("packed", [True, False])
 def test_opcheck_hash(device, packed):
     (ids, cu, history, dead), plan, _ = hash_setting(device)
-    extra = (cu, history, dead) if packed else (None, None, None)
+    extra = (cu, history, dead, slots_of(history)) if packed else (None,) * 4
     check("ngram_hash", ids, *extra, *plan.parts())
-    check("ngram_hash", ids[:0], None, None, None, *plan.parts())
+    check("ngram_hash", ids[:0], None, None, None, None, *plan.parts())
 
 
 @pytest.mark.parametrize(("name", "storage"), [("e4m3_ue8m0", True), ("e4m3", False), ("bfloat16", True)])
@@ -62,26 +67,70 @@ def test_opcheck_rows(device, name, storage):
     check("lookup", row_ids, *view_tables(placed[:1], device), None, storage, None, "address")
     check("lookup", row_ids[:0], *view_tables(placed[:1], device), None, storage, 1, "direct")
     options = (*view_tables(placed, device), None, storage, 2, "address" if storage else "head")
-    check("hash_lookup", ids, cu, history, dead, *options, *plan.parts())
+    check("hash_lookup", ids, cu, history, dead, None, *options, *plan.parts())
 
 
 def test_opcheck_out_forms(device):
     """The ops that write to a tensor of the caller's."""
     (ids, cu, history, dead), plan, placed = hash_setting(device)
     row_ids = ngram_hash(ids, plan)
-    check("ngram_hash_out", ids, cu, history, dead, torch.zeros_like(row_ids), *plan.parts())
+    check("ngram_hash_out", ids, cu, history, dead, slots_of(history), torch.zeros_like(row_ids), *plan.parts())
     rows, scales = lookup(placed[1], row_ids[:, 1], out_format="storage")
     rows = rows.view(torch.uint8)  # opcheck computes with what it is given
     check("lookup_out", row_ids[:, 1], *view_tables(placed[1:], device), rows, scales, True, None, "head")
     rows = hash_lookup(ids, plan, placed, cu_seqlens=cu, history=history, dead=dead)
     views = view_tables(placed, device)
-    check("hash_lookup_out", ids, cu, history, dead, *views, rows, None, False, 2, None, *plan.parts())
+    check("hash_lookup_out", ids, cu, history, dead, None, *views, rows, None, False, 2, None, *plan.parts())
     tensors = [x.to(device) for x in inputs(5, 4, 24)]
     check("gate_residual_out", *tensors, None, 1e-6, None, "sign", False, torch.zeros_like(tensors[0]))
     tensors = [x.to(device) for x in conv_inputs(6, 2, 16, 3)]
     options = (2, 1e-6, 1e-5, 1e-6, None, "sign", True, None, *(x.to(device) for x in state(1, 2, 16, 4)))
     results = [torch.zeros_like(x) for x in (tensors[0], *options[-2:])]
     check("gate_conv_residual_out", *tensors, *options, *results, None, None, None, None)
+
+
+def test_what_is_kept_for_an_op_is_of_its_own_plan_and_tables(device):
+    """Launches are found by what they read, also where memory was freed and is another plan's or table's now."""
+    ids = ragged()[0].to(device)
+    for layers in (2, 1, 2):
+        for wrapping in (False, True):
+            plan = small_plan(layers, wrapping=wrapping).to(device)
+            placed = [tables.place(*part, device) for part in parts_of(small_plan(layers), 32, "float32")]
+            tokens, view = (ids, None, None, None, None), view_tables(placed, device)
+            for _ in range(2):
+                row_ids = torch.ops.engram.ngram_hash(*tokens, *plan.parts())
+                assert torch.equal(row_ids, ngram_hash(ids, plan))
+                found = torch.ops.engram.hash_lookup(*tokens, *view, None, False, None, None, *plan.parts())[0]
+                assert torch.equal(found, hash_lookup(ids, plan, placed))
+                rows = torch.ops.engram.lookup(row_ids[:, 0], *view_tables(placed[:1], device), None, False, None, None)
+                assert torch.equal(rows[0], found[0])
+            del plan, placed, view
+
+
+def test_autograd_knows_what_an_op_has_written(device):
+    hidden, key, value, *norms = (x.to(device) for x in inputs(5, 4, 24))
+    out = torch.zeros_like(hidden)
+    weight = torch.ones_like(hidden, requires_grad=True)
+    product = weight * out  # keeps out for the backward pass
+    torch.ops.engram.gate_residual_out(hidden, key, value, *norms, None, 1e-6, None, "sign", True, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():
+        out = torch.zeros_like(hidden)
+        torch.ops.engram.gate_residual_out(hidden, key, value, *norms, None, 1e-6, None, "sign", True, out)
+    assert torch.equal(out, gate_residual(hidden, key, value, *norms, eps=None, zero_gate="sign"))
+
+
+def test_dynamo_traces_no_function_of_an_op(device):
+    """What a compiled graph calls is run as it is: nothing of it becomes a graph of its own."""
+    (ids, *_), plan, placed = hash_setting(device)
+    counters, expected = torch._dynamo.utils.counters, hash_lookup(ids, plan, placed)
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        counters.clear()
+        run = torch.compile(lambda ids: hash_lookup(ids, plan, placed) + 0, backend=backend, fullgraph=True)
+        assert all(torch.equal(run(ids), expected) for _ in range(2))
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_opcheck_gates(device):

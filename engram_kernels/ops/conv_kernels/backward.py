@@ -267,6 +267,7 @@ def _new_gradients(grad, hidden, key, value, *options):
     "Tensor conv_norm, Tensor conv_weight, Tensor gate, Tensor scale, Tensor scalars, int dilation, float? conv_eps, "
     "float clamp, Tensor? mask, str zero_gate, bool residual, Tensor? cu_seqlens, bool[] needs) -> Tensor[]",
     _new_gradients,
+    refuse_second_derivative("gate_conv_residual"),
 )
 def gate_conv_residual_backward_op(grad, *arguments):
     """Gradients that ``needs`` asks for, in the order of the op's tensors, key and value in one tensor."""
@@ -276,9 +277,6 @@ def gate_conv_residual_backward_op(grad, *arguments):
     call = ConvCall(*tensors, dilation, None, *options)
     launch_gate_conv_backward(grad, call, *recorded, needs, gradients)
     return given(gradients)
-
-
-gate_conv_residual_backward_op.register_autograd(refuse_second_derivative("gate_conv_residual"))
 
 
 def save_gate_conv(ctx, inputs, output) -> None:

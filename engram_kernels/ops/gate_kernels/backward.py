@@ -337,6 +337,7 @@ def _new_gradients(grad, hidden, key, value, query_norm, key_norm, *options):
     "(Tensor grad, Tensor hidden, Tensor key, Tensor value, Tensor query_norm, Tensor key_norm, Tensor scalars, "
     "float clamp, Tensor? mask, str zero_gate, bool residual, bool[] needs) -> Tensor[]",
     _new_gradients,
+    refuse_second_derivative("gate_residual"),
 )
 def gate_residual_backward_op(grad, hidden, key, value, query_norm, key_norm, scalars, *options):
     """Gradients that ``needs`` asks for (hidden, key, value, query_norm, key_norm), key and value in one tensor."""
@@ -345,9 +346,6 @@ def gate_residual_backward_op(grad, hidden, key, value, query_norm, key_norm, sc
     call = GateCall(hidden, key, value, query_norm, key_norm, None, *options)
     launch_gate_backward(grad, call, scalars, needs, gradients)
     return given(gradients)
-
-
-gate_residual_backward_op.register_autograd(refuse_second_derivative("gate_residual"))
 
 
 def save_gate(ctx, inputs, output) -> None:
