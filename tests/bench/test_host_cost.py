@@ -59,7 +59,6 @@ def test_launches_of_calls_and_their_own_work():
             own[name] = calls_of_functions(call) - calls_of_functions(bare)
     assert made == {name: kernels for name, (kernels, _) in CALLS.items()}
     assert not {name: count for name, count in own.items() if count > CALLS[name][1]}
-    assert own["gate_residual"] < own["gate_residual as a registered op"]  # what the bypass is for
     assert driver._active is active and JITFunction.run is run
 
 
