@@ -43,6 +43,7 @@ COMMANDS = {
     "optimizers": "bench.training.optimizers",
     "updates": "bench.training.updates",
     "cache": "bench.cache.prediction",
+    "step_model": "bench.serving.step_model",
     "sweep": "bench.ops.sweep",
 }
 

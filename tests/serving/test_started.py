@@ -6,7 +6,7 @@ import torch
 from engram_kernels import Prefetcher, hash_lookup
 from engram_kernels.serving import prefetch
 from tests.ops.test_registration import same
-from tests.support.gpu.prefetching import KINDS, ORDERS, SCHEDULES, batches, in_flight, setting
+from tests.support.gpu.prefetching import KINDS, ORDERS, SCHEDULES, batches, in_flight, replayed, setting
 
 
 @pytest.fixture(params=[True, False], ids=["apart", "together"])
@@ -52,11 +52,10 @@ def in_one_capture(model, given, early):
     """Two steps in one graph, each started while the one before is read, across replays too; ``early``: a step is
     read before the next is started. On another stream than that of the starts."""
     other = torch.zeros(6, dtype=torch.int64)
-    streams, fork, joined = model.streams, model.streams.event(), model.streams.event()
+    streams = model.streams
     first = waiting = model.start(given[0])
     with streams.capture("main") as replay:
-        streams.record(fork, "main")
-        streams.wait("model", fork)
+        follow(streams, "model", "main")
         for ids in (model.ids, other):
             coming = None if early else model.prefetcher.start(ids)
             for layer in range(2):
@@ -65,8 +64,7 @@ def in_one_capture(model, given, early):
                 waiting.release()
             waiting = model.prefetcher.start(ids) if coming is None else coming
         waiting.release()
-        streams.record(joined, "model")
-        streams.wait("main", joined)
+        follow(streams, "main", "model")
     assert waiting._taken is first._taken
     for number in range(1, len(given) - 1, 2):
         for ids, batch in zip((model.ids, other), given[number:], strict=False):
@@ -87,24 +85,52 @@ def test_two_steps_of_one_capture_in_flight(kind, early, dropped):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_in_turn(apart, kind):
+@pytest.mark.parametrize("reading", ["model", "main"])
+def test_graphs_in_turn(apart, kind, reading):
     """Each graph starts the next step and reads the one that the other graph has started."""
     for schedule in SCHEDULES:
-        model, given = KINDS[kind](reading="main", depth=2), batches(6)
+        model, given = KINDS[kind](reading=reading, depth=2), batches(6)
         waiting, graphs = model.start(given[0]), []
         for _ in range(2):
             with model.streams.capture("main") as replay:
+                follow(model.streams, "model", "main")
                 coming = model.prefetcher.start(model.ids)
                 for layer in range(2):
                     model.read(layer, started=waiting)
-                waiting.release()
+                with model.streams.stream(reading):
+                    waiting.release()
                 coming.release()
+                follow(model.streams, "main", "model")
             graphs.append(replay)
             waiting = coming
         for number, batch in enumerate(given[1:]):
             model.streams.run("main", lambda model=model, batch=batch: model.ids.copy_(batch))
             graphs[number % 2]("main")
         assert model.right(given[:-1], schedule), schedule
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_capture_waits_for_none_of_another(depth):
+    """A reader that release() ended in one capture reads in the next one too."""
+    for schedule in SCHEDULES:
+        model, given = KINDS["kv"](depth=depth), batches(3)
+        for _ in range(1 + depth):
+            with model.streams.capture("main") as replay:
+                follow(model.streams, "model", "main")
+                started = model.prefetcher.start(model.ids)
+                model.read(0)
+                model.read(1)
+                with model.streams.stream("model"):
+                    started.release()
+                follow(model.streams, "main", "model")
+        assert replayed(model, given, [(replay, "main")], schedule), schedule
+
+
+def follow(streams, later, earlier):
+    """Let one stream wait for what another one holds."""
+    event = streams.event()
+    streams.record(event, earlier)
+    streams.wait(later, event)
 
 
 def test_starts_beyond_depth():
