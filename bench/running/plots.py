@@ -94,7 +94,7 @@ def _step(axes, content: dict) -> bool:
     for decoder in dict.fromkeys(record["decoder"] for record in steps):
         records = sorted((r for r in steps if r["decoder"] == decoder), key=lambda record: record["batch"])
         batches = [record["batch"] for record in records]
-        for mode, style in (("ready", ":"), ("inline", "--"), ("side", "o-"), ("by_layer", "s-")):
+        for mode, style in (("ready", ":"), ("inline", "--"), ("side", "o-"), ("by_layer", "s-"), ("projected", "^-")):
             costs = [100 * record["cost"][mode] for record in records]
             axes.plot(batches, costs, style, label=f"{decoder}, {mode.replace('_', ' ')}")
         if records[0]["paper"] is not None:

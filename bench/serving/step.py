@@ -10,6 +10,7 @@ project and gate them into its one residual stream; token ids and the three befo
     inline     one launch for both layers ahead of the step, in its stream
     side       the same launch on a second stream, awaited at the first Engram layer
     by_layer   a launch a layer on the second stream, each awaited at its layer
+    projected  as side, and each layer's projection behind it on the second stream, awaited at its layer
 
 Each mode is one CUDA graph; modes take turns. Exposed: time over ``ready``. Cost: the share of throughput that is lost
 to ``plain``, which the paper puts at 1.92 % (4B) and 2.78 % (8B) for a table of 100 G parameters on the host.
@@ -25,7 +26,7 @@ from bench.running.cases import Workbench, poison, spread_tokens, wrong_rows
 from bench.running.timing import Measurement, SideStream
 from engram_kernels import gate_residual, hash_lookup, reference, split_kv
 
-MODES = ("plain", "ready", "inline", "side", "by_layer")
+MODES = ("plain", "ready", "inline", "side", "by_layer", "projected")
 FETCHING = MODES[2:]
 BATCHES, ALL_BATCHES = (1, 8, 64, 512), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 #: Programs of lookups on the second stream: 8 to 32 fill the link, and more would take multiprocessors from matmuls.
@@ -114,6 +115,7 @@ class StepAt:
         self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=bench.device)
         options = dict(dtype=torch.bfloat16, device=bench.device)
         self.rows = torch.zeros(layers, batch, columns, stand_in.table.width, **options)
+        self.kv = torch.zeros(layers, batch, 2 * stand_in.decoder.hidden, **options)
         self.hidden = bench.randn(batch, stand_in.decoder.hidden)
         self.final = torch.zeros_like(self.hidden)
         self.side = SideStream(bench.device)
@@ -125,7 +127,7 @@ class StepAt:
             buffer.copy_(chosen)
 
     def run(self, mode: str) -> None:
-        """One step: ``final`` from ``hidden``, and in modes that fetch also ``rows``."""
+        """One step: ``final`` from ``hidden``, and in modes that fetch also ``rows``, in projected also ``kv``."""
         fetched = self._fetch(mode)
         stream = self.hidden
         for layer in range(self.of.decoder.layers):
@@ -133,7 +135,7 @@ class StepAt:
                 index = self.of.decoder.engram.index(layer)
                 if index < len(fetched):
                     self.side.wait(fetched[index])
-                stream = self._engram(stream, index)
+                stream = self._engram(stream, index, mode == "projected")
             stream = self._layer(stream, layer)
         self.final.copy_(stream)
 
@@ -156,14 +158,20 @@ class StepAt:
         if mode == "by_layer":
             parts = zip(self.plans, self.tables, self.rows.split(1), strict=True)
             return self.side.start(*[partial(self._look_up, p, (t,), r, SIDE_PROGRAMS) for p, t, r in parts])
+        if mode == "projected":
+            look_up = partial(self._look_up, self.of.plan, self.tables, self.rows, SIDE_PROGRAMS)
+            return self.side.start(look_up, *[partial(self._project, index) for index in range(len(self.kv))])[1:]
         return []
 
     def _look_up(self, plan, tables, out, programs) -> None:
         options = dict(cu_seqlens=self.cu_seqlens, history=self.history, programs=programs)
         hash_lookup(self.ids, plan, tables, out=out, **options)
 
-    def _engram(self, stream: torch.Tensor, index: int) -> torch.Tensor:
-        kv = self.rows[index].flatten(1) @ self.of.wkv[index]
+    def _project(self, index: int) -> None:
+        torch.mm(self.rows[index].flatten(1), self.of.wkv[index], out=self.kv[index])
+
+    def _engram(self, stream: torch.Tensor, index: int, projected: bool) -> torch.Tensor:
+        kv = self.kv[index] if projected else self.rows[index].flatten(1) @ self.of.wkv[index]
         key, value = split_kv(kv, 1, stream.shape[1])
         norms = self.of.norms
         return gate_residual(stream[:, None], key, value, *norms, eps=self.of.config.eps)[:, 0]
@@ -182,6 +190,7 @@ def measure_step(stand_in: StandIn, batch: int, timer, rounds: int) -> dict:
     for number, mode in enumerate(FETCHING):
         step.choose(number)
         poison(step.rows)
+        poison(step.kv)
         replays[mode]()
         problem = step.check(number)
         if problem is not None:

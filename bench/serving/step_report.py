@@ -7,10 +7,12 @@ STEP_COLUMNS = (
     "exposed: inline us",
     "side us",
     "by layer us",
+    "projected us",
     "throughput lost: rows ready",
     "inline",
     "side",
     "by layer",
+    "projected",
     "paper",
 )
 PAIR_COLUMNS = (
@@ -22,7 +24,8 @@ PAIR_COLUMNS = (
     "lookup alone GB/s",
     "beside GB/s",
 )
-_FETCHING, _COSTING = ("inline", "side", "by_layer"), ("ready", "inline", "side", "by_layer")
+_FETCHING = ("inline", "side", "by_layer", "projected")
+_COSTING = ("ready", *_FETCHING)
 
 
 def step_rows(records: list[dict]) -> list[list[str]]:

@@ -50,6 +50,7 @@ def finals(at, number):
         at.choose(number)
         if mode in step.FETCHING:
             step.poison(at.rows)
+            step.poison(at.kv)
         at.run(mode)
         assert mode not in step.FETCHING or at.check(number) is None
         found[mode] = at.final.clone()
@@ -59,7 +60,7 @@ def finals(at, number):
 def check_modes(workbench, batch):
     at = step.StandIn(TOY, workbench).at(batch)
     found = finals(at, 3)
-    assert all(torch.equal(found[mode], found["inline"]) for mode in ("side", "by_layer", "ready"))
+    assert all(torch.equal(found[mode], found["inline"]) for mode in (*step.FETCHING, "ready"))
     assert not torch.equal(found["plain"], found["ready"]), "the layers change the stream"
     return at, found
 
@@ -121,7 +122,7 @@ def test_a_wrong_step_has_no_time(bench, monkeypatch, spoil):
 
     monkeypatch.setattr(step, "hash_lookup", spoilt)
     if spoil == "read early":
-        monkeypatch.setattr(step.StepAt, "_engram", lambda self, stream, index: stream * float("nan"))
+        monkeypatch.setattr(step.StepAt, "_engram", lambda self, stream, *_: stream * float("nan"))
     record = step.Steps(bench, Timer(), {"toy": TOY}).measure("step/toy/B=2")
     assert record["status"] == "failed" and "seconds" not in record
     assert {"read early": "not finite"}.get(spoil, "differ from the reference") in record["reason"]
@@ -130,9 +131,9 @@ def test_a_wrong_step_has_no_time(bench, monkeypatch, spoil):
 def test_exposed_and_cost_are_paired_differences(bench):
     record = step.Steps(bench, Timer(), {"toy": TOY}, rounds=3).measure("step/toy/B=2")
     assert record["status"] == "ok" and record["batch"] == 2 and record["distinct_layers"] == 3
-    # Modes take 1 to 5 milliseconds in their order.
-    assert record["exposed"] == pytest.approx(dict(inline=1e-3, side=2e-3, by_layer=3e-3))
-    assert record["cost"] == pytest.approx(dict(ready=1 / 2, inline=2 / 3, side=3 / 4, by_layer=4 / 5))
+    # Modes take 1 to 6 milliseconds in their order.
+    assert record["exposed"] == pytest.approx(dict(inline=1e-3, side=2e-3, by_layer=3e-3, projected=4e-3))
+    assert record["cost"] == pytest.approx(dict(ready=1 / 2, inline=2 / 3, side=3 / 4, by_layer=4 / 5, projected=5 / 6))
     assert record["seconds"]["plain"]["samples"] == 3
     assert record["weight_bytes"] == 3 * 2 * (64 * 80 + 48 * 64 + 64 * 192 + 96 * 64)
 
@@ -238,7 +239,7 @@ def test_work_beside_work_starts_with_it(simulation):
     assert simulation.current.now == pytest.approx(5.007), "the stream goes on when both are done"
 
 
-@pytest.mark.parametrize("lookup, exposed", [(1e-3, (2e-3, 1e-3, 0)), (9e-3, (18e-3, 17e-3, 16e-3))])
+@pytest.mark.parametrize("lookup, exposed", [(1e-3, (2e-3, 1e-3, 0, 4e-3)), (9e-3, (18e-3, 17e-3, 16e-3, 20e-3))])
 def test_a_lookup_is_exposed_where_other_work_does_not_hide_it(simulation, bench, monkeypatch, lookup, exposed):
     # Layers of a millisecond: the first Engram layer comes after one of them, the second after two.
     decoder = step.Decoder(4, 64, 96, 48, 32, engram=(1, 2))
@@ -254,6 +255,12 @@ def test_a_lookup_is_exposed_where_other_work_does_not_hide_it(simulation, bench
             ids, plan, tables, out=out, cu_seqlens=options["cu_seqlens"], history=options["history"]
         )
 
+    def project(self, index):  # which costs nothing where the layer does it
+        simulation.spend(2e-3, "projection")
+        projecting(self, index)
+
+    projecting = step.StepAt._project
+    monkeypatch.setattr(step.StepAt, "_project", project)
     monkeypatch.setattr(step.StepAt, "_layer", layer)
     monkeypatch.setattr(step, "hash_lookup", look_up)
     monkeypatch.setattr(step, "SideStream", lambda device: timing.SideStream(torch.device("cuda")))

@@ -22,6 +22,7 @@ def test_two_starts_in_flight(apart, kind, reading):
         model, given = KINDS[kind](reading=reading, depth=2), batches(5)
         in_flight(model, given, ahead_by=1)
         assert model.right(given, schedule), schedule
+        assert set(model.streams.kept) == {"main", "side", reading}, "freed memory waits for each"
 
 
 @pytest.mark.parametrize("kind", KINDS)
