@@ -105,7 +105,7 @@ def timeline(main: Sequence[Work], side: Sequence[Work], machine: Machine) -> tu
     """When the works of both streams run, each stream one after the other."""
     streams = (main, side)
     spans: tuple[list[Span], list[Span]] = ([], [])
-    lead, left, begun = [None, None], [1.0, 1.0], [0.0, 0.0]
+    fresh, lead, left, begun = [True, True], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]
     now = 0.0
     while any(len(done) < len(stream) for done, stream in zip(spans, streams, strict=True)):
         working, waiting = [], []
@@ -113,8 +113,8 @@ def timeline(main: Sequence[Work], side: Sequence[Work], machine: Machine) -> tu
             if len(done) == len(stream) or stream[len(done)].after > len(spans[1]):
                 continue
             work = stream[len(done)]
-            if lead[number] is None:
-                lead[number], left[number] = work.lead, 1.0
+            if fresh[number]:
+                fresh[number], lead[number], left[number], begun[number] = False, work.lead, 1.0, now
             (waiting if lead[number] > 0 else working).append(number)
         works = [streams[number][len(spans[number])] for number in working]
         rates = [
@@ -134,7 +134,7 @@ def timeline(main: Sequence[Work], side: Sequence[Work], machine: Machine) -> tu
             left[number] -= passed * rate
             if left[number] <= 1e-9:
                 spans[number].append(Span(work.name, begun[number], now))
-                lead[number] = None
+                fresh[number] = True
     return spans
 
 

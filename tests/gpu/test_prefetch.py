@@ -12,7 +12,7 @@ from engram_kernels.serving import prefetch
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
-from tests.serving.test_prefetch import BLOCKS
+from tests.serving.test_prefetch import GRAPHS
 from tests.support import tables
 from tests.support.gpu.ordering import ordered_by
 
@@ -225,7 +225,7 @@ def test_an_eager_start_before_a_captured_step(device):
         assert all(same(result.clone(), expected[layer]) for layer, result in enumerate(results))
 
 
-@pytest.mark.parametrize("recipe", BLOCKS[1:], ids=["whole step", "captured apart"])
+@pytest.mark.parametrize("recipe", GRAPHS[:2], ids=["whole step", "captured apart"])
 def test_the_recipes_of_the_guide(device, recipe):
     plan, placed = setting(device)
     ids = torch.zeros(TOKENS, dtype=torch.int64, device=device)
@@ -253,7 +253,7 @@ def test_lookups_overlap_with_the_callers_work(device):
     torch.ones(8, device=device).mul_(2)
     done.record()
     done.synchronize()
-    assert not prefetcher._ready[0].query(), "the caller's stream waited for the side stream"
+    assert not prefetcher._taken[0].ready[0]._external.query(), "the caller's stream waited for the side stream"
     assert same(prefetcher.rows(0), hash_lookup(ids, plan, placed)[0])
 
 
@@ -265,7 +265,7 @@ def test_buffers_freed_while_streams_use_them(device, sleeping):
     expected = values(ids, plan, placed)
     prefetcher, reader = Prefetcher(plan, placed, TOKENS), torch.cuda.Stream()
     prefetcher.start(ids)
-    size = prefetcher._rows.numel()
+    size = prefetcher._taken[0].rows.numel()
     torch.cuda.synchronize()
     asleep = prefetcher._streams.side if sleeping == "side" else reader
     with torch.cuda.stream(asleep):
@@ -313,10 +313,12 @@ def test_a_module_with_prefetched_rows(device):
         Engram(config, layer, plan, table, device=device, dtype=torch.bfloat16)
         for layer, table in zip(config.layers, placed, strict=True)
     ]
-    prefetcher = Prefetcher(plan.to(device), placed, TOKENS, layers=config.layers)
+    given = dict(projections=[module.project for module in modules], kv_width=modules[0].wkv.out_features, ahead=True)
+    prefetcher = Prefetcher(plan.to(device), placed, TOKENS, layers=config.layers, **given)
     hidden = torch.randn(TOKENS, 4, 128, dtype=torch.bfloat16, device=device)
     with torch.no_grad():
         for ids in batches(device, 3):
             prefetcher.start(ids)
             for module in modules:
                 assert same(module(hidden, rows=prefetcher.rows(module.layer)), module(hidden, ids))
+                assert same(module(hidden, kv=prefetcher.kv(module.layer)), module(hidden, ids))

@@ -61,6 +61,14 @@ FAULTS = (
         "each_order",
     ),
     Fault(
+        "projections are read when their rows are there",
+        "serving/started",
+        "self._wait(self._taken.projected[index])",
+        "self._wait(self._taken.ready[index])",
+        "started",
+        "in_flight",
+    ),
+    Fault(
         "a cache is used on two streams at once",
         "cache/store",
         "streams.wait(current, self._used)",
