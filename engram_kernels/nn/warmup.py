@@ -62,10 +62,10 @@ def warmup(
 ) -> None:
     """Compile every kernel variant that steps of 1 to ``max_tokens`` packed tokens launch, by launching each once.
 
-    engrams: the model's modules, of one config, where they will run. prefetcher: the one that will look rows up; None
-    is forward passes from token ids. state: the one whose steps they will take, commits of both kinds, reset and
-    restore included; its slots are neither read nor written. dead: whether steps come with dead tokens; False compiles
-    for those without. id_dtype: of token ids.
+    engrams: the model's modules, of one config, where they will run. prefetcher: the one that will look rows up, and
+    project them where it has projections; None is forward passes from token ids. state: the one whose steps they will
+    take, commits of both kinds, reset and restore included; its slots are neither read nor written. dead: whether steps
+    come with dead tokens; False compiles for those without. id_dtype: of token ids.
     All tokens are padding: no table is read. Call it before memory is measured or a graph captured: the longest step
     has then been made once, and afterwards nothing is compiled and no memory asked of the driver. On a CPU nothing
     is to be done.
@@ -107,13 +107,19 @@ def _step(engrams, tokens: int, prefetcher, state, dead: bool, id_dtype: torch.d
         options = step.options
     if prefetcher is not None:
         prefetcher.start(ids, **options)
+        kind = "kv" if prefetcher.projects else "rows"
     for engram in engrams:
-        rows = None if prefetcher is None else prefetcher.rows(engram.layer)
+        inputs = {}
+        if prefetcher is not None:
+            inputs = {kind: getattr(prefetcher, kind)(engram.layer)}
         if step is not None:
-            engram(hidden, rows=rows, state=step)
+            engram(hidden, **inputs, state=step)
+        elif inputs:
+            engram(hidden, **inputs, **dict(options, history=None))
         else:
-            inputs = dict(token_ids=ids) if rows is None else dict(rows=rows)
-            engram(hidden, **inputs, **(options if rows is None else dict(options, history=None)))
+            engram(hidden, ids, **options)
+    if prefetcher is not None:
+        prefetcher.release()
     if step is not None:
         step.commit()
         state.begin(ids, slots, cu_seqlens=cu_seqlens, dead=options["dead"]).commit(torch.zeros_like(slots))

@@ -27,6 +27,7 @@ from engram_kernels.geometry.kinds import (
     takes,
 )
 from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.geometry.row_format import SCALE_GROUP
 from engram_kernels.launching.device import on_device_of, processors
 from engram_kernels.launching.streams import streams_of
 from engram_kernels.launching.tokens import TOKEN_KINDS, Tokens, check_token_values, check_tokens
@@ -42,7 +43,7 @@ from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import view_tables
 
 from .inputs import TokenBuffers, copying
-from .started import Projection, Side, StartBuffers, Started, Work
+from .started import Projection, Rows, Side, StartBuffers, Started, Work
 
 _LAUNCH_BYTES = {"device": 32 << 20}  # of other placements:
 _LINK_BYTES = 512 << 10
@@ -66,9 +67,10 @@ def projects_ahead(num_tokens: int) -> bool:
     T tokens cost 2 T operations for each weight, and GPUs do 150 to 300 in the time in which they read one (bfloat16:
     A100 153, MI300X 247, B200 281, H100 295; as many in fp8, which halves both). Below that a projection's time is
     that of its weights' way from memory, which a decoder of few tokens leaves free between its kernels and in their
-    tails. Above, it takes multiprocessors from matmuls that need them, hides nothing, and its result of (H + 1) * D
-    elements (51 KB a token and layer for V4.1) needs room that rows do not. Half of the H100's number, and below all of
-    them: 128 tokens. Arithmetic, not measured; ``python -m bench step_model`` has the model.
+    tails. Above, it takes multiprocessors from matmuls that need them, and its result of (H + 1) * D elements (51 KB a
+    token and layer for V4.1, where rows are 12) needs room. 128 tokens are below all of these. By the model that
+    ``python -m bench step_model`` prints, V4.1's two layers gain 35 us of a step up to there, 8 at 256 tokens, and lose
+    from 1,024 on. Arithmetic, not measured.
     """
     return num_tokens <= AHEAD_TOKENS
 
@@ -84,13 +86,14 @@ class Prefetcher:
     are allocated here, once (``nbytes`` are all of them); :meth:`start` overwrites them, once those that read them are
     done.
     programs: size of the lookup's persistent grid; None is half the multiprocessors, which leaves the others to the
-    model. order (the read order), out_dtype: as for :func:`hash_lookup`.
+    model. order (the read order), out_dtype, out_format: as for :func:`hash_lookup`; with "storage" rows are (rows,
+    scales), where the scale of format e4m3 is a tensor ``[]`` on the plan's device.
     max_sequences: most sequences of one start; None is max_tokens.
     layers: what :meth:`rows` calls the plan's layers, such as ``config.layers``; None is 0, 1, and so on.
     cache: as for :func:`hash_lookup`. With one the rows of all layers come at once.
     projections: for :meth:`kv`, a callable for each layer of the plan: ``projection(rows, out)`` writes ``out [T, W]``
-    (``[B, S, W]``) from rows ``[T, C, R]`` (``[B, S, C, R]``) on the current stream, such as :meth:`Engram.project` or
-    an engine's own of whatever precision. kv_width: W. kv_dtype: of out; None is that of rows.
+    (``[B, S, W]``) from what :meth:`rows` returns, on the current stream, such as :meth:`Engram.project` or an engine's
+    own of whatever precision. kv_width: W. kv_dtype: of out; None is that of rows as values.
     ahead: True projects on the side stream, False where kv() is called; None goes by :func:`projects_ahead`, up to 128
     tokens. Buffers of ``L * T * W`` elements for the most tokens that are projected ahead are allocated here too.
     depth: most starts in flight, each with buffers of its own. With more than 1 a start is in flight until its
@@ -116,6 +119,7 @@ class Prefetcher:
         kv_dtype=Optional(Dtype(*FLOAT_DTYPES)),
         ahead=Optional(Flag()),
         depth=Whole(1),
+        out_format=OneOf("values", "storage"),
     )
     def __init__(
         self,
@@ -134,6 +138,7 @@ class Prefetcher:
         kv_dtype: torch.dtype | None = None,
         ahead: bool | None = None,
         depth: int = 1,
+        out_format: str = "values",
     ):
         where = "Prefetcher"
         tables = check_tables_of_plan(where, plan, tables)
@@ -143,7 +148,7 @@ class Prefetcher:
         max_sequences = max_tokens if max_sequences is None else max_sequences
         check_order(where, order, num_layers * max_tokens * num_columns)
         check_cache(where, cache, plan, tables, num_layers * max_tokens * num_columns)
-        check_row_out(where, tables[0], (), plan.device, None, out_dtype, "values")
+        check_row_out(where, tables[0], (), plan.device, None, out_dtype, out_format)
         names = tuple(range(num_layers) if layers is None else layers)
         if len(set(names)) != num_layers or len(names) != num_layers:
             raise ValueError(f"{where}: layers must be {num_layers} different names, one per layer, got {list(names)}")
@@ -157,27 +162,32 @@ class Prefetcher:
         self._plans = [plan.select(layers=[layer]) for layer in range(num_layers)]
         self._layer_bytes = num_columns * tables[0].nbytes // tables[0].rows  # of one token
         programs = programs or max(1, processors(plan.device) // 2)
-        self._options = dict(programs=programs, order=order, out_dtype=out_dtype)
-        rows_dtype = out_dtype or tables[0].default_out_dtype
+        self._options = dict(programs=programs, order=order, out_dtype=out_dtype, out_format=out_format)
+        self._storage, row_format = out_format == "storage", tables[0].format
+        values_dtype = out_dtype or tables[0].default_out_dtype
+        scaled = self._storage and row_format.scaling == "table"
+        self._table_scales = torch.stack([table.scale for table in tables]).to(plan.device) if scaled else None
         self._ahead, self._kv_width = ahead, kv_width
         kv_tokens = 0 if projections is None or ahead is False else max_tokens
         kv_tokens = kv_tokens if ahead else min(kv_tokens, AHEAD_TOKENS)
 
         def buffer(count: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(depth, count, dtype=dtype, device=plan.device)
+            return torch.empty(count, dtype=dtype, device=plan.device)
 
-        row_elements = num_columns * tables[0].width
-        inputs = [TokenBuffers(max_tokens, max_sequences, plan.max_ngram, plan.device) for _ in range(depth)]
-        rows = buffer(num_layers * max_tokens * row_elements, rows_dtype)
-        kv = buffer(num_layers * kv_tokens * kv_width, kv_dtype or rows_dtype) if kv_tokens else None
+        def buffers() -> StartBuffers:
+            inputs = TokenBuffers(max_tokens, max_sequences, plan.max_ngram, plan.device)
+            elements = num_layers * max_tokens * num_columns * tables[0].width
+            rows = buffer(elements, row_format.dtype if self._storage else values_dtype)
+            grouped = self._storage and row_format.scaling == "group"
+            scales = buffer(elements // SCALE_GROUP, torch.uint8) if grouped else None
+            kv = buffer(num_layers * kv_tokens * kv_width, kv_dtype or values_dtype) if kv_tokens else None
+            return StartBuffers(streams, num_layers, inputs, rows, scales, kv)
 
         self._streams = streams = streams_of(plan.device)
         self._copied = streams.event()
-        memory = [each.memory for each in inputs] + [rows] + ([] if kv is None else [kv])
-        self._side = Side(streams, memory, names, projections, kv_width, kv_dtype or rows_dtype)
-        self._taken = [
-            StartBuffers(streams, num_layers, inputs[n], rows[n], None if kv is None else kv[n]) for n in range(depth)
-        ]
+        self._taken = [buffers() for _ in range(depth)]
+        memory = [part for each in self._taken for part in each.memory]
+        self._side = Side(streams, memory, names, projections, kv_width, kv_dtype or values_dtype)
         self._starts = 0
         self._last: Started | None = None
         # A launch in a capture must not be the first to copy these to the device.
@@ -257,12 +267,12 @@ class Prefetcher:
         return self._last
 
     @declares(layer=Instance(Hashable))
-    def rows(self, layer: int) -> torch.Tensor:
+    def rows(self, layer: int) -> Rows:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, for work given to the current stream from now on.
 
-        They are of the last start(). It is a view of a buffer: the next start() that takes the buffer overwrites it,
-        once the streams that asked for rows are done with what they were given before that start(), or before
-        :meth:`release`.
+        With out_format "storage" a pair of rows and scales. They are of the last start(), and views of buffers: the
+        next start() that takes these overwrites them, once the streams that asked for rows are done with what they were
+        given before that start(), or before :meth:`release`.
         """
         return self._started("Prefetcher.rows", layer).read_rows("Prefetcher.rows", layer)
 
@@ -311,7 +321,9 @@ class Prefetcher:
         token_ids = sources.token_ids
         num_layers, num_columns = self._plan.primes.shape
         shape = torch.Size((num_layers, *token_ids.shape, num_columns, self._tables[0].width))
-        rows, kv = taken.rows[: shape.numel()].view(shape), None
+        rows, scales, kv = taken.rows[: shape.numel()].view(shape), None, None
+        if taken.scales is not None:
+            scales = taken.scales[: shape.numel() // SCALE_GROUP].view(*shape[:-1], shape[-1] // SCALE_GROUP)
         if taken.kv is not None and (self._ahead or projects_ahead(token_ids.numel())):
             shape = torch.Size((num_layers, *token_ids.shape, self._kv_width))
             kv = taken.kv[: shape.numel()].view(shape)
@@ -320,12 +332,14 @@ class Prefetcher:
         if apart:
             parts = [(plan, slice(layer, layer + 1)) for layer, plan in enumerate(self._plans)]
         inputs = taken.inputs.views(sources)
-        options = self._options | dict(out_format="values", cache=self._cache if cached else None)
+        options = self._options | dict(cache=self._cache if cached else None)
         lookups = []
         for plan, part in parts:
-            call, out = HashLookupCall(inputs, plan, self._tables[part], **options), rows[part]
+            call = HashLookupCall(inputs, plan, self._tables[part], **options)
+            out = (rows[part], None if scales is None else scales[part]) if self._storage else rows[part]
             lookups.append((range(num_layers)[part], (call, out, HASH_LOOKUP.signature(call, out))))
-        return Work(copying(sources, inputs), rows, kv, lookups)
+        beside = self._table_scales if scales is None else scales
+        return Work(copying(sources, inputs), (rows, beside) if self._storage else rows, kv, lookups)
 
     def _copy(self, work: Work, sources: Tokens) -> None:
         with on_device_of(sources.token_ids):
@@ -345,6 +359,8 @@ class Prefetcher:
                 taken.ready[layer].set(side, captured)
             for layer in layers if taken.kv is not None else ():
                 if work.kv is not None:
-                    streams.run(side, lambda layer=layer: self._side.project(layer, work.rows[layer], work.kv[layer]))
+                    streams.run(
+                        side, lambda layer=layer: self._side.project(layer, work.rows_of(layer), work.kv[layer])
+                    )
                 # Without a projection too: a graph's replay may have set it last, and a start waits for the last one.
                 taken.projected[layer].set(side, captured)

@@ -16,8 +16,10 @@ from engram_kernels.ops.hash_rows import HashLookupCall
 
 from .inputs import TokenBuffers
 
-#: Writes ``out [T, W]`` (``[B, S, W]``) from rows ``[T, C, R]`` (``[B, S, C, R]``) on the current stream.
-Projection = Callable[[torch.Tensor, torch.Tensor], object]
+#: Rows of a layer ``[T, C, R]`` (``[B, S, C, R]``), or as they are stored (rows, scales).
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
+#: Writes ``out [T, W]`` (``[B, S, W]``) from rows on the current stream.
+Projection = Callable[[Rows, torch.Tensor], object]
 
 
 class Mark:
@@ -46,21 +48,28 @@ class Work(NamedTuple):
     """What starts of one form of tokens do: equal shapes, types and devices, in the same buffers."""
 
     copy: Callable[..., None]  #: from the parts of the tokens that start() was given
-    rows: torch.Tensor  #: ``[L, T, C, R]``
+    rows: Rows  #: ``[L, T, C, R]``, or as they are stored
     kv: torch.Tensor | None  #: ``[L, T, W]``, where the side stream projects
     #: Layers, and (call, out, signature) of their lookup.
-    lookups: list[tuple[range, tuple[HashLookupCall, torch.Tensor, Hashable]]]
+    lookups: list[tuple[range, tuple[HashLookupCall, Rows, Hashable]]]
+
+    def rows_of(self, index: int) -> Rows:
+        """Those of one layer, in views of their own."""
+        if not isinstance(self.rows, tuple):
+            return self.rows[index]
+        rows, scales = self.rows
+        return rows[index], None if scales is None else scales[index]
 
 
 class StartBuffers:
     """Buffers of one start at a time, their marks, and the streams that read them.
 
-    inputs: of its tokens. rows, kv: flat, of all layers; kv is None where nothing is
-    projected ahead.
+    inputs: of its tokens. rows, scales, kv: flat, of all layers; scales is None where rows have none of their own, and
+    kv where nothing is projected ahead.
     """
 
-    def __init__(self, streams, num_layers: int, inputs: TokenBuffers, rows, kv):
-        self.inputs, self.rows, self.kv, self._streams = inputs, rows, kv, streams
+    def __init__(self, streams, num_layers: int, inputs: TokenBuffers, rows, scales, kv):
+        self.inputs, self.rows, self.scales, self.kv, self._streams = inputs, rows, scales, kv, streams
         self.ready = [Mark(streams) for _ in range(num_layers)]
         self.projected = self.ready if kv is None else [Mark(streams) for _ in range(num_layers)]
         self.number = 0  # of the start that they hold
@@ -71,6 +80,11 @@ class StartBuffers:
         self.readers: dict[bool, dict] = {False: {}, True: {}}
         self._events: dict[tuple, object] = {}
         self.works = Kept()  # by form of tokens
+
+    @property
+    def memory(self) -> list[torch.Tensor]:
+        """All of its tensors."""
+        return [each for each in (self.inputs.memory, self.rows, self.scales, self.kv) if each is not None]
 
     @property
     def last(self) -> Mark:
@@ -142,9 +156,9 @@ class Side:
             raise ValueError(f"{where}: layer must be one of {list(self.layers)}, got {short(layer)}")
         return place
 
-    def project(self, index: int, rows: torch.Tensor, out: torch.Tensor) -> None:
+    def project(self, index: int, rows: Rows, out: torch.Tensor) -> None:
         """A layer's projection on the current stream; nothing where there are no tokens, which a matmul may refuse."""
-        if rows.numel():
+        if out.numel():
             with torch.no_grad():  # a buffer, which autograd knows nothing of
                 self.projections[index](rows, out)
 
@@ -157,10 +171,10 @@ class Started:
 
     def __init__(self, side: Side, taken: StartBuffers, work: Work):
         self._side, self._taken, self._number = side, taken, taken.number
-        self._rows, self._kv = work.rows, work.kv
+        self._work = work
 
     @declares(layer=Instance(Hashable))
-    def rows(self, layer: int) -> torch.Tensor:
+    def rows(self, layer: int) -> Rows:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, as :meth:`Prefetcher.rows` has those of the last start."""
         return self.read_rows("Started.rows", layer)
 
@@ -184,23 +198,24 @@ class Started:
             self._taken.end_reading(captured)
         self._taken.in_flight = False
 
-    def read_rows(self, where: str, layer: Hashable) -> torch.Tensor:
+    def read_rows(self, where: str, layer: Hashable) -> Rows:
         """:meth:`rows` for a function that errors call ``where``."""
         index = self._index(where, layer)
         self._wait(self._taken.ready[index])
-        return self._rows[index]
+        return self._work.rows_of(index)
 
     def read_kv(self, where: str, layer: Hashable) -> torch.Tensor:
         """:meth:`kv` for a function that errors call ``where``."""
         index = self._index(where, layer)
         if self._side.projections is None:
             raise ValueError(f"{where}: expected a Prefetcher with projections, got one without")
-        if self._kv is not None:
+        if self._work.kv is not None:
             self._wait(self._taken.projected[index])
-            return self._kv[index]
+            return self._work.kv[index]
         self._wait(self._taken.ready[index])
-        streams, rows = self._side.streams, self._rows[index]
-        out = rows.new_empty(*rows.shape[:-2], self._side.kv_width, dtype=self._side.kv_dtype)
+        streams, rows = self._side.streams, self._work.rows_of(index)
+        like = rows[0] if isinstance(rows, tuple) else rows
+        out = like.new_empty(*like.shape[:-2], self._side.kv_width, dtype=self._side.kv_dtype)
         streams.run(streams.current(), lambda: self._side.project(index, rows, out))
         return out
 

@@ -21,14 +21,17 @@ pytestmark = pytest.mark.kernel
 MAX_TOKENS = 36
 
 
-def parts_of(form, device, placement=None, cached=False):
+def parts_of(form, device, placement=None, cached=False, projecting=False):
     """The last layer's module of a form, and a prefetcher and a state for it."""
     module, plan, tables = built(form, device)
     if placement is not None:
         tables = [EngramTable.from_tensors(table.weight, placement=placement) for table in tables]
     module.requires_grad_(False)
     cache = NgramCache(plan, tables, entries=16, min_tokens=4) if cached else None
-    prefetcher = Prefetcher(plan, tables, MAX_TOKENS, layers=module.config.layers, cache=cache)
+    options = dict(layers=module.config.layers, cache=cache)
+    if projecting:
+        options |= dict(projections=[module.project] * len(tables), kv_width=module.wkv.out_features, depth=2)
+    prefetcher = Prefetcher(plan, tables, MAX_TOKENS, **options)
     state = EngramState(module.config, 3, device, dtype=torch.float32, max_drafts=2)
     return module, prefetcher, state
 
@@ -80,7 +83,11 @@ def steps(module, prefetcher, state, device, lengths):
         step = state.begin(ids, slots, cu_seqlens=cu)
         prefetcher.start(ids, **step.options)
         hidden = torch.randn(tokens, 2, 24, device=device)
-        module(hidden, rows=prefetcher.rows(module.layer), state=step)
+        ahead = (
+            dict(kv=prefetcher.kv(module.layer)) if prefetcher.projects else dict(rows=prefetcher.rows(module.layer))
+        )
+        module(hidden, **ahead, state=step)
+        prefetcher.release()
         step.commit(*([cu.diff()] if tokens % 2 else []))
     state.reset(slots)
 
@@ -126,6 +133,19 @@ def test_with_a_cache(device, monkeypatch):
     warmed = set(seen)
     assert {"probe_cache_kernel", "hash_lookup_kernel"} <= {key[0] for key in warmed}
     steps(*parts, device, [1, 3, 4, 5, 8, 9])
+    assert not {key for key in seen if key not in warmed}
+
+
+def test_with_projections(device, monkeypatch):
+    """They are run too, at every length, for an engine's may be kernels; both sets of buffers have equal variants."""
+    module, prefetcher, state = parts_of("v41", device, projecting=True)
+    projected, project = [], module.project
+    prefetcher._side.projections = [lambda rows, out: (projected.append(len(rows)), project(rows, out))] * 2
+    seen = record(monkeypatch)
+    warmup([module], 9, prefetcher=prefetcher, state=state)
+    assert set(projected) == set(variant_lengths([module], 9, prefetcher))
+    warmed = set(seen)
+    steps(module, prefetcher, state, device, [1, 3, 9, 1, 1, 3])
     assert not {key for key in seen if key not in warmed}
 
 

@@ -103,7 +103,7 @@ def made(kind, **options):
 
 
 def prefetcher():
-    return ek.Prefetcher(plan(), [table(0), table(1)], 8)
+    return ek.Prefetcher(plan(), [table(0), table(1)], 8, **PROJECTING)
 
 
 def started():
@@ -124,6 +124,7 @@ def sharded(**options):
 OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
 OPTIMIZER |= dict(reduce="alone", group=None)
 NEW = dict(device=None, name=None, scales=None, progress=None, placement="cpu")
+PROJECTING = dict(projections=[lambda rows, out: out.zero_()] * 2, kv_width=3, kv_dtype=torch.float32)
 TOKENS = dict(cu_seqlens=None, history=None, dead=None, slots=None)
 READ = dict(out=None, out_dtype=None, out_format="values", programs=None, order=None)
 SHARDED = dict(config=config(), layer=1, group=None, placement="cpu")
@@ -199,7 +200,8 @@ CALLS = {
     "Prefetcher": lambda: (
         ek.Prefetcher,
         dict(plan=plan(), tables=[table(0), table(1)], max_tokens=8, programs=None, order=None, out_dtype=None,
-             max_sequences=None, layers=None, cache=None),
+             max_sequences=None, layers=None, cache=None, **PROJECTING, ahead=None, depth=2,
+             out_format="values"),
     ),
     "Prefetcher.start": lambda: (prefetcher().start, dict(token_ids=torch.arange(4), **TOKENS)),
     "Prefetcher.launches": lambda: (prefetcher().launches, dict(num_tokens=4)),
@@ -213,9 +215,11 @@ CALLS = {
     ),
     "Engram.forward": lambda: (
         engram(),
-        dict(hidden=torch.ones(4, 2, 8), token_ids=torch.arange(4), rows=None, conv_state=None, state=None, **TOKENS),
+        dict(hidden=torch.ones(4, 2, 8), token_ids=torch.arange(4), rows=None, kv=None, conv_state=None, state=None)
+        | TOKENS,
     ),
     "Engram.rows": lambda: (engram().rows, dict(token_ids=torch.arange(4), **TOKENS)),
+    "Engram.project": lambda: (engram().project, dict(rows=engram().rows(torch.arange(4)), out=torch.empty(4, 24))),
     "Engram.new_conv_state": lambda: (engram().new_conv_state, dict(batch=2)),
     "Engram.load_checkpoint": lambda: (engram().load_checkpoint, dict(tensors=engram().state_dict(), prefix="")),
     "replace_engram": lambda: (
@@ -278,6 +282,9 @@ CALLS = {
     "EngramState.layer_slots": lambda: (state().layer_slots, dict(layer=1, slots=slots())),
     "EngramStep.conv_state": lambda: (begun().conv_state, dict(layer=1)),
     "Prefetcher.rows": lambda: (started().rows, dict(layer=0)),
+    "Prefetcher.kv": lambda: (started().kv, dict(layer=0)),
+    "Started.rows": lambda: (started().start(torch.arange(4)).rows, dict(layer=0)),
+    "Started.kv": lambda: (started().start(torch.arange(4)).kv, dict(layer=0)),
     "ShardedTable": lambda: (
         ek.ShardedTable,
         SHARDED | dict(split="rows", format=None, scale=1.0, fill=None, capacity=None, node=None, replicas=None),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import engram_kernels as ek
 from engram_kernels.geometry.kinds import Kind
+from engram_kernels.serving.started import Started
 from engram_kernels.serving.state import EngramStep
 
 PAGE = Path(__file__).parents[2] / "docs" / "arguments.md"
@@ -41,6 +42,7 @@ def public_functions() -> Iterator[tuple[str, Callable]]:
             if not member.startswith("_") and own and callable_ and f"{name}.{member}" not in INTERNAL:
                 yield f"{name}.{member}", getattr(value, member)
     yield from ((f"EngramStep.{name}", getattr(EngramStep, name)) for name in ("commit", "conv_state"))
+    yield from ((f"Started.{name}", getattr(Started, name)) for name in ("kv", "rows"))
 
 
 def parameters(function: Callable) -> dict[str, inspect.Parameter]:

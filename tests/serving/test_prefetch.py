@@ -14,6 +14,7 @@ from tests.ops.test_registration import same
 from tests.support.gpu.prefetching import ORDERS, SCHEDULES, Model, batches, replayed, setting
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "prefetch.md").read_text(), re.S)
+GRAPHS = [block for block in BLOCKS if "torch.cuda.graph" in block]
 
 
 @pytest.mark.kernel

@@ -8,8 +8,8 @@ from engram_kernels.serving import prefetch
 from tests.nn.test_engram import FORMS, built
 from tests.ops.test_hashing import ragged
 from tests.ops.test_registration import same
+from tests.serving.test_prefetch import BLOCKS
 from tests.support.gpu.prefetching import (
-    KINDS,
     ORDERS,
     SCHEDULES,
     WIDTH,
@@ -71,6 +71,38 @@ def test_a_module_takes_what_it_projected_before(form):
             assert torch.equal(module(hidden, kv=kv, cu_seqlens=cu), module(hidden, ids, cu_seqlens=cu))
 
 
+def test_the_example_of_the_guide():
+    module, plan, placed = built("v41")
+    hidden, ids = torch.randn(9, 2, 24), torch.randint(0, 40, (9,))
+    cu, history = torch.tensor([0, 4, 9], dtype=torch.int32), torch.randint(0, 40, (2, 2))
+    given = dict(Prefetcher=Prefetcher, plan=plan, tables=placed, max_tokens=9, config=module.config, token_ids=ids)
+    given |= dict(dtype=torch.float32, cu_seqlens=cu, history=history, embed=lambda ids: hidden, blocks=[torch.sin] * 6)
+    engrams = dict.fromkeys(module.config.layers, module)  # the first reads rows of another layer
+    exec(BLOCKS[1], given | dict(engrams=engrams), found := {})
+    rows = hash_lookup(ids, plan, placed, cu_seqlens=cu, history=history)
+    expected = module(hidden.sin(), rows=rows[0], cu_seqlens=cu).sin().sin().sin()
+    assert torch.equal(found["hidden"], module(expected, rows=rows[1], cu_seqlens=cu).sin().sin())
+
+
+def test_the_fp8_projection_of_the_guide():
+    """Rows of an e4m3 grid are quantised without a loss, so that the result is near the product."""
+    plan, placed = setting()
+    weight, unit = torch.randn(WIDTH + 8, 64).to(torch.float8_e4m3fn), torch.tensor(1.0)
+
+    def quantise(rows):
+        scale = rows.abs().max().float() / 448
+        return (rows / scale).to(torch.float8_e4m3fn), scale
+
+    exec(BLOCKS[2], dict(torch=torch, quantise=quantise, weight=weight, weight_scale=unit), found := {})
+    options = dict(projections=[found["projection"]] * 2, kv_width=WIDTH + 8, kv_dtype=torch.float32)
+    prefetcher = Prefetcher(plan, placed, 16, **options)
+    (ids,) = batches(1, 16)
+    prefetcher.start(ids)
+    packed, scale = quantise(prefetcher.rows(1).flatten(-2))
+    exact = packed.double() @ weight.double().T * scale.double()
+    torch.testing.assert_close(prefetcher.kv(1).double(), exact, rtol=1e-3, atol=1e-3)
+
+
 def test_columns_give_parts_of_the_sum():
     """Tensor parallel: each rank projects its columns' rows; the sum over ranks is the whole's, as is each column."""
     plan, placed = setting()
@@ -111,6 +143,65 @@ def test_projections_of_cached_rows():
     assert cache.stats().hits
 
 
+def decoded(rows):
+    """Values of rows as they are stored."""
+    stored, scales = rows
+    if scales is None:
+        return stored.float()
+    if scales.dtype == torch.uint8:
+        scales = torch.exp2(scales.float() - 127).repeat_interleave(32, -1)
+    return stored.float() * scales
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3", "bfloat16"])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_stored_rows_and_their_scales(device, name, ahead, apart):
+    """An engine's fp8 projection takes what the table holds: rows and scales, of all formats, none and some tokens."""
+    plan, placed = setting(device, name, 32)
+    wide = [weight.to(device) for weight in weights(width=32)]
+
+    def projection(weight):
+        return lambda rows, out: out.copy_(decoded(rows).flatten(-2) @ weight)
+
+    given = dict(projections=list(map(projection, wide)), kv_width=WIDTH, kv_dtype=torch.float32, ahead=ahead)
+    prefetcher = Prefetcher(plan, placed, 19, out_format="storage", depth=2, **given)
+    ids, cu, history, dead = (x.to(device) for x in ragged())
+    for tokens, options in (
+        (ids, dict(cu_seqlens=cu, history=history, dead=dead)),
+        (ids[:18].view(3, 6), {}),
+        (ids[:0], {}),
+        (ids[:5], {}),
+    ):
+        started = prefetcher.start(tokens, **options)
+        rows, scales = hash_lookup(tokens, plan, placed, out_format="storage", **options)
+        for layer in range(2):
+            found = started.rows(layer)
+            assert same(found[0], rows[layer])
+            assert (found[1] is None) == (scales is None) and (scales is None or same(found[1], scales[layer]))
+            kv = started.kv(layer)
+            assert kv.shape == (*tokens.shape, WIDTH) and same(kv, decoded(found).flatten(-2) @ wide[layer])
+        started.release()
+
+
+def test_projections_are_inference_and_of_tokens():
+    """Of weights that train too; none is called for no tokens, which a kernel of an engine's may refuse."""
+    plan, placed = setting()
+    wide, called = [weight.requires_grad_() for weight in weights()], []
+
+    def projection(weight):
+        return lambda rows, out: called.append(len(rows)) or out.copy_(rows.flatten(-2).float() @ weight)
+
+    for ahead in (True, False):
+        given = dict(projections=list(map(projection, wide)), kv_width=WIDTH, kv_dtype=torch.float32, ahead=ahead)
+        prefetcher = Prefetcher(plan, placed, 8, **given)
+        for tokens in (0, 3):
+            prefetcher.start(torch.arange(tokens))
+            kv = [prefetcher.kv(layer) for layer in range(2)]
+            assert not any(each.requires_grad for each in kv) and kv[1].shape == (tokens, WIDTH)
+    assert called == [3] * 4
+
+
 def test_the_rule():
     assert prefetch.projects_ahead(1) and prefetch.projects_ahead(128) and not prefetch.projects_ahead(129)
 
@@ -144,6 +235,9 @@ def test_the_rule_chooses_the_stream_and_the_user_overrides_it(monkeypatch):
     assert room(ahead=None) == alone + 2 * 4 * WIDTH * 4
     assert room(ahead=True) == alone + 2 * 8 * WIDTH * 4
     assert room(ahead=True, depth=3) == 3 * room(ahead=True)
+    plan, placed = setting(name="e4m3_ue8m0", width=32)
+    values, stored = (Prefetcher(plan, placed, 8, out_format=each).nbytes for each in ("values", "storage"))
+    assert values - stored == 2 * 8 * 4 * (2 * 32 - 33)
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -260,38 +354,6 @@ def test_a_capture_joins_projections():
             assert not ahead or end
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_captured_apart(apart, kind):
-    for schedule in SCHEDULES:
-        model, given = KINDS[kind](reading="main"), batches(3)
-        with model.streams.capture("main") as prefetching:
-            model.prefetcher.start(model.ids)
-            model.prefetcher.release()
-        with model.streams.capture("main") as stepping:
-            model.read(0)
-            model.read(1)
-
-        def prefetching_aside(_, replay=prefetching, streams=model.streams):
-            ready = streams.event()
-            streams.record(ready, "main")  # ids are there, and the last step's readers done
-            streams.wait("model", ready)
-            replay("model")
-
-        assert replayed(model, given, [(prefetching_aside, None), (stepping, "main")], schedule), schedule
-
-
-def test_starts_of_both_kinds_in_turn(apart, monkeypatch):
-    """A start waits for the last work of the one before, whether that projected or not."""
-    monkeypatch.setattr(prefetch, "AHEAD_TOKENS", 4)
-    for schedule in SCHEDULES:
-        model, given = Projecting(), [ids[: 4 + 2 * (number % 2)] for number, ids in enumerate(batches(6))]
-        buffer = model.ids
-        for batch in given:
-            model.ids = buffer[: len(batch)]
-            model.step(batch)
-        assert model.right(given, schedule), schedule
-
-
 def test_errors():
     plan, placed = setting()
     given = dict(projections=projections(), kv_width=WIDTH)
@@ -315,6 +377,8 @@ def test_errors():
             lambda: made(**given | dict(projections=projections()[:1])),
         ),
         (TypeError, "projections must be a sequence of function", lambda: made(**given | dict(projections=weights()))),
+        (ValueError, "out_format must be one of", lambda: made(out_format="fp8")),
+        (ValueError, "out_format 'storage' keeps", lambda: made(out_format="storage", out_dtype=torch.float32)),
         (ValueError, "kv_width must be a positive int", lambda: made(**given | dict(kv_width=0))),
         (TypeError, "kv_dtype must be", lambda: made(**given, kv_dtype=torch.int8)),
         (ValueError, "depth must be a positive int", lambda: made(depth=0)),

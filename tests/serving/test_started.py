@@ -1,11 +1,14 @@
 """Several starts of a Prefetcher in flight: each has its own rows and projections, in every order of work."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from engram_kernels import Prefetcher, hash_lookup
 from engram_kernels.serving import prefetch
 from tests.ops.test_registration import same
+from tests.serving.test_prefetch import BLOCKS
 from tests.support.gpu.prefetching import KINDS, ORDERS, SCHEDULES, batches, in_flight, replayed, setting
 
 
@@ -132,6 +135,50 @@ def follow(streams, later, earlier):
     event = streams.event()
     streams.record(event, earlier)
     streams.wait(later, event)
+
+
+def test_starts_of_both_kinds_in_turn(apart, monkeypatch):
+    """A start waits for the last work of the one before, whether that projected or not."""
+    monkeypatch.setattr(prefetch, "AHEAD_TOKENS", 4)
+    for schedule in SCHEDULES:
+        model, given = KINDS["kv"](), [ids[: 4 + 2 * (number % 2)] for number, ids in enumerate(batches(6))]
+        buffer = model.ids
+        for batch in given:
+            model.ids = buffer[: len(batch)]
+            model.step(batch)
+        assert model.right(given, schedule), schedule
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_apart(apart, kind):
+    for schedule in SCHEDULES:
+        model, given = KINDS[kind](reading="main"), batches(3)
+        with model.streams.capture("main") as prefetching:
+            model.prefetcher.start(model.ids)
+            model.prefetcher.release()
+        with model.streams.capture("main") as stepping:
+            model.read(0)
+            model.read(1)
+
+        def prefetching_aside(_, replay=prefetching, streams=model.streams):
+            ready = streams.event()
+            streams.record(ready, "main")  # ids are there, and the last step's readers done
+            streams.wait("model", ready)
+            replay("model")
+
+        assert replayed(model, given, [(prefetching_aside, None), (stepping, "main")], schedule), schedule
+
+
+def test_the_example_of_the_guide():
+    plan, placed = setting()
+    given, seen = batches(4), []
+    names = dict(Prefetcher=Prefetcher, plan=plan, tables=placed, max_tokens=8, config=SimpleNamespace(layers=(1, 14)))
+    names |= dict(ids=given[0], coming=given[1:], hidden=None)
+    names |= dict(model=lambda hidden, rows: seen.append([rows(layer).clone() for layer in (1, 14)]))
+    exec(next(block for block in BLOCKS if "depth=2" in block), names)
+    for rows, ids in zip(seen, given[:3], strict=True):
+        assert same(torch.stack(rows), hash_lookup(ids, plan, placed))
+    assert same(names["this"].rows(14), hash_lookup(given[3], plan, placed)[1])
 
 
 def test_starts_beyond_depth():
