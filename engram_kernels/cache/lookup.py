@@ -114,7 +114,7 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
         copies = copy_config(num_heads * view.width, out_ptr.element_size())
         words = None if out_scale_ptr is None else scale_words(out_scale_ptr)
         scale_width = 0 if words is None else num_heads * words.shape[-1]
-        config = rows_config(view.width, itemsize, num_entries, processors(device), view.placement)
+        config = rows_config(view.width, itemsize, num_entries, processors(device), view.memory)
         config = tagged_config(config, ways)
         try:
             read_missed_kernel[(programs or config.programs,)](

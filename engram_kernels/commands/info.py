@@ -14,6 +14,7 @@ import engram_kernels
 from engram_kernels import __version__, reference
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.launching.device import INTERPRETING
+from engram_kernels.tables.memory.access import host_access
 from engram_kernels.tables.memory.pages import huge_page_setting
 from engram_kernels.tables.memory.report import available_host_memory, limit, locked_limit, total_host_memory
 
@@ -54,6 +55,9 @@ def _devices():
         free, total = torch.cuda.mem_get_info(index)
         arch = f"capability {properties.major}.{properties.minor}, {properties.multi_processor_count} multiprocessors"
         yield f"GPU {index}", f"{properties.name}, {arch}, {gib(free)} of {gib(total)} free"
+        access = host_access(index)
+        how = "all of it" if access.pageable else "what is registered"
+        yield f"GPU {index} and host memory", f"link {access.link}, kernels read {how}"
     if not _gpus():
         yield "GPU", "none that torch can use"
     yield "CPU", f"{platform.machine()}, {torch.get_num_threads()} threads"

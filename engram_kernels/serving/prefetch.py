@@ -45,20 +45,20 @@ from engram_kernels.tables.view import view_tables
 from .inputs import TokenBuffers, copying
 from .started import Projection, Rows, Side, StartBuffers, Started, Work
 
-_LAUNCH_BYTES = {"device": 32 << 20}  # of other placements:
-_LINK_BYTES = 512 << 10
+_LAUNCH_BYTES = {"device": 32 << 20, "coherent": 4 << 20, "host": 512 << 10}
+_COHERENT_PROGRAMS = 120  # of 4 KiB each: the 490 KB that NVLink-C2C needs in flight
 #: Most tokens that are projected ahead.
 AHEAD_TOKENS = 128
 
 
-def layers_apart(layer_bytes: int, placement: str) -> bool:
+def layers_apart(layer_bytes: int, memory: str) -> bool:
     """Whether each layer gets a launch of its own, so that the first never waits for the last.
 
-    A launch costs the host about 10 us, in which 545 KB come over PCIe Gen5 and 40 MB from device memory: with fewer
-    bytes a layer than that, further launches would take longer than the rows they let go ahead. For V4.1 on the host
-    that is 83 tokens. Arithmetic, not measured.
+    A launch costs the host about 10 us, in which 545 KB come over PCIe Gen5, 4.5 MB over NVLink-C2C and 40 MB from
+    device memory: with fewer bytes a layer than that, further launches would take longer than the rows they let go
+    ahead. For V4.1 on the host that is 83 tokens. Arithmetic, not measured. memory: as of a table's view.
     """
-    return layer_bytes >= _LAUNCH_BYTES.get(placement, _LINK_BYTES)
+    return layer_bytes >= _LAUNCH_BYTES[memory]
 
 
 def projects_ahead(num_tokens: int) -> bool:
@@ -86,7 +86,7 @@ class Prefetcher:
     are allocated here, once (``nbytes`` are all of them); :meth:`start` overwrites them, once those that read them are
     done.
     programs: size of the lookup's persistent grid; None is half the multiprocessors, which leaves the others to the
-    model. order (the read order), out_dtype, out_format: as for :func:`hash_lookup`; with "storage" rows are (rows,
+    model (at least 120 over NVLink-C2C). order (the read order), out_dtype, out_format: as for :func:`hash_lookup`; with "storage" rows are (rows,
     scales), where the scale of format e4m3 is a tensor ``[]`` on the plan's device.
     max_sequences: most sequences of one start; None is max_tokens.
     layers: what :meth:`rows` calls the plan's layers, such as ``config.layers``; None is 0, 1, and so on.
@@ -161,7 +161,7 @@ class Prefetcher:
         self.max_tokens, self.max_sequences, self.depth = max_tokens, max_sequences, depth
         self._plans = [plan.select(layers=[layer]) for layer in range(num_layers)]
         self._layer_bytes = num_columns * tables[0].nbytes // tables[0].rows  # of one token
-        programs = programs or max(1, processors(plan.device) // 2)
+        programs = programs or self._half(processors(plan.device))
         self._options = dict(programs=programs, order=order, out_dtype=out_dtype, out_format=out_format)
         self._storage, row_format = out_format == "storage", tables[0].format
         values_dtype = out_dtype or tables[0].default_out_dtype
@@ -206,7 +206,9 @@ class Prefetcher:
     def launches(self, num_tokens: int) -> tuple[bool, bool, str, int]:
         """What a start of so many tokens launches: through the cache, layers apart, read order, rows hashed at once."""
         cached = self._cache is not None and num_tokens >= self._cache.min_tokens
-        apart = not cached and layers_apart(num_tokens * self._layer_bytes, self._tables[0].placement)
+        apart = not cached and layers_apart(
+            num_tokens * self._layer_bytes, view_tables(self._tables, self._plan.device).memory
+        )
         tables = self._tables[:1] if apart else self._tables
         num_rows = len(tables) * num_tokens * self._plan.primes.shape[1]
         view = view_tables(tables, self._plan.device)
@@ -305,6 +307,11 @@ class Prefetcher:
             self._side.index(where, layer)
             raise ValueError(f"{where}: no start() came before {where.partition('.')[2]}({layer!r})")
         return self._last
+
+    def _half(self, most: int) -> int:
+        """Programs that leave multiprocessors to the model, half of ``most``, and keep the link busy all the same."""
+        coherent = view_tables(self._tables, self._plan.device).memory == "coherent"
+        return max(1, most // 2, min(most, _COHERENT_PROGRAMS) if coherent else 0)
 
     def _check(self, where: str, sources: Tokens) -> None:
         """Raise unless a start may take ``sources``."""

@@ -86,6 +86,8 @@ class PlacedRows:
         #: Bytes of the pages that a GPU reads over PCIe or NVLink; read back from the kernel once, since
         #: ops/row_kernels/order.py asks in every call.
         self.page_bytes = page_bytes(self._mapping)
+        #: How a GPU reaches them there (tables/memory/access.py).
+        self.link = "pcie" if self._mapping is None else self._mapping.access.link
         #: What stands for all of this in signatures of calls (ops/call.py), and keeps no table alive.
         self.identity = object()
 
@@ -151,7 +153,7 @@ class PlacedRows:
         for tensor in (self._weight, self._scale):
             if tensor is not None and tensor.is_cuda:
                 return tensor.device
-        if self.placement in REGISTERED and self._mapping is not None and self._mapping.registered:
+        if self.placement in REGISTERED and self._mapping is not None and self._mapping.readable:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
@@ -230,7 +232,7 @@ class PlacedRows:
         elif self.placement == "staged":
             readable, need = True, ""
         elif self.placement in REGISTERED:
-            readable = self._mapping is not None and self._mapping.registered
+            readable = self._mapping is not None and self._mapping.readable
             need = "a registered host table" if self.placement == "host" else "a registered (published) shared table"
             if readable and scale_device not in (torch.device("cpu"), device):
                 readable, need = False, f"a table with its scales on {device} or on the host"

@@ -19,6 +19,14 @@ class TableView(NamedTuple):
     placement: str
     link_bytes: int = 0  #: of the largest table that is read over PCIe or NVLink; 0 for none
     page_bytes: int = 0  #: of its pages
+    link: str = "pcie"  #: over which it is read (tables/memory/access.py)
+
+    @property
+    def memory(self) -> str:
+        """Where rows come from, as launches see it: "device", "coherent" (host memory over NVLink-C2C), or "host"."""
+        if self.placement == "device" or (self.link_bytes and self.link == "unified"):
+            return "device"
+        return "coherent" if self.link_bytes and self.link == "coherent" else "host"
 
     @property
     def form(self) -> tuple:
@@ -39,10 +47,10 @@ def view_tables(tables: Sequence[PlacedRows], device: torch.device) -> TableView
         # operator.index makes constants of what torch.compile takes for symbols.
         numbers = [[operator.index(number) for number in table.descriptor] for table in tables]
         descriptors = torch.tensor(numbers, dtype=torch.int64).to(device)
-        link_bytes = page_bytes = 0
+        link_bytes, page_bytes, link = 0, 0, "pcie"
         for table in tables:
             if table.placement in REGISTERED and table.nbytes > link_bytes:
-                link_bytes, page_bytes = table.nbytes, table.page_bytes
+                link_bytes, page_bytes, link = table.nbytes, table.page_bytes, table.link
         layout = first.format.name, first.width, first.placement
-        first.kept_views[key] = TableView(descriptors, *layout, link_bytes, page_bytes)
+        first.kept_views[key] = TableView(descriptors, *layout, link_bytes, page_bytes, link)
     return first.kept_views[key]

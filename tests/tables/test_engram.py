@@ -9,6 +9,7 @@ import torch
 
 from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.geometry.row_format import FORMATS
+from engram_kernels.tables.memory.access import HostAccess
 from engram_kernels.tables.view import view_tables
 from tests.support.oracles import e4m3_value, ue8m0_value
 
@@ -305,6 +306,9 @@ class Driver:
 
     def numa_node(self):
         return None
+
+    def access(self):
+        return HostAccess()
 
 
 def test_a_gpu_reads_only_registered_host_tables(monkeypatch):

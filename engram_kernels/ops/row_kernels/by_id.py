@@ -148,7 +148,7 @@ def launch_sorted(keys, key_stride: int, view: TableView, out, reading: Reading)
 def _tiles(view: TableView, reading: Reading, num_rows: int) -> tuple[tuple[int, ...], dict]:
     """The grid, and what lookup_kernel is told of tables and tiles."""
     itemsize = FORMATS[view.format].dtype.itemsize
-    config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.placement)
+    config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.memory)
     grid = (min(reading.programs or config.programs, cdiv(num_rows, config.block_rows)),)
     constants = row_constants(view, reading.storage, config)
     return grid, dict(constants, num_warps=config.num_warps, enable_fp_fusion=False)

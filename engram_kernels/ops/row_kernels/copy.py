@@ -26,18 +26,19 @@ class RowsConfig:
 
 
 @lru_cache
-def rows_config(width: int, itemsize: int, num_rows: int, processors: int, placement: str) -> RowsConfig:
+def rows_config(width: int, itemsize: int, num_rows: int, processors: int, memory: str) -> RowsConfig:
     """A step moves about 4 KiB, 64 bytes a thread: rows of 256 B come 16 at a time.
 
     Two warps, because each repeats what is worked out for a step's rows, their hash or ids and masks. V4.1's rows take
     37 warp instructions, 43 where a program takes a single step, at 56 registers: 18 programs a multiprocessor, of
     which a device table gets eight.
-    One program per multiprocessor has 132 x 4 KiB in flight on an H200, more than the 72 KB that PCIe Gen5 needs;
-    device memory needs eight times as many. Wider chunks would only add registers.
+    One program per multiprocessor has 132 x 4 KiB in flight on an H200, more than the 72 KB that PCIe Gen5 needs.
+    NVLink-C2C needs 490 KB at all times, also while programs hash: two of them. Device memory needs eight. Wider chunks
+    would only add registers. memory: as of :class:`TableView`.
     """
     chunk = min(256, next_power_of_2(width))
     block_rows = max(4, min(32, 4096 // (chunk * itemsize)))
-    wanted = processors * (8 if placement == "device" else 1)
+    wanted = processors * {"device": 8, "coherent": 2}.get(memory, 1)
     return RowsConfig(block_rows, chunk, 2, max(1, min(wanted, cdiv(num_rows, block_rows))))
 
 

@@ -38,7 +38,7 @@ def hash_rows_config(view: TableView, num_rows: int, programs: int | None) -> tu
     and a row takes 72. It took 159 where all lanes that copy a row hashed it.
     """
     itemsize = FORMATS[view.format].dtype.itemsize
-    config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.placement)
+    config = rows_config(view.width, itemsize, num_rows, processors(view.descriptors.device), view.memory)
     many = num_rows >= 64 * (programs or config.programs)
     return config, max(config.block_rows, 64) if many else config.block_rows
 

@@ -25,10 +25,11 @@ ORDERS = ("direct", "address", "head")
 _REACH = 512  # pages
 _IN_FLIGHT = 2048  # rows
 _SORTED_FROM = 16_384  # rows, with huge pages
+_COHERENT_SORTED_FROM, _SMALLEST_PAGE = 36_864, 4096  # rows, bytes: vLLM 0.33's
 _MOST_SORTED = 2**31  # rows; torch.sort takes fewer, and kernels count entries in int32
 
 
-def read_order(num_rows: int, table_bytes: int, page_bytes: int, placement: str) -> str:
+def read_order(num_rows: int, table_bytes: int, page_bytes: int, placement: str, link: str = "pcie") -> str:
     """The order for one call that asks for ``num_rows`` rows (L * T * C) of a table in pages of ``page_bytes``.
 
     Published figures and arithmetic; none of it is measured here yet (bench/ops/bench_read_order.py will).
@@ -39,9 +40,16 @@ def read_order(num_rows: int, table_bytes: int, page_bytes: int, placement: str)
     Without huge pages lookups are about ten times slower (SGLang), and the sort pays at a tenth.
     Below that, head order costs nothing, and a head's window of V4.1 is 4 GB where a table is 94; but a persistent
     grid has 132 x 16 rows in flight, and so many are on their way at once in any order.
+    Where host and GPU have one memory, rows are read as device memory is. Over NVLink-C2C, at 450 GB/s, a row takes 0.6
+    ns, and the quarter that comes twice pays for a sort from 340,000 rows on, which no step asks for: SGLang never
+    sorts there, vLLM from 36,864 rows and for pages of 4 KiB alone, of which the GPU's translations reach least.
     """
-    if placement not in REGISTERED or table_bytes <= _REACH * page_bytes:
+    if placement not in REGISTERED or link == "unified" or table_bytes <= _REACH * page_bytes:
         return "direct"
+    if link == "coherent":
+        if page_bytes == _SMALLEST_PAGE and _COHERENT_SORTED_FROM <= num_rows < _MOST_SORTED:
+            return "address"
+        return "head" if num_rows > _IN_FLIGHT else "direct"
     sorted_from = _SORTED_FROM if page_bytes >= HUGE_PAGE else _SORTED_FROM // 10
     if sorted_from <= num_rows < _MOST_SORTED:
         return "address"
@@ -55,7 +63,7 @@ def choose_order(order: str | None, view: TableView, num_rows: int) -> str:
     """
     if order is not None:
         return order
-    return read_order(num_rows, view.link_bytes, view.page_bytes, "host") if view.link_bytes else "direct"
+    return read_order(num_rows, view.link_bytes, view.page_bytes, "host", view.link) if view.link_bytes else "direct"
 
 
 def check_order(where: str, order: str | None, num_rows: int) -> None:

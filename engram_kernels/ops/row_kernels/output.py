@@ -13,7 +13,7 @@ from engram_kernels.tables.view import TableView
 from .order import ORDERS
 
 #: A TableView in the schema of a registered op.
-VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement, int link_bytes, int page_bytes"
+VIEW_SCHEMA = "Tensor descriptors, str row_format, int width, str placement, int link_bytes, int page_bytes, str link"
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: How rows may be wanted.
 OUT_KINDS = dict(
@@ -82,7 +82,7 @@ def kernel_out(out, view: TableView, storage: bool):
 
 def split_view(rest: tuple) -> tuple[TableView, tuple]:
     """The view that a registered op's arguments ``rest`` begin with, and what follows it."""
-    return TableView(*rest[:6]), rest[6:]
+    return TableView(*rest[:7]), rest[7:]
 
 
 def op_out(result: list[torch.Tensor], storage: bool):

@@ -1,5 +1,6 @@
 """The memory of a table's rows and scales in each placement: made, or attached to; and the report on it."""
 
+import mmap
 from typing import NamedTuple
 
 import torch
@@ -61,11 +62,11 @@ def attach(
 
 
 def page_bytes(mapping: Mapping | None) -> int:
-    """Bytes of nearly all pages of a registered mapping; those of a huge page where no GPU reads host memory."""
-    if mapping is None or not mapping.registered:
+    """Bytes of nearly all pages of a mapping that a GPU reads; those of a huge page where none does."""
+    if mapping is None or not mapping.readable:
         return HUGE_PAGE
     usage = mapping.pages.usage()
-    return HUGE_PAGE if (usage.huge or 0) >= 0.9 * usage.resident else _PAGE
+    return HUGE_PAGE if (usage.huge or 0) >= 0.9 * usage.resident else mmap.PAGESIZE
 
 
 def report(placement: str, nbytes: int, tensors: list[torch.Tensor], mapping: Mapping | None) -> MemoryReport:
@@ -82,6 +83,7 @@ def report(placement: str, nbytes: int, tensors: list[torch.Tensor], mapping: Ma
         resident=usage.resident,
         huge=usage.huge,
         chunks=len(mapping.registration.addresses) if mapping.registered else 0,
+        link=mapping.access.link if mapping.readable else None,
         numa_node=mapping.node,
         numa_share=share,
         locked_limit=locked_limit(),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .access import HostAccess, host_access
 from .pages import (
     DONTFORK,
     DONTNEED,
@@ -63,6 +64,10 @@ class RuntimeDriver:
             # Asked now the driver would refuse, and the capture would not survive it.
             return "a CUDA graph is being captured"
         return _described(torch.cuda.cudart().cudaHostUnregister(address))
+
+    def access(self) -> HostAccess:
+        """How the current GPU reaches the host's memory."""
+        return host_access(torch.cuda.current_device())
 
     def numa_node(self) -> int | None:
         """The NUMA node that the current GPU hangs on, where the system says."""
@@ -148,7 +153,10 @@ class Mapping:
         self.nbytes, self.driver = pages.nbytes, driver
         self.notes: list[str] = []
         self.node: int | None = None
+        self.access = HostAccess() if driver is None else driver.access()
         self.registration: Registration | None = None
+        #: A GPU reads it though no driver holds it, by the host's page tables.
+        self.unregistered = False
         self.pages = pages  # behind the registration: attributes are collected in this order, and it has to go first
 
     @property
@@ -157,12 +165,21 @@ class Mapping:
 
     @property
     def registered(self) -> bool:
-        """Whether a GPU can read it."""
+        """Whether a driver holds it."""
         return self.registration is not None and self.registration.alive
 
+    @property
+    def readable(self) -> bool:
+        """Whether a GPU can read it."""
+        return self.unregistered or self.registered
+
     def register(self) -> None:
-        """Let the driver hold it, where there is one."""
-        if self.driver is not None and not self.registered:
+        """Let a GPU read it, where there is one: the driver holds it then, unless the GPU reads any memory."""
+        if self.driver is None or self.readable:
+            return
+        if self.access.pageable:
+            self.unregistered = True
+        else:
             self.registration = Registration(self.pages, self.driver)
 
     def prefer_node(self) -> None:
@@ -191,6 +208,7 @@ class Mapping:
 
     def close(self) -> None:
         """Unregister. The memory itself goes with the last tensor that views it."""
+        self.unregistered = False
         if self.registration is not None:
             self.registration.close()
         self.pages.release()
@@ -199,7 +217,8 @@ class Mapping:
 class HostMapping(Mapping):
     """``nbytes`` bytes of this process alone.
 
-    With a ``driver`` its pages are committed, huge where the kernel grants it, registered, and left out of forks, whose
+    With a ``driver`` its pages are committed, huge where the kernel grants it, registered where the GPU does not read
+    all memory by itself (access.py), and left out of forks, whose
     copies a GPU would not see. Without one (no GPU) nothing is committed before it is written, in small pages, so that
     a table of any size costs only the pages written; forks share them as they do all memory.
     huge: ask for huge pages without a driver too. progress: called with (bytes done, all) while pages are faulted in.
@@ -238,10 +257,10 @@ class HostMapping(Mapping):
 
     def check(self, where: str) -> None:
         """Raise ValueError where this process cannot read the memory: a fork of the one that registered it."""
-        if self.registration is not None and os.getpid() != self._owner:
+        if self.driver is not None and os.getpid() != self._owner:
             raise ValueError(
-                f"{where}: process {os.getpid()} is a fork of {self._owner}, and registered host memory is left out of "
-                "forks; start processes with spawn, or use placement 'shared'"
+                f"{where}: process {os.getpid()} is a fork of {self._owner}, and host memory that a GPU reads is left "
+                "out of forks; start processes with spawn, or use placement 'shared'"
             )
 
     def discard(self) -> None:

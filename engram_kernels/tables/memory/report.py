@@ -11,7 +11,8 @@ class MemoryReport:
 
     bytes: rows and scales. device: those in GPU memory. resident: host bytes that have pages. huge: those in huge
     pages. chunks: ranges registered with the driver. numa_node: the one preferred; numa_share: resident bytes on it.
-    locked_limit: RLIMIT_MEMLOCK in bytes, None where there is none. warnings: every step that came out as less.
+    locked_limit: RLIMIT_MEMLOCK in bytes, None where there is none. warnings: every step that came out as less. link:
+    over which a GPU reads them (access.py), None where none does.
     """
 
     placement: str
@@ -24,6 +25,7 @@ class MemoryReport:
     numa_share: float | None = None
     locked_limit: int | None = None
     warnings: tuple[str, ...] = ()
+    link: str | None = None
 
     @property
     def huge_share(self) -> float | None:
@@ -38,7 +40,9 @@ class MemoryReport:
             share = "" if self.huge_share is None else f", {self.huge_share:.1%} of that in huge pages"
             parts.append(f"{size(self.resident)} resident{share}")
         chunks = f"registered in {self.chunks} chunk{'s' * (self.chunks != 1)}" if self.chunks else "not registered"
-        parts.append(chunks)
+        if self.link is not None and not self.chunks:
+            chunks += ", as the GPU reads all host memory"
+        parts.append(chunks if self.link is None else f"{chunks}, link {self.link}")
         if self.numa_node is not None:
             share = "" if self.numa_share is None else f", which holds {self.numa_share:.1%}"
             parts.append(f"NUMA node {self.numa_node} preferred{share}")

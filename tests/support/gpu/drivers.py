@@ -1,5 +1,7 @@
 """Drivers that keep account of registrations, in place of the one of a GPU's runtime."""
 
+from engram_kernels.tables.memory.access import HostAccess
+
 
 def mapped_ranges():
     """(first, end) of every mapping of this process."""
@@ -10,8 +12,8 @@ def mapped_ranges():
 class FakeDriver:
     """Keeps account of registrations; refuses the one numbered ``refuse_at``, and whatever is not in order."""
 
-    def __init__(self, refuse_at=None, node=None):
-        self.refuse_at, self.node = refuse_at, node
+    def __init__(self, refuse_at=None, node=None, access=None):
+        self.refuse_at, self.node, self._access = refuse_at, node, access or HostAccess()
         self.held = {}  # address -> bytes
         self.registered = []  # every registration ever, in order
         self.released = []
@@ -29,6 +31,9 @@ class FakeDriver:
         nbytes = self.held.pop(address)
         assert any(first <= address and address + nbytes <= end for first, end in mapped_ranges())
         self.released.append(address)
+
+    def access(self):
+        return self._access
 
     def numa_node(self):
         return self.node

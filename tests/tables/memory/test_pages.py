@@ -216,7 +216,9 @@ def test_a_fork_after_registration_is_refused_and_breaks_nothing(monkeypatch):
         return refused, driver.released, any(first <= address < end for first, end in mapped_ranges())
 
     refused, released, kept = in_a_fork(child)
-    assert len(refused) == 3 and all(f"is a fork of {parent}, and registered host memory" in text for text in refused)
+    assert len(refused) == 3 and all(
+        f"is a fork of {parent}, and host memory that a GPU reads is left out" in text for text in refused
+    )
     assert "placement 'shared'" in refused[0] and released == [] and kept
     assert driver.held and not table.weight.any()
     table.close()
