@@ -86,8 +86,8 @@ class Prefetcher:
     are allocated here, once (``nbytes`` are all of them); :meth:`start` overwrites them, once those that read them are
     done.
     programs: size of the lookup's persistent grid; None is half the multiprocessors, which leaves the others to the
-    model (at least 120 over NVLink-C2C). order (the read order), out_dtype, out_format: as for :func:`hash_lookup`; with "storage" rows are (rows,
-    scales), where the scale of format e4m3 is a tensor ``[]`` on the plan's device.
+    model (at least 120 over NVLink-C2C). order (the read order), out_dtype, out_format: as for :func:`hash_lookup`;
+    with "storage" rows are (rows, scales), where the scale of format e4m3 is a tensor ``[]`` on the plan's device.
     max_sequences: most sequences of one start; None is max_tokens.
     layers: what :meth:`rows` calls the plan's layers, such as ``config.layers``; None is 0, 1, and so on.
     cache: as for :func:`hash_lookup`. With one the rows of all layers come at once.
