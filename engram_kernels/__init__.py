@@ -4,6 +4,7 @@ from .cache.ngram import NgramCache
 from .geometry.config import EngramConfig
 from .geometry.plan import HashPlan
 from .geometry.token_map import build_token_map
+from .launching.dependent import set_dependent_launch
 from .nn.engram import Engram
 from .nn.replacement import export_state, replace_engram
 from .nn.training import load_training, save_training
@@ -45,6 +46,7 @@ __all__ = [
     "ngram_hash",
     "replace_engram",
     "save_training",
+    "set_dependent_launch",
     "split_kv",
     "warmup",
 ]

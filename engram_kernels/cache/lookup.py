@@ -21,6 +21,7 @@ import triton
 from triton.runtime import driver
 
 from engram_kernels.geometry.row_format import FORMATS
+from engram_kernels.launching.dependent import dependent_options
 from engram_kernels.launching.device import cdiv, on_device_of, processors
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops.hash_kernels.row_ids import hash_arguments
@@ -106,6 +107,7 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
             **shared,
             num_warps=config.num_warps,
             enable_fp_fusion=False,
+            **dependent_options(),
             **({} if decoded else given_registers(PROBE_REGISTERS)),
         )
         missed, sorted_tokens = torch.sort(missed, stable=True)
@@ -127,6 +129,7 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
                 HEAD_MAJOR=order != "direct",
                 num_warps=config.num_warps,
                 enable_fp_fusion=False,
+                **dependent_options(),
                 **given_registers(READ_REGISTERS),
             )
             keep_missed_kernel[(min(programs or 8 * processors(device), cdiv(num_entries, copies.block_rows)),)](
@@ -144,6 +147,7 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
                 BLOCK_ROWS=copies.block_rows,
                 num_warps=copies.num_warps,
                 enable_fp_fusion=False,
+                **dependent_options(),
             )
         except BaseException:
             state.stamps.zero_()  # ways with new rows have their old keys still

@@ -9,6 +9,7 @@ launches before.
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.ops.hash_kernels.mix import mix_rows
 from engram_kernels.ops.row_kernels.copy import copy_rows
 
@@ -133,6 +134,7 @@ def read_missed_kernel(
     TURNS: tl.constexpr = NUM_HEADS if HEAD_MAJOR else 1
     parameters = (None, primes_ptr, offsets_ptr, reciprocals_ptr)
     num_steps = (num_tokens - 1) // BLOCK_ROWS + 1
+    follow_predecessor()
     for group in range(NUM_GROUPS):
         first_entry = group * num_tokens
         group_ptr = missed_ptr + first_entry
@@ -225,6 +227,7 @@ def keep_missed_kernel(
     Persistent grid. Relies on targets that are all different, on sources that copy from themselves, and on doing
     nothing else with the clock.
     """
+    follow_predecessor()
     now = tl.load(now_ptr)
     if tl.program_id(0) == 0:
         tl.store(clock_ptr, now)

@@ -9,6 +9,7 @@ G groups, one for each layer and order; S sets of W ways; T tokens. cache/lookup
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.ops.hash_kernels.mix import mix_rows, ngram_mix
 from engram_kernels.ops.row_kernels.copy import copy_rows
 
@@ -126,6 +127,7 @@ def probe_cache_kernel(
     NUM_ORDERS: tl.constexpr = MAX_NGRAM - 1
     NUM_GROUPS: tl.constexpr = NUM_LAYERS * NUM_ORDERS
     token_steps = (num_tokens - 1) // BLOCK_ROWS + 1
+    follow_predecessor()
     if tl.program_id(0) == 0:
         tl.store(now_ptr, tl.load(clock_ptr) + num_tokens)
     for block in range(tl.program_id(0), NUM_GROUPS * token_steps, tl.num_programs(0)):

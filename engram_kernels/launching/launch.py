@@ -9,6 +9,9 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from . import dependent
+from .dependent import dependent_options
+
 
 class Launch:
     """A launch of ``kernel`` over ``grid``; ``fixed`` is all that it takes but the tensors that come with each launch.
@@ -18,7 +21,8 @@ class Launch:
     Before each launch Triton looks at every argument to find the compiled kernel for it, which is most of the 10 us
     that a launch costs the host. Here only one thing that it looks at may change from call to call: whether a tensor's
     address is a multiple of 16 bytes. So compiled kernels are kept, one for each combination of that, and started
-    directly. Types and devices of the tensors must stay the same, and so must which of them are None.
+    directly. Types and devices of the tensors must stay the same, and so must which of them are None. Whether a launch
+    depends on the one before is asked each time (launching/dependent.py): kernels call follow_predecessor.
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], fixed: dict):
@@ -43,13 +47,14 @@ class Launch:
             if tensor is not None and tensor.data_ptr() % 16:
                 misaligned |= 1
         self.settle(values, misaligned)
-        compiled = self._compiled.get(misaligned)
+        variant = misaligned << 1 | dependent.chosen  # what was compiled for either is kept
+        compiled = self._compiled.get(variant)
         if compiled is not None:
             self.again(compiled, values)
             return
-        compiled = self.kernel.run(*values, grid=self.grid, warmup=False, **self.options)
+        compiled = self.kernel.run(*values, grid=self.grid, warmup=False, **self.options, **dependent_options())
         if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-            self._compiled[misaligned] = compiled
+            self._compiled[variant] = compiled
 
     def settle(self, values: list, misaligned: int) -> None:
         """Set constants among ``values`` that go by which tensors are misaligned, a bit each, the last one's lowest."""

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import cdiv, is_kernel_device, next_power_of_2, on_device_of
 from engram_kernels.launching.launch import Kept, Launch
 from engram_kernels.ops.call import form_of, registered, writes_alone
@@ -56,6 +57,7 @@ def commit_history_kernel(
     """
     seq = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     mask_b = seq < num_seqs
+    follow_predecessor()
     slot = tl.load(slots_ptr + seq, mask=mask_b, other=-1)
     if cu_seqlens_ptr is not None:
         start = tl.load(cu_seqlens_ptr + seq, mask=mask_b, other=0)

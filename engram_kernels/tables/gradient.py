@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from engram_kernels.launching.checks import check_tensor
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import is_kernel_device, next_power_of_2, on_device_of, processors
 from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.reference.tables import gradient as reference
@@ -63,6 +64,7 @@ def row_gradient_kernel(
     Persistent grid: program p takes segments p, p + programs, and so on. ``counts`` holds the number of segments and of
     entries in them. Relies on M < 2^31 and on a dense grad ``[M, R]``.
     """
+    follow_predecessor()
     num_segments, num_entries = tl.load(counts_ptr), tl.load(counts_ptr + 1)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     mask_r = offs_r < WIDTH
@@ -102,6 +104,7 @@ def launch_row_gradient(grad, sorted_ids, order, starts, counts, ids, values, sq
             BLOCK_R=config.block_r,
             num_warps=config.num_warps,
             enable_fp_fusion=False,
+            **dependent_options(),
         )
 
 

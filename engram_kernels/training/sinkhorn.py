@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of, processors, takes_kernels
 from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.reference.training import sinkhorn as reference
@@ -94,6 +95,7 @@ def row_moves_kernel(
     momentum_ptr = tl.multiple_of(momentum_address.to(tl.int64).to(tl.pointer_type(tl.float32)), 16)
     taken_ptr = tl.multiple_of(taken_address.to(tl.int64).to(tl.pointer_type(tl.int32)), 4)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
+    follow_predecessor()
     for entry in range(tl.program_id(0), num_ids, tl.num_programs(0)):
         row = tl.load(ids_ptr + entry).to(tl.int64)
         taken = tl.load(taken_ptr + row, mask=row >= 0, other=0)
@@ -147,6 +149,7 @@ def row_momentum_kernel(
     """
     keep, rate = tl.cast(keep, tl.float32), tl.cast(rate, tl.float32)
     momentum_ptr = tl.multiple_of(momentum_address.to(tl.int64).to(tl.pointer_type(tl.float32)), 16)
+    follow_predecessor()
     count, factor = tl.load(count_ptr), tl.load(factor_ptr)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK_ROWS), tl.num_programs(0)):
@@ -205,6 +208,7 @@ def row_balance_kernel(
     Persistent grid: program p takes blocks p, p + programs, and so on.
     """
     eps = tl.cast(eps, tl.float32)
+    follow_predecessor()
     count, limit = tl.load(count_ptr), tl.load(limit_ptr)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
     columns = tl.load(columns_ptr + offs_r, mask=offs_r < WIDTH, other=0)
@@ -245,6 +249,7 @@ def row_balanced_kernel(
     eps, move = tl.cast(eps, tl.float32), tl.cast(move, tl.float32)
     weight_ptr = tl.multiple_of(weight_address.to(tl.int64).to(tl.pointer_type(ELEMENT)), 16)
     taken_ptr = tl.multiple_of(taken_address.to(tl.int64).to(tl.pointer_type(tl.int32)), 4)
+    follow_predecessor()
     count, limit = tl.load(count_ptr), tl.load(limit_ptr)
     clock64 = clock.to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
@@ -277,6 +282,7 @@ def launch_row_sinkhorn(
     tiles |= dict(count_ptr=gradient.count, enable_fp_fusion=False)
     updates, norms = torch.empty_like(gradient.values), gradient.values.new_full((3, entries), -1)
     with on_device_of(factor):
+        tiles |= dependent_options()
         row_momentum_kernel[(programs,)](
             ids_ptr=gradient.ids,
             values_ptr=gradient.values,
@@ -336,6 +342,7 @@ def launch_row_moves(weight, state: SinkhornState, ids, *, momentum, eps, seed) 
             BLOCK_R=next_power_of_2(weight.shape[1]),
             num_warps=1,
             enable_fp_fusion=False,
+            **dependent_options(),
             **_rounding(weight, seed),
         )
 

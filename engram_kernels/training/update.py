@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of, processors
 from engram_kernels.reference.training import update as reference
 from engram_kernels.tables.gradient import RowGradient
@@ -153,6 +154,7 @@ def row_adagrad_kernel(
     lr, eps, keep = tl.cast(lr, tl.float32), tl.cast(eps, tl.float32), tl.cast(keep, tl.float32)
     weight_ptr = tl.multiple_of(weight_address.to(tl.int64).to(tl.pointer_type(ELEMENT)), 16)
     sums_ptr = tl.multiple_of(sums_address.to(tl.int64).to(tl.pointer_type(tl.float32)), 4)
+    follow_predecessor()
     count, factor = tl.load(count_ptr), tl.load(factor_ptr)
     step64 = step.to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
@@ -214,6 +216,7 @@ def row_adam_kernel(
     first_ptr = tl.multiple_of(first_address.to(tl.int64).to(tl.pointer_type(tl.float32)), 16)
     second_ptr = tl.multiple_of(second_address.to(tl.int64).to(tl.pointer_type(tl.float32)), 16)
     steps_ptr = tl.multiple_of(steps_address.to(tl.int64).to(tl.pointer_type(tl.int32)), 4)
+    follow_predecessor()
     count, factor = tl.load(count_ptr), tl.load(factor_ptr)
     step64 = step.to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R)[None, :]
@@ -269,6 +272,7 @@ def launch_row_update(weight, state, gradient: RowGradient, factor, skipped, **o
     )
     addresses = [tensor.data_ptr() for tensor in state]
     with on_device_of(factor):
+        common |= dependent_options()
         if len(state) == len(ADAGRAD.state):
             row_adagrad_kernel[grid](**common, sums_address=addresses[0])
             return

@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of, processors
 from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.ops.call import registered
@@ -121,6 +122,7 @@ def conv_backward_kernel(
     mask_d = (offs_d < HIDDEN_SIZE)[None, :]
     place_k, place_h = tl.arange(0, BLOCK_K)[:, None, None], tl.arange(0, BLOCK_H)[None, :, None]
     product = tl.zeros([BLOCK_K, BLOCK_H, BLOCK_D], tl.float32)
+    follow_predecessor()
     for begin in range(0, group_tokens, BLOCK_T):
         token32 = group * group_tokens + begin + tl.arange(0, BLOCK_T)
         mask_t = token32 < num_tokens
@@ -249,6 +251,7 @@ def launch_gate_conv_backward(grad, call: ConvCall, gate, scale, scalars, needs,
             BLOCK_K=next_power_of_2(num_taps),
             num_warps=config.num_warps,
             enable_fp_fusion=False,
+            **dependent_options(),
         )
         if product is not None:
             launch_conv_gradient(product, conv_norm, conv_weight, grad_conv_norm, grad_conv_weight)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import cdiv, next_power_of_2
 from engram_kernels.launching.launch import Launch
 from engram_kernels.ops.gate_kernels.arguments import row_strides
@@ -107,6 +108,7 @@ def conv_residual_kernel(
     offs_d = block % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t, mask_d = token < num_tokens, offs_d < HIDDEN_SIZE
     mask = mask_t[:, None] & mask_d[None, :]
+    follow_predecessor()
     seq, start, padding = find_sequence(token, cu_seqlens_ptr, (num_seqs, search_steps, seq_len))
     token64 = token.to(tl.int64)
     if slots_ptr is not None:

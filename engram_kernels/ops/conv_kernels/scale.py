@@ -11,6 +11,7 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import processors, warp_size
 from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.ops.gate_kernels.arguments import RowLaunch, float32_eps
@@ -69,6 +70,7 @@ def gate_scale_kernel(
     eps, conv_eps, clamp = tl.cast(eps, tl.float32), tl.cast(conv_eps, tl.float32), tl.cast(clamp, tl.float32)
     branch = (tl.program_id(0) % NUM_BRANCHES).to(tl.int64)
     norm_rows = (query_norm_ptr + branch * HIDDEN_SIZE, key_norm_ptr + branch * HIDDEN_SIZE)
+    follow_predecessor()
     norms = norm_parts(norm_rows, HIDDEN_SIZE, BLOCK_D, KEEP)
     end = num_tokens
     if cu_seqlens_ptr is not None:

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import next_power_of_2, on_device_of
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -70,6 +71,7 @@ def store_conv_kernel(
     """
     index = tl.program_id(0) + tl.arange(0, 1)[:, None]
     seq = index // num_rows
+    follow_predecessor()
     slot, cursor, known = slot_cursor(seq, seq >= 0, slots_ptr, cursor_ptr, num_slots)
     if RESTART:
         cursor = seq * 0
@@ -128,4 +130,5 @@ def launch_store_conv(ring: ConvSlots, value, scale, mask, cu_seqlens, span: int
             BLOCK_D=min(1024, next_power_of_2(hidden_size)),
             num_warps=4,
             enable_fp_fusion=False,
+            **dependent_options(),
         )

@@ -10,6 +10,7 @@ the convolution reads (ops/gate_conv.py), so the state needs no ``[S, H, D]``.
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import next_power_of_2
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -43,6 +44,7 @@ def advance_state_kernel(
     """
     entry = tl.program_id(0) + tl.arange(0, 1)[:, None]
     seq = entry // SPAN
+    follow_predecessor()
     if cu_seqlens_ptr is not None:
         start = tl.load(cu_seqlens_ptr + seq)
         length = tl.load(cu_seqlens_ptr + seq + 1) - start
@@ -94,4 +96,5 @@ def launch_advance_state(value, scale, mask, cu_seqlens, shape, span, conv_state
         BLOCK_D=min(1024, next_power_of_2(hidden_size)),
         num_warps=4,
         enable_fp_fusion=False,
+        **dependent_options(),
     )

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of, processors
 from engram_kernels.launching.sums import ordered_sum
 from engram_kernels.ops.call import registered
@@ -135,6 +136,7 @@ def gate_backward_kernel(
     clamp, conv_eps = tl.cast(clamp, tl.float32), tl.cast(conv_eps, tl.float32)
     offs_b = tl.arange(0, BLOCK_H)[None, :]
     offs_h = offs_b[:, :, None].to(tl.int64)
+    follow_predecessor()
     for block in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
         token = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask_t = token < num_tokens
@@ -323,6 +325,7 @@ def launch_gate_backward(grad, call: GateCall, scalars, needs, gradients, conv: 
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             enable_fp_fusion=False,
+            **dependent_options(),
         )
         if product is not None:
             launch_norm_gradient(product, query_norm, key_norm, grad_query_norm, grad_key_norm)

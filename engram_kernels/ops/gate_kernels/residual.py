@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import on_device_of, processors, warp_size
 
 from .arguments import GateCall, RowLaunch, flatten_tokens, float32_eps
@@ -83,6 +84,7 @@ def gate_residual_kernel(
     eps, clamp = tl.cast(eps, tl.float32), tl.cast(clamp, tl.float32)
     branch = (tl.program_id(0) % NUM_BRANCHES).to(tl.int64)
     norm_rows = (query_norm_ptr + branch * HIDDEN_SIZE, key_norm_ptr + branch * HIDDEN_SIZE)
+    follow_predecessor()
     norms = norm_parts(norm_rows, HIDDEN_SIZE, BLOCK_D, KEEP)
     for index in range(tl.program_id(0) // NUM_BRANCHES, num_tokens, tl.num_programs(0) // NUM_BRANCHES):
         token = tl.cast(index, tl.int64)

@@ -12,6 +12,7 @@ parts, K conv taps, H branches, D hidden size.
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import cdiv
 from engram_kernels.launching.sums import ordered_sum
 
@@ -52,6 +53,7 @@ def norm_gradient_kernel(
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < SIZE
+    follow_predecessor()
     product = sum_parts(product_ptr, offs, mask, SIZE, num_parts, BLOCK_P, BLOCK)
     if grad_query_norm_ptr is not None:
         key_norm = tl.load(key_norm_ptr + offs, mask=mask, other=0).to(tl.float32)
@@ -86,6 +88,7 @@ def conv_gradient_kernel(
     mask = offs < SIZE
     branch, offs_d = (offs // HIDDEN_SIZE).to(tl.int64), (offs % HIDDEN_SIZE).to(tl.int64)
     weight_row = conv_weight_ptr + branch * stride_weight_h + offs_d * stride_weight_d
+    follow_predecessor()
     conv_norm = tl.load(conv_norm_ptr + offs, mask=mask, other=0).to(tl.float32)
     norm_grad = tl.zeros([BLOCK], tl.float32)
     for tap in range(NUM_TAPS):
@@ -114,6 +117,7 @@ def launch_norm_gradient(product, query_norm, key_norm, grad_query_norm, grad_ke
         BLOCK=BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
+        **dependent_options(),
     )
 
 
@@ -135,4 +139,5 @@ def launch_conv_gradient(product, conv_norm, conv_weight, grad_conv_norm, grad_c
         BLOCK=BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
+        **dependent_options(),
     )

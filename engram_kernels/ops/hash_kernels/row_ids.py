@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
 from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
@@ -134,6 +135,7 @@ def ngram_hash_kernel(
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
     mask_token = token < num_tokens
+    follow_predecessor()
     if HEADS is None:
         tl.static_assert(BLOCK_L == 1)
         row = ngram_rows(

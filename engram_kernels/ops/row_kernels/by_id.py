@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engram_kernels.geometry.row_format import FORMATS
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import cdiv, on_device_of, processors
 from engram_kernels.launching.launch import Launch
 from engram_kernels.tables.view import TableView
@@ -51,6 +52,7 @@ def lookup_kernel(
     first_key`` of the first of each run, for the output's row ``place``.
     Persistent grid: program p takes steps p, p + programs, and so on. Relies on T * C < 2^31.
     """
+    follow_predecessor()
     table = (tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3))
     num_steps = (num_rows - 1) // BLOCK_ROWS + 1  # not tl.cdiv, whose sum wraps for the last T * C below 2^31
     if HEAD_MAJOR:
@@ -139,7 +141,7 @@ def launch_sorted(keys, key_stride: int, view: TableView, out, reading: Reading)
     with on_device_of(keys):
         for layer in range(num_layers):
             options |= dict(first_entry=layer * num_rows, first_key=layer * key_stride)
-            lookup_kernel[grid](keys, places, view.descriptors[layer], **options)
+            lookup_kernel[grid](keys, places, view.descriptors[layer], **options, **dependent_options())
     for part in (out_ptr, None if out_scale_ptr is None else scale_words(out_scale_ptr)):
         if part is not None:
             launch_copy_duplicates(keys, places, part, reading.programs or 8 * processors(keys.device))

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import FORMATS
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import cdiv, on_device_of, processors
 from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
@@ -97,6 +98,7 @@ def hash_lookup_kernel(
     # Not tl.cdiv, whose sum wraps for the last T * C below 2^31.
     column_steps = (num_tokens - 1) // BLOCK_HASH + 1
     layer_steps = NUM_COLUMNS * column_steps if HEAD_MAJOR else (num_rows - 1) // BLOCK_HASH + 1
+    follow_predecessor()
     for step in range(tl.program_id(0), layer_steps * NUM_LAYERS, tl.num_programs(0)):
         layer = step // layer_steps
         layer_step = step - layer * layer_steps

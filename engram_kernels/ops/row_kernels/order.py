@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of
 from engram_kernels.tables.memory.pages import HUGE_PAGE
 from engram_kernels.tables.placement import REGISTERED
@@ -113,6 +114,7 @@ def copy_duplicates_kernel(
     rows of first entries being there, on places that are all different, and on fewer than 2^31 entries.
     """
     num_steps = (num_rows - 1) // BLOCK_ROWS + 1  # not tl.cdiv, whose sum wraps for the last number below 2^31
+    follow_predecessor()
     for step in range(tl.program_id(0), num_steps, tl.num_programs(0)):
         begin = step * BLOCK_ROWS
         index = begin + tl.arange(0, BLOCK_ROWS)
@@ -176,6 +178,7 @@ def launch_copy_duplicates(keys, places, out: torch.Tensor, programs: int) -> No
             CHUNK=config.chunk,
             num_warps=config.num_warps,
             enable_fp_fusion=False,
+            **dependent_options(),
         )
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import dependent_options, follow_predecessor
 from engram_kernels.launching.device import cdiv, next_power_of_2, on_device_of, takes_kernels
 from engram_kernels.reference.tables.editing import exchange as reference
 
@@ -76,6 +77,7 @@ def exchange_rows_kernel(
     weight_ptr = tl.multiple_of(weight_address.to(tl.int64).to(tl.pointer_type(tl.int32)), 16)
     place = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
     taken = place < num_rows
+    follow_predecessor()
     row = tl.load(ids_ptr + place, mask=taken, other=0)
     offs_w = tl.arange(0, BLOCK_W)[None, :]
     mask = taken & (offs_w < WORDS)
@@ -120,6 +122,7 @@ def launch_exchange_rows(weight: torch.Tensor, scale: torch.Tensor | None, store
             BLOCK_S=config.block_s,
             num_warps=config.num_warps,
             enable_fp_fusion=False,
+            **dependent_options(),
         )
 
 

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import next_power_of_2, on_device_of
 from engram_kernels.launching.launch import Launch
 
@@ -32,6 +33,7 @@ def scale_columns_kernel(x_ptr, weight_ptr, out_ptr, HIDDEN_SIZE: tl.constexpr, 
     Grid (T,). Relies on contiguous arguments, weight in float32.
     """
     row = tl.program_id(0).to(tl.int64) * HIDDEN_SIZE
+    follow_predecessor()
     for begin in range(0, HIDDEN_SIZE, BLOCK_D):
         offs_d = begin + tl.arange(0, BLOCK_D)
         mask_d = offs_d < HIDDEN_SIZE
