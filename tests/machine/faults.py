@@ -17,6 +17,7 @@ KINDS = (
     "read only",  # a store to memory that the launch may only read
     "barrier",  # threads of a CTA part at a barrier
     "divergent",  # an instruction of a whole warp is executed by a part of it
+    "dependence",  # a launch with launch_pdl touches global memory, or ends, before it waits for the one before
     "misaligned",
     "out of bounds",
     "deadlock",

@@ -75,7 +75,7 @@ class Machine:
         self.target, self.utils = TARGETS[target], self
         self._shared = SHARED_BYTES[target]
         self.memory = GivenMemory()
-        self.kernels = {}  # machine code -> Kernel
+        self.kernels = {}  # machine code, whether launched as dependent -> Kernel
         self.ordered = set()  # machine code whose next launch, its first, is run in all orders of warps
         self.ran = Counter()  # kernels, launches, programs, runs: a launch in each of its orders
         self.benign = Counter()  # reports that BENIGN lists, by its names
@@ -112,22 +112,22 @@ class Machine:
             if metadata.target != driver.active.get_current_target():
                 raise ValueError(f"{metadata.name} was compiled for {metadata.target}")
             given = [(name, value) for (name, kind), value in zip(named, arguments, strict=True) if kind != "constexpr"]
-            driver.active.launch(text, given, (x, y, z), metadata.shared, function)
+            driver.active.launch(text, given, (x, y, z), metadata.shared, function, metadata.launch_pdl)
 
         return launch
 
-    def kernel(self, text):
-        """The kernel of a machine code, parsed once."""
-        if text not in self.kernels:
-            self.kernels[text] = Kernel(text)
+    def kernel(self, text, dependent=False):
+        """The kernel of a machine code, parsed once for launches with ``launch_pdl`` and once for those without."""
+        if (text, dependent) not in self.kernels:
+            self.kernels[text, dependent] = Kernel(text, dependent)
             self.ran.update(kernels=1)
             if takes_orders(text):
                 self.ordered.add(text)
-        return self.kernels[text]
+        return self.kernels[text, dependent]
 
-    def launch(self, text, given, grid, shared_bytes, binary):
+    def launch(self, text, given, grid, shared_bytes, binary, dependent=False):
         """Run a kernel whose arguments are ``given`` as (name, value). ``binary`` is what ptxas made of its text."""
-        kernel = self.kernel(text)
+        kernel = self.kernel(text, dependent)
         values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for _, value in given]
         values += [0] * (len(kernel.parameters) - len(values))  # of memory that Triton keeps for other kernels
         values = [

@@ -9,11 +9,12 @@ from .parsing import flow, ptx
 class Kernel:
     """``name``, ``threads`` of a CTA, ``parameters`` [(type without its dot, name)], ``instructions`` in their order.
 
-    ``program.blocks`` are the blocks, whose numbers the counters speak of.
+    A ``dependent`` one is launched before the kernel ahead of it has ended: until a thread has waited, it may neither
+    touch global memory nor end. ``program.blocks`` are the blocks, whose numbers the counters speak of.
     """
 
-    def __init__(self, text):
-        self.text = text
+    def __init__(self, text, dependent=False):
+        self.text, self.dependent = text, dependent
         self.program = ptx.Program(text)
         self.name, self.threads, self.parameters = self.program.name, self.program.threads, self.program.parameters
         self.instructions, self.opcodes = self.program.instructions, self.program.opcodes

@@ -230,6 +230,7 @@ CALLS = {
         ek.warmup,
         dict(engrams=[engram()], max_tokens=4, prefetcher=None, state=None, dead=False, id_dtype=torch.int64),
     ),
+    "set_dependent_launch": lambda: (ek.set_dependent_launch, dict(enabled=True)),
     "save_training": lambda: (
         ek.save_training, RUN | run() | dict(folder="run", step=3, extra=None)
     ),

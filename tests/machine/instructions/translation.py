@@ -13,7 +13,7 @@ from .values import UNSIGNED
 
 KEPT = np.zeros(1, bool)
 # Order or hint alone: every access here is seen at once, and races are found from the log.
-NOTHING = {"membar.cta", "membar.gl", "membar.sys", "griddepcontrol.wait", "griddepcontrol.launch_dependents"}
+NOTHING = {"membar.cta", "membar.gl", "membar.sys", "griddepcontrol.launch_dependents"}
 NOTHING |= {f"fence.{order}.{scope}" for order in ("acq_rel", "sc") for scope in ("cta", "cluster", "gpu", "sys")}
 
 
@@ -54,6 +54,8 @@ def _unguarded(kernel, instruction):
     opcode = instruction.opcode
     if opcode in FORMS:
         return _compute(kernel, instruction, FORMS[opcode])
+    if opcode == "griddepcontrol.wait":
+        return lambda lanes, mask: lanes.wait_for_predecessor(mask)
     if opcode in NOTHING:
         return lambda lanes, mask: None
     make = TABLE.get(opcode.split(".")[0])

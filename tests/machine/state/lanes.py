@@ -38,6 +38,7 @@ class Lanes:
         self.together = 0
         self.waiting = np.full(self.count, -1, s64)  # the block whose barrier a lane waits at
         self.blocks = self.executed = 0
+        self.early = np.ones(self.count, bool) if self.kernel.dependent else None  # lanes yet to wait for the kernel before
 
     # ---- registers
     def grow(self):
@@ -114,6 +115,21 @@ class Lanes:
             cta, thread = self.first_cta + self.cta[lane], self.thread[lane]
             self.report("undefined", f"{what}, {bad.sum()} lanes, first thread {thread} of CTA {cta}", where)
 
+    def wait_for_predecessor(self, mask):
+        """griddepcontrol.wait, in the lanes of the mask."""
+        if self.early is not None:
+            self.early = None if mask is None else self.early & ~mask
+            if self.early is not None and not self.early.any():
+                self.early = None
+
+    def require_wait(self, index, what, where):
+        """Lanes given by number (None: all) have waited for the kernel before, in a launch that depends on it."""
+        if self.early is None:
+            return
+        bad = self.early if index is None else self.early[index]
+        if bad.any():
+            self.report("dependence", f"{what} before the wait for the kernel before, {bad.sum()} lanes", where)
+
     def whole_warps(self, mask, where, needed=False):
         """Instructions of a warp are for all of its threads; ``needed``: nothing can be said of a part."""
         self.meetings = self.meetings + (1 if mask is None else mask.astype(s32))
@@ -175,6 +191,8 @@ class Lanes:
             self.waiting = np.where(True if mask is None else mask, block, self.waiting)
             return
         target = {"": after, "ret": EXIT, "exit": EXIT}.get(name)
+        if target == EXIT:
+            self.require_wait(self.numbers(mask), "end", end)
         if name == "bra":
             target = self.kernel.program.labels[end.operands[0]]
         if end is None or end.guard is None:

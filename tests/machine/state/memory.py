@@ -81,6 +81,7 @@ class Memory:
 
     def load(self, addresses, size, lanes, index, where):
         """Items at the addresses, and which of their bytes are undefined, [lanes, size], or None if none is."""
+        lanes.require_wait(index, "load", where)
         out, lost = np.empty(len(addresses), item_type(size)), None
         for number, chosen, at in self.find(addresses, size, "load", where):
             items, first, undefined = self.allocations[number].items(size)
@@ -97,6 +98,7 @@ class Memory:
 
     def store(self, addresses, data, lanes, index, where):
         """``data`` is bytes, [lanes, size]."""
+        lanes.require_wait(index, "store", where)
         size = data.shape[1]
         for number, chosen, at in self.find(addresses, size, "store", where):
             allocation = self.allocations[number]
@@ -113,6 +115,7 @@ class Memory:
 
     def atomic(self, addresses, size, lanes, index, where):
         """(items of an allocation, which lanes touch it or None for all, their items' numbers), ..."""
+        lanes.require_wait(index, "atomic", where)
         found = []
         for number, chosen, at in self.find(addresses, size, "atomic", where):
             allocation = self.allocations[number]
