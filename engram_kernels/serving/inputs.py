@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import cdiv, is_kernel_device
 from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.tokens import Tokens
@@ -46,6 +47,7 @@ def copy_tokens_kernel(
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_token, mask_end, mask_past = offs < num_tokens, offs < num_ends, offs < num_past
+    follow_predecessor()
     token = tl.load(token_ids_ptr + offs, mask=mask_token, other=0)
     if cu_seqlens_ptr is not None:
         end = tl.load(cu_seqlens_ptr + offs, mask=mask_end, other=0)

@@ -9,8 +9,16 @@ from triton.compiler import CompiledKernel
 
 from engram_kernels.launching import launch
 from engram_kernels.launching.launch import Kept, Launch
+from tests.reports.offline import compiling_for
 
 DEVICE, STREAM = 3, 17
+
+
+@pytest.fixture(autouse=True)
+def older_gpu():
+    """Launches are those of a GPU without dependent ones; tests/launching/test_dependent.py has these."""
+    with compiling_for("sm_80"):
+        yield
 
 
 class Compiled(CompiledKernel):

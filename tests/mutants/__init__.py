@@ -15,7 +15,7 @@ KINDS = (
     "mask dropped, other dropped, stride swapped, 32-bit product, truncated remainder, window off by one, "
     "cu_seqlens ignored, history reversed, offset omitted, last tile skipped, scale byte off by one, "
     "eps outside the mean, norms swapped, branch fixed to 0, taps reversed, dilation minus one, "
-    "barrier dropped, alignment wrong"
+    "barrier dropped, alignment wrong, wait dropped"
 ).split(", ")
 
 FILES = (hashing, rows, read_order, cache, gate, gate_conv, gate_backward, training, editing, serving, machine_code)

@@ -57,6 +57,26 @@ mask dropped: values behind the end @ ops/conv_kernels/state -k test_kernel and 
 + HIDDEN_SIZE + offs_d, value, mask=offs_d >= 0)
 """
 
+NO_WAIT = """\
+wait dropped @ launching/dependent{}
+-     grid_wait()
+-     grid_trigger()
++     grid_trigger()
+"""
+
+NOT_FOLLOWING = """\
+wait dropped: and the trigger @ {}
+-     follow_predecessor()
++     tl.static_assert(True)
+"""
+
+ADAM_WAIT = """\
+wait dropped: and the trigger @ training/update -k equals_reference
+- tl.pointer_type(tl.int32)), 4)
+-     follow_predecessor()
++ tl.pointer_type(tl.int32)), 4)
+"""
+
 _MACHINE = dict(lane="machine")
 MUTANTS = (
     *mutants("commit_history_kernel", "serving/history", ("history/27b-packed",), HISTORY_ORDER, **_MACHINE),
@@ -69,4 +89,29 @@ MUTANTS = (
         "copy_duplicates_kernel", "ops/row_kernels/order", ("lookup/v41-storage-address",), BEFORE_THE_FIRST, **_MACHINE
     ),
     *mutants("advance_state_kernel", "ops/gate_conv", ("gate_conv/27b-packed-state",), BEHIND_THE_LAST, **_MACHINE),
+    *mutants("gate_residual_kernel", "ops/gate", ("gate/v41",), NO_WAIT.format(" -k test_kernel"), **_MACHINE),
+    *mutants(
+        "conv_residual_kernel",
+        "ops/gate_conv",
+        ("gate_conv/27b-packed-state",),
+        NOT_FOLLOWING.format("ops/conv_kernels/residual -k test_kernel"),
+        **_MACHINE,
+    ),
+    *mutants(
+        "gate_scale_kernel",
+        "ops/gate_conv",
+        ("gate_conv/27b-packed-state",),
+        NOT_FOLLOWING.format("ops/conv_kernels/scale -k test_kernel"),
+        **_MACHINE,
+    ),
+    *mutants(
+        "probe_cache_kernel",
+        "cache/lookup",
+        ("cached_lookup/v41",),
+        NOT_FOLLOWING.format("cache/probe -k test_kernel"),
+        **_MACHINE,
+    ),
+    *mutants(
+        "row_adam_kernel", "training/update", ("row_adam/27b",), NO_WAIT.format(" -k equals_reference"), **_MACHINE
+    ),
 )

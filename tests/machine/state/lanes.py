@@ -38,7 +38,9 @@ class Lanes:
         self.together = 0
         self.waiting = np.full(self.count, -1, s64)  # the block whose barrier a lane waits at
         self.blocks = self.executed = 0
-        self.early = np.ones(self.count, bool) if self.kernel.dependent else None  # lanes yet to wait for the kernel before
+        self.early = (
+            np.ones(self.count, bool) if self.kernel.dependent else None
+        )  # lanes yet to wait for the kernel before
 
     # ---- registers
     def grow(self):

@@ -30,14 +30,14 @@ def allocation(array, name="memory", **options):
     return machine.Allocation(array.ctypes.data, array.nbytes, name, **options)
 
 
-def run(text, arrays, *more, grid=(1,), shared=0, undefined=None, read_only=(), **options):
+def run(text, arrays, *more, grid=(1,), shared=0, undefined=None, read_only=(), dependent=False, **options):
     """Execute a kernel whose first parameters are the arrays' addresses; ``undefined`` by number of an array."""
     named = [
         allocation(array, f"p{place}", undefined=(undefined or {}).get(place), writable=place not in read_only)
         for place, array in enumerate(arrays)
     ]
     arguments = [array.ctypes.data for array in arrays] + list(more)
-    return machine.execute(machine.Kernel(text), arguments, grid, shared, named, **options)
+    return machine.execute(machine.Kernel(text, dependent), arguments, grid, shared, named, **options)
 
 
 def kinds(text, arrays, *more, **options):
