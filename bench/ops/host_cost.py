@@ -33,6 +33,7 @@ from engram_kernels import (
     split_kv,
 )
 from engram_kernels.launching import device as running
+from engram_kernels.launching.dependent import dependent_options
 from engram_kernels.launching.launch import Kept, Launch
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.ops import gate, gate_conv, hash_rows, hashing, rows
@@ -117,7 +118,7 @@ def launches_of(call: Callable[[], object]) -> list[tuple]:
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     def record_kept(self, compiled, values):
-        launches.append((self.kernel, self.grid, values, self.options))
+        launches.append((self.kernel, self.grid, values, (self.options | dependent_options())))
         return again(self, compiled, values)
 
     again = Launch.again
@@ -177,7 +178,7 @@ def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
 
         def run() -> None:
             begun = state.begin(ids, slots)
-            prefetcher.start(ids, **begun.options)
+            prefetcher.start(ids, **(begun.options | dependent_options()))
             for layer in config.layers:
                 prefetcher.rows(layer)
                 gate_residual(hidden, *parts, norms[0], norms[1], eps=1e-6)
