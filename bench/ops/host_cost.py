@@ -118,7 +118,7 @@ def launches_of(call: Callable[[], object]) -> list[tuple]:
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     def record_kept(self, compiled, values):
-        launches.append((self.kernel, self.grid, values, (self.options | dependent_options())))
+        launches.append((self.kernel, self.grid, values, self.options | dependent_options()))
         return again(self, compiled, values)
 
     again = Launch.again
@@ -178,7 +178,7 @@ def calls(hidden_size: int = 256) -> dict[str, Callable[[], object]]:
 
         def run() -> None:
             begun = state.begin(ids, slots)
-            prefetcher.start(ids, **(begun.options | dependent_options()))
+            prefetcher.start(ids, **begun.options)
             for layer in config.layers:
                 prefetcher.rows(layer)
                 gate_residual(hidden, *parts, norms[0], norms[1], eps=1e-6)
