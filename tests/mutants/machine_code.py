@@ -64,18 +64,18 @@ wait dropped @ launching/dependent{}
 +     grid_trigger()
 """
 
-NOT_FOLLOWING = """\
-wait dropped: and the trigger @ {}
+
+def _not_following(where):
+    return f"""\
+wait dropped: and the trigger @ {where}
 -     follow_predecessor()
 +     tl.static_assert(True)
 """
 
-ADAM_WAIT = """\
-wait dropped: and the trigger @ training/update -k equals_reference
-- tl.pointer_type(tl.int32)), 4)
--     follow_predecessor()
-+ tl.pointer_type(tl.int32)), 4)
-"""
+
+RESIDUAL_WAIT = _not_following("ops/conv_kernels/residual -k test_kernel")
+SCALE_WAIT = _not_following("ops/conv_kernels/scale -k test_kernel")
+PROBE_WAIT = _not_following("cache/probe -k test_kernel")
 
 _MACHINE = dict(lane="machine")
 MUTANTS = (
@@ -94,24 +94,22 @@ MUTANTS = (
         "conv_residual_kernel",
         "ops/gate_conv",
         ("gate_conv/27b-packed-state",),
-        NOT_FOLLOWING.format("ops/conv_kernels/residual -k test_kernel"),
+        RESIDUAL_WAIT,
         **_MACHINE,
     ),
     *mutants(
         "gate_scale_kernel",
         "ops/gate_conv",
         ("gate_conv/27b-packed-state",),
-        NOT_FOLLOWING.format("ops/conv_kernels/scale -k test_kernel"),
+        SCALE_WAIT,
         **_MACHINE,
     ),
     *mutants(
         "probe_cache_kernel",
         "cache/lookup",
         ("cached_lookup/v41",),
-        NOT_FOLLOWING.format("cache/probe -k test_kernel"),
+        PROBE_WAIT,
         **_MACHINE,
     ),
-    *mutants(
-        "row_adam_kernel", "training/update", ("row_adam/27b",), NO_WAIT.format(" -k equals_reference"), **_MACHINE
-    ),
+    *mutants("row_adam_kernel", "training/optimizers", ("row_adam/27b",), NO_WAIT.format(" -k adam"), **_MACHINE),
 )
