@@ -8,6 +8,7 @@ import torch
 import triton
 
 from bench.peers import vllm as vllm_peer
+from engram_kernels import EngramConfig, EngramTable, HashPlan, hash_lookup, reference
 from tests.project.test_layout import ROOT
 from tests.reports import compile_report, executed_report, peers_report
 from tests.reports.executed_jobs import Job, jobs, packed_requests
@@ -201,3 +202,35 @@ def test_packed_requests_are_what_they_say():
     requests = packed_requests(3)
     assert int(requests.cu_seqlens[-1]) == 64 and requests.lengths.tolist() == [1, 16, 3, 9, 12, 2, 14, 7]
     assert (requests.history < 0).sum(1).tolist() == [3, 0, 0, 3, 1, 0, 0, 0]
+
+
+def _chain(ids, plan, tables, **options):
+    """The longest chain of dependent loads ahead of the first store of one hash_lookup."""
+    expected = list(reference.hash_lookup(ids, plan, tables, **options))
+    name = f"{len(ids)} tokens"
+    job = Job(name, "row", ids.numel(), expected, lambda: hash_lookup(ids, plan, tables, order="direct", **options))
+    with executed_report.counting_machine() as machine:
+        (launch,) = executed_report.count(machine, job, job.ours)["launches"]
+    return launch["chain"]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_rows_of_few_tokens_wait_for_ids_and_their_map_alone(tokens):
+    """A row, with its scale beside it, is the third load of V4.1's chain, and the second of a plan without a map.
+
+    Parameters of columns, descriptors and multipliers are on their way meanwhile. History by slot adds two: the slot,
+    and the id that is read there instead.
+    """
+    config = EngramConfig.deepseek_v41_flash()
+    numbers = torch.full((2, config.max_ngram), 12345), torch.full((2, config.columns), 61)
+    token_map = torch.arange(500) % 100
+    mapped = HashPlan.from_parts(*numbers, pad=0, token_map=token_map)
+    bare = HashPlan.from_parts(*numbers, pad=0, vocab_size=500)
+    rows = torch.zeros(mapped.rows_per_layer[0], config.row_width, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.full((len(rows), config.row_width // 32), 127, dtype=torch.uint8)
+    tables = [EngramTable.from_tensors(rows, scales, placement="cpu") for _ in config.layers]
+    ids = torch.arange(tokens) + 5
+    assert _chain(ids, mapped, tables) == 3 and _chain(ids, bare, tables) == 2
+    slots = dict(history=torch.arange(12).view(4, 3), slots=torch.arange(tokens, dtype=torch.int32) % 4)
+    assert _chain(ids[:, None], mapped, tables, **slots) == 4

@@ -21,6 +21,7 @@ from engram_kernels.tables.view import view_tables
 from engram_kernels.training.sinkhorn import launch_row_sinkhorn, sinkhorn_rule
 from engram_kernels.training.update import launch_row_update
 from tests.support.launches import (
+    forget_launches,
     launch_cached_lookup,
     launch_copy_tokens,
     launch_gate_backward,
@@ -163,6 +164,7 @@ def few(case, tokens=8):
 
 def history_case(ring):
     """History of three ids for 8 sequences in 64 slots, with the cursor of a convolution or without."""
+    forget_launches()  # commits are kept, and may be another target's
     history, slots = torch.empty(64, 3, dtype=torch.int64), torch.empty(8, dtype=torch.int32)
     copies = (torch.empty(TOKENS).long(), torch.empty(9, dtype=torch.int32), torch.empty(8, 3).long())
     ids, ends, _, dead = tokens(True)
