@@ -15,9 +15,10 @@ from triton.runtime.jit import JITFunction
 
 from tests.conftest import package_kernels
 from tests.machine.gpu import BENIGN
+from tests.machine.parsing.dependence import triggers, unwaited
 from tests.reports import compile_cases, compile_report
 from tests.reports.aliases import unordered
-from tests.reports.offline import TARGETS, compiling_for, machine_code
+from tests.reports.offline import DEPENDENT, TARGETS, compiling_for, machine_code
 
 pytestmark = pytest.mark.compile
 CASE_TARGETS = [(case, target) for target in TARGETS for case in compile_cases.CASES]
@@ -37,6 +38,7 @@ def test_machine_code(case, target):
         harmless = {known.memory.rstrip(":") for known in BENIGN if known.kernel == name}
         found = [race for race in unordered(kernel.asm["ttgir"]) if race[0] not in harmless]
         assert found == [], f"{name} lacks a barrier"
+        check_dependence(kernel, target)
     kernels = [machine_code(entry) for entry in compiled]
     for code in kernels:
         registers, shared = ceilings(code.kernel)[target]
@@ -51,6 +53,17 @@ def test_machine_code(case, target):
     report = compile_report.load()
     if triton.__version__ in report:
         assert [asdict(code) for code in kernels] == report[triton.__version__][target][case]
+
+
+def check_dependence(kernel, target):
+    """Where launches are dependent a kernel waits ahead of all that it reads and writes, and triggers once."""
+    text, name = kernel.asm.get("ptx") or kernel.asm["amdgcn"], kernel.metadata.name
+    assert getattr(kernel.metadata, "launch_pdl", False) == (target in DEPENDENT), name
+    if target in DEPENDENT:
+        assert unwaited(text) == [], f"{name} does not wait"
+        assert triggers(text) == 1, f"{name} does not trigger"
+    else:
+        assert "griddepcontrol" not in text, name
 
 
 def check_load_width(case, target, code):

@@ -19,12 +19,10 @@ from engram_kernels.launching import dependent
 from engram_kernels.launching.dependent import dependent_options, follow_predecessor, grid_trigger, grid_wait
 from tests.conftest import package_kernels
 from tests.machine import gpu
-from tests.machine.parsing.dependence import TRIGGER, WAIT, triggers, unwaited
-from tests.reports import compile_cases, compile_report
-from tests.reports.offline import TARGETS, compiling_for
+from tests.machine.parsing.dependence import TRIGGER, WAIT, unwaited
+from tests.reports import compile_report
+from tests.reports.offline import DEPENDENT, TARGETS, compiling_for
 from tests.support.instructions.snippets import entry, kinds, run
-
-DEPENDENT = ("sm_90", "sm_100")
 
 
 @pytest.fixture(autouse=True)
@@ -93,21 +91,7 @@ def test_every_kernel_waits_once_ahead_of_every_branch(kernel):
     assert not any(word in ahead for word in ("tl.load", "tl.store", "tl.atomic", "return")), kernel
 
 
-# ---- machine code
-@pytest.mark.compile
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", compile_cases.CASES)
-def test_machine_code(case, target):
-    for kernel, *_ in compile_report.compiled_for(case, target):
-        text, name = kernel.asm.get("ptx") or kernel.asm["amdgcn"], kernel.metadata.name
-        assert getattr(kernel.metadata, "launch_pdl", False) == (target in DEPENDENT), name
-        if target in DEPENDENT:
-            assert unwaited(text) == [], f"{name} does not wait"
-            assert triggers(text) == 1, f"{name} does not trigger"
-        else:
-            assert "griddepcontrol" not in text, name
-
-
+# ---- machine code; tests/compiled/test_compile.py has the rule on all of it
 @pytest.mark.compile
 @pytest.mark.parametrize("case", ["gate/v41", "gate_conv/27b-packed-state", "cached_lookup/v41", "row_adam/27b"])
 def test_nothing_else_changes(case):

@@ -19,6 +19,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+#: Those on which launches depend on the one before (launching/dependent.py).
+DEPENDENT = ("sm_90", "sm_100")
 
 
 class _StubDriver:
