@@ -9,6 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from engram_kernels import reference
 from engram_kernels.geometry.kinds import Each, Instance, Optional, check_all, declares
@@ -27,7 +28,7 @@ from .call import Op, form_of, out_parts, registered, writes_alone
 from .hashing import known_plan, ngram_hash
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
-from .row_kernels.caching import CACHE, RowCache, check_cache
+from .row_kernels.caching import CACHE, RowCache, cache_named, check_cache
 from .row_kernels.hashed import prepare_hash_lookup
 from .row_kernels.order import check_order, choose_order
 from .row_kernels.output import (
@@ -123,7 +124,7 @@ class HashLookup(Op):
         return not self.records(call)
 
     def settled(self, call):
-        if call.cache is not None and not call.cache.takes(call.tokens.token_ids.numel()):
+        if call.cache is not None and not is_compiling() and not call.cache.takes(call.tokens.token_ids.numel()):
             return call._replace(cache=None)
         return call
 
@@ -140,6 +141,8 @@ class HashLookup(Op):
         return record_rows(rows, call.tables, partial(_layer_gradients, call.plan), *call.tokens)
 
     def on_kernels(self, call):
+        if call.cache is not None and is_compiling():
+            return True  # as the registered op finds when it runs
         return is_kernel_device(call.tokens.token_ids) and call.tables[0].format.dtype != torch.float64
 
     def reference(self, call, out):
@@ -149,6 +152,11 @@ class HashLookup(Op):
 
     def compiled(self, call, out):
         device = call.tokens.token_ids.device
+        if call.cache is not None:
+            out = self.allocate(call) if out is None else out
+            options = (call.cache.turns, call.cache.name, call.out_dtype, call.storage, call.programs, call.order)
+            hash_lookup_cached_op(*call.tokens, *out_parts(out), *options)
+            return _with_table_scales(call, out)
         if any(is_staged(table, device) for table in call.tables):
             check_stageable(self.name)
         options = (call.storage, call.programs, call.order, *call.plan.parts())
@@ -266,6 +274,25 @@ def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, slots, *rest):
     view, (out, out_scales, storage, programs, order), plan = _split(rest, 5)
     out = (out, out_scales) if storage else out
     _launch(Tokens(token_ids, cu_seqlens, history, dead, slots), plan, view, out, storage, programs, order)
+
+
+@registered(
+    "hash_lookup_cached",
+    f"({TOKENS_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, Tensor(c!) turns, str cache, ScalarType? out_dtype, "
+    "bool storage, int? programs, str? order) -> ()",
+    writes_alone,
+    mutates=("out", "out_scales", "turns"),
+)
+def hash_lookup_cached_op(token_ids, cu_seqlens, history, dead, slots, out, out_scales, turns, name, *options):
+    """:func:`hash_lookup` with a cache for torch.compile: an eager call, which asks what only a run can tell.
+
+    That is whether so few tokens go past the cache, and whether rows of a table have changed.
+    """
+    out_dtype, storage, programs, order = options
+    cache, tokens = cache_named(name), Tokens(token_ids, cu_seqlens, history, dead, slots)
+    reading = (out_dtype, "storage" if storage else "values", programs, order, cache)
+    with torch.no_grad():
+        HASH_LOOKUP(HashLookupCall(tokens, cache.plan, cache.tables, *reading), (out, out_scales) if storage else out)
 
 
 @declares(

@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -19,6 +21,16 @@ class RowCache(ABC):
 
     plan: HashPlan
     tables: Sequence[EngramTable]
+    name: str  #: by which registered ops find it, see :func:`cache_named`
+    #: int64 ``[1]`` on the plan's device, which stands for its state in compiled graphs: a lookup is declared to write
+    #: to it, so that none is dropped and all come in their order. The state itself is not their argument: kernels
+    #: know rows by address, and torch may hand on a copy of what an op writes to.
+    turns: torch.Tensor
+
+    def enter(self, device: torch.device) -> None:
+        """Let registered ops find this cache, as long as it lives."""
+        self.name, self.turns = str(next(_NUMBERS)), torch.zeros(1, dtype=torch.int64, device=device)
+        _CACHES[self.name] = self
 
     @abstractmethod
     def takes(self, num_tokens: int) -> bool:
@@ -34,6 +46,18 @@ class RowCache(ABC):
         """On a CPU: what the reference tells of the n-grams that it looks up."""
 
 
+_NUMBERS = count()
+_CACHES: WeakValueDictionary[str, RowCache] = WeakValueDictionary()
+
+
+def cache_named(name: str) -> RowCache:
+    """The cache of this process with this name."""
+    cache = _CACHES.get(name)
+    if cache is None:
+        raise ValueError("hash_lookup: the cache of this compiled graph is no longer there; keep it like any buffer")
+    return cache
+
+
 CACHE = Instance(RowCache)
 CACHE.expected = "an NgramCache"  # the one there is, in a room above
 
@@ -42,8 +66,6 @@ def check_cache(where: str, cache, plan: HashPlan, tables, num_rows: int) -> Non
     """Raise unless ``cache`` is None or one for this plan and these tables, in a call for ``num_rows`` rows."""
     if cache is None:
         return
-    if torch.compiler.is_compiling():
-        raise ValueError(f"{where}: cache must be None under torch.compile, which cannot see that a cache changes")
     CACHE.check(where, "cache", cache)
     same = len(tables) == len(cache.tables) and all(map(lambda a, b: a is b, tables, cache.tables))
     if plan is not cache.plan or not same:
