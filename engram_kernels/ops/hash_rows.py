@@ -20,11 +20,13 @@ from engram_kernels.launching.overlap import memory_of_plan
 from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
+from engram_kernels.tables.placed import table_numbered
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView, view_tables
 
-from .call import Op, form_of, out_parts, registered, writes_alone
+from .call import Op, form_of, out_parts, recording_number, registered, writes_alone
+from .gate_kernels.gradients import refuse_second_derivative
 from .hashing import known_plan, ngram_hash
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
@@ -78,7 +80,7 @@ class HashLookup(Op):
         return form_of(*call.tokens, *out_parts(out)), identities(call.tables), call[3:]
 
     def __call__(self, call, out=None, signature=None):
-        if isinstance(call.tables, (tuple, list)):
+        if isinstance(call.tables, (tuple, list)) and not (is_compiling() and self.records(call)):
             for table in call.tables:
                 if getattr(table, "put_off", None) is not None:
                     return self._moved(call, out)
@@ -136,6 +138,11 @@ class HashLookup(Op):
         call = call._replace(
             tokens=call.tokens.gathered()
         )  # the backward pass hashes again, when slots may have moved on
+        if is_compiling():  # a cache, of which training has no use, is left as it is
+            anchors = [table.anchor for table in call.tables if table.requires_row_grad]
+            numbers = ",".join([table.number for table in call.tables])
+            options = (call.out_dtype, call.programs, call.order)
+            return hash_lookup_recorded_op(*call.tokens[:4], anchors, numbers, *options, *call.plan.parts())
         with torch.no_grad():
             rows = self(call)
         return record_rows(rows, call.tables, partial(_layer_gradients, call.plan), *call.tokens)
@@ -281,7 +288,6 @@ def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, slots, *rest):
     f"({TOKENS_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, Tensor(c!) turns, str cache, ScalarType? out_dtype, "
     "bool storage, int? programs, str? order) -> ()",
     writes_alone,
-    mutates=("out", "out_scales", "turns"),
 )
 def hash_lookup_cached_op(token_ids, cu_seqlens, history, dead, slots, out, out_scales, turns, name, *options):
     """:func:`hash_lookup` with a cache for torch.compile: an eager call, which asks what only a run can tell.
@@ -293,6 +299,57 @@ def hash_lookup_cached_op(token_ids, cu_seqlens, history, dead, slots, out, out_
     reading = (out_dtype, "storage" if storage else "values", programs, order, cache)
     with torch.no_grad():
         HASH_LOOKUP(HashLookupCall(tokens, cache.plan, cache.tables, *reading), (out, out_scales) if storage else out)
+
+
+def _save_hash_lookup(ctx, inputs, output) -> None:
+    *tokens, anchors, numbers, _, _, _ = inputs[:9]
+    ctx.save_for_backward(*tokens, *inputs[9:15], *anchors)
+    ctx.options = numbers, inputs[15:]
+
+
+def _hash_lookup_formula(ctx, grad):
+    saved, (numbers, options) = ctx.saved_tensors, ctx.options
+    anchors = [anchor.detach() for anchor in saved[10:]]
+    parts = (*saved[4:10], *options)
+    found = hash_lookup_gradient_op(grad, *saved[:4], anchors, numbers, recording_number(), *parts)
+    return *(None,) * 4, list(found), *(None,) * (4 + len(parts))
+
+
+def _recorded_call(token_ids, cu_seqlens, history, dead, anchors, numbers, *rest) -> HashLookupCall:
+    out_dtype, programs, order, *parts = rest
+    tables = [table_numbered(number) for number in numbers.split(",")]
+    tokens = Tokens(token_ids, cu_seqlens, history, dead)
+    return HashLookupCall(tokens, known_plan(parts), tables, out_dtype, "values", programs, order, None)
+
+
+@registered(
+    "hash_lookup_recorded",
+    "(Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, Tensor[] anchors, str tables, "
+    f"ScalarType? out_dtype, int? programs, str? order, {PLAN_SCHEMA}) -> Tensor",
+    lambda *arguments: HASH_LOOKUP.allocate(_recorded_call(*arguments)),
+    _hash_lookup_formula,
+    _save_hash_lookup,
+)
+def hash_lookup_recorded_op(*arguments):
+    """:func:`hash_lookup` for torch.compile where autograd follows it, see lookup_recorded."""
+    with torch.no_grad():
+        return HASH_LOOKUP(_recorded_call(*arguments))
+
+
+@registered(
+    "hash_lookup_gradient",
+    "(Tensor grad, Tensor token_ids, Tensor? cu_seqlens, Tensor? history, Tensor? dead, Tensor[] anchors, str tables, "
+    f"int recording, {PLAN_SCHEMA}) -> Tensor[]",
+    lambda *arguments: [torch.zeros_like(anchor) for anchor in arguments[5]],
+    refuse_second_derivative("hash_lookup"),
+)
+def hash_lookup_gradient_op(grad, token_ids, cu_seqlens, history, dead, anchors, numbers, recording, *parts):
+    """As lookup_gradient, for the tables of all layers, whose ids are hashed once more."""
+    found = _layer_gradients(known_plan(parts), grad, token_ids, cu_seqlens, history, dead)
+    for number, (ids, part) in zip(numbers.split(","), found, strict=True):
+        if (table := table_numbered(number)).requires_row_grad:
+            table.accumulate_row_grad(ids, part)
+    return [torch.zeros_like(anchor) for anchor in anchors]
 
 
 @declares(

@@ -10,6 +10,7 @@ C columns, R elements a row. An id outside the table, -1 among them, reads as a 
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from engram_kernels import reference
 from engram_kernels.geometry.kinds import Instance, Tensor, check_all, declares
@@ -18,10 +19,12 @@ from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
+from engram_kernels.tables.placed import table_numbered
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView
 
-from .call import Op, form_of, out_parts, registered, writes_alone
+from .call import Op, form_of, out_parts, recording_number, registered, writes_alone
+from .gate_kernels.gradients import refuse_second_derivative
 from .row_kernels.arguments import check_tables, is_staged, view_rows
 from .row_kernels.by_id import prepare_lookup
 from .row_kernels.order import check_order, choose_order
@@ -63,7 +66,7 @@ class Lookup(Op):
         return form_of(call.row_ids, *out_parts(out)), getattr(call.table, "identity", None), call[2:]
 
     def __call__(self, call, out=None, signature=None):
-        if getattr(call.table, "put_off", None) is None:
+        if getattr(call.table, "put_off", None) is None or (is_compiling() and self.records(call)):
             return super().__call__(call, out, signature)
         return self._moved(call, out)
 
@@ -104,6 +107,8 @@ class Lookup(Op):
 
     def record(self, call, out):
         check_recordable(self.name, out)
+        if is_compiling():
+            return lookup_recorded_op(call.row_ids, call.table.anchor, call.table.number, call.out_dtype, *call[4:])
         with torch.no_grad():
             rows = self(call)
         return record_rows(rows, (call.table,), lambda grad, ids: ((ids, grad),), call.row_ids)
@@ -193,6 +198,51 @@ def lookup_out_op(row_ids, *rest):
     """:func:`lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
     view, (out, out_scales, storage, programs, order) = split_view(rest)
     _launch(row_ids, view, (out, out_scales) if storage else out, storage, programs, order)
+
+
+def _save_lookup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.name = inputs[2]
+
+
+def _lookup_formula(ctx, grad):
+    row_ids, anchor = ctx.saved_tensors
+    found = lookup_gradient_op(grad, row_ids, anchor.detach(), ctx.name, recording_number())
+    return None, found, None, None, None, None
+
+
+def _recorded_call(row_ids, _, name: str, out_dtype, *options) -> LookupCall:
+    return LookupCall(row_ids, table_numbered(name), out_dtype, "values", *options)
+
+
+@registered(
+    "lookup_recorded",
+    "(Tensor row_ids, Tensor anchor, str table, ScalarType? out_dtype, int? programs, str? order) -> Tensor",
+    lambda *arguments: LOOKUP.allocate(_recorded_call(*arguments)),
+    _lookup_formula,
+    _save_lookup,
+)
+def lookup_recorded_op(*arguments):
+    """:func:`lookup` for torch.compile where autograd follows it: an eager call, which takes moves that are put off."""
+    with torch.no_grad():
+        return LOOKUP(_recorded_call(*arguments))
+
+
+@registered(
+    "lookup_gradient",
+    "(Tensor grad, Tensor row_ids, Tensor anchor, str table, int recording) -> Tensor",
+    lambda grad, row_ids, anchor, *_: torch.zeros_like(anchor),
+    refuse_second_derivative("lookup"),
+)
+def lookup_gradient_op(grad, row_ids, anchor, name, recording):
+    """Leaves the rows' gradient in the table, as an eager backward pass does. For the anchor itself 0 is to be added.
+
+    recording: another one for each lookup, so that no two of a graph are taken for the same.
+    """
+    table = table_numbered(name)
+    if table.requires_row_grad:
+        table.accumulate_row_grad(row_ids, grad)
+    return torch.zeros_like(anchor)
 
 
 @declares(table=Instance(EngramTable), row_ids=Tensor(torch.int32, torch.int64), **READ_KINDS)

@@ -7,6 +7,7 @@ import torch
 from engram_kernels import EngramTable, HashPlan, hash_lookup, lookup, ngram_hash
 from engram_kernels.reference.tables import gradient as reference
 from engram_kernels.tables.gradient import RowGradient, launch_row_gradient, row_gradient, segments
+from tests.ops.test_hashing import ragged, small_plan
 from tests.support import tolerances
 from tests.support.guards import Guarded
 from tests.support.tables import place
@@ -217,7 +218,7 @@ def test_a_graph_that_does_not_need_the_rows_leaves_them_alone(device):
 
 
 def test_compiled_and_checkpointed(device):
-    """torch.compile breaks its graph at the lookup; activation checkpointing runs it twice. Equal gradients."""
+    """torch.compile has the lookup in its graph; activation checkpointing runs it twice. Equal gradients."""
     table, linear, ids = trainable(device), torch.nn.Linear(24, 4), torch.randint(0, ROWS, (5, 3))
 
     def loss():
@@ -226,7 +227,7 @@ def test_compiled_and_checkpointed(device):
     gradients = []
     for run in (
         loss,
-        torch.compile(loss, backend="aot_eager"),
+        torch.compile(loss, backend="aot_eager", fullgraph=True),
         lambda: torch.utils.checkpoint.checkpoint(loss, use_reentrant=False),
     ):
         table.zero_row_grad()
@@ -234,6 +235,50 @@ def test_compiled_and_checkpointed(device):
         gradients.append(table.row_grad)
     for other in gradients[1:]:
         assert torch.equal(other.ids, gradients[0].ids) and torch.equal(other.values, gradients[0].values)
+
+
+def test_compiled_lookups_of_the_same_rows(device):
+    """Each adds its gradient, though torch takes equal calls in a graph for one; a second pass adds to the first."""
+    table, linear = trainable(device), torch.nn.Linear(24, 4)
+
+    def loss(ids):
+        return sum(linear(lookup(table, ids).flatten(1)).tanh().sum() for _ in range(2))
+
+    torch.compiler.reset()
+    run, found = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True), []
+    for function in (loss, run):
+        table.zero_row_grad()
+        for seed in (5, 9, 3):
+            ids = torch.randint(0, ROWS, (seed, 3), generator=torch.Generator().manual_seed(seed))
+            function(ids).backward()
+        gradient = table.row_grad
+        found.append((gradient.ids, gradient.values, table.anchor.grad.norm(), table.row_grad_factor()))
+    assert all(map(torch.equal, *found)) and found[0][3] == 1
+
+
+@pytest.mark.parametrize("slotted", [False, True])
+def test_compiled_hash_lookup(device, slotted):
+    """Of two layers the one that is trainable; tokens with all that lies beside them."""
+    plan = small_plan()
+    tables = [place(torch.randn(rows, 8), None, device) for rows in plan.rows_per_layer]
+    tables[1].requires_row_grad_()
+    ids, cu, history, dead = ragged()
+    options = dict(cu_seqlens=cu, history=history, dead=dead)
+    if slotted:
+        slots = torch.arange(len(history), dtype=torch.int32).flip(0)
+        options |= dict(history=history[slots.long()].contiguous(), slots=slots)
+
+    def loss(ids):
+        return hash_lookup(ids, plan, tables, **options).sin().square().sum()
+
+    torch.compiler.reset()
+    found = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)):
+        tables[1].zero_row_grad()
+        value = function(ids)
+        value.backward()
+        found.append((value, tables[1].row_grad.ids, tables[1].row_grad.values))
+    assert all(map(torch.equal, *found)) and tables[0].row_grad is None
 
 
 def test_errors(device):

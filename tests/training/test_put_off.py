@@ -41,6 +41,14 @@ def test_whatever_reads_rows_reads_them_moved(tmp_path):
     with torch.no_grad():
         inside = ((ids >= 0) & (ids < ROWS))[..., None]
         assert torch.equal(lookup(table, ids.int()), torch.where(inside, new[ids.clamp(0, ROWS - 1)], zero))
+    table, optimizer, old, new = behind()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda ids: lookup(table, ids) * 2, backend="aot_eager", fullgraph=True)
+    expected = torch.where(inside, new[ids.clamp(0, ROWS - 1)], zero)
+    assert torch.equal(compiled(ids), expected * 2) and compiled(ids).requires_grad
+    with table.as_it_stands():
+        assert torch.equal(table.weight[[4, 7]], old[[4, 7]]) and torch.equal(table.weight[[5, 6]], new[[5, 6]])
+    table, optimizer, old, new = behind()
     table.save_safetensors(tmp_path / "table.safetensors")
     with EngramTable.from_safetensors(tmp_path / "table.safetensors", placement="cpu") as loaded:
         assert torch.equal(loaded.weight, new)
