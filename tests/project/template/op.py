@@ -81,7 +81,7 @@ def scale_columns_op(x, weight):
     return SCALING.launch(ScalingCall(x, weight))
 
 
-@registered("scale_columns_out", "(Tensor x, Tensor weight, Tensor(a!) out) -> ()", writes_alone, mutates=("out",))
+@registered("scale_columns_out", "(Tensor x, Tensor weight, Tensor(a!) out) -> ()", writes_alone)
 def scale_columns_out_op(x, weight, out):
     """:func:`scale_columns` for torch.compile, into ``out``."""
     SCALING.launch(ScalingCall(x, weight), out)
