@@ -1,5 +1,7 @@
 """Which sequence each token of a packed batch belongs to, and what came before it."""
 
+from math import prod
+
 import torch
 
 
@@ -9,7 +11,7 @@ def token_sequences(shape, cu_seqlens, device):
     Returns int64 ``sequence [T]`` and ``start [T]`` (the first token of that sequence), and bool ``padding [T]``:
     tokens at or beyond ``cu_seqlens[B]``, which belong to none.
     """
-    total = shape.numel()
+    total = prod(shape)  # torch.Size.numel() would make a constant of T in an exported program
     token = torch.arange(total, device=device)
     if cu_seqlens is None:
         length = max(1, shape[-1] if len(shape) == 2 else total)
