@@ -281,6 +281,20 @@ def test_compiled_hash_lookup(device, slotted):
     assert all(map(torch.equal, *found)) and tables[0].row_grad is None
 
 
+def test_opcheck_of_recorded_lookups(device):
+    plan = small_plan()
+    tables = [place(torch.randn(rows, 8), None, device).requires_row_grad_() for rows in plan.rows_per_layer]
+    anchors, numbers = [table.anchor for table in tables], ",".join(table.number for table in tables)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    row_ids, (ids, *others) = torch.tensor([[1, 2], [3, 1]]), ragged()
+    arguments = (row_ids, anchors[0], tables[0].number, None, None, None)
+    torch.library.opcheck(torch.ops.engram.lookup_recorded.default, arguments, test_utils=tests)
+    arguments = (ids, *others, anchors, numbers, None, None, None, *plan.parts())
+    torch.library.opcheck(torch.ops.engram.hash_lookup_recorded.default, arguments, test_utils=tests)
+    with pytest.raises(ValueError, match="lookup: the trainable table of this compiled graph is no longer there"):
+        torch.ops.engram.lookup_recorded(row_ids, anchors[0], "none", None, None, None)
+
+
 def test_errors(device):
     table, ids = trainable(device), torch.tensor([1, 2])
     with pytest.raises(ValueError, match="lookup: out must be None for a trainable table"):
