@@ -17,6 +17,8 @@ The launch option ``launch_pdl`` decides alone: without it the calls compile to 
 from functools import lru_cache
 
 import triton
+import triton.language as tl  # noqa: F401  the interpreter looks for it beside every kernel
+from triton.language.extra import cuda
 from triton.runtime import driver
 
 from engram_kernels.geometry.kinds import Flag, takes
@@ -63,13 +65,13 @@ def _follows(_semantic) -> bool:
 def grid_wait(_semantic=None):
     """Wait until the kernel before has ended and its writes can be seen; nothing in a launch without ``launch_pdl``."""
     if _follows(_semantic):
-        _semantic.grid_dependency_wait()
+        cuda.gdc_wait(_semantic=_semantic)
 
 
 def grid_trigger(_semantic=None):
     """Let the next kernel start once all programs are here; nothing in a launch without ``launch_pdl``."""
     if _follows(_semantic):
-        _semantic.grid_dependency_launch_dependents()
+        cuda.gdc_launch_dependents(_semantic=_semantic)
 
 
 # Builtins of Triton's language, whose own decorator refuses a call without a semantic.

@@ -167,7 +167,10 @@ def prepare_hash_lookup(tokens: Tokens, plan: HashPlan, view: TableView, reading
         return _prepare_sorted(tokens, plan, view, reading)
     config, block_hash = hash_rows_config(view, num_layers * num_rows, reading.programs)
     by_head = reading.order == "head"
-    steps = num_columns * cdiv(num_tokens, block_hash) if by_head else cdiv(num_rows, block_hash)
+    steps = num_layers * (num_columns * cdiv(num_tokens, block_hash) if by_head else cdiv(num_rows, block_hash))
+    # A layer's or a column's last step may be part of one: few tokens have more steps than their rows would fill, and
+    # two of them in one program double the wait.
+    programs = hash_rows_config(view, steps * block_hash, reading.programs)[0].programs
     options = dict(
         hash_arguments(tokens, plan),
         tables_ptr=view.descriptors,
@@ -178,7 +181,7 @@ def prepare_hash_lookup(tokens: Tokens, plan: HashPlan, view: TableView, reading
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
-    grid = (min(reading.programs or config.programs, num_layers * steps),)
+    grid = (min(reading.programs or programs, steps),)
     start = Launch(hash_lookup_kernel, grid, options)
 
     def launch(tokens: Tokens, out):
