@@ -93,7 +93,7 @@ class CacheStore(RowCache):
             )
         self.plan, self.tables, self.ways, self.sets = plan, tables, ways, sets
         self.min_tokens = min_tokens
-        self.enter(plan.device)
+        self._enter(plan.device)
         if min_tokens is None:
             self.min_tokens = fewest_tokens(self._groups * self.entry_bytes)
         #: Calls and tokens that went past the cache so far, as the host counts them.

@@ -104,8 +104,17 @@ def known_plan(parts: Sequence) -> HashPlan:
     if isinstance(parts[0], FakeTensor) or capturing(parts[0]):
         return HashPlan.of_parts(parts)
     pad, eos, vocab_size, rows_per_layer, non_negative, heads = numbers
-    form = tuple([None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in tensors])
-    form += pad, eos, vocab_size, tuple(rows_per_layer), non_negative, None if heads is None else tuple(heads)
+    form = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
+    form += (
+        parts[0].shape,
+        parts[1].shape,
+        pad,
+        eos,
+        vocab_size,
+        tuple(rows_per_layer),
+        non_negative,
+        None if heads is None else tuple(heads),
+    )
     return _PLANS.get(form, lambda: HashPlan.of_parts(parts))  # it holds the tensors, whose addresses stay theirs
 
 

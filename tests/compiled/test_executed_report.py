@@ -219,8 +219,8 @@ def _chain(ids, plan, tables, **options):
 def test_rows_of_few_tokens_wait_for_ids_and_their_map_alone(tokens):
     """A row, with its scale beside it, is the third load of V4.1's chain, and the second of a plan without a map.
 
-    Parameters of columns, descriptors and multipliers are on their way meanwhile. History by slot adds two: the slot,
-    and the id that is read there instead.
+    Parameters of columns, descriptors and multipliers are on their way meanwhile. History by slot adds one: its ids
+    wait for the slot, where a token's own come at once.
     """
     config = EngramConfig.deepseek_v41_flash()
     numbers = torch.full((2, config.max_ngram), 12345), torch.full((2, config.columns), 61)

@@ -27,7 +27,7 @@ class RowCache(ABC):
     #: know rows by address, and torch may hand on a copy of what an op writes to.
     turns: torch.Tensor
 
-    def enter(self, device: torch.device) -> None:
+    def _enter(self, device: torch.device) -> None:
         """Let registered ops find this cache, as long as it lives."""
         self.name, self.turns = str(next(_NUMBERS)), torch.zeros(1, dtype=torch.int64, device=device)
         _CACHES[self.name] = self

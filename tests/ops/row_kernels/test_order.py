@@ -8,6 +8,7 @@ import torch
 import triton
 
 from engram_kernels import EngramTable, HashPlan, hash_lookup, lookup, reference
+from engram_kernels.launching import dependent
 from engram_kernels.ops.hash_kernels import row_ids
 from engram_kernels.ops.row_kernels import by_id
 from engram_kernels.ops.row_kernels import copy as row_copy
@@ -125,6 +126,7 @@ def test_sorting_waits_for_nothing(monkeypatch):
             monkeypatch.setattr(module, name, Kernel(name, getattr(module, name)))
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(by_id, "processors", lambda _: 100)
+    monkeypatch.setattr(dependent, "chosen", False)  # or a GPU would be asked
     monkeypatch.setattr(row_copy, "converts_e4m3", lambda storage: True)
     plan = small_plan()
     ids = torch.empty(50, dtype=torch.int64, device="meta")
