@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from engram_kernels import EngramTable, hash_lookup, lookup, ngram_hash
 from engram_kernels.tables.view import view_tables
+from tests.nn.test_engram import built
 
 from .test_hashing import small_plan
 
@@ -43,6 +44,18 @@ class ByWeight(nn.Module):
         return torch.where(row_ids[..., None] < 0, 0, functional.embedding(row_ids.clamp_min(0), weight))
 
 
+class Layer(nn.Module):
+    """A layer from token ids, with tables as an input."""
+
+    def __init__(self, rows, engram):
+        super().__init__()
+        self.rows, self.engram = rows, engram
+
+    def forward(self, token_ids, given, hidden):
+        rows = self.rows(token_ids, given)
+        return self.engram(hidden, rows=rows[-1] if isinstance(self.rows, ByAddress) else rows)
+
+
 def exported(module, arguments, path):
     """The program for any number of tokens, saved."""
     shapes = {"token_ids": {0: torch.export.Dim("tokens", min=2, max=4096)}}
@@ -67,6 +80,27 @@ def test_by_address(device, tmp_path):
             ids = torch.randint(0, 40, (count,), device=device)
             found = loaded(ids, view_tables(tables, device).descriptors)
             assert torch.equal(found, hash_lookup(ids, plan, tables, out_dtype=torch.float32))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", ["v41", "paper"])
+def test_a_layer_by_address(device, form, tmp_path):
+    """The whole of Engram.forward(token_ids): hash, rows, projection, gate and convolution in one program."""
+    module, plan, made = built(form, device)
+    others = [EngramTable.from_tensors(torch.randn_like(table.weight), placement=table.placement) for table in made]
+    ids, hidden = torch.randint(0, 40, (7,), device=device), torch.randn(7, 2, 24, device=device)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    arguments = ids, view_tables(made, device).descriptors, hidden
+    shapes = ({0: tokens}, None, {0: tokens})
+    layer = Layer(ByAddress(plan, made, device), module.requires_grad_(False))
+    torch.export.save(torch.export.export(layer, arguments, dynamic_shapes=shapes), tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2").module()
+    for tables in (made, others):
+        for count in (3, 20):
+            ids, hidden = torch.randint(0, 40, (count,), device=device), torch.randn(count, 2, 24, device=device)
+            found = loaded(ids, view_tables(tables, device).descriptors, hidden)
+            rows = hash_lookup(ids, plan, tables, out_dtype=torch.float32)[-1]
+            assert torch.equal(found, module(hidden, rows=rows))
 
 
 OTHER = """
