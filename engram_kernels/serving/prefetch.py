@@ -241,6 +241,7 @@ class Prefetcher:
         form = form_of(*sources)
         if form is None or form not in taken.works:
             self._check(where, sources)
+        self._plan.check_memory(where)
         check_token_values(where, sources, self._plan)
         work = taken.works.get(form, lambda: self._work(taken, sources))
         streams, side = self._streams, self._streams.side

@@ -98,7 +98,7 @@ def test_no_variant_is_left_to_compile(form, device, monkeypatch):
         monkeypatch.setattr(read_order, "_REACH", 0)
         monkeypatch.setattr(read_order, "_IN_FLIGHT", 40)
         monkeypatch.setattr(read_order, "_SORTED_FROM", 700)
-        monkeypatch.setattr(prefetch, "_LINK_BYTES", 3000)
+        monkeypatch.setitem(prefetch._LAUNCH_BYTES, "host", 3000)
     parts = parts_of(form, device, "host" if device.type == "cpu" else None)
     seen = record(monkeypatch)
     warmup([parts[0]], MAX_TOKENS, prefetcher=parts[1], state=parts[2])
