@@ -94,6 +94,11 @@ def copying(sources: Tokens, copies: Tokens) -> Callable[..., None]:
     """What fills ``copies``, views of buffers, from the five parts of tokens such as these: on a GPU one launch."""
     if not is_kernel_device(sources.token_ids):
         return lambda *parts: _copy(Tokens(*parts), copies)
+    return prepare_copy(sources, copies)
+
+
+def prepare_copy(sources: Tokens, copies: Tokens) -> Callable[..., None]:
+    """The launch of :func:`copying`."""
     num_tokens, past = sources.token_ids.numel(), copies.history
     ends = 0 if sources.cu_seqlens is None else len(sources.cu_seqlens)
     num_past = 0 if past is None else past.numel()

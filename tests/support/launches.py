@@ -15,7 +15,7 @@ from engram_kernels.ops.hash_kernels.row_ids import prepare_ngram_hash
 from engram_kernels.ops.row_kernels.by_id import prepare_lookup
 from engram_kernels.ops.row_kernels.hashed import prepare_hash_lookup
 from engram_kernels.ops.row_kernels.output import Reading
-from engram_kernels.serving.inputs import copying
+from engram_kernels.serving.inputs import prepare_copy
 
 
 def forget_launches():
@@ -31,7 +31,7 @@ def launch_ngram_hash(token_ids, plan, cu_seqlens, history, dead, out, key_strid
 
 
 def launch_copy_tokens(sources, copies):
-    copying(sources, copies)(*sources)
+    prepare_copy(sources, copies)(*sources)
 
 
 def launch_lookup(row_ids, view, out, storage, programs, order="direct"):
