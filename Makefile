@@ -33,7 +33,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest test-oldest-torch \
+.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation mutation-kinds test-oldest test-oldest-torch \
 	test-simulated-gpu simulated-gpu compile-report peers-report gpu commit-file bench lint check-python
 
 help: ## this list
@@ -43,7 +43,7 @@ help: ## this list
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
 	$(PY) -m engram_kernels demo $(ARGS)
 
-test: test-cpu test-interpret test-compile test-machine mutation $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
+test: test-cpu test-interpret test-compile test-machine mutation-kinds $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
 
 test-cpu: $(call ready,test) ## the references, the CPU path, packaging
 	$(PY) -m pytest -n $(JOBS) --lane cpu tests $(ARGS)
@@ -58,8 +58,11 @@ test-compile: $(call ready,test) ## the kernels compiled for four GPU generation
 test-machine: $(call ready,test) ## the kernels' machine code (PTX), executed on a CPU: bounds, races, orders of warps
 	$(PY) -m pytest -n $(JOBS) --lane machine tests $(ARGS)
 
-mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice?
+mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice? All ways; before every release
 	$(PY) -m tests.mutation --jobs $(JOBS)
+
+mutation-kinds: $(call ready,test) ## the same, one of each kind for each kernel
+	$(PY) -m tests.mutation --kinds --jobs $(JOBS)
 
 test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3.6.0, a case of each test where they run, two targets
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret --one-case tests $(ARGS)

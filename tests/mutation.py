@@ -283,6 +283,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=jobs, default=2, help="mutants tested at the same time, a number or auto")
     parser.add_argument("-k", default="", metavar="TEXT", help="only mutants whose name holds TEXT")
+    parser.add_argument("--kinds", action="store_true", help="of the mutants of one kernel and kind the first alone")
     parser.add_argument("--lane", choices=("interpret", "machine"), help="run all in this lane, whatever shows them")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the copies and their logs in FOLDER")
     parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)
@@ -292,6 +293,10 @@ def main() -> int:
         run_stage(stage, pickle.loads((Path(folder) / "tasks").read_bytes()), options.jobs)
         return 0
     mutants, began = [mutant for mutant in MUTANTS if options.k in mutant.name], time.monotonic()
+    if options.kinds:
+        mutants = list({(mutant.kernel, mutant.kind, mutant.lane): mutant for mutant in reversed(mutants)}.values())[
+            ::-1
+        ]
     if options.lane:
         mutants = [dataclasses.replace(mutant, lane=options.lane) for mutant in mutants]
     if not mutants:

@@ -95,7 +95,7 @@ def test_test_sets_up_then_runs_its_lanes(checkout):
         "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret tests",
         "TRITON_INTERPRET= -m pytest -n 3 --lane compile tests",
         "TRITON_INTERPRET= -m pytest -n 3 --lane machine tests",
-        "TRITON_INTERPRET= -m tests.mutation --jobs 3",
+        "TRITON_INTERPRET= -m tests.mutation --kinds --jobs 3",
         f"TRITON_INTERPRET= {pip} --quiet --no-deps --target {oldest}.part triton==3.6.0 numpy<2.4",
         "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret --one-case tests",
         "TRITON_INTERPRET= -m pytest -n 3 --lane compile -k not (test_machine_code and (sm_80 or sm_100)) tests",
