@@ -24,10 +24,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.compiler import is_compiling
 
+from engram_kernels.launching.launch import Kept
 from engram_kernels.launching.overlap import Apart
 
-#: Launches kept for one owner. All are forgotten then: no serving engine repeats as many lengths.
-MOST_KEPT = 1024
+MOST_KEPT = Kept.MOST  #: launches for one owner
 _LIBRARY = torch.library.Library("engram", "FRAGMENT")
 #: A launch of (call, out), and where there is an out the check of its address.
 _Kept = tuple[Callable, Apart | None]

@@ -20,7 +20,7 @@ from engram_kernels.launching.overlap import memory_of_plan
 from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.placed import table_numbered
+from engram_kernels.tables.placed import TABLES
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView, view_tables
@@ -30,7 +30,7 @@ from .gate_kernels.gradients import refuse_second_derivative
 from .hashing import known_plan, ngram_hash
 from .row_kernels.arguments import check_tables_of_plan, identities, is_staged
 from .row_kernels.by_id import prepare_lookup
-from .row_kernels.caching import CACHE, RowCache, cache_named, check_cache
+from .row_kernels.caching import CACHE, CACHES, RowCache, check_cache
 from .row_kernels.hashed import prepare_hash_lookup
 from .row_kernels.order import check_order, choose_order
 from .row_kernels.output import (
@@ -135,9 +135,8 @@ class HashLookup(Op):
 
     def record(self, call, out):
         check_recordable(self.name, out)
-        call = call._replace(
-            tokens=call.tokens.gathered()
-        )  # the backward pass hashes again, when slots may have moved on
+        # The backward pass hashes again, when slots may have moved on.
+        call = call._replace(tokens=call.tokens.gathered())
         if is_compiling():  # a cache, of which training has no use, is left as it is
             anchors = [table.anchor for table in call.tables if table.requires_row_grad]
             numbers = ",".join([table.number for table in call.tables])
@@ -295,7 +294,7 @@ def hash_lookup_cached_op(token_ids, cu_seqlens, history, dead, slots, out, out_
     That is whether so few tokens go past the cache, and whether rows of a table have changed.
     """
     out_dtype, storage, programs, order = options
-    cache, tokens = cache_named(name), Tokens(token_ids, cu_seqlens, history, dead, slots)
+    cache, tokens = CACHES.find(name), Tokens(token_ids, cu_seqlens, history, dead, slots)
     reading = (out_dtype, "storage" if storage else "values", programs, order, cache)
     with torch.no_grad():
         HASH_LOOKUP(HashLookupCall(tokens, cache.plan, cache.tables, *reading), (out, out_scales) if storage else out)
@@ -317,7 +316,7 @@ def _hash_lookup_formula(ctx, grad):
 
 def _recorded_call(token_ids, cu_seqlens, history, dead, anchors, numbers, *rest) -> HashLookupCall:
     out_dtype, programs, order, *parts = rest
-    tables = [table_numbered(number) for number in numbers.split(",")]
+    tables = [TABLES.find(number) for number in numbers.split(",")]
     tokens = Tokens(token_ids, cu_seqlens, history, dead)
     return HashLookupCall(tokens, known_plan(parts), tables, out_dtype, "values", programs, order, None)
 
@@ -347,7 +346,7 @@ def hash_lookup_gradient_op(grad, token_ids, cu_seqlens, history, dead, anchors,
     """As lookup_gradient, for the tables of all layers, whose ids are hashed once more."""
     found = _layer_gradients(known_plan(parts), grad, token_ids, cu_seqlens, history, dead)
     for number, (ids, part) in zip(numbers.split(","), found, strict=True):
-        if (table := table_numbered(number)).requires_row_grad:
+        if (table := TABLES.find(number)).requires_row_grad:
             table.accumulate_row_grad(ids, part)
     return [torch.zeros_like(anchor) for anchor in anchors]
 

@@ -19,7 +19,7 @@ from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.placed import table_numbered
+from engram_kernels.tables.placed import TABLES
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView
 
@@ -212,7 +212,7 @@ def _lookup_formula(ctx, grad):
 
 
 def _recorded_call(row_ids, _, name: str, out_dtype, *options) -> LookupCall:
-    return LookupCall(row_ids, table_numbered(name), out_dtype, "values", *options)
+    return LookupCall(row_ids, TABLES.find(name), out_dtype, "values", *options)
 
 
 @registered(
@@ -239,7 +239,7 @@ def lookup_gradient_op(grad, row_ids, anchor, name, recording):
 
     recording: another one for each lookup, so that no two of a graph are taken for the same.
     """
-    table = table_numbered(name)
+    table = TABLES.find(name)
     if table.requires_row_grad:
         table.accumulate_row_grad(row_ids, grad)
     return torch.zeros_like(anchor)

@@ -161,7 +161,7 @@ class Prefetcher:
         self.max_tokens, self.max_sequences, self.depth = max_tokens, max_sequences, depth
         self._plans = [plan.select(layers=[layer]) for layer in range(num_layers)]
         self._layer_bytes = num_columns * tables[0].nbytes // tables[0].rows  # of one token
-        programs = programs or self._half(processors(plan.device))
+        programs = programs or self._default_programs(processors(plan.device))
         self._options = dict(programs=programs, order=order, out_dtype=out_dtype, out_format=out_format)
         self._storage, row_format = out_format == "storage", tables[0].format
         values_dtype = out_dtype or tables[0].default_out_dtype
@@ -309,7 +309,7 @@ class Prefetcher:
             raise ValueError(f"{where}: no start() came before {where.partition('.')[2]}({layer!r})")
         return self._last
 
-    def _half(self, most: int) -> int:
+    def _default_programs(self, most: int) -> int:
         """Programs that leave multiprocessors to the model, half of ``most``, and keep the link busy all the same."""
         coherent = view_tables(self._tables, self._plan.device).memory == "coherent"
         return max(1, most // 2, min(most, _COHERENT_PROGRAMS) if coherent else 0)

@@ -1,14 +1,13 @@
 """Rows in a storage format, in the memory of a placement: what kernels are told of them, and who can read them."""
 
 import struct
-from itertools import count
 from typing import Any, NamedTuple, Self
-from weakref import WeakValueDictionary
 
 import torch
 
 from engram_kernels.geometry.kinds import Instance, OneOf, Optional, Tensor, describe, takes
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT, SCALE_GROUP, RowFormat
+from engram_kernels.launching.registry import Registry
 
 from .memory.allocation import page_bytes, report
 from .memory.host import Mapping
@@ -24,6 +23,10 @@ class TableDescriptor(NamedTuple):
     scale_address: int  #: of scales of groups, else 0
     rows: int
     scale_bits: int  #: of the table's own float32 scale, else 0
+
+
+#: By which registered ops find trainable tables.
+TABLES = Registry("trainable table")
 
 
 class PlacedRows:
@@ -92,8 +95,8 @@ class PlacedRows:
         self.link = "pcie" if self._mapping is None else self._mapping.access.link
         #: What stands for all of this in signatures of calls (ops/call.py), and keeps no table alive.
         self.identity = object()
-        self.number = str(next(_NUMBERS))
-        _TABLES[self.number] = self
+        #: Its name in TABLES.
+        self.number = TABLES.enter(self)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -264,18 +267,6 @@ class PlacedRows:
             for owned in (self._mapping, *self.files):
                 if owned is not None:
                     owned.check(where)
-
-
-_NUMBERS = count()
-_TABLES: WeakValueDictionary[str, PlacedRows] = WeakValueDictionary()
-
-
-def table_numbered(number: str) -> PlacedRows:
-    """The table of this process with this ``number``, for registered ops, which take text."""
-    table = _TABLES.get(number)
-    if table is None:
-        raise ValueError("lookup: the trainable table of this compiled graph is no longer there; keep it")
-    return table
 
 
 def _check_storage(weight: torch.Tensor, scale: torch.Tensor | None, format: RowFormat) -> None:

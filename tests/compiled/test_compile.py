@@ -94,9 +94,8 @@ def check_load_width(case, target, code):
         wide += sum(code.loads.get(width, 0) for width in "84"[: (target == "gfx942") + case.endswith("few")])
     width = 8 if dequantised else 16
     assert wide >= wanted, f"{code.kernel}: at least {wanted} loads of {width} bytes, got {code.loads}"
-    bytes_read = (
-        12 if any(word in case for word in ("packed", "masked", "slots")) else 0
-    )  # one for each layout of a mask
+    # One for each layout of a mask.
+    bytes_read = 12 if any(word in case for word in ("packed", "masked", "slots")) else 0
     bytes_read += 4 if any(word in case for word in ("ue8m0-32", "ue8m0-96")) else 0  # one or three scale bytes a row
     decoding = code.kernel in ("lookup_kernel", "hash_lookup_kernel", "probe_cache_kernel") and "storage" not in case
     bytes_read += 2 if decoding and "v41" in case else 0  # 128 scales of a step, two a thread

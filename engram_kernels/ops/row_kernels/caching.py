@@ -2,18 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import count
-from weakref import WeakValueDictionary
 
 import torch
 
 from engram_kernels.geometry.kinds import Instance
 from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.launching.registry import Registry
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import TableView
 
 from .output import Reading
+
+CACHES = Registry("cache")
 
 
 class RowCache(ABC):
@@ -21,7 +22,7 @@ class RowCache(ABC):
 
     plan: HashPlan
     tables: Sequence[EngramTable]
-    name: str  #: by which registered ops find it, see :func:`cache_named`
+    name: str  #: by which registered ops find it, in CACHES
     #: int64 ``[1]`` on the plan's device, which stands for its state in compiled graphs: a lookup is declared to write
     #: to it, so that none is dropped and all come in their order. The state itself is not their argument: kernels
     #: know rows by address, and torch may hand on a copy of what an op writes to.
@@ -29,8 +30,7 @@ class RowCache(ABC):
 
     def _enter(self, device: torch.device) -> None:
         """Let registered ops find this cache, as long as it lives."""
-        self.name, self.turns = str(next(_NUMBERS)), torch.zeros(1, dtype=torch.int64, device=device)
-        _CACHES[self.name] = self
+        self.name, self.turns = CACHES.enter(self), torch.zeros(1, dtype=torch.int64, device=device)
 
     @abstractmethod
     def takes(self, num_tokens: int) -> bool:
@@ -44,18 +44,6 @@ class RowCache(ABC):
     @abstractmethod
     def simulator(self):
         """On a CPU: what the reference tells of the n-grams that it looks up."""
-
-
-_NUMBERS = count()
-_CACHES: WeakValueDictionary[str, RowCache] = WeakValueDictionary()
-
-
-def cache_named(name: str) -> RowCache:
-    """The cache of this process with this name."""
-    cache = _CACHES.get(name)
-    if cache is None:
-        raise ValueError("hash_lookup: the cache of this compiled graph is no longer there; keep it like any buffer")
-    return cache
 
 
 CACHE = Instance(RowCache)
