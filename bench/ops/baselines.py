@@ -36,7 +36,7 @@ def plain_lookup(table: EngramTable):
 
     def rows(ids):
         values = weight[ids.long()].view(table.format.dtype)
-        if scale is not None and table.format.scaling == "group":
+        if scale is not None and table.format.group:
             scales = torch.exp2(scale[ids.long()].float() - 127)
             values = (values.float().unflatten(-1, (-1, SCALE_GROUP)) * scales[..., None]).flatten(-2)
         elif scale is not None:
@@ -91,7 +91,7 @@ def embedding(table: EngramTable, row_ids):
     """F.embedding over the table's own bytes, wherever they are, and a dequantisation after it."""
     device = row_ids[0].device
     weight = device_view(table.weight, device)
-    scale = device_view(table.scale, device) if table.format.scaling == "group" else None
+    scale = device_view(table.scale, device) if table.format.group else None
 
     def call(index):
         rows = functional.embedding(row_ids[index], weight)
@@ -114,7 +114,7 @@ def cpu_gather(table: EngramTable, row_ids):
     pinned = device.type == "cuda"
     cpu = torch.device("cpu")
     weight = device_view(table.weight, cpu)
-    scale = device_view(table.scale, cpu) if table.format.scaling == "group" else None
+    scale = device_view(table.scale, cpu) if table.format.group else None
     flat = row_ids[0].numel()
     rows = torch.empty(flat, weight.shape[-1], dtype=weight.dtype, pin_memory=pinned)
     scales = None if scale is None else torch.empty(flat, scale.shape[-1], dtype=scale.dtype, pin_memory=pinned)
@@ -144,7 +144,7 @@ def demo_rows(token_ids, plan: HashPlan, tables):
     row_ids = demo_hash(token_ids, plan)
     weights = [device_view(table.weight, token_ids[0].device) for table in tables]
     scales = [
-        device_view(table.scale, token_ids[0].device) if table.format.scaling == "group" else None for table in tables
+        device_view(table.scale, token_ids[0].device) if table.format.group else None for table in tables
     ]
 
     def call(index):

@@ -33,7 +33,7 @@ def prepare(placement: str, ranks: int, storage: bool, tokens: int, bench: Workb
     out = torch.empty(*shape, table.width, dtype=dtype, device=bench.device)
     poison(out)
     scales = None
-    if storage and table.format.scaling == "group":
+    if storage and table.format.group:
         scales = torch.empty(*shape, table.width // 32, dtype=torch.uint8, device=bench.device)
         poison(scales)
     read = row_bytes(table, layers * tokens * columns)

@@ -57,5 +57,5 @@ def rows_like(table: EngramTable, row_ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_format(table: EngramTable) -> None:
-    if table.format.scaling != "group":
+    if table.format.name != "e4m3_ue8m0":
         raise ValueError(f"peers read e4m3 rows with a ue8m0 scale per {SCALE_GROUP}, got {table.format}")

@@ -118,13 +118,13 @@ def tensor_bytes(*tensors: torch.Tensor | None) -> int:
 
 def row_bytes(table: EngramTable, rows: int) -> int:
     """Bytes of ``rows`` rows of a table and of their scales."""
-    scales = table.scale if table.format.scaling == "group" else None
+    scales = table.scale if table.format.group else None
     return rows * tensor_bytes(table.weight[0], None if scales is None else scales[0])
 
 
 def _row_bytes(config: EngramConfig) -> int:
     fmt = FORMATS[config.format]
-    return fmt.row_bytes(config.row_width) + fmt.scale_bytes(config.row_width)
+    return fmt.stored_bytes(config.row_width)
 
 
 def poison(out: torch.Tensor) -> None:
@@ -286,13 +286,13 @@ class Workbench:
                 part = flat[begin : begin + step]
                 part.copy_(draw(len(part)))
 
-        if table.format.scaling == "none":
+        if not table.format.scaled:
             fill(table.weight.view(-1), lambda size: torch.randn(size, dtype=table.weight.dtype, **options))
             return
         # Without bit 3 no byte is an e4m3 NaN.
         weight = table.weight.view(torch.uint8).view(-1)
         fill(weight, lambda size: torch.randint(0, 256, (size,), dtype=torch.uint8, **options) & 0xF7)
-        if table.format.scaling == "group":
+        if table.format.group:
             fill(table.scale.view(-1), lambda size: torch.randint(120, 135, (size,), dtype=torch.uint8, **options))
 
 

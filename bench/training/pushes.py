@@ -39,7 +39,7 @@ class PushCost:
 
 def push_costs(rows: int = 1_000_000, counts: tuple[int, ...] = COUNTS, form: str = "e4m3_ue8m0") -> Iterator[PushCost]:
     """Of a bfloat16 master of ``rows`` rows of 256 and a copy in ``form``; pushes of ``counts`` random rows."""
-    scale = SCALE if FORMATS[form].scaling == "table" else None
+    scale = SCALE if FORMATS[form].table_scale else None
     master = EngramTable.from_tensors(torch.randn(rows, WIDTH).bfloat16(), placement="cpu")
     copy = EngramTable.empty(rows, WIDTH, form, scale=scale or 1.0, placement="cpu")
     master.record_changes()

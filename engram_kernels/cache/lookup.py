@@ -68,7 +68,7 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
     sources, targets = (torch.empty(num_entries, dtype=torch.int32, device=device) for _ in range(2))
     out_ptr, out_scale_ptr = kernel_out(out, view, storage)
     row_format = FORMATS[view.format]
-    itemsize, decoded = row_format.dtype.itemsize, row_format.scaling != "none" and not storage
+    itemsize, decoded = row_format.dtype.itemsize, row_format.scaled and not storage
     known = hash_arguments(tokens, plan)
     columns = ("primes_ptr", "offsets_ptr", "reciprocals_ptr", "NON_NEGATIVE", "NUM_LAYERS")
     columns = {name: known[name] for name in columns}
@@ -113,7 +113,7 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
         missed, sorted_tokens = torch.sort(missed, stable=True)
         entries = dict(missed_ptr=missed, tokens_ptr=sorted_tokens, sources_ptr=sources, targets_ptr=targets)
         entries |= dict(NUM_ORDERS=num_orders, **shared)
-        copies = copy_config(num_heads * view.width, out_ptr.element_size())
+        copies = copy_config(num_heads * out_ptr.shape[-1], out_ptr.element_size())
         words = None if out_scale_ptr is None else scale_words(out_scale_ptr)
         scale_width = 0 if words is None else num_heads * words.shape[-1]
         config = rows_config(view.width, itemsize, num_entries, processors(device), view.memory)
@@ -140,7 +140,7 @@ def launch_cached_lookup(cache: CacheStore, tokens: Tokens, view: TableView, rea
                 lag=state.lag,
                 NUM_LAYERS=num_layers,
                 **entries,
-                WIDTH=num_heads * view.width,
+                WIDTH=num_heads * out_ptr.shape[-1],
                 CHUNK=copies.chunk,
                 SCALE_WIDTH=scale_width,
                 SCALE_CHUNK=copy_config(scale_width, 8).chunk,

@@ -45,7 +45,7 @@ class CacheRates:
 def entry_bytes(config: EngramConfig) -> int:
     """Bytes of one n-gram's rows and scales, of all heads."""
     fmt = row_format(config.format, "entry_bytes")
-    return config.heads * (fmt.row_bytes(config.row_width) + fmt.scale_bytes(config.row_width))
+    return config.heads * (fmt.stored_bytes(config.row_width))
 
 
 def cache_bytes(config: EngramConfig, entries: int) -> int:

@@ -38,8 +38,8 @@ class CacheState(NamedTuple):
     stamps: torch.Tensor  #: int64 ``[G, S, W]``, when it was last used; 0 is an empty way, whatever its key
     clock: torch.Tensor  #: int64 ``[1]``, tokens so far, behind a start of ``lag``
     counts: torch.Tensor  #: int64 ``[5, G]``, in the order of COUNTS
-    rows: torch.Tensor  #: ``[G * S * W * E, R]`` in the table's type, fp8 as bytes
-    scales: torch.Tensor | None  #: uint8 ``[G * S * W * E, R / 32]`` where the format has them
+    rows: torch.Tensor  #: ``[G * S * W * E, R]`` in the table's type, as bytes where scaled
+    scales: torch.Tensor | None  #: uint8 ``[G * S * W * E, R / 32 or 16]`` where the format has them
     descriptor: torch.Tensor  #: int64 ``[4]`` of rows and scales, as in a TableView
     lag: int  #: how much older than now a new entry counts
 
@@ -78,7 +78,7 @@ class CacheStore(RowCache):
         self.heads = _heads(where, plan)
         self._groups = plan.primes.shape[0] * (plan.max_ngram - 1)
         #: Bytes of one entry in its table's memory: what a hit need not read over PCIe.
-        self.entry_bytes = self.heads * (row_format.row_bytes(width) + row_format.scale_bytes(width))
+        self.entry_bytes = self.heads * row_format.stored_bytes(width)
         if (bytes is None) == (entries is None):
             raise ValueError(f"{where}: one of bytes and entries must be given, got bytes={bytes}, entries={entries}")
         per_set = self._groups * ways * (self.entry_bytes + TAG_BYTES)
@@ -186,10 +186,10 @@ class CacheStore(RowCache):
         num_rows = self._groups * self.entries * self.heads
         if not takes_kernels(device):
             num_rows = 0  # the reference reads rows from the tables, which are in the same memory
-        dtype = row_format.dtype if row_format.scaling == "none" else torch.uint8
-        rows = torch.empty(num_rows, width, dtype=dtype, device=device)
+        dtype = torch.uint8 if row_format.scaled else row_format.dtype
+        rows = torch.empty(num_rows, row_format.row_items(width), dtype=dtype, device=device)
         scales = None
-        if row_format.scaling == "group":
+        if row_format.group:
             scales = torch.empty(num_rows, row_format.scale_bytes(width), dtype=torch.uint8, device=device)
         addresses = [rows.data_ptr(), 0 if scales is None else scales.data_ptr(), num_rows, 0]
         shape = (self._groups, self.sets, self.ways)

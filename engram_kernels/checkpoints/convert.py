@@ -4,6 +4,7 @@ Between equal formats bytes are copied, and nothing is rounded. Otherwise rows a
 checkpoints/encoding.py says. The result appears as a whole or not at all.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,16 @@ _DECODED = 1 << 20
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What rounding cost, where anything was rounded."""
+
+    signal_to_noise: float  #: dB, of all elements: squares of what was read over squares of what got lost
+    largest_error: float
+    beyond: float  #: share of rows whose error is more than ``bound`` times their norm
+    bound: float
+
+
+@dataclass(frozen=True)
 class Conversion:
     """What was written."""
 
@@ -33,11 +44,12 @@ class Conversion:
     rows: int
     width: int
     scale: float | None
-    overflows: int  #: values that became infinite (float16), or 448 times a scale that was given (e4m3)
+    overflows: int  #: values that became infinite (float16), or the greatest that a given scale reaches (e4m3, nvfp4)
+    loss: Loss | None  #: None where bytes were copied
 
     @property
     def nbytes(self) -> int:
-        return self.rows * (self.format.row_bytes(self.width) + self.format.scale_bytes(self.width))
+        return self.rows * self.format.stored_bytes(self.width)
 
 
 def convert_table(
@@ -50,13 +62,17 @@ def convert_table(
     prefix: str | None = None,
     out_prefix: str | None = None,
     scale: float | None = None,
+    nearest: bool = False,
+    bound: float = 0.125,
     shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write the table that layer and prefix mean as ``out``.
 
-    format: None keeps it. scale: of format "e4m3"; None takes the greatest value to 448, which reads the table twice.
-    out_prefix: of the names written; None keeps it. shard_bytes: as for :meth:`EngramTable.save_safetensors`.
+    format: None keeps it. scale: of formats "e4m3" and "nvfp4"; None takes the greatest value to the format's greatest,
+    which reads the table twice. nearest: of four bits, without a search for better scales of groups. bound: of
+    :class:`Loss`. out_prefix: of the names written; None keeps it. shard_bytes: as for
+    :meth:`EngramTable.save_safetensors`.
     """
     with Checkpoint(paths, where) as checkpoint:
         stored = select_table(checkpoint, layer=layer, prefix=prefix)
@@ -64,55 +80,62 @@ def convert_table(
         target.check_width(stored.width, where)
         check_pair(stored.format, target, scale, where)
         same = target == stored.format and scale in (None, stored.scale)
-        size = stored.width * stored.format.dtype.itemsize
+        size = stored.format.row_bytes(stored.width)
         chunks = row_chunks(stored, max(1, CHUNK // size if same else _DECODED // stored.width))
-        measures = target.scaling == "table" and not same and scale is None
+        measures = target.table_scale and not same and scale is None
         total, done = (1 + measures) * stored.nbytes, 0
         report = None if progress is None else lambda count, _: progress(done + count, total)
         options = dict(threads=min(16, os.cpu_count() or 1), progress=report, total=stored.nbytes)
         if measures:
-            scale, done = _measured_scale(checkpoint, stored, chunks, options), stored.nbytes
+            scale, done = _measured_scale(checkpoint, stored, chunks, target, options), stored.nbytes
         elif same:
             scale = stored.scale
-        lost = []
+        lost, errors = [], []
         names = dict(prefix=stored.prefix if out_prefix is None else out_prefix, shard_bytes=shard_bytes)
         names |= dict(scale=scale, token_map=stored.token_map)
         with TableWriter(out, where, format=target, rows=stored.rows, width=stored.width, **names) as writer:
 
             def copy(chunk: RowChunk) -> int:
-                return writer.write(chunk.first, *read_chunk(checkpoint, chunk))
+                rows, scales = read_chunk(checkpoint, chunk)
+                return writer.write(chunk.first, rows.view(target.dtype), scales)
 
             def convert(chunk: RowChunk) -> int:
                 values, nbytes = _decoded(checkpoint, stored, chunk)
-                rows, scales = encode_rows(values, target, where, scale=scale)
+                rows, scales = encode_rows(values, target, where, scale=scale, nearest=nearest)
                 lost.append(overflows(values, rows, target, scale))
+                errors.append(_errors(values, decode_rows(rows, scales, target, scale), bound))
                 writer.write(chunk.first, rows, scales)
                 return nbytes
 
             run_chunks(chunks, copy if same else convert, **options)
             path = writer.commit()
-        return Conversion(path, target, stored.rows, stored.width, scale, sum(lost))
+        loss = None if same else _loss(errors, stored.rows, bound)
+        return Conversion(path, target, stored.rows, stored.width, scale, sum(lost), loss)
 
 
 def check_pair(source: RowFormat, target: RowFormat, scale: float | None, where: str) -> None:
     """Raise ValueError unless rows convert from one format to the other, with a table's scale or without."""
     if source != target and "float64" in (source.name, target.name) and target.name != "float32":
         raise ValueError(f"{where}: float64 rows convert to float32 alone, got {source.name} to {target.name}")
-    if scale is not None and (target.scaling != "table" or not 0 < scale < float("inf")):
-        raise ValueError(f"{where}: a scale is a positive number and for format 'e4m3', got {scale} for {target.name}")
+    if scale is not None and (not target.table_scale or not 0 < scale < float("inf")):
+        raise ValueError(
+            f"{where}: a scale is a positive number and for formats 'e4m3' and 'nvfp4', got {scale} for {target.name}"
+        )
     if scale is not None:
         checked_scale(scale, where)
 
 
 def _decoded(checkpoint: Checkpoint, stored: StoredTable, chunk: RowChunk) -> tuple[torch.Tensor, int]:
-    """Values float32 ``[rows, width]`` of a chunk, and the bytes that were read for them."""
+    """Values float32 ``[rows, R]`` of a chunk, and the bytes that were read for them."""
     rows, scales = read_chunk(checkpoint, chunk)
-    values = decode_rows(rows.view(stored.format.dtype), scales if stored.scales else stored.scale, stored.format)
+    values = decode_rows(rows.view(stored.format.dtype), scales, stored.format, stored.scale)
     return values, rows.nbytes + scales.nbytes
 
 
-def _measured_scale(checkpoint: Checkpoint, stored: StoredTable, chunks: list[RowChunk], options: dict) -> float:
-    """The scale that takes the table's greatest value to 448. options: of run_chunks."""
+def _measured_scale(
+    checkpoint: Checkpoint, stored: StoredTable, chunks: list[RowChunk], target: RowFormat, options: dict
+) -> float:
+    """The scale that takes the table's greatest value to that of ``target``. options: of run_chunks."""
     maxima = []
 
     def measure(chunk: RowChunk) -> int:
@@ -122,5 +145,20 @@ def _measured_scale(checkpoint: Checkpoint, stored: StoredTable, chunks: list[Ro
 
     run_chunks(chunks, measure, **options)
     if max(maxima) == float("inf"):
-        raise ValueError(f"{checkpoint.where}: {stored.name} holds an infinity, which e4m3 cannot hold")
-    return table_scale(max(maxima))
+        raise ValueError(f"{checkpoint.where}: {stored.name} holds an infinity, which {target.name} cannot hold")
+    return table_scale(max(maxima), target)
+
+
+def _errors(values: torch.Tensor, decoded: torch.Tensor, bound: float) -> tuple[float, float, float, int]:
+    """(squares of values, of errors, the largest error, rows beyond the bound) of a chunk; NaN and infinity left out."""
+    error = (decoded - values).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    signal, noise = (each.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).double().square().sum(1) for each in (values, error))
+    return float(signal.sum()), float(noise.sum()), float(error.abs().max()), int((noise > bound**2 * signal).sum())
+
+
+def _loss(errors: list[tuple[float, float, float, int]], rows: int, bound: float) -> Loss:
+    signal, noise, largest, beyond = zip(*errors, strict=True)
+    # Chunks end in any order, and their sum is the same.
+    signal, noise = math.fsum(signal), math.fsum(noise)
+    decibels = 10 * math.log10(signal / noise) if signal and noise else math.inf
+    return Loss(decibels, max(largest), sum(beyond) / rows, bound)

@@ -4,42 +4,64 @@
                   division is exact. The byte e + 127 is at least 1: some readers take byte 0 for 0. A group of zeros
                   has e = 0
     e4m3          row = e4m3(x / scale), divided in float32; what exceeds 448 becomes 448
+    mxfp4         per 32 values 2^e of least squared error; row = e2m1(x / 2^e), what exceeds 6 becomes 6
+    nvfp4         per 16 values an e4m3 s of least squared error; row = e2m1(x / (s * scale)), divided in float32
     dense         the cast; what exceeds float16 becomes infinite
 
-NaN stays NaN, and takes no part in a group's maximum. The fp8 formats have no infinity: one is an error.
+Of four bits there are few levels, and the scale that takes a group's greatest value to 6 is often not the best: the
+greatest may fit 4 better, or be cut. ``nearest`` takes that one all the same (for mxfp4 the smallest 2^e that cuts
+nothing; for nvfp4 e4m3(max / 6 / scale)); it is the start of the search, which looks at the scales around it
+(bench/ops/formats.py measures both). The squared error is summed in float64 element by element, so that a row's bits
+do not depend on how many are encoded together.
+
+NaN stays NaN in fp8, and takes no part in a group's maximum. fp8 has no infinity and four bits have no NaN either: one
+is an error.
 """
+
+import math
 
 import torch
 
-from engram_kernels.geometry.row_format import SCALE_GROUP, RowFormat
-from engram_kernels.reference.ops.rows import dequantise
+from engram_kernels.geometry.row_format import RowFormat
+from engram_kernels.reference.ops.rows import E2M1_VALUES, dequantise
 
 E4M3_MAX = 448.0
+E2M1_MAX = E2M1_VALUES[-1]
+#: The greatest value of a format with a table's scale, in units of that scale.
+MOST = {"e4m3": E4M3_MAX, "nvfp4": E4M3_MAX * E2M1_MAX}
 _EXPONENT_BIAS = 127
 _LEAST_BYTE = 1
+#: Scale bytes that the search tries, from the one of ``nearest``: of ue8m0, factors of two; of e4m3, 6 % to 12 % each.
+_TRIED = {"ue8m0": (0, -1, 1), "e4m3": (0, -1, 1, -2, 2, -3, 3, -4, 4, 5)}
+_GREATEST_BYTE = {"ue8m0": 254, "e4m3": 0x7E}
 
 
-def decode_rows(rows: torch.Tensor, scales: torch.Tensor | float | None, format: RowFormat) -> torch.Tensor:
-    """Values float32 ``[n, width]`` of stored rows. scales: uint8 bytes of groups, the table's own, or None."""
-    return dequantise(rows, scales, format).to(torch.float32)
+def decode_rows(
+    rows: torch.Tensor, scales: torch.Tensor | None, format: RowFormat, own_scale: float | None
+) -> torch.Tensor:
+    """Values float32 ``[n, R]`` of stored rows. scales: uint8 bytes of groups or None. own_scale: the table's, or None."""
+    return dequantise(rows, scales, format, own_scale).to(torch.float32)
 
 
 def encode_rows(
-    values: torch.Tensor, format: RowFormat, where: str, *, scale: float | None = None
+    values: torch.Tensor, format: RowFormat, where: str, *, scale: float | None = None, nearest: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(rows, scale bytes of groups or None) of float32 ``values [n, width]``. scale: the table's own, for "e4m3"."""
-    if format.scaling == "none":
+    """(rows, scale bytes of groups or None) of float32 ``values [n, R]``.
+
+    scale: the table's own, for "e4m3" and "nvfp4". nearest: of four bits, without a search for better scales.
+    """
+    if not format.scaled:
         return values.to(format.dtype), None
-    groups = values.unflatten(-1, (-1, SCALE_GROUP if format.scaling == "group" else values.shape[-1]))
+    groups = values.unflatten(-1, (-1, format.group or values.shape[-1]))
     maxima = greatest(groups)
-    if torch.isinf(maxima).any():
-        row = int(torch.isinf(maxima).any(1).nonzero()[0])
-        raise ValueError(f"{where}: {format.name} has no infinity, and row {row} of these {len(values)} holds one")
-    if format.scaling == "table":
+    _check_finite(values, maxima, format, where)
+    if format.packed > 1:
+        return _encode_e2m1(groups, maxima, format, scale, nearest)
+    if format.table_scale:
         # torch's cast saturates since 2.12; before, what rounds beyond 448 became NaN.
         divisor = torch.tensor(scale, dtype=torch.float32, device=values.device)
         return (values / divisor).clamp_(-E4M3_MAX, E4M3_MAX).to(format.dtype), None
-    exponents = _group_exponents(maxima)
+    exponents = _group_exponents(maxima, E4M3_MAX)
     # Every 2^-e is a normal float32, and the product exact but for what is far below e4m3's smallest step.
     factors = torch.ldexp(torch.ones_like(maxima), -exponents)
     rows = (groups * factors[..., None]).flatten(-2).to(format.dtype)
@@ -52,23 +74,85 @@ def greatest(values: torch.Tensor) -> torch.Tensor:
 
 
 def overflows(values: torch.Tensor, rows: torch.Tensor, format: RowFormat, scale: float | None) -> int:
-    """How many of ``values`` became infinite in ``rows`` (float16), or 448 times the table's own ``scale`` (e4m3)."""
-    if format.scaling == "table":
-        # A measured scale is rounded, and may leave the greatest value a last bit above 448.
-        return int((values.abs() > E4M3_MAX * (1 + 2**-20) * scale).sum())
+    """How many of ``values`` became infinite in ``rows`` (float16), or exceed what the table's own ``scale`` reaches."""
+    if format.table_scale:
+        # A measured scale is rounded, and may leave the greatest value a last bit above the limit.
+        return int((values.abs() > MOST[format.name] * (1 + 2**-20) * scale).sum())
     if format.name == "float16":
         return int(torch.isinf(rows).sum() - torch.isinf(values).sum())
     return 0
 
 
-def table_scale(magnitude: float) -> float:
-    """The scale that takes ``magnitude`` to 448, in float32; 1 for a table of zeros."""
-    return float(torch.tensor(magnitude, dtype=torch.float32, device="cpu") / E4M3_MAX) or 1.0
+def table_scale(magnitude: float, format: RowFormat) -> float:
+    """The scale that takes ``magnitude`` to the greatest value of ``format``, in float32; 1 for a table of zeros."""
+    return float(torch.tensor(magnitude, dtype=torch.float32, device="cpu") / MOST[format.name]) or 1.0
 
 
-def _group_exponents(maxima: torch.Tensor) -> torch.Tensor:
-    """int32 e of each group: the smallest with ``maxima <= 448 * 2^e``."""
-    # max = m * 2^k with m in [0.5, 1), and 448 * 2^e = 0.875 * 2^(e + 9).
+def _check_finite(values: torch.Tensor, maxima: torch.Tensor, format: RowFormat, where: str) -> None:
+    missing = {"infinity": torch.isinf(maxima).any(-1)}
+    if format.packed > 1:
+        missing["NaN"] = torch.isnan(values).any(-1)
+    for name, found in missing.items():
+        if found.any():
+            row = int(found.nonzero()[0])
+            raise ValueError(f"{where}: {format.name} has no {name}, and row {row} of these {len(values)} holds one")
+
+
+def _encode_e2m1(groups, maxima, format: RowFormat, scale: float | None, nearest: bool):
+    """(uint8 ``[n, R / 2]``, scale bytes ``[n, groups]``) of ``groups [n, groups, G]``."""
+    kind = format.group_scale
+    first = _nearest_byte(maxima, format, scale)
+    best, error = first, None
+    magnitudes = groups.abs()
+    for step in (0,) if nearest else _TRIED[kind]:
+        byte = (first + step).clamp_(_LEAST_BYTE, _GREATEST_BYTE[kind])
+        divisor = _factor(byte, format, scale)[..., None]
+        if not nearest:
+            found = _squared_error(magnitudes, _round_e2m1(magnitudes / divisor) * divisor)
+            better = torch.ones_like(best, dtype=torch.bool) if error is None else found < error
+            best = torch.where(better, byte, best)
+            error = found if error is None else torch.where(better, found, error)
+    rounded = _round_e2m1(magnitudes / _factor(best, format, scale)[..., None])
+    # 0, 0.5, .. 2 are codes 0 to 4, then 3, 4, 6 are 5, 6, 7.
+    codes = torch.where(rounded <= 2, 2 * rounded, torch.where(rounded <= 4, rounded + 2, rounded / 2 + 4))
+    codes = (codes.to(torch.uint8) | (torch.signbit(groups).to(torch.uint8) << 3)).flatten(-2)
+    return codes[..., ::2] | (codes[..., 1::2] << 4), best.to(torch.uint8)
+
+
+def _nearest_byte(maxima: torch.Tensor, format: RowFormat, scale: float | None) -> torch.Tensor:
+    """int32 scale byte by which each group's greatest value is about 6, and of ue8m0 no more."""
+    if format.group_scale == "ue8m0":
+        return _group_exponents(maxima, E2M1_MAX) + _EXPONENT_BIAS
+    wanted = (maxima / E2M1_MAX / torch.tensor(scale, dtype=torch.float32, device=maxima.device)).clamp_(max=E4M3_MAX)
+    return wanted.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int32).clamp_(min=_LEAST_BYTE)
+
+
+def _factor(byte: torch.Tensor, format: RowFormat, scale: float | None) -> torch.Tensor:
+    """float32 by which codes of a group with this scale byte are multiplied."""
+    if format.group_scale == "ue8m0":
+        return torch.ldexp(torch.ones_like(byte, dtype=torch.float32), byte - _EXPONENT_BIAS)
+    own = torch.tensor(scale, dtype=torch.float32, device=byte.device)
+    return byte.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32) * own
+
+
+def _round_e2m1(magnitudes: torch.Tensor) -> torch.Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6, of two that are as near the one with an even code."""
+    step = torch.where(magnitudes < 2, 0.5, torch.where(magnitudes < 4, 1.0, 2.0))
+    return (torch.round(magnitudes / step) * step).clamp_(max=E2M1_MAX)
+
+
+def _squared_error(values: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+    squares = (values - decoded).to(torch.float64).square_()
+    total = squares[..., 0].clone()
+    for element in squares.unbind(-1)[1:]:
+        total += element
+    return total
+
+
+def _group_exponents(maxima: torch.Tensor, most: float) -> torch.Tensor:
+    """int32 e of each group: the smallest with ``maxima <= most * 2^e``, where most is 448 or 6."""
+    # max = m * 2^k with m in [0.5, 1), and 448 * 2^e = 0.875 * 2^(e + 9), 6 * 2^e = 0.75 * 2^(e + 3).
+    limit, power = math.frexp(most)
     mantissa, exponent = torch.frexp(maxima)
-    found = exponent - torch.where(mantissa <= 0.875, 9, 8)
+    found = exponent - torch.where(mantissa <= limit, power, power - 1)
     return torch.where(maxima == 0, 0, found.clamp(min=_LEAST_BYTE - _EXPONENT_BIAS)).to(torch.int32)

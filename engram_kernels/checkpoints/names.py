@@ -4,6 +4,9 @@
                                             .scale ue8m0 [rows, R / 32]
     shard_{k}.weight, weight_scale          Qwen: [model.language_model.]layers.{i}.ple.ple_embedding.ngram_embedding.,
                                             the rows in several tensors; one scale for all of them, where they are fp8
+    the same with uint8 rows                nvfp4: e2m1 pairs [rows, R / 2], weight_scale or shard_{k}.weight_scale e4m3
+                                            [rows, R / 16], weight_scale_2 for the table
+    weight, scale                           mxfp4: e2m1 pairs, uint8 [rows, R / 2], ue8m0 or uint8 [rows, R / 32]
     shards.{k}.weight                       Qwen as MLX's converters write it, which is refused by name
     shard_{k}.weight, shard_{k}.scale       what save_safetensors writes into more than one file
 
@@ -15,9 +18,24 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from engram_kernels.geometry.row_format import RowFormat
+
 from .files import Checkpoint
 
 SCALE_NAMES = ("scale", "weight_scale", "weight_scale_inv")
+#: The table's own scale of nvfp4, beside those of groups.
+TABLE_SCALE_NAME = "weight_scale_2"
+#: Dense formats by what safetensors calls their dtype.
+DENSE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+#: What safetensors calls bytes of scales, by RowFormat.group_scale.
+FILE_SCALES = {"ue8m0": "F8_E8M0", "e4m3": "F8_E4M3"}
+_FILE_DTYPES = {name: dtype for dtype, name in DENSE.items()}
+
+
+def file_dtype(fmt: RowFormat) -> str:
+    """What safetensors calls the dtype of rows; pairs of e2m1 are U8, as checkpoints have them."""
+    return _FILE_DTYPES.get(fmt.name, "U8" if fmt.packed > 1 else "F8_E4M3")
+
 #: A name behind the prefix, of one of several tensors that hold the rows.
 _SHARD = re.compile(r"(?P<stem>(?:shard_|shards\.)(?P<number>\d{1,9})\.)(?P<rest>.+)")
 _KNOWN = re.compile(

@@ -17,10 +17,9 @@ import torch
 from engram_kernels.geometry.row_format import RowFormat
 
 from .files import INDEX_SUFFIX, PART, SUFFIX, TABLE_KEY, weight_map
-from .names import SCALE_NAMES, as_prefix, find_tables, part_of
+from .names import FILE_SCALES, SCALE_NAMES, TABLE_SCALE_NAME, as_prefix, file_dtype, find_tables, part_of
 from .opening import CheckpointError, naming
 from .parallel import spans
-from .validate import DENSE
 from .writing import (
     NewTensor,
     check_disk,
@@ -36,8 +35,6 @@ from .writing import (
     sync_folder,
     write_all,
 )
-
-_DTYPES = {name: dtype for dtype, name in DENSE.items()}
 
 
 @dataclass
@@ -204,8 +201,9 @@ class TableWriter(RowsFiles):
                 final = self._path.with_name(f"{stem}-{token}-{k + 1:05d}-of-{len(pieces):05d}{SUFFIX}")
                 prefix += f"shard_{k}."
             tensors = self._tensors(prefix, end - begin)
-            if self._format.scaling == "table" and k == 0:
-                tensors["table"] = NewTensor(f"{self._prefix}weight_scale", "F32", (1,), 4)
+            if self._format.table_scale and k == 0:
+                name = TABLE_SCALE_NAME if self._format.group else "weight_scale"
+                tensors["table"] = NewTensor(f"{self._prefix}{name}", "F32", (1,), 4)
             header, starts = header_of(list(tensors.values()), metadata)
             offsets, names = dict(zip(tensors, starts, strict=False)), [tensor.name for tensor in tensors.values()]
             partial = partial_path(self._path, f"{k + 1:05d}")
@@ -215,10 +213,13 @@ class TableWriter(RowsFiles):
     def _tensors(self, prefix: str, rows: int) -> dict[str, NewTensor]:
         """The tensors of ``rows`` rows in one file."""
         row_bytes, scale_bytes = self.sizes
-        dtype = _DTYPES.get(self._format.name, "F8_E4M3")
-        tensors = {"weight": NewTensor(f"{prefix}weight", dtype, (rows, self._width), rows * row_bytes)}
+        fmt = self._format
+        shape = rows, fmt.row_items(self._width)
+        tensors = {"weight": NewTensor(f"{prefix}weight", file_dtype(fmt), shape, rows * row_bytes)}
         if scale_bytes:
-            tensors["scale"] = NewTensor(f"{prefix}scale", "F8_E8M0", (rows, scale_bytes), rows * scale_bytes)
+            # By the names under which each format is published.
+            name, dtype = "weight_scale" if fmt.table_scale else "scale", FILE_SCALES[fmt.group_scale]
+            tensors["scale"] = NewTensor(f"{prefix}{name}", dtype, (rows, scale_bytes), rows * scale_bytes)
         return tensors
 
     def _write_index(self) -> Path:
@@ -250,7 +251,7 @@ def _replaceable(path: Path, where: str) -> set[Path]:
         names, paths = found
         tables = find_tables(names)
         rests = [part_of(rest).rest for members in tables.values() for rest in members]
-        if len(tables) != 1 or len(rests) != len(names) or not set(rests) <= {"weight", *SCALE_NAMES}:
+        if len(tables) != 1 or len(rests) != len(names) or not set(rests) <= {"weight", *SCALE_NAMES, TABLE_SCALE_NAME}:
             raise ValueError(
                 f"{where}: {file} holds {len(names)} tensors that are not one table's own, and is not replaced; "
                 "save to another folder or file"

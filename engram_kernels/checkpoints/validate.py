@@ -4,18 +4,17 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP, RowFormat, checked_scale
+from engram_kernels.geometry.row_format import FORMATS, UE8M0_GROUP, RowFormat, checked_scale
 
 from .files import TABLE_KEY, Checkpoint, StoredTensor
-from .names import SCALE_NAMES, choose_table, layer_of, part_of
+from .names import DENSE, FILE_SCALES, SCALE_NAMES, TABLE_SCALE_NAME, choose_table, layer_of, part_of
 
-#: Dense formats by what safetensors calls their dtype.
-DENSE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _WAY_OUT = (
     "load the model's fp8 or bfloat16 checkpoint instead, or write the rows out in bfloat16 with the tool that packed "
     "them, and `python -m engram_kernels table convert` those"
@@ -33,8 +32,8 @@ class StoredTable:
     format: RowFormat
     width: int
     weights: tuple[StoredTensor, ...]
-    scales: tuple[StoredTensor, ...]  #: one for each of ``weights``, for format "e4m3_ue8m0"; else empty
-    scale: float | None  #: the table's own, for format "e4m3"
+    scales: tuple[StoredTensor, ...]  #: one for each of ``weights``, for formats with scales of groups; else empty
+    scale: float | None  #: the table's own, for formats "e4m3" and "nvfp4"
     scale_name: str | None
     counted: bool = True  #: whether something told how many parts there are
     token_map: str | None = None  #: digest of the token map that the rows were made with, where the files tell it
@@ -107,7 +106,7 @@ def read_table(checkpoint: Checkpoint, prefix: str, members: dict[str, str]) -> 
             f"{members[mlx + 'weight']} is of MLX's layout, shards.{{k}}.weight; load the model's own checkpoint, or "
             "rename the parts to shard_{k}.weight, which `python -m engram_kernels table convert` makes one tensor"
         )
-    understood = ("weight", "input_scale", *SCALE_NAMES)
+    understood = ("weight", "input_scale", TABLE_SCALE_NAME, *SCALE_NAMES)
     if foreign := sorted(name for rest, name in members.items() if part_of(rest).rest not in understood):
         raise checkpoint.error(
             f"{', '.join(foreign[:4])} beside the rows is part of none of our formats, {', '.join(FORMATS)}: {_WAY_OUT}"
@@ -134,13 +133,14 @@ def read_table(checkpoint: Checkpoint, prefix: str, members: dict[str, str]) -> 
             raise checkpoint.error(f"{title} was saved with {said[what]:,} {what}, and these files have {number:,}")
     name, scales, scale = _scales(checkpoint, prefix, members, stems, weights)
     fmt = FORMATS[name]
-    fmt.check_width(weights[0].shape[1], f"{checkpoint.where}: {weights[0].name}")
+    width = fmt.width_of(weights[0])
+    fmt.check_width(width, f"{checkpoint.where}: {weights[0].name}")
     scale_name = next((rest for rest in SCALE_NAMES if stems[0] + rest in members or rest in members), None)
     return StoredTable(
         prefix,
         layer_of(prefix),
         fmt,
-        weights[0].shape[1],
+        width,
         weights,
         scales,
         scale,
@@ -197,9 +197,8 @@ def _what_is_said(checkpoint: Checkpoint, prefix: str, weights: tuple[StoredTens
 
 
 def _refuse_packed(checkpoint: Checkpoint, prefix: str, members: dict[str, str]) -> None:
-    """Refuse tables of packed elements by the name of their format."""
+    """Refuse tables of packed elements that are none of our formats, by the name of theirs."""
     parts = {rest: part_of(rest) for rest in members}
-    rests = [part.rest for part in parts.values()]
     packed = next((rest for rest in members if rest.endswith("weight_packed")), None)
     first = packed or next((rest for rest, part in parts.items() if part.rest == "weight"), None)
     if first is None:
@@ -209,12 +208,12 @@ def _refuse_packed(checkpoint: Checkpoint, prefix: str, members: dict[str, str])
         return
     stem = first.rpartition("weight")[0]
     scale = next((checkpoint.tensor(members[stem + name]) for name in SCALE_NAMES if stem + name in members), None)
-    if "weight_scale_2" in rests or (scale is not None and scale.dtype == "F8_E4M3"):
-        kind = "an nvfp4 table (4-bit elements, one e4m3 scale per 16, one for all)"
-    elif "biases" in rests:
+    if "biases" in [part.rest for part in parts.values()]:
         kind = "an MLX table of packed elements (a scale and a bias per group)"
-    elif any(rest.startswith("weight.") for rest in rests) or (scale is None and weight.dtype == "U8"):
+    elif any(part.rest.startswith("weight.") for part in parts.values()) or (scale is None and weight.dtype == "U8"):
         kind = "an nf4 table (4-bit codes of a Gaussian's levels)"
+    elif packed is None and weight.dtype == "U8":
+        return  # nvfp4 or mxfp4, or something else that its scales tell
     else:
         kind = f"a table of packed or integer elements, {weight.dtype}"
     raise checkpoint.error(f"{weight} is {kind}, which is none of our formats, {', '.join(FORMATS)}: {_WAY_OUT}")
@@ -222,8 +221,7 @@ def _refuse_packed(checkpoint: Checkpoint, prefix: str, members: dict[str, str])
 
 def _scales(checkpoint, prefix, members, stems, weights) -> tuple[str, tuple[StoredTensor, ...], float | None]:
     """(name of the format, scales of each of ``weights``, scale of the table)."""
-    dtype, width = weights[0].dtype, weights[0].shape[1]
-    stem = stems[0]
+    dtype, stem = weights[0].dtype, stems[0]
     found = [rest for rest in dict.fromkeys((*SCALE_NAMES, *(stem + name for name in SCALE_NAMES))) if rest in members]
     if len(found) > 1:
         raise checkpoint.error(f"expected one kind of scale, got {', '.join(prefix + rest for rest in found)}")
@@ -231,12 +229,12 @@ def _scales(checkpoint, prefix, members, stems, weights) -> tuple[str, tuple[Sto
         if found:
             raise checkpoint.error(f"{weights[0]} takes no scale, got {prefix}{found[0]}")
         return DENSE[dtype], (), None
-    if dtype != "F8_E4M3":
-        expected = ", ".join(("F8_E4M3", *DENSE))
+    if dtype not in ("F8_E4M3", "U8"):
+        expected = ", ".join(("F8_E4M3", "U8 (pairs of e2m1)", *DENSE))
         raise checkpoint.error(f"rows must be of dtype {expected}, got {weights[0]}")
     if not found:
         raise checkpoint.error(
-            f"{weights[0]} has no scale: expected {prefix}scale, one ue8m0 byte per {SCALE_GROUP} elements (DeepSeek), "
+            f"{weights[0]} has no scale: expected {prefix}scale, one ue8m0 byte per {UE8M0_GROUP} elements (DeepSeek), "
             f"or {prefix}weight_scale, one float for the table (Qwen)"
         )
     rests = found
@@ -245,33 +243,54 @@ def _scales(checkpoint, prefix, members, stems, weights) -> tuple[str, tuple[Sto
         if missing := [rest for rest in rests if rest not in members]:
             raise checkpoint.error(f"{prefix}{missing[0]} is missing, where other parts have one")
     scales = tuple(checkpoint.tensor(members[rest]) for rest in rests)
-    if all(scale.dtype in DENSE and math.prod(scale.shape) == 1 for scale in scales):
-        values = {float(checkpoint.read(scale, FORMATS[DENSE[scale.dtype]].dtype)) for scale in scales}
-        if len(values) > 1:
-            raise checkpoint.error(
-                f"{scales[0]} and those of other parts are one scale per part, which is none of our formats: {_WAY_OUT}"
-            )
-        try:
-            return "e4m3", (), float(checked_scale(values.pop(), str(scales[0])))
-        except ValueError as error:
-            raise checkpoint.error(str(error)) from None
+    if all(scale.dtype in DENSE and math.prod(scale.shape) == 1 for scale in scales) and dtype != "U8":
+        return "e4m3", (), _one_scale(checkpoint, scales)
+    name = "e4m3_ue8m0" if dtype == "F8_E4M3" else "nvfp4" if scales[0].dtype == "F8_E4M3" else "mxfp4"
+    _check_groups(checkpoint, FORMATS[name], weights, scales)
+    own = [checkpoint.tensor(members[TABLE_SCALE_NAME])] if TABLE_SCALE_NAME in members else []
+    if bool(own) != FORMATS[name].table_scale:
+        need = "one float for the table" if not own else "none"
+        got = "none" if not own else str(own[0])
+        raise checkpoint.error(f"{weights[0]}, {name}, takes {need} as {prefix}{TABLE_SCALE_NAME}, got {got}")
+    for scale in own:
+        if scale.dtype not in DENSE or math.prod(scale.shape) != 1:
+            raise checkpoint.error(f"{prefix}{TABLE_SCALE_NAME} must be one float for the table, got {scale}")
+    return name, scales, _one_scale(checkpoint, own) if own else None
+
+
+def _one_scale(checkpoint: Checkpoint, scales: Sequence[StoredTensor]) -> float:
+    """The table's own scale, which parts may each repeat."""
+    values = {float(checkpoint.read(scale, FORMATS[DENSE[scale.dtype]].dtype)) for scale in scales}
+    if len(values) > 1:
+        raise checkpoint.error(
+            f"{scales[0]} and those of other parts are one scale per part, which is none of our formats: {_WAY_OUT}"
+        )
+    try:
+        return float(checked_scale(values.pop(), str(scales[0])))
+    except ValueError as error:
+        raise checkpoint.error(str(error)) from None
+
+
+def _check_groups(checkpoint: Checkpoint, fmt: RowFormat, weights, scales) -> None:
+    """Raise CheckpointError unless each of ``weights`` has its scales of groups."""
+    width = fmt.width_of(weights[0])
+    dtypes = (FILE_SCALES[fmt.group_scale], *(["U8"] if fmt.group_scale == "ue8m0" else []))
     for scale, weight in zip(scales, weights, strict=False):
-        expected = (weight.shape[0], width // SCALE_GROUP)
-        if scale.dtype not in ("F8_E8M0", "U8") or scale.shape != expected or len(scales) != len(weights):
-            whole = (sum(part.shape[0] for part in weights), width) if len(scales) == 1 else weight.shape
-            kind = "part" if scale.shape == (len(weights),) != (1,) else _kind_of_scale(scale.shape, whole)
+        expected = (weight.shape[0], fmt.scale_bytes(width))
+        if scale.dtype not in dtypes or scale.shape != expected or len(scales) != len(weights):
+            whole = (sum(part.shape[0] for part in weights), width) if len(scales) == 1 else (weight.shape[0], width)
+            kind = "part" if scale.shape == (len(weights),) != (1,) else _kind_of_scale(scale.shape, whole, fmt.group)
             hint = f"; one scale per {kind} is none of our formats: {_WAY_OUT}" if kind else ""
+            one = "" if fmt.packed > 1 else ", or one float for the table"
             raise checkpoint.error(
-                f"scales of {weight} must be F8_E8M0 or U8 {list(expected)}, or one float for the table, "
-                f"got {scale}{hint}"
+                f"scales of {weight} must be {' or '.join(dtypes)} {list(expected)}{one}, got {scale}{hint}"
             )
-    return "e4m3_ue8m0", scales, None
 
 
-def _kind_of_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
+def _kind_of_scale(shape: tuple[int, ...], weight: tuple[int, ...], group: int) -> str | None:
     """What a scale of this shape is one of each of, where that is none of ours."""
     rows, width = weight
-    if shape in ((rows,), (rows, 1)) and width != SCALE_GROUP:
+    if shape in ((rows,), (rows, 1)) and width != group:
         return "row"
     if shape in ((width,), (1, width)):
         return "channel"

@@ -64,7 +64,7 @@ class _Tally(NamedTuple):
     """What one chunk holds; of zero rows also the runs at either end and the longest, for a run across chunks."""
 
     rows: int
-    counts: tuple[int, ...]  #: elements NaN, infinite; scale bytes of 255, of 0; zero rows
+    counts: tuple[int, ...]  #: elements NaN, infinite; scale bytes that are NaN, zero; zero rows
     zero_head: int
     zero_tail: int
     longest: tuple[int, int]  #: (rows, first row)
@@ -77,18 +77,19 @@ def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress 
     def count(chunk: RowChunk) -> int:
         rows, scales = read_chunk(checkpoint, chunk)
         zero, *runs = _zero_rows(rows, chunk.first)
-        counts = *_not_finite(rows, table.format), int((scales == 255).sum()), int((scales == 0).sum()), zero
+        counts = *_not_finite(rows, table.format), *_scale_bytes(scales, table.format), zero
         tallies[chunk.first] = _Tally(len(rows), counts, *runs)
         return rows.nbytes + scales.nbytes
 
-    chunks = row_chunks(table, max(1, CHUNK // (table.width * table.format.dtype.itemsize)))
+    chunks = row_chunks(table, max(1, CHUNK // table.format.row_bytes(table.width)))
     run_chunks(chunks, count, progress=progress, total=table.nbytes)
     nan, infinite, nan_scales, least_scales, zero = map(sum, zip(*(t.counts for t in tallies.values()), strict=True))
     notes = f"{table.rows:,} rows read, {zero:,} of them zero"
     notes += f", {least_scales:,} scale bytes are 0" if least_scales else ""
     faults = [f"{nan:,} elements are NaN"] if nan else []
     faults += [f"{infinite:,} elements are infinite"] if infinite else []
-    faults += [f"{nan_scales:,} scale bytes are 255, which is NaN"] if nan_scales else []
+    nan_bytes = "127 or 255" if table.format.group_scale == "e4m3" else "255"
+    faults += [f"{nan_scales:,} scale bytes are {nan_bytes}, which is NaN"] if nan_scales else []
     length, first = _longest_zero_run(tallies)
     if length > max(1, _ZERO_RUN * table.rows):
         share = f"{length / table.rows:.1%} of the table"
@@ -100,7 +101,9 @@ def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress 
 
 def _not_finite(rows: torch.Tensor, format: RowFormat) -> tuple[int, int]:
     """(NaN, infinite elements) of rows as bytes."""
-    if format.scaling == "none":
+    if format.packed > 1:
+        return 0, 0  # every e2m1 code is a number
+    if not format.scaled:
         found = rows.view(format.dtype)
         if torch.isfinite(found).all():
             return 0, 0
@@ -110,6 +113,13 @@ def _not_finite(rows: torch.Tensor, format: RowFormat) -> tuple[int, int]:
     if not (words & -0x7F7F7F7F7F7F7F80).any():
         return 0, 0
     return int(((rows & 0x7F) == 0x7F).sum()), 0
+
+
+def _scale_bytes(scales: torch.Tensor, format: RowFormat) -> tuple[int, int]:
+    """(NaN, zero) scale bytes. A byte 0 of ue8m0 is 2^-127, which some readers take for 0."""
+    if format.group_scale == "e4m3":
+        scales = scales & 0x7F  # of either sign
+    return int((scales == (0x7F if format.group_scale == "e4m3" else 0xFF)).sum()), int((scales == 0).sum())
 
 
 def _zero_rows(rows: torch.Tensor, first: int) -> tuple[int, int, int, tuple[int, int]]:

@@ -17,8 +17,7 @@ def preset(name: str) -> EngramConfig:
 
 def row_bytes(config: EngramConfig) -> int:
     """Bytes of a row with its scales."""
-    fmt = row_format(config.format, "row_bytes")
-    return fmt.row_bytes(config.row_width) + fmt.scale_bytes(config.row_width)
+    return row_format(config.format, "row_bytes").stored_bytes(config.row_width)
 
 
 def layer_bytes(config: EngramConfig) -> list[int]:

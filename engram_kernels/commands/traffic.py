@@ -80,7 +80,7 @@ def layer_traffic(config: EngramConfig, tokens: int, itemsize: int = 2) -> Layer
         requests=rows * per_row,
         wire_bytes=rows * wire,
         out_bytes=rows * config.row_width * itemsize,
-        weight_bytes=(branches + 1) * config.hidden_size * width * (1 if fmt.dtype.itemsize == 1 else itemsize),
+        weight_bytes=(branches + 1) * config.hidden_size * width * (1 if fmt.scaled else itemsize),
         projected_bytes=tokens * (branches + 1) * config.hidden_size * itemsize,
         gate_bytes=tokens * elements * config.hidden_size * itemsize,
     )

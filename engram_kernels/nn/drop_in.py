@@ -31,9 +31,9 @@ class TableRows(nn.Module):
         return repr(self.table)
 
     def values(self) -> torch.Tensor:
-        """``[rows, R]``: the table's own memory where its format is dense, else dequantised to bfloat16."""
+        """``[rows, R]``: the table's own memory where its format is dense, else values in bfloat16."""
         self.table.wait_for_steps()
-        if self.table.format.scaling == "none":
+        if not self.table.format.scaled:
             return self.table.weight
         return lookup(self.table, torch.arange(self.table.rows, device=self.table.weight.device)[:, None])[:, 0]
 
@@ -51,7 +51,7 @@ class TableRows(nn.Module):
         given, own = state_dict[name], self.values()
         if given.shape != own.shape:
             error_msgs.append(f"{name} must have shape {list(own.shape)}, got {list(given.shape)}")
-        elif self.table.mapped or self.table.attached or self.table.format.scaling != "none":
+        elif self.table.mapped or self.table.attached or self.table.format.scaled:
             if not torch.equal(given.to(own), own):
                 error_msgs.append(f"{name} holds other rows than {self.table!r}, which is not written to: load a table")
         else:

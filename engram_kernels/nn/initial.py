@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from engram_kernels.checkpoints.encoding import E4M3_MAX, encode_rows
+from engram_kernels.checkpoints.encoding import encode_rows, table_scale
 from engram_kernels.checkpoints.parallel import CHUNK, Progress, run_chunks, spans
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import (
@@ -27,6 +27,7 @@ from engram_kernels.geometry.kinds import (
     Whole,
 )
 from engram_kernels.geometry.plan import HashPlan
+from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.geometry.token_map import TOKENIZER, build_token_map
 from engram_kernels.reference.training.update import random_bits
 from engram_kernels.tables.engram import EngramTable
@@ -60,8 +61,8 @@ def new_rows(
     rows, options = plan.rows_per_layer[config.layers.index(layer)], dict(name=name)
     if placement == "device":
         options["device"] = device
-    if config.format == "e4m3" and not callable(init) and init > 0:
-        options["scale"] = _SIGMAS * init / E4M3_MAX
+    if FORMATS[config.format].table_scale and not callable(init) and init > 0:
+        options["scale"] = table_scale(_SIGMAS * init, FORMATS[config.format])
     return EngramTable.empty(rows, config.row_width, config.format, placement=placement, **options), plan
 
 
@@ -76,8 +77,7 @@ def fill_rows(table: EngramTable, std: float, seed: int, progress: Progress | No
         # torch's generator on a CPU takes 32 bits of a seed: numbers one after the other never meet within a table.
         generator = torch.Generator().manual_seed((first + begin // rows) % 2**32)
         values = torch.empty(end - begin, table.width).normal_(0, std, generator=generator)
-        own_scale = float(scale) if fmt.scaling == "table" else None
-        stored, scales = encode_rows(values, fmt, "Engram.build", scale=own_scale)
+        stored, scales = encode_rows(values, fmt, "Engram.build", scale=table.own_scale)
         weight[begin:end].copy_(stored)
         if scales is not None:
             scale[begin:end].copy_(scales)

@@ -180,7 +180,7 @@ def _table(name: str, weight: nn.Parameter, placement: str, module: nn.Module) -
     if placement == "device":  # the GPU that the rest of the module is on
         device = next((p.device for p in (weight, *module.parameters()) if p.is_cuda), None)
     try:
-        format_of(weight, None, "EngramTable")[0].check_width(weight.shape[1], "EngramTable")
+        format_of(weight, None, "EngramTable").format.check_width(weight.shape[1], "EngramTable")
         table = EngramTable.from_tensors(weight.detach(), placement=placement, device=device)
     except (TypeError, ValueError) as error:
         raise ValueError(f"replace_engram: {name}.weight cannot be a table: {error}") from None

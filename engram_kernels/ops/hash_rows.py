@@ -227,7 +227,7 @@ def _layer_gradients(plan: HashPlan, grad, *tokens):
 
 def _with_table_scales(call: HashLookupCall, out):
     """Storage output of format e4m3 comes with the tables' scales, which no kernel writes."""
-    if call.storage and call.tables[0].format.scaling == "table":
+    if call.storage and call.tables[0].format.name == "e4m3":
         return out[0], torch.stack([table.scale for table in call.tables])
     return out
 

@@ -3,6 +3,8 @@
     dense         row
     e4m3_ue8m0    row * 2^(scale byte - 127), one byte per 32 elements; byte 255 is NaN
     e4m3          row * scale, one float32 for the table
+    mxfp4         e2m1 row * 2^(scale byte - 127), one byte per 32 elements
+    nvfp4         (e2m1 row * e4m3 scale) * scale: one byte per 16 elements, one float32 for the table
 
 C columns, R elements a row. An id outside the table, -1 among them, reads as a row of zeros and touches no memory.
 """
@@ -167,7 +169,7 @@ def _launch(row_ids, view: TableView, out, *options) -> None:
 
 def _with_table_scale(call: LookupCall, out):
     """Storage output of format e4m3 comes with the table's scale, which no kernel writes."""
-    return (out[0], call.table.scale) if call.storage and call.table.format.scaling == "table" else out
+    return (out[0], call.table.scale) if call.storage and call.table.format.name == "e4m3" else out
 
 
 def _new_values(row_ids, *rest):
@@ -260,9 +262,10 @@ def lookup(
 
     row_ids: ``[..., C]``, int32 or int64, any strides whose leading dimensions view as one. An id outside the table,
     such as -1, reads as zeros.
-    out_dtype: bfloat16, float16 or float32; None is the table's own dtype, bfloat16 for fp8.
-    out_format: "values", or "storage" for the raw rows in the table's dtype and their scales: uint8 ``[..., C, R /
-    32]`` for e4m3_ue8m0, the table's float32 scalar for e4m3, None for dense formats.
+    out_dtype: bfloat16, float16 or float32; None is the table's own dtype, bfloat16 where rows have scales.
+    out_format: "values", or "storage" for the raw rows in the table's dtype (uint8 ``[..., C, R / 2]`` of nvfp4 and
+    mxfp4) and their scales: uint8 ``[..., C, R / 32]`` for e4m3_ue8m0 and mxfp4, ``[..., C, R / 16]`` for nvfp4 (its
+    other scale is ``table.own_scale``), the table's float32 scalar for e4m3, None for dense formats.
     out: a contiguous tensor to write to; a pair (rows, scales) for "storage".
     programs: size of the persistent grid, None for all multiprocessors; fewer leave them to other work.
     order: in which rows are read, "direct", "head" (column by column) or "address" (sorted, duplicates read once); None

@@ -14,7 +14,6 @@ every rank knows whether K was enough. A row beyond it reads as NaN.
 
 import torch
 
-from engram_kernels.geometry.row_format import SCALE_GROUP
 from engram_kernels.ops.rows import lookup
 from engram_kernels.tables.engram import EngramTable
 
@@ -49,10 +48,9 @@ class FixedExchange:
         self.received = _empty(table, self._count + 1, device)
         # The last row is what rows beyond the capacity read. These bytes are NaN in every format.
         self.received.weight.view(torch.uint8).fill_(0xFF)
-        if table.format.scaling == "group":
+        if table.format.group:
             self.received.scale.fill_(0xFF)
-        row_bytes = table.format.row_bytes(table.width) + table.format.scale_bytes(table.width)
-        self._packed = torch.empty(self._count, row_bytes, dtype=torch.uint8, device=device)
+        self._packed = torch.empty(self._count, table.format.stored_bytes(table.width), dtype=torch.uint8, device=device)
         #: The most rows that any rank has asked of another in one call so far.
         self.most = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -88,21 +86,23 @@ def _stored(shard: EngramTable, positions: torch.Tensor) -> torch.Tensor:
     """Rows ``positions [n]`` as bytes ``[n, row bytes + scale bytes]``; these come sorted, so reads are in order."""
     rows, scales = lookup(shard, positions, out_format="storage")
     rows = rows.view(torch.uint8)
-    return torch.cat([rows, scales], 1) if shard.format.scaling == "group" else rows
+    return torch.cat([rows, scales], 1) if shard.format.group else rows
 
 
 def _empty(table: ShardedRows, rows: int, device: torch.device) -> EngramTable:
     """A table on ``device`` for rows of other ranks."""
-    weight = torch.empty(rows, table.width, dtype=table.format.dtype, device=device)
-    scale = table.part.scale
-    if table.format.scaling == "group":
-        scale = torch.empty(rows, table.width // SCALE_GROUP, dtype=torch.uint8, device=device)
-    return EngramTable(weight, scale, table.format, "cpu" if device.type == "cpu" else "device")
+    fmt = table.format
+    weight = torch.empty(rows, fmt.row_items(table.width), dtype=fmt.dtype, device=device)
+    scale, own_scale = table.part.scale, None
+    if fmt.group:
+        scale = torch.empty(rows, fmt.scale_bytes(table.width), dtype=torch.uint8, device=device)
+        own_scale = table.part.own_scale
+    return EngramTable(weight, scale, fmt, "cpu" if device.type == "cpu" else "device", own_scale=own_scale)
 
 
 def _unpack(packed: torch.Tensor, received: EngramTable) -> None:
     """Bytes of rows and scales into the first rows of a table."""
     size = received.format.row_bytes(received.width)
     received.weight[: len(packed)].view(torch.uint8).copy_(packed[:, :size])
-    if received.format.scaling == "group":
+    if received.format.group:
         received.scale[: len(packed)].copy_(packed[:, size:])

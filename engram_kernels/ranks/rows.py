@@ -117,7 +117,7 @@ class ShardedRows:
                 raise ValueError(f"{_WHERE}: node is for placement 'shared', got {self.placement!r}")
             groups.node.attempt(_WHERE, "making the node's part", make if groups.node.rank == 0 else lambda: None)
             if not made:
-                kept = dict(scale=scale if self.format.scaling == "table" else None, scales=options.get("scales"))
+                kept = dict(scale=scale if self.format.table_scale else None, scales=options.get("scales"))
                 made.append(EngramTable.attach(options.get("name"), *shape, **kept, timeout=60.0))
 
         try:

@@ -44,7 +44,8 @@ from .nodes import NODE_KINDS, make_node_groups
 from .overlay import ShardedOverlay
 from .rows import TABLE_KINDS, ShardedRows, layer_index
 
-_WEIGHT_KINDS = TABLE_KINDS | dict(weight=Tensor(), scale=Optional(AnyOf(Number(), Tensor())))
+_SCALE = Optional(AnyOf(Number(), Tensor()))
+_WEIGHT_KINDS = TABLE_KINDS | dict(weight=Tensor(), scale=_SCALE, own_scale=_SCALE)
 
 
 class ShardedTable(ShardedRows):
@@ -84,35 +85,37 @@ class ShardedTable(ShardedRows):
         layer: int,
         group: "dist.ProcessGroup | None" = None,
         placement: str,
+        own_scale: torch.Tensor | float | None = None,
         **options,
     ) -> "ShardedTable":
-        """Each rank gives the whole table ``weight [rows, width]`` and its scale, and keeps its shard."""
+        """Each rank gives the whole table and its scales, as to :meth:`EngramTable.from_tensors`; keeps its shard."""
         where = "ShardedTable.from_tensors"
-        given = dict(weight=weight, scale=scale, config=config, layer=layer, placement=placement)
+        given = dict(weight=weight, scale=scale, own_scale=own_scale, config=config, layer=layer, placement=placement)
 
         def check():
             check_all(where, _WEIGHT_KINDS, given)
             shape = [config.rows_per_layer[layer_index(config, layer, where)], config.row_width]
             if weight.dim() != 2:
                 raise ValueError(f"{where}: weight must have shape {shape}, got {list(weight.shape)}")
-            found = format_of(weight, scale, where)
+            found = format_of(weight, scale, where, own_scale)
             check_content(weight, "weight", where)
+            shape[1] = found.format.row_items(shape[1])
             if list(weight.shape) != shape:
                 raise ValueError(f"{where}: weight must have shape {shape}, got {list(weight.shape)}")
             return found
 
         groups = Groups(group, options.get("node"), options.get("replicas"), where)
-        fmt, kept = groups.attempt(where, "checking its tensors", check)
+        fmt, kept, own = groups.attempt(where, "checking its tensors", check)
 
         def fill(shard, ranges) -> None:
-            for source, target in ((weight, shard.weight), (kept, shard.scale))[: 2 if fmt.scaling == "group" else 1]:
+            for source, target in ((weight, shard.weight), (kept, shard.scale))[: 2 if fmt.group else 1]:
                 position = 0
                 for begin, end in ranges:
                     rows = target[position : position + end - begin]
                     rows.view(torch.uint8).copy_(source[begin:end].view(torch.uint8))
                     position += len(rows)
 
-        value = float(kept) if fmt.scaling == "table" else 1.0
+        value = 1.0 if own is None else own
         return cls(config, layer, group, placement=placement, format=fmt.name, scale=value, fill=fill, **options)
 
     @classmethod

@@ -27,7 +27,6 @@ from engram_kernels.geometry.kinds import (
     takes,
 )
 from engram_kernels.geometry.plan import HashPlan
-from engram_kernels.geometry.row_format import SCALE_GROUP
 from engram_kernels.launching.device import on_device_of, processors
 from engram_kernels.launching.streams import streams_of
 from engram_kernels.launching.tokens import TOKEN_KINDS, Tokens, check_token_values, check_tokens
@@ -165,7 +164,7 @@ class Prefetcher:
         self._options = dict(programs=programs, order=order, out_dtype=out_dtype, out_format=out_format)
         self._storage, row_format = out_format == "storage", tables[0].format
         values_dtype = out_dtype or tables[0].default_out_dtype
-        scaled = self._storage and row_format.scaling == "table"
+        scaled = self._storage and row_format.name == "e4m3"
         self._table_scales = torch.stack([table.scale for table in tables]).to(plan.device) if scaled else None
         self._ahead, self._kv_width = ahead, kv_width
         kv_tokens = 0 if projections is None or ahead is False else max_tokens
@@ -176,10 +175,12 @@ class Prefetcher:
 
         def buffers() -> StartBuffers:
             inputs = TokenBuffers(max_tokens, max_sequences, plan.max_ngram, plan.device)
-            elements = num_layers * max_tokens * num_columns * tables[0].width
-            rows = buffer(elements, row_format.dtype if self._storage else values_dtype)
-            grouped = self._storage and row_format.scaling == "group"
-            scales = buffer(elements // SCALE_GROUP, torch.uint8) if grouped else None
+            count, width = num_layers * max_tokens * num_columns, tables[0].width
+            values = (width, values_dtype)
+            items, dtype = (row_format.row_items(width), row_format.dtype) if self._storage else values
+            grouped = self._storage and row_format.group
+            rows = buffer(count * items, dtype)
+            scales = buffer(count * row_format.scale_bytes(width), torch.uint8) if grouped else None
             kv = buffer(num_layers * kv_tokens * kv_width, kv_dtype or values_dtype) if kv_tokens else None
             return StartBuffers(streams, num_layers, inputs, rows, scales, kv)
 
@@ -328,10 +329,13 @@ class Prefetcher:
         """What starts of such tokens do with these buffers."""
         token_ids = sources.token_ids
         num_layers, num_columns = self._plan.primes.shape
-        shape = torch.Size((num_layers, *token_ids.shape, num_columns, self._tables[0].width))
+        fmt, width = self._tables[0].format, self._tables[0].width
+        many = num_layers, *token_ids.shape, num_columns
+        shape = torch.Size((*many, fmt.row_items(width) if self._storage else width))
         rows, scales, kv = taken.rows[: shape.numel()].view(shape), None, None
         if taken.scales is not None:
-            scales = taken.scales[: shape.numel() // SCALE_GROUP].view(*shape[:-1], shape[-1] // SCALE_GROUP)
+            shape = torch.Size((*many, fmt.scale_bytes(width)))
+            scales = taken.scales[: shape.numel()].view(shape)
         if taken.kv is not None and (self._ahead or projects_ahead(token_ids.numel())):
             shape = torch.Size((num_layers, *token_ids.shape, self._kv_width))
             kv = taken.kv[: shape.numel()].view(shape)

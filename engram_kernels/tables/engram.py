@@ -65,8 +65,10 @@ SAVE_KINDS = dict(
 class EngramTable(EditableRows):
     """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors`, :meth:`from_safetensors`, :meth:`attach`.
 
-    weight: ``[rows, width]`` in the format's dtype. scale: uint8 ``[rows, width / 32]`` for ``e4m3_ue8m0``, a float32
-    scalar on the CPU for ``e4m3`` (fixed at construction), else None.
+    weight: ``[rows, width]`` in the format's dtype; uint8 ``[rows, width / 2]`` for ``nvfp4`` and ``mxfp4``.
+    scale: uint8 ``[rows, width / G]`` where G elements share a scale (32 for ``e4m3_ue8m0`` and ``mxfp4``, 16 for
+    ``nvfp4``), a float32 scalar on the CPU for ``e4m3``, else None. own_scale: the one of the whole table, a float, for
+    ``e4m3`` and ``nvfp4``, fixed at construction; else None.
     A table is no module and no parameter: its rows are in no state_dict. :meth:`save_safetensors` saves them, or
     :func:`save_training` with the rest of a run.
     """
@@ -88,8 +90,8 @@ class EngramTable(EditableRows):
     ) -> "EngramTable":
         """A table of ``rows`` x ``width`` elements whose content is undefined (zero for "host", "shared" and "staged").
 
-        format: a name of ``FORMATS`` in geometry/row_format.py. scale: the table's scale, for format "e4m3".
-        scales: "device" keeps the scales of e4m3_ue8m0 rows in GPU memory, with placement "host" or "shared".
+        format: a name of ``FORMATS`` in geometry/row_format.py. scale: the table's own, for formats "e4m3" and "nvfp4".
+        scales: "device" keeps the scales of groups in GPU memory, with placement "host" or "shared".
         device: the GPU of placement "device"; None is the current one.
         name: of placement "shared", under which other processes :meth:`attach` once this one calls :meth:`publish`;
         FileExistsError where a table has it.
@@ -98,19 +100,25 @@ class EngramTable(EditableRows):
         where = "EngramTable.empty"
         fmt = _checked_geometry(where, rows, width, format)
         device = check_placement(where, placement, fmt, device, name, scales)
-        scale = float(checked_scale(scale, where)) if fmt.scaling == "table" else 1.0
+        scale = float(checked_scale(scale, where)) if fmt.table_scale else 1.0
         options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress)
         memory = table_memory.allocate(rows, width, fmt, placement=placement, **options)
-        return cls(*memory[:2], fmt, placement, memory.mapping, scales)
+        return cls(*memory[:2], fmt, placement, memory.mapping, scales, memory.own_scale)
 
     @classmethod
-    @takes(weight=Tensor(), scale=Optional(AnyOf(Number(), Tensor())), **_PLACING)
+    @takes(
+        weight=Tensor(),
+        scale=Optional(AnyOf(Number(), Tensor())),
+        own_scale=Optional(AnyOf(Number(), Tensor())),
+        **_PLACING,
+    )
     def from_tensors(
         cls,
         weight: torch.Tensor,
         scale: torch.Tensor | float | None = None,
         *,
         placement: str,
+        own_scale: torch.Tensor | float | None = None,
         scales: str | None = None,
         device: torch.device | str | None = None,
         name: str | None = None,
@@ -118,7 +126,9 @@ class EngramTable(EditableRows):
     ) -> "EngramTable":
         """A table with the rows of ``weight [rows, width]``, contiguous; the dtype and ``scale`` tell the format.
 
-        float8_e4m3fn takes ``scale``: uint8 or float8_e8m0fnu ``[rows, width / 32]``, or one float.
+        float8_e4m3fn takes ``scale``: uint8 or float8_e8m0fnu ``[rows, R / 32]``, or one float. uint8 or
+        float4_e2m1fn_x2 ``[rows, R / 2]`` is mxfp4 with ``scale`` float8_e8m0fnu (or uint8) ``[rows, R / 32]``, and nvfp4
+        with ``scale`` float8_e4m3fn (or uint8) ``[rows, R / 16]`` and ``own_scale``, one float (``weight_scale_2``).
         Placement "cpu" and "staged" share the tensors' memory, which may be a mapped file; "device" does where they are
         on that device; "host" and "shared" copy, and "shared" is published then.
         scales, device, name and progress are those of :meth:`empty`.
@@ -135,28 +145,32 @@ class EngramTable(EditableRows):
                 f"{where}: weight must be a contiguous [rows, width] tensor of at least one row, got {got}"
             )
         check_memory(weight, "weight", where)
-        fmt, scale = format_of(weight, scale, where)
-        fmt.check_width(weight.shape[1], where)
+        fmt, scale, own_scale = format_of(weight, scale, where, own_scale)
+        width = fmt.width_of(weight)
+        fmt.check_width(width, where)
+        if weight.dtype != fmt.dtype:
+            weight = weight.view(fmt.dtype)
         device = check_placement(where, placement, fmt, device, name, scales)
         if placement in REGISTERED:
             check_content(weight, "weight", where)
 
             def copy(table: "EngramTable") -> None:
                 table._mapping.copy(table.weight, weight)
-                if fmt.scaling == "group":
+                if fmt.group:
                     table._mapping.copy(table.scale, scale)
 
-            value = float(scale) if fmt.scaling == "table" else 1.0
+            value = 1.0 if own_scale is None else own_scale
             options = dict(placement=placement, scale=value, scales=scales, name=name, progress=progress)
-            return cls._filled(copy, *weight.shape, fmt.name, **options)
+            return cls._filled(copy, len(weight), width, fmt.name, **options)
         if placement != "device" and weight.device.type != "cpu":
             raise ValueError(f"{where}: placement {placement!r} needs a weight on the CPU, got {weight.device}")
-        if fmt.scaling == "group":
+        if fmt.group:
             scale = scale.to(device).detach()
         # Tensors of its own over that memory: what set_() or .data makes of the caller's is no matter then.
-        table = cls(weight.to(device).detach(), scale, fmt, placement)
+        both = fmt.group and fmt.table_scale
+        table = cls(weight.to(device).detach(), scale, fmt, placement, own_scale=own_scale if both else None)
         if placement != "device":
-            tensors = [weight, scale] if fmt.scaling == "group" else [weight]
+            tensors = [weight, scale] if fmt.group else [weight]
             table.files = [file for tensor in tensors if (file := MappedFile.behind(tensor))]
         return table
 
@@ -176,16 +190,16 @@ class EngramTable(EditableRows):
         """The table that another process publishes under ``name``, in the same memory; readers must not write to it.
 
         Waits for it: TimeoutError after ``timeout`` seconds, RuntimeError as soon as its writer has died.
-        rows, width, format: what it must have, ValueError otherwise; scale of format "e4m3" too unless None.
+        rows, width, format: what it must have, ValueError otherwise; scale, the table's own, too unless None.
         scales: as for :meth:`empty`; each process has its own copy.
         """
         where = "EngramTable.attach"
         fmt = _checked_geometry(where, rows, width, format)
         check_scales(where, "shared", fmt, scales)
-        if scale is not None and fmt.scaling == "table":
+        if scale is not None and fmt.table_scale:
             scale = float(checked_scale(scale, where))
         memory = table_memory.attach(name, rows, width, fmt, scale=scale, scales=scales, timeout=timeout)
-        table = cls(*memory[:2], fmt, "shared", memory.mapping, scales)
+        table = cls(*memory[:2], fmt, "shared", memory.mapping, scales, memory.own_scale)
         table.attached = True
         return table
 
@@ -249,7 +263,7 @@ class EngramTable(EditableRows):
                         f"{where}: mapped=True needs placement 'cpu' or 'staged', whose rows a CPU reads, "
                         f"got {placement!r}"
                     )
-                table = cls.from_tensors(*map_table(checkpoint, stored), placement=placement, **options)
+                table = cls.from_tensors(**map_table(checkpoint, stored), placement=placement, **options)
                 table.token_map = stored.token_map
                 return table
             way_out = "free memory, or read it where it lies (placement='cpu', mapped=True)"
@@ -290,7 +304,8 @@ class EngramTable(EditableRows):
     ) -> Path:
         """Write the table as ``path`` (``*.safetensors``, or a folder); returns what :meth:`from_safetensors` takes.
 
-        The tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own). Files of more
+        The tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own; for nvfp4
+        ``weight_scale`` and ``weight_scale_2``). Files of more
         than ``shard_bytes`` bytes are split, into tensors ``{prefix}shard_{k}.weight``, with an index. metadata: texts
         for the files' headers. A table there is replaced at once and as a whole; until then it stays what it was, also
         where saving fails or is killed. Files that hold anything else are never replaced. Rows of overlays that are

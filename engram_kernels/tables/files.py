@@ -13,6 +13,8 @@ from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.table_writer import TableWriter
 from engram_kernels.checkpoints.validate import StoredTable
 
+from engram_kernels.geometry.row_format import SCALE_DTYPES
+
 from .memory.mapped_files import map_file
 from .memory.report import available_host_memory
 from .placed import PlacedRows
@@ -36,10 +38,13 @@ def check_room(name: str, nbytes: int, placement: str, where: str, way_out: str)
         raise MemoryError(f"{where}: {name} takes {nbytes:,} bytes and {available:,} are available; {way_out}")
 
 
-def map_table(checkpoint: Checkpoint, stored: StoredTable) -> tuple[torch.Tensor, torch.Tensor | float | None]:
-    """(rows, scales or the table's scale) over the pages of the checkpoint's file."""
+def map_table(checkpoint: Checkpoint, stored: StoredTable) -> dict[str, torch.Tensor | float | None]:
+    """What :meth:`EngramTable.from_tensors` takes, over the pages of the checkpoint's file."""
     weight = _mapped(checkpoint, stored.weights, stored.format.dtype)
-    return weight, _mapped(checkpoint, stored.scales, torch.uint8) if stored.scales else stored.scale
+    if not stored.scales:
+        return dict(weight=weight, scale=stored.scale)
+    dtype = SCALE_DTYPES[stored.format.group_scale]
+    return dict(weight=weight, scale=_mapped(checkpoint, stored.scales, dtype), own_scale=stored.scale)
 
 
 def _mapped(checkpoint: Checkpoint, tensors: Sequence[StoredTensor], dtype: torch.dtype) -> torch.Tensor:
@@ -64,12 +69,11 @@ def save_table(table: PlacedRows, path: str | os.PathLike, where: str, progress:
     """Write all rows; arguments and result are those of :meth:`EngramTable.save_safetensors`."""
     weight, scale, fmt = table.weight, table.scale, table.format
     shape = dict(format=fmt, rows=table.rows, width=table.width)
-    own_scale = float(scale) if fmt.scaling == "table" else None
-    with TableWriter(path, where, **shape, scale=own_scale, token_map=table.token_map, **writing) as writer:
+    with TableWriter(path, where, **shape, scale=table.own_scale, token_map=table.token_map, **writing) as writer:
 
         def write(chunk: tuple[int, int]) -> int:
             begin, end = chunk
-            return writer.write(begin, weight[begin:end], scale[begin:end] if fmt.scaling == "group" else None)
+            return writer.write(begin, weight[begin:end], scale[begin:end] if fmt.group else None)
 
         chunks = spans(table.rows, max(1, CHUNK // writer.row_bytes))
         run_chunks(chunks, write, threads=THREADS, progress=progress, total=table.rows * writer.row_bytes)

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from engram_kernels.geometry.kinds import Instance, OneOf, Optional, Tensor, describe, takes
-from engram_kernels.geometry.row_format import ROW_ALIGNMENT, SCALE_GROUP, RowFormat
+from engram_kernels.geometry.kinds import Instance, Number, OneOf, Optional, Tensor, describe, takes
+from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
 from engram_kernels.launching.registry import Registry
 
 from .memory.allocation import page_bytes, report
@@ -48,6 +48,7 @@ class PlacedRows:
         placement=OneOf(*PLACEMENTS),
         mapping=Optional(Instance(Mapping)),
         scales=Optional(OneOf("device")),
+        own_scale=Optional(Number()),
     )
     def __init__(
         self,
@@ -57,12 +58,15 @@ class PlacedRows:
         placement: str,
         mapping: Mapping | None = None,
         scales: str | None = None,
+        own_scale: float | None = None,
     ):
-        _check_storage(weight, scale, format)
+        _check_storage(weight, scale, format, own_scale)
         self._weight, self._scale, self._mapping = weight, scale, mapping
         self._scales = scales
+        #: The one scale of a whole table, of formats "e4m3" and "nvfp4"; else None.
+        self.own_scale = float(scale) if format.table_scale and not format.group else own_scale
         self.format, self.placement = format, placement
-        self.rows, self.width = weight.shape
+        self.rows, self.width = len(weight), format.width_of(weight)
         #: Files that the tensors of placement "cpu" and "staged" are mapped from.
         self.files: list[MappedFile] = []
         #: What launches know of this table and those read with it, by value (tables/view.py).
@@ -76,10 +80,10 @@ class PlacedRows:
     def _describe(self) -> None:
         """Set all that follows from where rows and scales are."""
         scale_address = scale_bits = 0
-        if self.format.scaling == "group":
+        if self.format.group:
             scale_address = self._scale.data_ptr()
-        elif self.format.scaling == "table":
-            (scale_bits,) = struct.unpack("<i", struct.pack("<f", float(self._scale)))
+        if self.format.table_scale:
+            (scale_bits,) = struct.unpack("<i", struct.pack("<f", self.own_scale))
         self.descriptor = TableDescriptor(self._weight.data_ptr(), scale_address, self.rows, scale_bits)
         #: The descriptor as a key, never to be parsed: to torch.compile a text is a constant, and numbers of an object
         #: may be symbols, which no dictionary finds.
@@ -121,12 +125,12 @@ class PlacedRows:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows and their scales."""
-        return self.rows * (self.format.row_bytes(self.width) + self.format.scale_bytes(self.width))
+        return self.rows * self.format.stored_bytes(self.width)
 
     @property
     def default_out_dtype(self) -> torch.dtype:
-        """The table's own dtype where that is dense, bfloat16 for fp8."""
-        return self.format.dtype if self.format.scaling == "none" else torch.bfloat16
+        """The table's own dtype where that is dense, else bfloat16."""
+        return torch.bfloat16 if self.format.scaled else self.format.dtype
 
     @property
     def version(self) -> int:
@@ -165,11 +169,6 @@ class PlacedRows:
         return torch.device("cpu")
 
     @property
-    def own_scale(self) -> float | None:
-        """The one scale of a whole table, of format "e4m3"; else None."""
-        return float(self.scale) if self.format.scaling == "table" else None
-
-    @property
     def scales_on_device(self) -> bool:
         """Whether rows are on the host and their scales in GPU memory."""
         return self._scales == "device"
@@ -183,7 +182,7 @@ class PlacedRows:
     def memory_report(self) -> MemoryReport:
         """Where the bytes are, and what the machine granted: huge pages, registration, NUMA node; printable."""
         self.check_usable("EngramTable.memory_report")
-        tensors = [self._weight, self._scale] if self.format.scaling == "group" else [self._weight]
+        tensors = [self._weight, self._scale] if self.format.group else [self._weight]
         return report(self.placement, self.nbytes, tensors, self._mapping)
 
     def discard(self) -> None:
@@ -232,7 +231,7 @@ class PlacedRows:
     def check_readable_on(self, device: torch.device, where: str) -> None:
         """Raise ValueError unless an op on ``device`` can read this table."""
         self.check_usable(where)
-        scale_device = self._scale.device if self.format.scaling == "group" else device
+        scale_device = self._scale.device if self.format.group else device
         if device.type == "cpu":
             readable = self._weight.device.type == scale_device.type == "cpu"
             need = "a table in CPU memory, with its scales"
@@ -269,15 +268,22 @@ class PlacedRows:
                     owned.check(where)
 
 
-def _check_storage(weight: torch.Tensor, scale: torch.Tensor | None, format: RowFormat) -> None:
+def _check_storage(
+    weight: torch.Tensor, scale: torch.Tensor | None, format: RowFormat, own_scale: float | None
+) -> None:
     """Raise ValueError unless these are rows and scales of ``format``."""
     if weight.dim() != 2 or weight.dtype != format.dtype or not weight.is_contiguous() or not weight.numel():
         raise ValueError(
             f"EngramTable: weight must be contiguous {format.dtype} [rows, width], not empty, got {describe(weight)}"
         )
-    format.check_width(weight.shape[1], "EngramTable")
-    groups = torch.uint8, [len(weight), weight.shape[1] // SCALE_GROUP]
-    expected = dict(none=None, table=(torch.float32, []), group=groups)[format.scaling]
+    width = format.width_of(weight)
+    format.check_width(width, "EngramTable")
+    expected = (torch.float32, []) if format.table_scale else None
+    if format.group:
+        expected = torch.uint8, [len(weight), format.scale_bytes(width)]
     if expected != (None if scale is None else (scale.dtype, list(scale.shape))):
         kind = "None" if expected is None else f"{expected[0]} {expected[1]}"
         raise ValueError(f"EngramTable: scale must be {kind} for {format.name}, got {describe(scale)}")
+    if (own_scale is not None) != (format.group > 0 and format.table_scale):
+        kind = "None" if own_scale is not None else "a number"
+        raise ValueError(f"EngramTable: own_scale must be {kind} for {format.name}, got {own_scale}")

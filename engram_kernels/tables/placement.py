@@ -12,11 +12,12 @@ Without a GPU host and shared tables are mapped but not registered: the referenc
 
 import torch
 
-from engram_kernels.geometry.row_format import RowFormat
+from engram_kernels.geometry.row_format import FORMATS, RowFormat
 
 PLACEMENTS = ("device", "host", "shared", "staged", "cpu")
 #: Placements whose memory a GPU reads where it is.
 REGISTERED = ("host", "shared")
+GROUPED = tuple(name for name, fmt in FORMATS.items() if fmt.group)
 
 
 def check_placement(
@@ -46,10 +47,10 @@ def check_scales(where: str, placement: str, fmt: RowFormat, scales: str | None)
         return
     if scales != "device":
         raise ValueError(f"{where}: scales must be None (with the rows) or 'device', got {scales!r}")
-    if placement not in REGISTERED or fmt.scaling != "group":
+    if placement not in REGISTERED or not fmt.group:
         raise ValueError(
-            f"{where}: scales='device' is for format e4m3_ue8m0 in placement 'host' or 'shared', got {fmt.name} in "
-            f"{placement!r}"
+            f"{where}: scales='device' is for formats with scales of groups ({', '.join(GROUPED)}) in placement 'host' or "
+            f"'shared', got {fmt.name} in {placement!r}"
         )
     if not torch.cuda.is_available():
         raise ValueError(f"{where}: scales='device' needs a GPU, and torch finds none")

@@ -168,7 +168,7 @@ def stage(
         host_ids = row_ids.cpu()
     ids = host_ids.reshape(-1).numpy()
     sources = [table.weight.view(torch.uint8).numpy()]
-    if table.format.scaling == "group":
+    if table.format.group:
         sources.append(table.scale.numpy())
     ring = table.rings.get(row_ids.device)
     if ring is None:

@@ -67,7 +67,7 @@ class TrainableRows(PlacedRows):
         self.check_usable(where)
         if requires == self.requires_row_grad:
             return self
-        if requires and self.format.scaling != "none":
+        if requires and self.format.scaled:
             raise ValueError(
                 f"{where}: rows must be float32, bfloat16, float16 or float64, got {self!r}. Steps of training are "
                 "smaller than those of fp8: train a master table in bfloat16 or float32 and convert it"

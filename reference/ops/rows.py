@@ -3,13 +3,18 @@
     dense         row
     e4m3_ue8m0    row * 2^(scale byte - 127), one byte per 32 elements; byte 255 is NaN
     e4m3          row * scale, one float32 for the table
+    mxfp4         e2m1 row * 2^(scale byte - 127), one byte per 32 elements
+    nvfp4         (e2m1 row * e4m3 scale) * scale: one byte per 16 elements, one float32 for the table
 
-C columns, R elements a row. An id outside the table, -1 among them, reads as a row of zeros.
+The first product of nvfp4 is exact in float32. C columns, R elements a row. An id outside the table, -1 among them,
+reads as a row of zeros.
 """
 
 import torch
 
-SCALE_GROUP = 32
+from engram_kernels.geometry.row_format import SCALE_DTYPES
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def lookup(table, row_ids, *, out=None, out_dtype=None, out_format="values", programs=None, order=None):
@@ -19,31 +24,43 @@ def lookup(table, row_ids, *, out=None, out_dtype=None, out_format="values", pro
     # A gather in bytes: PyTorch indexes few operations on fp8 tensors.
     rows = table.weight.view(torch.uint8)[ids].masked_fill(~inside[..., None], 0).view(table.format.dtype)
     scales = table.scale
-    if table.format.scaling == "group":
-        scales = scales.view(torch.uint8)[ids].masked_fill(~inside[..., None], 0)
+    if table.format.group:
+        scales = scales[ids].masked_fill(~inside[..., None], 0)
     if out_format == "storage":
         return (rows, scales) if out is None else _into(out, (rows, scales), table.format)
     # A missing row is zero even where the table's scale is infinite.
-    values = dequantise(rows, scales, table.format).masked_fill(~inside[..., None], 0)
+    values = dequantise(rows, scales, table.format, table.own_scale).masked_fill(~inside[..., None], 0)
     values = values.to(out_dtype or table.default_out_dtype)
     return values if out is None else out.copy_(values)
 
 
-def dequantise(rows, scales, row_format):
-    """Values of ``rows`` in float32 (in their own type where dense)."""
-    if row_format.scaling == "none":
+def dequantise(rows, scales, row_format, own_scale):
+    """Values ``[..., R]`` of stored rows in float32 (in their own type where dense).
+
+    scales: bytes of groups ``[..., R / G]``, where the format has them. own_scale: the table's, where it has one.
+    """
+    if not row_format.scaled:
         return rows
-    values = rows.to(torch.float32)
-    if row_format.scaling == "table":
-        return values * scales
-    groups = values.unflatten(-1, (-1, SCALE_GROUP))
-    return (groups * scales.view(torch.float8_e8m0fnu).to(torch.float32)[..., None]).flatten(-2)
+    values = unpack_e2m1(rows) if row_format.packed > 1 else rows.to(torch.float32)
+    if row_format.group:
+        scales = scales.view(SCALE_DTYPES[row_format.group_scale]).to(torch.float32)
+        values = (values.unflatten(-1, (-1, row_format.group)) * scales[..., None]).flatten(-2)
+    if row_format.table_scale:
+        values = values * torch.tensor(own_scale, dtype=torch.float32, device=values.device)
+    return values
+
+
+def unpack_e2m1(packed):
+    """float32 ``[..., 2 n]`` of e2m1 pairs ``[..., n]``, uint8; the low half of a byte is the even element."""
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=packed.device)
+    return torch.cat([values, -values])[codes.int()]
 
 
 def _into(out, storage, row_format):
     """Copy rows, and scales where they belong to rows, into the pair the caller gave."""
     out[0].view(torch.uint8).copy_(storage[0].view(torch.uint8))
-    if row_format.scaling == "group":
+    if row_format.group:
         out[1].view(torch.uint8).copy_(storage[1])
         return out
     return out[0], storage[1]

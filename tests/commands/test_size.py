@@ -41,7 +41,7 @@ def test_bytes_are_those_of_tensors(name):
     traffic = layer_traffic(config, T)
     assert traffic.rows == ids.numel()
     assert traffic.row_bytes == nbytes(gathered)
-    assert traffic.scale_bytes == (nbytes(table.scale[ids]) if table.format.scaling == "group" else 0)
+    assert traffic.scale_bytes == (nbytes(table.scale[ids]) if table.format.group else 0)
     assert traffic.out_bytes == nbytes(torch.empty(T, columns, config.row_width, dtype=torch.bfloat16))
     assert traffic.weight_bytes == nbytes(torch.empty(kv.shape[1], columns * config.row_width, dtype=stored))
     assert traffic.projected_bytes == nbytes(kv)

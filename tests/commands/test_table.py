@@ -84,8 +84,8 @@ def test_inspect_and_verify_know_the_published_models(tmp_path, capsys, preset):
         name = f"layers.{layer}.engram.embed." if config.window == "pad" else QWEN_TABLE
         size, header = rows * fmt.row_bytes(width), {}
         header[f"{name}weight"] = dict(dtype=dtype, shape=[rows, width], data_offsets=[0, size])
-        if fmt.scaling != "none":
-            groups = fmt.scaling == "group"
+        if fmt.scaled:
+            groups = fmt.group
             scale = dict(dtype="F8_E8M0", shape=[rows, width // 32]) if groups else dict(dtype="F32", shape=[])
             more = rows * fmt.scale_bytes(width) or 4
             header[f"{name}{'scale' if groups else 'weight_scale'}"] = scale | {"data_offsets": [size, size + more]}

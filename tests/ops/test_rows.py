@@ -31,6 +31,15 @@ CASES = [
     ("e4m3_ue8m0", 256),
     ("e4m3_ue8m0", 288),
     ("e4m3_ue8m0", 1024),
+    ("mxfp4", 32),
+    ("mxfp4", 160),
+    ("mxfp4", 256),
+    ("mxfp4", 1024),
+    ("nvfp4", 32),
+    ("nvfp4", 96),
+    ("nvfp4", 160),
+    ("nvfp4", 256),
+    ("nvfp4", 1024),
 ]
 ROWS = 23
 
@@ -67,9 +76,9 @@ def test_reference_storage(name, width):
         row = int(ids[place])
         stored = weight.view(torch.uint8)[row] if 0 <= row < ROWS else torch.zeros_like(weight.view(torch.uint8)[0])
         assert torch.equal(rows.view(torch.uint8)[place], stored)
-        if FORMATS[name].scaling == "group":
+        if FORMATS[name].group:
             assert torch.equal(scales[place], scale[row] if 0 <= row < ROWS else torch.zeros_like(scale[0]))
-    if FORMATS[name].scaling == "table":
+    if name == "e4m3":
         assert scales.item() == pytest.approx(tables.TABLE_SCALE)
 
 

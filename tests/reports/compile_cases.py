@@ -76,7 +76,7 @@ def hash_case(chosen, full=False, slots=None):
 def row_out(rows, shape, storage):
     if not storage:
         return torch.empty(*shape, rows.width, dtype=torch.bfloat16)
-    scaled = rows.format.scaling == "group"
+    scaled = rows.format.group
     scales = torch.empty(*shape, rows.width // 32, dtype=torch.uint8) if scaled else None
     return torch.empty(*shape, rows.width, dtype=rows.format.dtype), scales
 
@@ -224,7 +224,7 @@ def sinkhorn_case(width, dtype):
 def exchange_case(rows):
     """As many rows as there are tokens, for any of the table."""
     fmt, width, uint8 = rows.format, rows.width, partial(torch.empty, dtype=torch.uint8)
-    scales = uint8(TOKENS, fmt.scale_bytes(width)) if fmt.scaling == "group" else None
+    scales = uint8(TOKENS, fmt.scale_bytes(width)) if fmt.group else None
     stored = StoredRows(torch.empty(TOKENS, dtype=torch.int64), uint8(TOKENS, fmt.row_bytes(width)), scales)
     launch_exchange_rows(rows.weight, rows.scale, stored)
 

@@ -102,7 +102,7 @@ def by_hand(path, header, data=b"", length=None):
 def finite_parts(rows, width, name, seed=0):
     """(weight, scale) without NaN and with moderate scales, as a checkpoint's are; fp8 rows hold all other bytes."""
     weight, scale = tables.random_parts(rows, width, name, seed)
-    if FORMATS[name].scaling != "none":
+    if FORMATS[name].scaled:
         bits = raw(weight)
         bits.masked_fill_((bits & 0x7F) == 0x7F, 0x11)
     if isinstance(scale, torch.Tensor):

@@ -74,6 +74,26 @@ def ue8m0_value(byte):
     return math.nan if byte == 255 else 2.0 ** (byte - 127)
 
 
+def e2m1_value(code):
+    """The float64 value of four bits: a sign, two bits of exponent (bias 1), one of mantissa."""
+    sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+    magnitude = mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1)
+    return -magnitude if sign else magnitude
+
+
+def fp4_rows(weight, scales, own_scale, ids):
+    """float64 rows of e2m1 pairs; scales ue8m0 per 32 elements, or with ``own_scale`` e4m3 per 16."""
+    group, value = (32, ue8m0_value) if own_scale is None else (16, e4m3_value)
+    rows = np.zeros((*ids.shape, 2 * weight.shape[1]))
+    for place in np.ndindex(ids.shape):
+        row = int(ids[place])
+        if 0 <= row < len(weight):
+            for e in range(rows.shape[-1]):
+                code = int(weight[row, e // 2]) >> 4 * (e % 2) & 15
+                rows[place][e] = e2m1_value(code) * value(int(scales[row, e // group])) * (own_scale or 1.0)
+    return rows
+
+
 def fp8_rows(rows, scales, ids):
     """Values float64 of rows ``ids`` (numpy, any shape) of a uint8 table with ue8m0 bytes or one float as scales."""
     table = np.array([e4m3_value(byte) for byte in range(256)])

@@ -273,9 +273,9 @@ def load(path, kind, format, split="columns"):
         expected = held_rows(table, weight)
         rows = len(expected)
         equal = [same(table.part.weight[:rows], expected), table.token_map == "0" * 64]
-        if table.format.scaling == "group":
+        if table.format.group:
             equal.append(same(table.part.scale[:rows], held_rows(table, scale)))
-        elif table.format.scaling == "table":
+        elif table.format.table_scale:
             equal.append(float(table.part.scale) == float(torch.tensor(scale)))
         per_row = table.format.row_bytes(WIDTH) + table.format.scale_bytes(WIDTH)
         return all(equal), read[-1] == (rows * per_row,) * 2

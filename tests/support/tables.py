@@ -14,23 +14,38 @@ TABLE_SCALE = 0.37
 def place(weight, scale, device, placement=None):
     """A table that ops on ``device`` can read: on it, or where ``placement`` says."""
     placement = placement or ("cpu" if device.type == "cpu" else "device")
-    if placement == "device" and isinstance(scale, torch.Tensor):
-        scale = scale.to(device)
-    return EngramTable.from_tensors(weight.to(device) if placement == "device" else weight, scale, placement=placement)
+    if placement == "device":
+        weight, scale = weight.to(device), scale.to(device) if isinstance(scale, torch.Tensor) else scale
+    return EngramTable.from_tensors(weight, scale, placement=placement, **own_scale_of(weight, scale))
+
+
+def own_scale_of(weight, scale) -> dict:
+    """What from_tensors takes besides the parts of :func:`random_parts`."""
+    return dict(own_scale=TABLE_SCALE) if is_nvfp4(weight, scale) else {}
+
+
+def is_nvfp4(weight, scale) -> bool:
+    return weight.dtype == torch.uint8 and scale.shape[1] * 16 == weight.shape[1] * 2
 
 
 def random_parts(rows, width, name, seed=0) -> tuple[torch.Tensor, torch.Tensor | float | None]:
-    """(weight, scale) on the CPU. fp8 rows hold every byte; ue8m0 scales are mostly moderate, some extreme."""
+    """(weight, scale) on the CPU. Scaled rows hold every byte; ue8m0 scales are mostly moderate, some extreme.
+
+    Scales of groups are uint8; the table's own of nvfp4 is TABLE_SCALE.
+    """
     generator = torch.Generator().manual_seed(seed + rows * 2000 + width)
-    dtype = FORMATS[name].dtype
-    if FORMATS[name].scaling == "none":
-        return torch.randn(rows, width, generator=generator).to(dtype), None
-    weight = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8).view(dtype)
-    if FORMATS[name].scaling == "table":
+    fmt = FORMATS[name]
+    if not fmt.scaled:
+        return torch.randn(rows, width, generator=generator).to(fmt.dtype), None
+    weight = torch.randint(0, 256, (rows, fmt.row_items(width)), generator=generator, dtype=torch.uint8).view(fmt.dtype)
+    if not fmt.group:
         return weight, TABLE_SCALE * (seed + 1)
-    scale = torch.randint(110, 140, (rows, width // 32), generator=generator, dtype=torch.uint8)
+    some, extremes = (110, 140), [0, 1, 255, 254, 127]
+    if fmt.group_scale == "e4m3":
+        some, extremes = (0, 256), [0, 1, 255, 254, 127, 128, 126]
+    scale = torch.randint(*some, (rows, fmt.scale_bytes(width)), generator=generator, dtype=torch.uint8)
     extreme = scale.view(-1)[:: max(1, scale.numel() // 7)]
-    extreme.copy_(torch.tensor([0, 1, 255, 254, 127], dtype=torch.uint8).repeat(len(extreme))[: len(extreme)])
+    extreme.copy_(torch.tensor(extremes, dtype=torch.uint8).repeat(len(extreme))[: len(extreme)])
     return weight, scale
 
 
@@ -39,6 +54,9 @@ def expected_values(weight, scale, ids):
     if weight.dtype == torch.float8_e4m3fn:
         scales = scale.numpy() if isinstance(scale, torch.Tensor) else float(np.float32(scale))
         return oracles.fp8_rows(weight.view(torch.uint8).numpy(), scales, ids.numpy())
+    if weight.dtype == torch.uint8:
+        own = float(np.float32(TABLE_SCALE)) if is_nvfp4(weight, scale) else None
+        return oracles.fp4_rows(weight.numpy(), scale.numpy(), own, ids.numpy())
     values = weight.double()[ids.clamp(0, len(weight) - 1).long()]
     return values.masked_fill(((ids < 0) | (ids >= len(weight)))[..., None], 0).numpy()
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP
+from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.launching.device import cdiv, next_power_of_2
 from engram_kernels.tables.view import TableView
 
@@ -59,6 +59,21 @@ def decode_e4m3(byte, ELEMENT: tl.constexpr):
 
 
 @triton.jit
+def decode_e2m1(words):
+    """float32 ``[B, 8 W]`` of e2m1 codes, eight in each of ``words [B, W]`` (uint32), the first in the low bits.
+
+    Halves, bytes, then codes go to the top of a word each, one shift for both that come of it. Sign, exponent and
+    mantissa in their float32 places read 2^126 too small, and the shift to there fills what is between with signs.
+    """
+    words = words.to(tl.int32, bitcast=True)
+    halves = tl.join(words << 16, words)
+    eighths = tl.join(halves << 8, halves)
+    codes = tl.reshape(tl.join(eighths << 4, eighths), (words.shape[0], words.shape[1] * 8))
+    bits = (codes >> 6) & -2118123520  # 0x81C00000
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+
+
+@triton.jit
 def decode_ue8m0(byte):
     """float32 2^(byte - 127) of scale bytes (any integer type): 0 is the subnormal 2^-127, 255 is NaN."""
     bits = tl.maximum(byte.to(tl.int32) << 23, 0x00400000)
@@ -72,7 +87,8 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept_ptr=None, kept_sc
 
     table: addresses of rows and of scales, int64 and 16-byte aligned, number of rows, bits of the table's scale; each
     a scalar or ``[BLOCK]``. The number is None where no ``row`` lies beyond the table.
-    out: out_ptr, out_scale_ptr. layout: WIDTH, ELEMENT, SCALING, STORAGE, GROUP, CHUNK, of :func:`row_constants`.
+    out: out_ptr, out_scale_ptr. layout: WIDTH, ELEMENT, SCALING, STORAGE, GROUP, CHUNK, of :func:`row_constants`;
+    ELEMENT uint32 is eight e2m1 codes, of which WIDTH, GROUP and CHUNK count each.
     ``row`` may be int32; so may ``out_row`` where its product with WIDTH fits.
     Chunks of CHUNK elements are tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group.
     Stored rows also go to ``kept_ptr``, and scales beside them, where kept_row >= 0.
@@ -95,7 +111,8 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept_ptr=None, kept_sc
     row = row.to(tl.int64)
     BYTES: tl.constexpr = ELEMENT.primitive_bitwidth == 8
     POINTEE: tl.constexpr = tl.uint8 if BYTES else ELEMENT
-    row_ptr = tl.multiple_of(weight_address.to(tl.pointer_type(POINTEE)), 16) + row * WIDTH
+    PACKED: tl.constexpr = 8 if ELEMENT == tl.uint32 else 1
+    row_ptr = tl.multiple_of(weight_address.to(tl.pointer_type(POINTEE)), 16) + row * (WIDTH // PACKED)
     NUM_SCALES: tl.constexpr = WIDTH // GROUP
     CHUNK_SCALES: tl.constexpr = CHUNK // GROUP
     # A thread reads as many elements as it stores in 16 bytes, of e4m3 to bfloat16 eight: with all 16 that a load could
@@ -110,12 +127,24 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept_ptr=None, kept_sc
         if begin + CHUNK > WIDTH:
             mask = mask & (offs_w < WIDTH)
             mask_out = mask_out & (offs_w < WIDTH)
-        value_ptr = tl.max_contiguous(row_ptr[:, None, None] + offs_w, [1, 1, STORED])
-        value = tl.load(value_ptr, mask=mask, other=0)
-        if kept_ptr is not None:
-            mask_kept = mask_out & (kept_row >= 0)[:, None, None]
-            tl.store(kept_ptr + kept_row[:, None, None] * WIDTH + offs_w, value, mask=mask_kept)
-        if SCALING == "group":
+        if PACKED == 1:
+            value_ptr = tl.max_contiguous(row_ptr[:, None, None] + offs_w, [1, 1, STORED])
+            value = tl.load(value_ptr, mask=mask, other=0)
+            if kept_ptr is not None:
+                mask_kept = mask_out & (kept_row >= 0)[:, None, None]
+                tl.store(kept_ptr + kept_row[:, None, None] * WIDTH + offs_w, value, mask=mask_kept)
+        else:
+            offs_word = begin // PACKED + tl.arange(0, CHUNK // PACKED)
+            mask_w = (offs_word < WIDTH // PACKED)[None, :]
+            # One word a thread, for the same reason: its codes are what a thread stores.
+            word_ptr = tl.max_contiguous(row_ptr[:, None] + offs_word[None, :], [1, 1])
+            words = tl.load(word_ptr, mask=present[:, None] & mask_w, other=0)
+            if kept_ptr is not None:
+                kept_word = kept_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + kept_row[:, None] * (WIDTH // PACKED)
+                mask_kept = mask_row[:, None] & mask_w & (kept_row >= 0)[:, None]
+                tl.store(kept_word + offs_word[None, :], words, mask=mask_kept)
+            value = tl.reshape(decode_e2m1(words), (row.shape[0], CHUNK_SCALES, GROUP))
+        if SCALING == "ue8m0" or SCALING == "e4m3":
             scales = load_scales(row, present, scale_address, begin // GROUP, NUM_SCALES, CHUNK_SCALES, AS_WORDS)
             offs_s = begin // GROUP + offs_scale
             mask_s = mask_row[:, None] & (offs_s < NUM_SCALES)[None, :]
@@ -125,6 +154,11 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept_ptr=None, kept_sc
             if STORAGE:
                 out_s = out_scale_ptr + out_row[:, None] * NUM_SCALES + offs_s[None, :]
                 tl.store(out_s, scales.to(tl.uint8), mask=mask_s)
+            elif SCALING == "e4m3":
+                value *= decode_e4m3(scales.to(tl.uint8), tl.uint8)[:, :, None]  # exact
+                value *= (scale_bits + row * 0).to(tl.int32).to(tl.float32, bitcast=True)[:, None, None]
+            elif PACKED > 1:
+                value *= decode_ue8m0(scales)[:, :, None]
             elif ELEMENT == tl.float8e4nv and out_ptr.dtype.element_ty == tl.bfloat16:
                 # Factors are bfloat16 numbers and products float32 ones, so that two at a time are rounded once, too.
                 value = decode_e4m3(value, ELEMENT).to(tl.bfloat16) * decode_ue8m0(scales).to(tl.bfloat16)[:, :, None]
@@ -148,7 +182,12 @@ def load_scales(
     bytes, which the threads share: two each of 16 V4.1 rows, where of words each thread would decode eight.
     """
     offs = tl.arange(0, CHUNK_SCALES)
-    if AS_WORDS and NUM_SCALES % 8 == 0 and CHUNK_SCALES == 8:
+    if AS_WORDS and NUM_SCALES % 16 == 0 and CHUNK_SCALES == 16:
+        word_ptr = scale_address.to(tl.pointer_type(tl.uint64)) + row * (NUM_SCALES // 8) + begin // 8
+        words = tl.load(word_ptr[:, None] + tl.arange(0, 2)[None, :], mask=present[:, None], other=0)
+        parts = words[:, :, None] >> (8 * tl.arange(0, 8))[None, None, :].to(tl.uint64)
+        return tl.reshape((parts & 0xFF).to(tl.uint32), (row.shape[0], CHUNK_SCALES))
+    elif AS_WORDS and NUM_SCALES % 8 == 0 and CHUNK_SCALES == 8:
         word_ptr = tl.multiple_of(scale_address.to(tl.pointer_type(tl.uint64)), 8)
         word = tl.load(word_ptr + row * (NUM_SCALES // 8) + begin // 8, mask=present, other=0)
         return ((word[:, None] >> (8 * offs)[None, :].to(tl.uint64)) & 0xFF).to(tl.uint32)
@@ -177,13 +216,16 @@ def converts_e4m3(storage: bool) -> bool:
 def row_constants(view: TableView, storage: bool, config: RowsConfig) -> dict:
     """Compile-time constants that every kernel reading rows takes."""
     row_format = FORMATS[view.format]
-    byte = tl.float8e4nv if converts_e4m3(storage) else tl.uint8
+    element = _POINTEE.get(row_format.dtype, tl.float8e4nv if converts_e4m3(storage) else tl.uint8)
+    if row_format.packed > 1:
+        element = tl.uint8 if storage else tl.uint32
+    items = row_format.packed if storage else 1  # elements in what a copy moves
     return dict(
-        WIDTH=view.width,
-        ELEMENT=_POINTEE.get(row_format.dtype, byte),
-        SCALING=row_format.scaling,
+        WIDTH=view.width // items,
+        ELEMENT=element,
+        SCALING=row_format.group_scale or ("table" if row_format.table_scale else "none"),
         STORAGE=storage,
-        GROUP=SCALE_GROUP if row_format.scaling == "group" else config.chunk,
+        GROUP=(row_format.group or config.chunk) // items,
         BLOCK_ROWS=config.block_rows,
-        CHUNK=config.chunk,
+        CHUNK=config.chunk // items,
     )

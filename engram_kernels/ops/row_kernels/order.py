@@ -183,7 +183,7 @@ def launch_copy_duplicates(keys, places, out: torch.Tensor, programs: int) -> No
 
 
 def scale_words(scales: torch.Tensor) -> torch.Tensor:
-    """Scale bytes ``[..., R / 32]`` as the widest integers that a row and its address are whole numbers of."""
+    """Scale bytes ``[..., R / G]`` as the widest integers that a row and its address are whole numbers of."""
     for dtype in (torch.int64, torch.int32, torch.int16):
         size = dtype.itemsize
         if scales.shape[-1] % size == 0 and scales.data_ptr() % size == 0 and scales.storage_offset() % size == 0:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from engram_kernels.geometry.kinds import AnyOf, Dtype, Instance, OneOf, Optional, Tensor, Whole, check_all
-from engram_kernels.geometry.row_format import FORMATS, SCALE_GROUP, RowFormat
+from engram_kernels.geometry.row_format import FORMATS, RowFormat
 from engram_kernels.launching.checks import check_out, check_tensor
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import TableView
@@ -47,9 +47,10 @@ def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype,
         return
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(f"{where}: out must be a pair (rows, scales) for 'storage', got {type(out).__name__}")
-    check_tensor(where, "out[0]", out[0], dtypes=(table.format.dtype,), shape=shape, device=device)
-    if table.format.scaling == "group":
-        scales = (*shape[:-1], table.width // SCALE_GROUP)
+    fmt, rows = table.format, (*shape[:-1], table.format.row_items(table.width))
+    check_tensor(where, "out[0]", out[0], dtypes=(fmt.dtype,), shape=rows, device=device)
+    if fmt.group:
+        scales = (*shape[:-1], fmt.scale_bytes(table.width))
         check_tensor(where, "out[1]", out[1], dtypes=(torch.uint8,), shape=scales, device=device)
     elif out[1] is not None:
         raise ValueError(f"{where}: a table of format {table.format.name} has no scales per row, got out[1]")
@@ -58,12 +59,12 @@ def check_row_out(where: str, table: EngramTable, shape, device, out, out_dtype,
 def make_row_out(row_format: RowFormat, shape, device, out_dtype, storage: bool):
     """A new output of ``shape [..., R]``, as :func:`check_row_out` describes it."""
     if not storage:
-        default = row_format.dtype if row_format.scaling == "none" else torch.bfloat16
+        default = torch.bfloat16 if row_format.scaled else row_format.dtype
         return torch.empty(shape, dtype=out_dtype or default, device=device)
-    scales = None
-    if row_format.scaling == "group":
-        scales = torch.empty((*shape[:-1], shape[-1] // SCALE_GROUP), dtype=torch.uint8, device=device)
-    return torch.empty(shape, dtype=row_format.dtype, device=device), scales
+    (*many, width), scales = shape, None
+    if row_format.group:
+        scales = torch.empty((*many, row_format.scale_bytes(width)), dtype=torch.uint8, device=device)
+    return torch.empty((*many, row_format.row_items(width)), dtype=row_format.dtype, device=device), scales
 
 
 def make_view_out(view: TableView, ids_shape, device, out_dtype, storage: bool):
@@ -76,8 +77,8 @@ def kernel_out(out, view: TableView, storage: bool):
     if not storage:
         return out, None
     rows, scales = out
-    scaling = FORMATS[view.format].scaling
-    return rows if scaling == "none" else rows.view(torch.uint8), scales if scaling == "group" else None
+    fmt = FORMATS[view.format]
+    return rows.view(torch.uint8) if fmt.scaled else rows, scales if fmt.group else None
 
 
 def split_view(rest: tuple) -> tuple[TableView, tuple]:

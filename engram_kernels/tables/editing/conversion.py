@@ -51,15 +51,14 @@ def check_copy(where: str, master: PlacedRows, copy: "Copy | PlacedRows") -> Non
 def convert_rows(
     master: TrainableRows, copy: "Copy | PlacedRows", ids: torch.Tensor, where: str, clip: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(uint8 ``[n, row bytes]``, uint8 ``[n, R / 32]`` or None) of rows ``ids [n]``, where ``master`` lies."""
+    """(uint8 ``[n, row bytes]``, uint8 scale bytes or None) of rows ``ids [n]``, where ``master`` lies."""
     same = (master.format, master.own_scale) == (copy.format, copy.own_scale)
     some = max(1, _DECODED.get(master.weight.device.type, _DECODED_ON_GPU) // master.width)
     parts = []
     for begin, end in list(spans(len(ids), some)) or [(0, 0)]:
         rows, scales = read_rows(master, ids[begin:end])
         if not same:
-            scale = master.own_scale if scales is None else scales
-            values = decode_rows(rows.view(master.format.dtype), scale, master.format)
+            values = decode_rows(rows.view(master.format.dtype), scales, master.format, master.own_scale)
             rows, scales = encoded_values(copy, values, where, clip)
         parts.append((rows, scales))
     rows, scales = zip(*parts, strict=True)

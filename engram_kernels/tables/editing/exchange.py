@@ -26,7 +26,7 @@ class StoredRows(NamedTuple):
 
     ids: torch.Tensor  #: int64 ``[n]``, distinct, within the table
     rows: torch.Tensor  #: uint8 ``[n, row bytes]``
-    scales: torch.Tensor | None  #: uint8 ``[n, R / 32]`` of format "e4m3_ue8m0"
+    scales: torch.Tensor | None  #: uint8 scale bytes, of formats with scales of groups
 
 
 @dataclass(frozen=True)

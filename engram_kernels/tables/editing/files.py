@@ -1,8 +1,8 @@
 """Some rows of a table in a safetensors file, as the table stores them: a file that is there whole or not at all.
 
     ids       I64 [n]                 distinct rows of the table
-    rows      [n, R]                  in the table's dtype
-    scales    F8_E8M0 [n, R / 32]     of format "e4m3_ue8m0"
+    rows      [n, R]                  in the table's dtype; U8 [n, R / 2] of packed elements
+    scales    F8_E8M0 [n, R / 32]     of formats with scales of groups; F8_E4M3 [n, R / 16] of "nvfp4"
     __metadata__    "table_rows": JSON of the table that they are for, and of what else the writer says
 
 How a file is written: checkpoints/writing.py.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from engram_kernels.checkpoints.files import ROWS_KEY, SUFFIX, Checkpoint
-from engram_kernels.checkpoints.validate import DENSE
+from engram_kernels.checkpoints.names import FILE_SCALES, file_dtype
 from engram_kernels.checkpoints.writing import (
     NewTensor,
     check_disk,
@@ -36,7 +36,6 @@ from .exchange import StoredRows
 
 _DEFAULT = f"rows{SUFFIX}"
 _VERSION = 1
-_DTYPES = {name: dtype for dtype, name in DENSE.items()}
 
 
 def save_rows(
@@ -79,7 +78,7 @@ def load_rows(table: PlacedRows, path: str | os.PathLike, where: str) -> tuple[S
                 continue
             if type(theirs) is not type(ours) or theirs != ours:
                 raise checkpoint.error(f"{path} is of rows for a table with {name} {ours!r}, got {theirs!r}"[:400])
-        names = ["ids", "rows", *(["scales"] if table.format.scaling == "group" else [])]
+        names = ["ids", "rows", *(["scales"] if table.format.group else [])]
         if sorted(checkpoint.names) != sorted(names):
             raise checkpoint.error(f"{path} must hold {', '.join(names)}, got {', '.join(checkpoint.names)}"[:400])
         count = checkpoint.tensor("ids").shape[:1]
@@ -101,8 +100,9 @@ def _facts(table: PlacedRows) -> dict[str, Any]:
 def _layout(table: PlacedRows, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype as the format calls it, shape) of ``count`` rows by name."""
     fmt = table.format
-    layout = dict(ids=("I64", (count,)), rows=(_DTYPES.get(fmt.name, "F8_E4M3"), (count, table.width)))
-    return layout | (dict(scales=("F8_E8M0", (count, fmt.scale_bytes(table.width)))) if fmt.scaling == "group" else {})
+    layout = dict(ids=("I64", (count,)), rows=(file_dtype(fmt), (count, fmt.row_items(table.width))))
+    scales = dict(scales=(FILE_SCALES[fmt.group_scale], (count, fmt.scale_bytes(table.width)))) if fmt.group else {}
+    return layout | scales
 
 
 def _said(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:

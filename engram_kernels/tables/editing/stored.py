@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from engram_kernels.checkpoints.encoding import encode_rows, overflows
+from engram_kernels.checkpoints.encoding import MOST, encode_rows, overflows
 from engram_kernels.geometry.kinds import Optional, Tensor
-from engram_kernels.geometry.row_format import SCALE_GROUP, check_content
+from engram_kernels.geometry.row_format import SCALE_DTYPES, check_content
 
 from ..memory.mapped_files import refuses_writes
 from ..placed import PlacedRows
@@ -15,8 +15,8 @@ from .exchange import StoredRows
 VALUES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_KINDS = dict(
     ids=Tensor(torch.int32, torch.int64),
-    rows=Tensor(*VALUES, torch.float8_e4m3fn, torch.float64),
-    scales=Optional(Tensor(torch.uint8, torch.float8_e8m0fnu)),
+    rows=Tensor(*VALUES, torch.float8_e4m3fn, torch.uint8, torch.float64),
+    scales=Optional(Tensor(torch.uint8, *SCALE_DTYPES.values())),
 )
 
 
@@ -30,7 +30,7 @@ def check_writable(table: PlacedRows, where: str) -> None:
             f"{where}: {table!r} is shared and its scales are on the device, where every process has a copy of its own "
             "that a write here would not reach; share it with its scales in the file (scales=None)"
         )
-    parts = [table.weight, table.scale if table.format.scaling == "group" else None]
+    parts = [table.weight, table.scale if table.format.group else None]
     for part in parts if table.placement in ("cpu", "staged") else ():
         if part is not None and part.numel() and (reason := refuses_writes(part)):
             raise ValueError(
@@ -64,18 +64,20 @@ def checked_ids(table: PlacedRows, ids: torch.Tensor, where: str) -> torch.Tenso
 def encoded(
     table: PlacedRows, rows: torch.Tensor, scales: torch.Tensor | None, count: int, where: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(uint8 ``[n, row bytes]``, uint8 ``[n, R / 32]`` or None) of ``rows [n, R]``, where the caller has them.
+    """(uint8 ``[n, row bytes]``, uint8 scale bytes or None) of ``rows [n, R]``, where the caller has them.
 
     Rows in the table's own dtype are its bits; float32, bfloat16 and float16 are values, rounded as
     checkpoints/encoding.py says. ValueError where a value does not fit the format, or the table's own scale.
     """
-    fmt, shape = table.format, [count, table.width]
+    fmt = table.format
+    shape = [count, fmt.row_items(table.width) if rows.dtype == fmt.dtype else table.width]
     check_content(rows, "rows", where)
     if list(rows.shape) != shape or rows.layout != torch.strided:
         raise ValueError(f"{where}: rows must have shape {shape}, dense, got {list(rows.shape)} ({rows.layout})")
-    grouped = fmt.scaling == "group" and rows.dtype == fmt.dtype
+    grouped = bool(fmt.group) and rows.dtype == fmt.dtype
     if (scales is not None) != grouped:
-        need = "scales must come with float8_e4m3fn rows" if grouped else "scales must be None"
+        stored = str(fmt.dtype).removeprefix("torch.")
+        need = f"scales must come with {stored} rows" if grouped else "scales must be None"
         raise ValueError(
             f"{where}: {need}, for rows of {rows.dtype} and a table of {fmt.name}, got "
             f"{'none' if scales is None else f'{scales.dtype} {list(scales.shape)}'}"
@@ -84,8 +86,10 @@ def encoded(
     if rows.dtype == fmt.dtype:
         if scales is None:
             return rows.view(torch.uint8), None
-        expected = [count, table.width // SCALE_GROUP]
+        expected = [count, fmt.scale_bytes(table.width)]
         check_content(scales, "scales", where)
+        if scales.dtype not in (torch.uint8, own := SCALE_DTYPES[fmt.group_scale]):
+            raise ValueError(f"{where}: scales of {fmt.name} must be uint8 or {own}, got {scales.dtype}")
         if list(scales.shape) != expected or scales.layout != torch.strided:
             raise ValueError(f"{where}: scales must have shape {expected}, dense, got {list(scales.shape)}")
         return rows.view(torch.uint8), scales.detach().contiguous().view(torch.uint8)
@@ -105,7 +109,7 @@ def encoded_values(
     made, scales = encode_rows(values, fmt, where, scale=scale)
     if not clip and (lost := overflows(values, made, fmt, scale)):
         most = float(values.abs().nan_to_num(nan=0.0, posinf=0.0).max())
-        limit = f"448 times the table's scale, {448 * scale:g}" if scale else "65504"
+        limit = f"{MOST[fmt.name]:g} times the table's scale, {MOST[fmt.name] * scale:g}" if scale else "65504"
         raise ValueError(
             f"{where}: rows must fit {fmt.name}, at most {limit}, got {lost:,} values beyond, the greatest {most:g}"
         )
@@ -122,7 +126,7 @@ def on_writer(table: PlacedRows, ids: torch.Tensor, rows: torch.Tensor, scales: 
 def read_rows(table: PlacedRows, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(bytes of rows, of scales or None) as they are now, where the table lies; waits for a GPU that writes them."""
     table.wait_for_steps()
-    sources = [table.weight.view(torch.uint8), table.scale if table.format.scaling == "group" else None]
+    sources = [table.weight.view(torch.uint8), table.scale if table.format.group else None]
     return tuple(None if source is None else _gathered(source, ids) for source in sources)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from engram_kernels.geometry.row_format import SCALE_GROUP, RowFormat
+from engram_kernels.geometry.row_format import RowFormat
 
 from .host import HostMapping, Mapping, RuntimeDriver
 from .pages import HUGE_PAGE, Progress
@@ -22,6 +22,7 @@ class TableMemory(NamedTuple):
     weight: torch.Tensor
     scale: torch.Tensor | None
     mapping: Mapping | None = None
+    own_scale: float | None = None  #: the table's, where rows have scales of groups too
 
 
 def allocate(
@@ -46,10 +47,9 @@ def allocate(
         return _divide(mapping, rows, width, fmt, scale, scales)
     if placement == "staged":
         return _divide(HostMapping(_mapped_bytes(rows, width, fmt), huge=True), rows, width, fmt, scale)
-    weight = torch.empty(rows, width, dtype=fmt.dtype, device=device)
-    if fmt.scaling != "group":
-        return TableMemory(weight, _table_scale(fmt, scale))
-    return TableMemory(weight, torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=device))
+    weight = torch.empty(rows, fmt.row_items(width), dtype=fmt.dtype, device=device)
+    grouped = torch.empty(rows, fmt.scale_bytes(width), dtype=torch.uint8, device=device) if fmt.group else None
+    return _with_scales(fmt, scale, weight, grouped)
 
 
 def attach(
@@ -97,16 +97,16 @@ def _divide(
     """Rows and scales in a mapping, which is closed where that fails."""
     try:
         row_bytes = rows * fmt.row_bytes(width)
-        weight = mapping.bytes[:row_bytes].view(fmt.dtype).view(rows, width)
-        if fmt.scaling != "group":
-            return TableMemory(weight, _table_scale(fmt, scale), mapping)
+        weight = mapping.bytes[:row_bytes].view(fmt.dtype).view(rows, fmt.row_items(width))
+        if not fmt.group:
+            return _with_scales(fmt, scale, weight, None, mapping)
         at, nbytes = -(-row_bytes // _PAGE) * _PAGE, rows * fmt.scale_bytes(width)
         mapped = mapping.bytes[at : at + nbytes].view(rows, -1) if at < mapping.nbytes else None
         if mapped is None:
-            mapped = torch.empty(rows, width // SCALE_GROUP, dtype=torch.uint8, device=_gpu())
+            mapped = torch.empty(rows, fmt.scale_bytes(width), dtype=torch.uint8, device=_gpu())
         elif scales == "device":
             mapped = on_the_gpu(mapped, mapping)
-        return TableMemory(weight, mapped, mapping)
+        return _with_scales(fmt, scale, weight, mapped, mapping)
     except BaseException:
         mapping.close()
         raise
@@ -128,11 +128,17 @@ def _driver() -> RuntimeDriver | None:
 
 
 def _geometry(rows: int, width: int, fmt: RowFormat, scale: float | None) -> Geometry:
-    return Geometry(rows, width, fmt.name, scale if fmt.scaling == "table" else None)
+    return Geometry(rows, width, fmt.name, scale if fmt.table_scale else None)
 
 
-def _table_scale(fmt: RowFormat, scale: float) -> torch.Tensor | None:
-    return torch.tensor(float(scale), dtype=torch.float32, device="cpu") if fmt.scaling == "table" else None
+def _with_scales(
+    fmt: RowFormat, scale: float, weight: torch.Tensor, grouped: torch.Tensor | None, mapping: Mapping | None = None
+) -> TableMemory:
+    """Rows with the scales that their format has: of groups, of the table, or both."""
+    if fmt.group:
+        return TableMemory(weight, grouped, mapping, float(scale) if fmt.table_scale else None)
+    one = torch.tensor(float(scale), dtype=torch.float32, device="cpu") if fmt.table_scale else None
+    return TableMemory(weight, one, mapping)
 
 
 def _mapped_bytes(rows: int, width: int, fmt: RowFormat, scales: str | None = None) -> int:

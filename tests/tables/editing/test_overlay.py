@@ -29,7 +29,7 @@ def table_of(form="e4m3_ue8m0", placement="cpu", rows=ROWS, width=WIDTH, **optio
 
 def bits(table):
     """Copies of the bytes of all rows and scales of groups."""
-    scales = table.scale.clone() if table.format.scaling == "group" else torch.zeros(0)
+    scales = table.scale.clone() if table.format.group else torch.zeros(0)
     return table.weight.view(torch.uint8).clone(), scales
 
 
