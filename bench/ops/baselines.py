@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from engram_kernels import EngramTable, HashPlan, lookup, ngram_hash
-from engram_kernels.reference.ops.rows import SCALE_GROUP, dequantise
+from engram_kernels.reference.ops.rows import dequantise, unpack_e2m1
 
 
 def compiled(function, inputs):
@@ -32,15 +32,18 @@ def compiled(function, inputs):
 
 def plain_lookup(table: EngramTable):
     """``rows(ids)`` in steps that torch.compile knows: it has no ue8m0, so powers of two come from the scale bytes."""
-    weight, scale = table.weight.view(torch.uint8), table.scale
+    weight, scale, fmt = table.weight.view(torch.uint8), table.scale, table.format
 
     def rows(ids):
-        values = weight[ids.long()].view(table.format.dtype)
-        if scale is not None and table.format.group:
-            scales = torch.exp2(scale[ids.long()].float() - 127)
-            values = (values.float().unflatten(-1, (-1, SCALE_GROUP)) * scales[..., None]).flatten(-2)
-        elif scale is not None:
-            values = values.float() * scale
+        values = weight[ids.long()]
+        values = unpack_e2m1(values) if fmt.packed > 1 else values.view(fmt.dtype)
+        if fmt.group:
+            scales = scale[ids.long()]
+            powers = fmt.group_scale == "ue8m0"
+            scales = torch.exp2(scales.float() - 127) if powers else scales.view(torch.float8_e4m3fn).float()
+            values = (values.float().unflatten(-1, (-1, fmt.group)) * scales[..., None]).flatten(-2)
+        if fmt.table_scale:
+            values = values.float() * table.own_scale
         return values.to(table.default_out_dtype)
 
     return rows
@@ -103,7 +106,8 @@ def embedding(table: EngramTable, row_ids):
 
 def staged(table: EngramTable, row_ids):
     """What the package does for memory that the GPU cannot read, over the memory of a host table."""
-    other = EngramTable.from_tensors(table.weight, table.scale, placement="staged")
+    own = dict(own_scale=table.own_scale) if table.format.group else {}
+    other = EngramTable.from_tensors(table.weight, table.scale, placement="staged", **own)
     out = torch.empty(*row_ids[0].shape, table.width, dtype=table.default_out_dtype, device=row_ids[0].device)
     return lambda index: lookup(other, row_ids[index], out=out)
 

@@ -29,12 +29,13 @@ def prepare(placement: str, ranks: int, storage: bool, tokens: int, bench: Workb
     layers, columns = plan.primes.shape
     tables = (bench.table("v41", placement),) * layers
     table, shape = tables[0], (layers, tokens, columns)
-    dtype = table.format.dtype if storage else table.default_out_dtype
-    out = torch.empty(*shape, table.width, dtype=dtype, device=bench.device)
+    fmt, width = table.format, table.width
+    items, dtype = (fmt.row_items(width), fmt.dtype) if storage else (width, table.default_out_dtype)
+    out = torch.empty(*shape, items, dtype=dtype, device=bench.device)
     poison(out)
     scales = None
-    if storage and table.format.group:
-        scales = torch.empty(*shape, table.width // 32, dtype=torch.uint8, device=bench.device)
+    if storage and fmt.group:
+        scales = torch.empty(*shape, fmt.scale_bytes(width), dtype=torch.uint8, device=bench.device)
         poison(scales)
     read = row_bytes(table, layers * tokens * columns)
     sets = bench.sets(read + tensor_bytes(out, scales))

@@ -18,7 +18,7 @@ from .probe import NOT_MISSED, key_of, set_of, unscramble
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 # What reads is given 208 registers and uses them: with a limit that it would keep by itself ptxas spills one or two.
 CEILINGS = {
-    "read_missed_kernel": dict(sm_80=(208, 2048), sm_90=(208, 2048), sm_100=(208, 2048), gfx942=(112, 4096)),
+    "read_missed_kernel": dict(sm_80=(208, 2048), sm_90=(208, 2048), sm_100=(208, 2048), gfx942=(112, 8192)),
     "keep_missed_kernel": dict(sm_80=(64, 0), sm_90=(64, 0), sm_100=(64, 0), gfx942=(48, 0)),
 }
 

@@ -37,7 +37,7 @@ _GREATEST_BYTE = {"ue8m0": 254, "e4m3": 0x7E}
 
 
 def decode_rows(
-    rows: torch.Tensor, scales: torch.Tensor | None, format: RowFormat, own_scale: float | None
+    rows: torch.Tensor, scales: torch.Tensor | None, format: RowFormat, own_scale: float | None = None
 ) -> torch.Tensor:
     """Values float32 ``[n, R]`` of stored rows. scales: uint8 bytes of groups or None. own_scale: the table's, or None."""
     return dequantise(rows, scales, format, own_scale).to(torch.float32)

@@ -34,7 +34,7 @@ def lookup(table, row_ids, *, out=None, out_dtype=None, out_format="values", pro
     return values if out is None else out.copy_(values)
 
 
-def dequantise(rows, scales, row_format, own_scale):
+def dequantise(rows, scales, row_format, own_scale=None):
     """Values ``[..., R]`` of stored rows in float32 (in their own type where dense).
 
     scales: bytes of groups ``[..., R / G]``, where the format has them. own_scale: the table's, where it has one.

@@ -69,8 +69,10 @@ def check_dependence(kernel, target):
 def check_load_width(case, target, code):
     """Rows and hidden states come 16 bytes at a time; single bytes are dead tokens, masks and scales, never rows.
 
-    Of e4m3 rows that become bfloat16 a thread reads the 8 bytes that it stores as 16; what it stores tells then.
+    Of rows that become bfloat16 a thread reads what it stores as 16 bytes, 8 of e4m3 and 4 of e2m1; what it stores
+    tells then. Copies of e2m1 rows take half the loads.
     """
+    packed = "fp4" in case
     # Four loads of 16 bytes a thread read a step's rows on NVIDIA, two on AMD's wider warps; a gate's hidden state, key
     # and norms take as many.
     # The convolution reads the values of four taps, a hidden state and a norm; its state values alone.
@@ -86,19 +88,22 @@ def check_load_width(case, target, code):
     fewest |= {} if "storage" in case else {"copy_duplicates_kernel": 4}  # which also copies scales, of 8 bytes
     wide, narrow = code.loads.get("16", 0), code.loads.get("1", 0)
     wanted = fewest.get(code.kernel, 0) // (2 if target == "gfx942" else 1)
+    if packed and "storage" in case:
+        wanted //= 2
     if dequantised:
-        wide, wanted = code.loads.get("8", 0), 2 * wanted
+        wide, wanted = code.loads.get("4" if packed else "8", 0), 2 * wanted
         assert code.stores == {"16": wanted}, f"{code.kernel}: {wanted} stores of 16 bytes, got {code.stores}"
     conv_kernels = ("conv_residual_kernel", "advance_state_kernel", "store_conv_kernel", "conv_backward_kernel")
     if code.kernel in conv_kernels:  # what their tiles leave a thread, of warps of 64 and of few tokens
         wide += sum(code.loads.get(width, 0) for width in "84"[: (target == "gfx942") + case.endswith("few")])
-    width = 8 if dequantised else 16
+    width = (4 if packed else 8) if dequantised else 16
     assert wide >= wanted, f"{code.kernel}: at least {wanted} loads of {width} bytes, got {code.loads}"
     # One for each layout of a mask.
     bytes_read = 12 if any(word in case for word in ("packed", "masked", "slots")) else 0
-    bytes_read += 4 if any(word in case for word in ("ue8m0-32", "ue8m0-96")) else 0  # one or three scale bytes a row
+    bytes_read += 4 if any(word in case for word in ("ue8m0-32", "ue8m0-96", "mxfp4-96")) else 0  # one or three scale bytes a row
     decoding = code.kernel in ("lookup_kernel", "hash_lookup_kernel", "probe_cache_kernel") and "storage" not in case
-    bytes_read += 2 if decoding and "v41" in case else 0  # 128 scales of a step, two a thread
+    # 128 scales of a step, two a thread; of nvfp4 twice as many, also where a row of 160 or 32 elements has few.
+    bytes_read += 4 if decoding and "nvfp4" in case else 2 if decoding and "v41" in case else 0
     assert narrow <= bytes_read, f"{code.kernel}: at most {bytes_read} loads of one byte, got {code.loads}"
 
 

@@ -13,6 +13,7 @@ from tests.conftest import recent
 from tests.support import tables
 from tests.support.guards import Guarded
 from tests.support.launches import launch_lookup
+from tests.support.oracles import e2m1_value, e4m3_value, ue8m0_value
 
 # Widths: no power of two, more than one chunk, odd numbers of scale groups, one scale word of each size.
 CASES = [
@@ -156,6 +157,30 @@ def test_kernel_every_e4m3_byte_and_scale(device):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         values = lookup(table, ids.to(device), out_dtype=dtype)
         assert tables.same_bits(values, tables.rounded(exact, dtype), truncated=truncating(dtype))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_kernel_every_e2m1_code_and_scale(device, name):
+    """All 16 x 256 products at every place of a word and in every lane, signs of zeros included, rounded once."""
+    fmt, places = FORMATS[name], torch.arange(256)
+    codes = (places[None, :] + places[:, None]) % 16  # row s, whose scales are s; a group has each code
+    weight = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    scale = places.to(torch.uint8)[:, None].repeat(1, fmt.scale_bytes(256))
+    value = [ue8m0_value, e4m3_value][fmt.group_scale == "e4m3"]
+    factors = np.array([e2m1_value(code) for code in range(16)])[codes] * np.array([[value(s)] for s in range(256)])
+    for own_scale in (0.37, 1e-40, 3e38) if fmt.table_scale else (None,):
+        placement = "cpu" if device.type == "cpu" else "device"
+        parts = weight.to(device), scale.to(device)
+        table = EngramTable.from_tensors(*parts, own_scale=own_scale, placement=placement)
+        exact = factors if own_scale is None else factors * float(np.float32(own_scale))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            values = lookup(table, places.to(device), out_dtype=dtype)
+            expected = tables.rounded(exact, dtype)
+            assert tables.same_bits(values, expected, truncated=truncating(dtype))
+            assert tables.same_bits(reference.lookup(table, places.to(device), out_dtype=dtype), expected, truncated=False)
+            zero = expected == 0
+            assert torch.equal(torch.signbit(values.cpu())[zero], torch.signbit(expected)[zero])
 
 
 @pytest.mark.kernel

@@ -54,9 +54,10 @@ def overflowing(model):
     return HashPlan.from_parts(whole.multipliers + 2**61, whole.primes, **options)
 
 
-def table(model):
+def table(model, row_format=None):
+    """Of the model's width, in its own format or another."""
     config = getattr(EngramConfig, model)()
-    return EngramTable.empty(64, config.row_width, config.format, placement="cpu")
+    return EngramTable.empty(64, config.row_width, row_format or config.format, placement="cpu")
 
 
 def tokens(full):
@@ -76,9 +77,9 @@ def hash_case(chosen, full=False, slots=None):
 def row_out(rows, shape, storage):
     if not storage:
         return torch.empty(*shape, rows.width, dtype=torch.bfloat16)
-    scaled = rows.format.group
-    scales = torch.empty(*shape, rows.width // 32, dtype=torch.uint8) if scaled else None
-    return torch.empty(*shape, rows.width, dtype=rows.format.dtype), scales
+    fmt, width = rows.format, rows.width
+    scales = torch.empty(*shape, fmt.scale_bytes(width), dtype=torch.uint8) if fmt.group else None
+    return torch.empty(*shape, fmt.row_items(width), dtype=fmt.dtype), scales
 
 
 def lookup_case(rows, columns, storage=False, order="direct"):
@@ -86,8 +87,8 @@ def lookup_case(rows, columns, storage=False, order="direct"):
     launch_lookup(ids, view_tables((rows,), CPU), row_out(rows, ids.shape, storage), storage, None, order)
 
 
-def hash_lookup_case(model, full=False, storage=False, order="direct", slots=None):
-    chosen, rows = plan(model), table(model)
+def hash_lookup_case(model, full=False, storage=False, order="direct", slots=None, row_format=None):
+    chosen, rows = plan(model), table(model, row_format)
     if order == "address":  # each layer is a launch of its own, of the same kernel
         chosen = chosen.select(layers=[0])
     ids, *rest = tokens(full)
@@ -105,9 +106,9 @@ def cached_case(chosen, width, row_format, full=False, storage=False, order="dir
     launch_cached_lookup(cache, view_tables(cache.tables, CPU), storage, None, order, ids, *rest, out)
 
 
-def cached_lookup_case(model, **options):
+def cached_lookup_case(model, row_format=None, **options):
     config = getattr(EngramConfig, model)()
-    cached_case(plan(model), config.row_width, config.format, **options)
+    cached_case(plan(model), config.row_width, row_format or config.format, **options)
 
 
 def small_cached_case(width, row_format, wrapping=False, **options):
@@ -249,6 +250,11 @@ CASES = {
     "lookup/27b": lambda: lookup_case(table(PAPER), 16),
     "lookup/qwen": lambda: lookup_case(table(QWEN), 16),
     "lookup/float32-1024": lambda: lookup_case(EngramTable.empty(64, 1024, "float32", placement="cpu"), 16),
+    "lookup/v41-nvfp4": lambda: lookup_case(table(V41, "nvfp4"), 24),
+    "lookup/v41-nvfp4-storage": lambda: lookup_case(table(V41, "nvfp4"), 24, storage=True),
+    "lookup/v41-mxfp4": lambda: lookup_case(table(V41, "mxfp4"), 24),
+    "lookup/qwen-nvfp4": lambda: lookup_case(table(QWEN, "nvfp4"), 16),
+    "lookup/qwen-nvfp4-storage": lambda: lookup_case(table(QWEN, "nvfp4"), 16, storage=True),
     "hash_lookup/v41": lambda: hash_lookup_case(V41),
     "hash_lookup/v41-few": few(lambda: hash_lookup_case(V41), tokens=1),
     "hash_lookup/v41-packed-head-few": few(lambda: hash_lookup_case(V41, full=True, order="head"), tokens=1),
@@ -259,6 +265,12 @@ CASES = {
     "hash_lookup/v41-address": lambda: hash_lookup_case(V41, order="address"),
     "hash_lookup/27b": lambda: hash_lookup_case(PAPER),
     "hash_lookup/qwen": lambda: hash_lookup_case(QWEN),
+    "hash_lookup/v41-nvfp4": lambda: hash_lookup_case(V41, row_format="nvfp4"),
+    "hash_lookup/v41-nvfp4-few": few(lambda: hash_lookup_case(V41, row_format="nvfp4"), tokens=1),
+    "hash_lookup/v41-mxfp4-head": lambda: hash_lookup_case(V41, row_format="mxfp4", order="head"),
+    "cached_lookup/v41-nvfp4": lambda: cached_lookup_case(V41, "nvfp4"),
+    "cached_lookup/v41-nvfp4-head-storage": lambda: cached_lookup_case(V41, "nvfp4", order="head", storage=True),
+    "cached_lookup/v41-mxfp4-head": lambda: cached_lookup_case(V41, "mxfp4", order="head"),
     "cached_lookup/v41-packed": lambda: cached_lookup_case(V41, full=True, order="head"),
     "cached_lookup/v41-storage": lambda: cached_lookup_case(V41, storage=True),
     **{f"cached_lookup/{name}": partial(cached_lookup_case, model) for name, model in PRESETS.items()},
@@ -272,6 +284,8 @@ CASES = {
     "cached_lookup/e4m3_ue8m0-64-storage": lambda: small_cached_case(64, "e4m3_ue8m0", storage=True, ways=4),
     "cached_lookup/e4m3-16-overflow": lambda: small_cached_case(16, "e4m3", wrapping=True, ways=1),
     "cached_lookup/e4m3-128-head": lambda: small_cached_case(128, "e4m3", order="head"),
+    "cached_lookup/nvfp4-32-overflow": lambda: small_cached_case(32, "nvfp4", wrapping=True, ways=2),
+    "cached_lookup/mxfp4-96-storage": lambda: small_cached_case(96, "mxfp4", storage=True, ways=4),
     "cached_lookup/bfloat16-64-head": lambda: small_cached_case(64, "bfloat16", order="head", ways=2),
     "cached_lookup/float16-80": lambda: small_cached_case(80, "float16", ways=4),
     "cached_lookup/float32-4": lambda: small_cached_case(4, "float32", ways=32),
@@ -286,6 +300,7 @@ CASES = {
     "gate_backward/float32-1x1000": lambda: gate_backward_case(1, 1000, torch.float32),
     "gate_conv_backward/27b-packed": lambda: conv_backward_case(4, 2560, torch.bfloat16, full=True),
     "exchange_rows/v41": lambda: exchange_case(table(V41)),
+    "exchange_rows/v41-nvfp4": lambda: exchange_case(table(V41, "nvfp4")),
     "exchange_rows/27b": lambda: exchange_case(table(PAPER)),
     "exchange_rows/qwen": lambda: exchange_case(table(QWEN)),
     "exchange_rows/float32-1024": lambda: exchange_case(EngramTable.empty(64, 1024, "float32", placement="cpu")),

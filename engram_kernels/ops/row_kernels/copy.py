@@ -90,7 +90,8 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept_ptr=None, kept_sc
     out: out_ptr, out_scale_ptr. layout: WIDTH, ELEMENT, SCALING, STORAGE, GROUP, CHUNK, of :func:`row_constants`;
     ELEMENT uint32 is eight e2m1 codes, of which WIDTH, GROUP and CHUNK count each.
     ``row`` may be int32; so may ``out_row`` where its product with WIDTH fits.
-    Chunks of CHUNK elements are tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group.
+    Chunks of CHUNK elements are tiles [BLOCK, CHUNK / GROUP, GROUP], so that one scale serves a group; of copies, which
+    none serves, [BLOCK, 1, CHUNK].
     Stored rows also go to ``kept_ptr``, and scales beside them, where kept_row >= 0.
     """
     weight_address, scale_address, num_table_rows, scale_bits = table
@@ -119,9 +120,11 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept_ptr=None, kept_sc
     # bring, the tile would go through shared memory on its way to the output.
     STORED: tl.constexpr = 128 // max(POINTEE.primitive_bitwidth, out_ptr.dtype.element_ty.primitive_bitwidth)
     AS_WORDS: tl.constexpr = STORAGE or kept_ptr is not None
+    TILE: tl.constexpr = CHUNK if STORAGE else GROUP
     offs_scale = tl.arange(0, CHUNK_SCALES)
+    offs_tile = tl.arange(0, CHUNK // TILE)[None, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
     for begin in tl.static_range(0, WIDTH, CHUNK):
-        offs_w = begin + offs_scale[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+        offs_w = begin + offs_tile
         mask = present[:, None, None]
         mask_out = mask_row[:, None, None]
         if begin + CHUNK > WIDTH:
@@ -178,28 +181,23 @@ def load_scales(
 ):
     """Scale bytes ``begin`` .. ``begin + CHUNK_SCALES`` of each row, as integers ``[BLOCK, CHUNK_SCALES]``.
 
-    AS_WORDS, for copies: a row's are read as one word where they are 1, 2, 4 or a multiple of 8. Decoded ones come as
+    AS_WORDS, for copies: they are read as the widest words that a row's are a whole number of. Decoded ones come as
     bytes, which the threads share: two each of 16 V4.1 rows, where of words each thread would decode eight.
     """
-    offs = tl.arange(0, CHUNK_SCALES)
-    if AS_WORDS and NUM_SCALES % 16 == 0 and CHUNK_SCALES == 16:
-        word_ptr = scale_address.to(tl.pointer_type(tl.uint64)) + row * (NUM_SCALES // 8) + begin // 8
-        words = tl.load(word_ptr[:, None] + tl.arange(0, 2)[None, :], mask=present[:, None], other=0)
-        parts = words[:, :, None] >> (8 * tl.arange(0, 8))[None, None, :].to(tl.uint64)
+    WORD: tl.constexpr = 8 if NUM_SCALES % 8 == 0 else 4 if NUM_SCALES % 4 == 0 else 2 if NUM_SCALES % 2 == 0 else 1
+    if AS_WORDS and WORD > 1 and WORD <= CHUNK_SCALES:
+        TYPE: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32 if WORD == 4 else tl.uint16
+        offs = begin // WORD + tl.arange(0, CHUNK_SCALES // WORD)
+        word_ptr = tl.multiple_of(scale_address.to(tl.pointer_type(TYPE)), WORD) + row * (NUM_SCALES // WORD)
+        mask = present[:, None]
+        if NUM_SCALES % CHUNK_SCALES:
+            mask = mask & (offs < NUM_SCALES // WORD)[None, :]
+        words = tl.load(word_ptr[:, None] + offs[None, :], mask=mask, other=0)
+        WIDE: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32
+        parts = words.to(WIDE)[:, :, None] >> (8 * tl.arange(0, WORD))[None, None, :].to(WIDE)
         return tl.reshape((parts & 0xFF).to(tl.uint32), (row.shape[0], CHUNK_SCALES))
-    elif AS_WORDS and NUM_SCALES % 8 == 0 and CHUNK_SCALES == 8:
-        word_ptr = tl.multiple_of(scale_address.to(tl.pointer_type(tl.uint64)), 8)
-        word = tl.load(word_ptr + row * (NUM_SCALES // 8) + begin // 8, mask=present, other=0)
-        return ((word[:, None] >> (8 * offs)[None, :].to(tl.uint64)) & 0xFF).to(tl.uint32)
-    elif AS_WORDS and NUM_SCALES == 4:
-        word_ptr = tl.multiple_of(scale_address.to(tl.pointer_type(tl.uint32)), 4)
-        word = tl.load(word_ptr + row, mask=present, other=0)
-        return (word[:, None] >> (8 * offs)[None, :].to(tl.uint32)) & 0xFF
-    elif AS_WORDS and NUM_SCALES == 2:
-        word_ptr = tl.multiple_of(scale_address.to(tl.pointer_type(tl.uint16)), 2)
-        word = tl.load(word_ptr + row, mask=present, other=0).to(tl.uint32)
-        return (word[:, None] >> (8 * offs)[None, :].to(tl.uint32)) & 0xFF
     else:
+        offs = tl.arange(0, CHUNK_SCALES)
         byte_ptr = scale_address.to(tl.pointer_type(tl.uint8)) + row * NUM_SCALES
         mask = present[:, None] & (begin + offs < NUM_SCALES)[None, :]
         return tl.load(byte_ptr[:, None] + begin + offs[None, :], mask=mask, other=0).to(tl.uint32)

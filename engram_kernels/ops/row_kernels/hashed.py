@@ -27,7 +27,7 @@ from .output import Reading, kernel_out
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
-    "hash_lookup_kernel": dict(sm_80=(80, 512), sm_90=(80, 512), sm_100=(80, 512), gfx942=(80, 512)),
+    "hash_lookup_kernel": dict(sm_80=(80, 1024), sm_90=(80, 1024), sm_100=(80, 1024), gfx942=(80, 1024)),
 }
 
 
