@@ -147,9 +147,7 @@ def demo_rows(token_ids, plan: HashPlan, tables):
     """Numpy hash, id copy, then rows by F.embedding, which is what nn.Embedding calls, ``[L, T, C, R]``."""
     row_ids = demo_hash(token_ids, plan)
     weights = [device_view(table.weight, token_ids[0].device) for table in tables]
-    scales = [
-        device_view(table.scale, token_ids[0].device) if table.format.group else None for table in tables
-    ]
+    scales = [device_view(table.scale, token_ids[0].device) if table.format.group else None for table in tables]
 
     def call(index):
         ids = row_ids(index)

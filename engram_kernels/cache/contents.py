@@ -254,7 +254,10 @@ def _read_entries(cache: CacheStore, state, keys: np.ndarray, stamps: np.ndarray
                 for part in (state.rows, state.scales)
             )
             lookup(
-                table, ids, out=(rows.view(table.format.dtype).view(*ids.shape, table.format.row_items(width)), scales), out_format="storage"
+                table,
+                ids,
+                out=(rows.view(table.format.dtype).view(*ids.shape, table.format.row_items(width)), scales),
+                out_format="storage",
             )
 
 

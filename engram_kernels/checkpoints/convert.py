@@ -150,9 +150,11 @@ def _measured_scale(
 
 
 def _errors(values: torch.Tensor, decoded: torch.Tensor, bound: float) -> tuple[float, float, float, int]:
-    """(squares of values, of errors, the largest error, rows beyond the bound) of a chunk; NaN and infinity left out."""
+    """(squares of values, of errors, the largest error, rows beyond the bound) of a chunk, without NaN and infinity."""
     error = (decoded - values).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    signal, noise = (each.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).double().square().sum(1) for each in (values, error))
+    signal, noise = (
+        each.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).double().square().sum(1) for each in (values, error)
+    )
     return float(signal.sum()), float(noise.sum()), float(error.abs().max()), int((noise > bound**2 * signal).sum())
 
 

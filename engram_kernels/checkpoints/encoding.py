@@ -39,7 +39,7 @@ _GREATEST_BYTE = {"ue8m0": 254, "e4m3": 0x7E}
 def decode_rows(
     rows: torch.Tensor, scales: torch.Tensor | None, format: RowFormat, own_scale: float | None = None
 ) -> torch.Tensor:
-    """Values float32 ``[n, R]`` of stored rows. scales: uint8 bytes of groups or None. own_scale: the table's, or None."""
+    """Values float32 ``[n, R]`` of stored rows. scales: uint8 bytes of groups. own_scale: the table's."""
     return dequantise(rows, scales, format, own_scale).to(torch.float32)
 
 
@@ -74,7 +74,7 @@ def greatest(values: torch.Tensor) -> torch.Tensor:
 
 
 def overflows(values: torch.Tensor, rows: torch.Tensor, format: RowFormat, scale: float | None) -> int:
-    """How many of ``values`` became infinite in ``rows`` (float16), or exceed what the table's own ``scale`` reaches."""
+    """How many ``values`` became infinite in ``rows`` (float16), or exceed what the table's own ``scale`` reaches."""
     if format.table_scale:
         # A measured scale is rounded, and may leave the greatest value a last bit above the limit.
         return int((values.abs() > MOST[format.name] * (1 + 2**-20) * scale).sum())

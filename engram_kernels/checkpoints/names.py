@@ -36,6 +36,7 @@ def file_dtype(fmt: RowFormat) -> str:
     """What safetensors calls the dtype of rows; pairs of e2m1 are U8, as checkpoints have them."""
     return _FILE_DTYPES.get(fmt.name, "U8" if fmt.packed > 1 else "F8_E4M3")
 
+
 #: A name behind the prefix, of one of several tensors that hold the rows.
 _SHARD = re.compile(r"(?P<stem>(?:shard_|shards\.)(?P<number>\d{1,9})\.)(?P<rest>.+)")
 _KNOWN = re.compile(

@@ -171,7 +171,9 @@ def _format_of_weight(weight: torch.Tensor, scale, where: str) -> RowFormat:
     if weight.dtype in (torch.uint8, torch.float4_e2m1fn_x2):
         # Scales of 16 are e4m3 and those of 32 are ue8m0; as uint8 their number tells.
         by_dtype = {torch.float8_e4m3fn: "nvfp4", torch.float8_e8m0fnu: "mxfp4"}
-        few = isinstance(scale, torch.Tensor) and scale.dim() == 2 and scale.shape[1] * UE8M0_GROUP == 2 * weight.shape[1]
+        few = (
+            isinstance(scale, torch.Tensor) and scale.dim() == 2 and scale.shape[1] * UE8M0_GROUP == 2 * weight.shape[1]
+        )
         return FORMATS[by_dtype.get(getattr(scale, "dtype", None), "mxfp4" if few else "nvfp4")]
     if weight.dtype == torch.float8_e4m3fn:
         return FORMATS["e4m3" if _is_one_scale(scale) else "e4m3_ue8m0"]

@@ -68,7 +68,9 @@ def load_sharded(
 def save_sharded(table: ShardedRows, path: str | os.PathLike, writing: dict) -> Path:
     """:meth:`ShardedTable.save_safetensors`. writing: its prefix, shard_bytes and metadata."""
     ranks = table.ranks
-    shape = dict(format=table.format, rows=table.rows, width=table.width, scale=table.part.own_scale, token_map=table.token_map)
+    shape = dict(
+        format=table.format, rows=table.rows, width=table.width, scale=table.part.own_scale, token_map=table.token_map
+    )
     with ExitStack() as held:
 
         def lay_out() -> TableWriter | None:

@@ -50,7 +50,9 @@ class FixedExchange:
         self.received.weight.view(torch.uint8).fill_(0xFF)
         if table.format.group:
             self.received.scale.fill_(0xFF)
-        self._packed = torch.empty(self._count, table.format.stored_bytes(table.width), dtype=torch.uint8, device=device)
+        self._packed = torch.empty(
+            self._count, table.format.stored_bytes(table.width), dtype=torch.uint8, device=device
+        )
         #: The most rows that any rank has asked of another in one call so far.
         self.most = torch.zeros(1, dtype=torch.int64, device=device)
 

@@ -127,8 +127,8 @@ class EngramTable(EditableRows):
         """A table with the rows of ``weight [rows, width]``, contiguous; the dtype and ``scale`` tell the format.
 
         float8_e4m3fn takes ``scale``: uint8 or float8_e8m0fnu ``[rows, R / 32]``, or one float. uint8 or
-        float4_e2m1fn_x2 ``[rows, R / 2]`` is mxfp4 with ``scale`` float8_e8m0fnu (or uint8) ``[rows, R / 32]``, and nvfp4
-        with ``scale`` float8_e4m3fn (or uint8) ``[rows, R / 16]`` and ``own_scale``, one float (``weight_scale_2``).
+        float4_e2m1fn_x2 ``[rows, R / 2]`` is mxfp4 with ``scale`` uint8 or float8_e8m0fnu ``[rows, R / 32]``, and nvfp4
+        with ``scale`` uint8 or float8_e4m3fn ``[rows, R / 16]`` and ``own_scale``, one float (``weight_scale_2``).
         Placement "cpu" and "staged" share the tensors' memory, which may be a mapped file; "device" does where they are
         on that device; "host" and "shared" copy, and "shared" is published then.
         scales, device, name and progress are those of :meth:`empty`.

@@ -12,7 +12,6 @@ from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_ch
 from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.table_writer import TableWriter
 from engram_kernels.checkpoints.validate import StoredTable
-
 from engram_kernels.geometry.row_format import SCALE_DTYPES
 
 from .memory.mapped_files import map_file

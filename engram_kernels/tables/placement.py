@@ -49,8 +49,8 @@ def check_scales(where: str, placement: str, fmt: RowFormat, scales: str | None)
         raise ValueError(f"{where}: scales must be None (with the rows) or 'device', got {scales!r}")
     if placement not in REGISTERED or not fmt.group:
         raise ValueError(
-            f"{where}: scales='device' is for formats with scales of groups ({', '.join(GROUPED)}) in placement 'host' or "
-            f"'shared', got {fmt.name} in {placement!r}"
+            f"{where}: scales='device' is for formats with scales of groups ({', '.join(GROUPED)}) in placement 'host' "
+            f"or 'shared', got {fmt.name} in {placement!r}"
         )
     if not torch.cuda.is_available():
         raise ValueError(f"{where}: scales='device' needs a GPU, and torch finds none")

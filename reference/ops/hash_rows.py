@@ -41,12 +41,12 @@ def hash_lookup(
     storage_dtype = tables[0].weight.dtype
     rows = torch.stack([rows.view(torch.uint8) for rows, _ in per_layer])
     scales = None
-    if tables[0].format.scaling != "none":
+    if tables[0].format.scaled:
         scales = torch.stack([scales for _, scales in per_layer])
     if out is None:
         return rows.view(storage_dtype), scales
     out[0].view(torch.uint8).copy_(rows)
-    if tables[0].format.scaling == "group":
+    if tables[0].format.group:
         out[1].view(torch.uint8).copy_(scales)
         return out
     return out[0], scales

@@ -21,7 +21,12 @@ def same_state(pair, other):
 
 @pytest.mark.parametrize(
     ("backend", "name", "out_format"),
-    [("counting", "float16", "values"), ("aot_eager", "e4m3_ue8m0", "storage"), ("aot_eager", "e4m3", "storage")],
+    [
+        ("counting", "float16", "values"),
+        ("aot_eager", "e4m3_ue8m0", "storage"),
+        ("aot_eager", "nvfp4", "storage"),
+        ("aot_eager", "mxfp4", "values"),
+    ],
 )
 def test_one_graph_of_several_lookups(device, backend, name, out_format):
     """In their order, a dropped result's too; short calls go past the cache in the same graph."""

@@ -95,7 +95,14 @@ def test_kernel_equals_the_simulator(device, name, width, dialect, wrapping, set
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    ("order", "name", "width"), [("direct", "e4m3_ue8m0", 32), ("head", "bfloat16", 64), ("address", "e4m3", 128)]
+    ("order", "name", "width"),
+    [
+        ("direct", "e4m3_ue8m0", 32),
+        ("head", "bfloat16", 64),
+        ("address", "e4m3", 128),
+        ("direct", "nvfp4", 32),
+        ("head", "mxfp4", 96),
+    ],
 )
 def test_kernel_short_calls(device, order, name, width):
     """Calls of one to three tokens beside a longer one; rows of up to 128 bytes, which come 32 a step."""

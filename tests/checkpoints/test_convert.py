@@ -34,6 +34,10 @@ PAIRS = [
     ("float32", "float16"),
     ("float16", "e4m3"),
     ("float64", "float32"),
+    ("float32", "nvfp4"),
+    ("nvfp4", "mxfp4"),
+    ("mxfp4", "e4m3_ue8m0"),
+    ("e4m3_ue8m0", "nvfp4"),
 ]
 
 
@@ -44,14 +48,15 @@ def test_convert(tmp_path, capsys, source, target):
     code, text, _ = run(capsys, "convert", path, "--format", target, "--out", tmp_path / "out.safetensors")
     assert code == 0 and f"table    {target}, 90 rows x 64, " in text and "overflows" not in text
     result = load(tmp_path / "out.safetensors", prefix="a.b")
-    scale = float(result.scale) if target == "e4m3" else None
-    scales = float(table.scale) if source == "e4m3" else table.scale
-    values = decode_rows(table.weight, scales, FORMATS[source])
+    scale = result.own_scale
+    values = decode_rows(table.weight, table.scale, FORMATS[source], table.own_scale)
     rows, groups = encode_rows(values, FORMATS[target], "t", scale=scale)
     assert result.format.name == target and torch.equal(raw(result.weight), raw(rows))
     assert groups is None or torch.equal(result.scale, groups)
-    if target == "e4m3":
-        assert scale == float(values.abs().max() / 448) and f"scale    {scale:.9g}" in text
+    if scale is not None:
+        assert (
+            scale == float(values.abs().max() / dict(e4m3=448, nvfp4=2688)[target]) and f"scale    {scale:.9g}" in text
+        )
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -148,12 +148,54 @@ FAULTS = {
     ),
     "a scale of dense rows": (table(weight=zeros(4, 64), scale=zeros(1)), "takes no scale, got .*embed.scale", {}),
     "integers": (table(weight=zeros(4, 64, dtype=torch.int32)), "a table of packed or integer elements, I32", {}),
-    "e5m2": (table(weight=zeros(4, 64, dtype=torch.float8_e5m2)), "rows must be of dtype F8_E4M3, F32, .*F8_E5M2", {}),
-    "nvfp4": (
+    "e5m2": (
+        table(weight=zeros(4, 64, dtype=torch.float8_e5m2)),
+        r"rows must be of dtype F8_E4M3, U8 \(pairs of e2m1\), F32, .*F8_E5M2",
+        {},
+    ),
+    "nvfp4 without its table's scale": (
+        table(QWEN_TABLE, shard_0__weight=zeros(4, 32, dtype=U8), shard_0__weight_scale=fp8(4, 4)),
+        "nvfp4, takes one float for the table as .*ngram_embedding.weight_scale_2, got none",
+        {},
+    ),
+    "nvfp4 with a scale for each row beside": (
+        table(
+            QWEN_TABLE, shard_0__weight=zeros(4, 32, dtype=U8), shard_0__weight_scale=fp8(4, 4), weight_scale_2=zeros(4)
+        ),
+        r"weight_scale_2 must be one float for the table, got .*\[4\]",
+        {},
+    ),
+    "nvfp4 whose table's scale is no number": (
         table(
             QWEN_TABLE, shard_0__weight=zeros(4, 32, dtype=U8), shard_0__weight_scale=fp8(4, 4), weight_scale_2=zeros(1)
         ),
-        "is an nvfp4 table .* none of our formats, .*: load the model's fp8 or bfloat16 checkpoint instead, or write",
+        "the table's scale must be a positive number, got 0.0",
+        {},
+    ),
+    "nvfp4 with scales of 32": (
+        table(weight=zeros(4, 32, dtype=U8), weight_scale=fp8(4, 2), weight_scale_2=zeros(1)),
+        r"scales of .* must be F8_E4M3 \[4, 4\], got .*\[4, 2\]",
+        {},
+    ),
+    "nvfp4, of which a part lacks scales": (
+        table(
+            QWEN_TABLE,
+            shard_0__weight=zeros(4, 32, dtype=U8),
+            shard_1__weight=zeros(4, 32, dtype=U8),
+            shard_0__weight_scale=fp8(4, 4),
+            weight_scale_2=zeros(1),
+        ),
+        "ngram_embedding.shard_1.weight_scale is missing, where other parts have one",
+        {},
+    ),
+    "mxfp4 with a table's scale": (
+        table(weight=zeros(4, 32, dtype=U8), scale=zeros(4, 2, dtype=U8), weight_scale_2=zeros(1)),
+        "mxfp4, takes none as .*weight_scale_2, got",
+        {},
+    ),
+    "mxfp4 with scales of 16": (
+        table(weight=zeros(4, 32, dtype=U8), scale=zeros(4, 4, dtype=U8)),
+        r"scales of .* must be F8_E8M0 or U8 \[4, 2\], got",
         {},
     ),
     "nf4": (

@@ -140,6 +140,8 @@ def test_verify_reads_every_row(tmp_path, capsys):
     cases = (
         ("e4m3", put(64 * 89 + 3, b"\xff\x7f"), "weight", "FAILED: 2 elements are NaN (90 rows read"),
         ("e4m3_ue8m0", put(7, b"\xff"), "scale", "FAILED: 1 scale bytes are 255, which is NaN (90 rows"),
+        ("mxfp4", put(7, b"\xff\x7f"), "scale", "FAILED: 1 scale bytes are 255, which is NaN (90 rows"),
+        ("nvfp4", put(7, b"\xff\x7f"), "weight_scale", "FAILED: 2 scale bytes are 127 or 255, which is NaN (90 rows"),
         (
             "bfloat16",
             put(128, b"\xc0\x7f\x80\x7f\x80\xff"),
@@ -265,7 +267,7 @@ def test_mistakes_take_one_line(tmp_path, capsys, words, message):
         (["table"], "the following arguments are required: action"),
         (["table", "convert", "a"], "the following arguments are required: --out"),
         (["table", "convert", "a", "--out", "b", "--shard-bytes", "5 apples"], "expected a positive number of bytes"),
-        (["table", "convert", "a", "--out", "b", "--format", "nvfp4"], "invalid choice: 'nvfp4'"),
+        (["table", "convert", "a", "--out", "b", "--format", "nf4"], "invalid choice: 'nf4'"),
         (["table", "convert", "a", "--out", "b", "--scale", "0"], "expected a positive number, got '0'"),
     ],
 )

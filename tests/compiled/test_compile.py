@@ -100,7 +100,9 @@ def check_load_width(case, target, code):
     assert wide >= wanted, f"{code.kernel}: at least {wanted} loads of {width} bytes, got {code.loads}"
     # One for each layout of a mask.
     bytes_read = 12 if any(word in case for word in ("packed", "masked", "slots")) else 0
-    bytes_read += 4 if any(word in case for word in ("ue8m0-32", "ue8m0-96", "mxfp4-96")) else 0  # one or three scale bytes a row
+    bytes_read += (
+        4 if any(word in case for word in ("ue8m0-32", "ue8m0-96", "mxfp4-96")) else 0
+    )  # one or three scale bytes a row
     decoding = code.kernel in ("lookup_kernel", "hash_lookup_kernel", "probe_cache_kernel") and "storage" not in case
     # 128 scales of a step, two a thread; of nvfp4 twice as many, also where a row of 160 or 32 elements has few.
     bytes_read += 4 if decoding and "nvfp4" in case else 2 if decoding and "v41" in case else 0

@@ -5,14 +5,16 @@ import torch
 
 from engram_kernels.geometry.row_format import FORMATS, row_format
 
-# name -> dtype, bytes per element, elements per scale byte (0: no scale of its own per row)
+# name -> dtype, bits per element, elements per scale byte (0: no scale of its own per row)
 EXPECTED = {
-    "float32": (torch.float32, 4, 0),
-    "bfloat16": (torch.bfloat16, 2, 0),
-    "float16": (torch.float16, 2, 0),
-    "float64": (torch.float64, 8, 0),
-    "e4m3": (torch.float8_e4m3fn, 1, 0),
-    "e4m3_ue8m0": (torch.float8_e4m3fn, 1, 32),
+    "float32": (torch.float32, 32, 0),
+    "bfloat16": (torch.bfloat16, 16, 0),
+    "float16": (torch.float16, 16, 0),
+    "float64": (torch.float64, 64, 0),
+    "e4m3": (torch.float8_e4m3fn, 8, 0),
+    "e4m3_ue8m0": (torch.float8_e4m3fn, 8, 32),
+    "nvfp4": (torch.uint8, 4, 16),
+    "mxfp4": (torch.uint8, 4, 32),
 }
 
 
@@ -20,17 +22,24 @@ def test_the_formats_are_these():
     assert set(FORMATS) == set(EXPECTED)
     for name, (dtype, _, _) in EXPECTED.items():
         assert row_format(name, "test").name == name and FORMATS[name].dtype == dtype
-    scaling = {name: FORMATS[name].scaling for name in FORMATS}
-    assert scaling.pop("e4m3") == "table" and scaling.pop("e4m3_ue8m0") == "group"
-    assert set(scaling.values()) == {"none"}
+    assert {name: fmt.group_scale for name, fmt in FORMATS.items() if fmt.group} == {
+        "e4m3_ue8m0": "ue8m0",
+        "nvfp4": "e4m3",
+        "mxfp4": "ue8m0",
+    }
+    assert {name for name, fmt in FORMATS.items() if fmt.table_scale} == {"e4m3", "nvfp4"}
+    assert {name for name, fmt in FORMATS.items() if not fmt.scaled} == {"float32", "bfloat16", "float16", "float64"}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("width", [32, 64, 80, 160, 256, 1024])
 def test_bytes_of_rows_and_scales(name, width):
-    _, element, group = EXPECTED[name]
-    assert FORMATS[name].row_bytes(width) == width * element
-    assert FORMATS[name].scale_bytes(width) == (width // group if group else 0)
+    dtype, bits, group = EXPECTED[name]
+    fmt, scales = FORMATS[name], width // group if group else 0
+    assert (fmt.row_bytes(width), fmt.scale_bytes(width)) == (width * bits // 8, scales)
+    assert fmt.stored_bytes(width) == width * bits // 8 + scales
+    weight = torch.empty(3, fmt.row_items(width), dtype=dtype)
+    assert (fmt.width_of(weight), weight.nbytes) == (width, 3 * fmt.row_bytes(width))
 
 
 def test_bytes_of_the_published_rows():
@@ -38,6 +47,8 @@ def test_bytes_of_the_published_rows():
     assert 24 * (v41.row_bytes(256) + v41.scale_bytes(256)) == 6336
     assert 16 * (qwen.row_bytes(160) + qwen.scale_bytes(160)) == 2560
     assert 16 * (paper.row_bytes(80) + paper.scale_bytes(80)) == 2560
+    four = FORMATS["nvfp4"], FORMATS["mxfp4"]
+    assert [fmt.stored_bytes(256) for fmt in four] == [144, 136] and [fmt.stored_bytes(160) for fmt in four] == [90, 85]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +60,8 @@ def test_bytes_of_the_published_rows():
         ("float16", (8, 24)),
         ("e4m3", (16, 48, 160)),
         ("e4m3_ue8m0", (32, 96, 256, 1024)),
+        ("nvfp4", (32, 96, 160, 1024)),
+        ("mxfp4", (32, 96, 160, 1024)),
     ],
 )
 def test_widths_that_fit(name, widths):
@@ -65,6 +78,9 @@ def test_widths_that_fit(name, widths):
         ("e4m3", 40, "bytes of a row must be a multiple of 16, got 40 x e4m3 = 40"),
         ("e4m3_ue8m0", 48, "e4m3_ue8m0 needs a row width divisible by 32, got 48"),
         ("e4m3_ue8m0", 40, "bytes of a row must be a multiple of 16, got 40 x e4m3_ue8m0 = 40"),
+        ("nvfp4", 48, "bytes of a row must be a multiple of 16, got 48 x nvfp4 = 24"),
+        ("nvfp4", 33, "bytes of a row must be a multiple of 16, got 33 x nvfp4 = 16.5"),
+        ("mxfp4", 16, "bytes of a row must be a multiple of 16, got 16 x mxfp4 = 8"),
         *((name, width, f"row width must be between 1 and 1024 elements, got {width}")
           for name in EXPECTED for width in (0, -32, 1056)),
     ],

@@ -9,7 +9,7 @@ from tests.support import tables
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "e4m3_ue8m0", "e4m3"])
+@pytest.mark.parametrize("name", ["bfloat16", "e4m3_ue8m0", "e4m3", "nvfp4", "mxfp4"])
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_a_checkpoint_through_the_gpu(device, tmp_path, name, placement):
     """Saved from the GPU's memory or the host's, loaded there again in chunks that end inside rows, and looked up."""

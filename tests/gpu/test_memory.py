@@ -55,7 +55,7 @@ def test_rows_across_chunks(device):
         torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("name", ["e4m3_ue8m0", "bfloat16"])
+@pytest.mark.parametrize("name", ["e4m3_ue8m0", "bfloat16", "nvfp4"])
 def test_staged_rows_of_full_slots(device, name):
     """More rows than all slots hold, from the default ring: the bits of a registered table, again and again."""
     weight, scale = tables.random_parts(50_000, 256, name)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import engram_kernels
 from engram_kernels import EngramTable, HashPlan
+from engram_kernels.geometry.row_format import FORMATS
 
 I32, I64, META = torch.int32, torch.int64, "meta"
 TOKENS, LAYERS, COLUMNS, WIDTH = 6, 2, 4, 32
@@ -23,10 +24,11 @@ def plan_of(**options):
 
 
 def table_of(rows=120, width=WIDTH, name="float32"):
-    scale = {"e4m3": 0.5, "e4m3_ue8m0": torch.full((rows, width // 32), 127, dtype=torch.uint8)}.get(name)
-    dtype = torch.float8_e4m3fn if name.startswith("e4m3") else getattr(torch, name)
-    bits = torch.arange(rows * width * dtype.itemsize, dtype=I64).remainder(100).to(torch.uint8)
-    return EngramTable.from_tensors(bits.view(dtype).view(rows, width), scale, placement="cpu")
+    fmt, own = FORMATS[name], dict(own_scale=0.5) if name == "nvfp4" else {}
+    scale = torch.full((rows, fmt.scale_bytes(width)), 120, dtype=torch.uint8) if fmt.group else None
+    bits = torch.arange(rows * fmt.row_bytes(width), dtype=I64).remainder(100).to(torch.uint8)
+    scale = 0.5 if name == "e4m3" else scale
+    return EngramTable.from_tensors(bits.view(fmt.dtype).view(rows, -1), scale, placement="cpu", **own)
 
 
 def tables_of(*names, rows=120):
@@ -231,20 +233,19 @@ def test_out_of_another_kind(op):
 
 
 @pytest.mark.parametrize("op", ["lookup", "hash_lookup"])
-@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3", "float32"])
+@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3", "nvfp4", "mxfp4", "float32"])
 def test_out_of_storage(op, name):
-    shape = OUT_SHAPES[op]
+    shape, fmt = OUT_SHAPES[op], FORMATS[name]
     options = row_changes(op, {"tables": lambda: table_of(name=name), "out_format": "storage"})
-    dtype = E4M3 if name != "float32" else torch.float32
-    rows, scales = torch.zeros(shape, dtype=dtype), torch.zeros(*shape[:-1], WIDTH // 32, dtype=BYTE)
-    scales = scales if name == "e4m3_ue8m0" else None
+    rows = torch.zeros(*shape[:-1], fmt.row_items(WIDTH), dtype=fmt.dtype)
+    scales = torch.zeros(*shape[:-1], fmt.scale_bytes(WIDTH), dtype=BYTE) if fmt.group else None
     result, expected = call(op, out=(rows, scales), **options), call(op, **options)
     assert result[0] is rows and torch.equal(rows.view(BYTE), expected[0].view(BYTE))
     assert (result[1] is expected[1] is None) or torch.equal(result[1], expected[1])
     cases = [
         (TypeError, r"out must be a pair \(rows, scales\) for 'storage', got Tensor", rows),
         (TypeError, r"out must be a pair \(rows, scales\) for 'storage', got tuple", (rows,)),
-        (TypeError, r"out(\[0\])? must be a tensor of \w+, got uint8", (rows.view(BYTE), scales)),
+        (TypeError, r"out(\[0\])? must be a tensor of \w+, got int8", (rows.view(torch.int8), scales)),
         (TypeError, r"out(\[0\])? must be a tensor of \w+, got NoneType", (None, scales)),
         (ValueError, r"out(\[0\])? must have shape", (rows[:, 1:].clone(), scales)),
         (ValueError, r"out(\[0\])? must be on cpu, got meta", (rows.to(META), scales)),

@@ -28,7 +28,9 @@ def wanted(parts, ids, dtype):
     return torch.stack([tables.rounded(values, dtype) for values in per_layer])
 
 
-@pytest.mark.parametrize(("name", "width"), [("float32", 8), ("e4m3", 16), ("e4m3_ue8m0", 64)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("float32", 8), ("e4m3", 16), ("e4m3_ue8m0", 64), ("nvfp4", 32), ("mxfp4", 96)]
+)
 def test_reference_equals_oracles(name, width):
     plan = small_plan()
     parts = parts_of(plan, width, name)
@@ -59,6 +61,8 @@ def test_reference_batch_and_out():
     [
         ("e4m3_ue8m0", 256, "map", False, False),
         ("e4m3_ue8m0", 96, "raw", True, True),
+        ("nvfp4", 256, "map", False, False),
+        ("mxfp4", 160, "raw", True, True),
         ("e4m3", 160, "eos", False, True),
         ("bfloat16", 80, "map", True, False),
         ("float32", 4, "eos", True, False),
@@ -81,7 +85,7 @@ def test_kernel(device, name, width, dialect, wrapping, invalid):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3", "bfloat16"])
+@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3", "bfloat16", "nvfp4", "mxfp4"])
 def test_kernel_storage(device, name):
     plan = small_plan()
     parts = parts_of(plan, 64, name)

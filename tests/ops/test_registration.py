@@ -59,7 +59,9 @@ def test_opcheck_hash(device, packed):
     check("ngram_hash", ids[:0], None, None, None, None, *plan.parts())
 
 
-@pytest.mark.parametrize(("name", "storage"), [("e4m3_ue8m0", True), ("e4m3", False), ("bfloat16", True)])
+@pytest.mark.parametrize(
+    ("name", "storage"), [("e4m3_ue8m0", True), ("e4m3", False), ("bfloat16", True), ("nvfp4", True), ("mxfp4", False)]
+)
 def test_opcheck_rows(device, name, storage):
     (ids, cu, history, dead), plan, placed = hash_setting(device, name)
     row_ids = ngram_hash(ids, plan)[:, 1]
@@ -179,7 +181,7 @@ def same(result, expected):
     return (result.dtype, result.shape) == (expected.dtype, expected.shape) and torch.equal(bits, wanted)
 
 
-@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3"])
+@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3", "nvfp4"])
 @pytest.mark.parametrize("out_format", ["values", "storage"])
 def test_compile_lookups(device, name, out_format):
     (ids, cu, history, dead), plan, placed = hash_setting(device, name)

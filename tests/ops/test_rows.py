@@ -178,7 +178,9 @@ def test_kernel_every_e2m1_code_and_scale(device, name):
             values = lookup(table, places.to(device), out_dtype=dtype)
             expected = tables.rounded(exact, dtype)
             assert tables.same_bits(values, expected, truncated=truncating(dtype))
-            assert tables.same_bits(reference.lookup(table, places.to(device), out_dtype=dtype), expected, truncated=False)
+            assert tables.same_bits(
+                reference.lookup(table, places.to(device), out_dtype=dtype), expected, truncated=False
+            )
             zero = expected == 0
             assert torch.equal(torch.signbit(values.cpu())[zero], torch.signbit(expected)[zero])
 

@@ -21,7 +21,7 @@ def worlds(tmp_path_factory):
 
 def whole(kind, format):
     config = rank_cases.config_of(kind, format)
-    return EngramTable.from_tensors(*rank_cases.whole(config, 4), placement="cpu")
+    return rank_cases.in_one_piece(config)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ def whole(kind, format):
         ("wide", "e4m3_ue8m0", dict(prefix="layers.4.engram.embed", metadata={"step": "7"})),
         ("wide", "bfloat16", dict(shard_bytes=20_000)),
         ("tiny", "e4m3", {}),
+        ("wide", "nvfp4", dict(shard_bytes=20_000)),
     ],
 )
 def test_saved_by_four_and_loaded_by_three(worlds, tmp_path, kind, format, options):

@@ -31,7 +31,7 @@ def world(tmp_path_factory):
         (dict(cut=True), "weight must have shape [720, 64], got [719, 64]"),
         (dict(capacity=0), "capacity must be a positive int or None, got 0"),
         (dict(placement="device"), "placement 'device' needs a GPU"),
-        (dict(scales="device"), "scales='device' is for format e4m3_ue8m0"),
+        (dict(scales="device"), "scales='device' is for formats with scales of groups"),
         (dict(placement=None), "ShardedTable.from_tensors: placement must be one of 'device', 'host', "),
         (dict(weight=[1.0]), "ShardedTable.from_tensors: weight must be a tensor, got list"),
         (dict(weight=torch.ones(3)), "ShardedTable.from_tensors: weight must have shape [720, 64], got [3]"),

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engram_kernels import EngramTable, RowAdagrad, ShardedTable, hash_lookup, lookup, ngram_hash
+from engram_kernels import RowAdagrad, ShardedTable, hash_lookup, lookup, ngram_hash
 from tests.gpu.test_kernels import graph_of
-from tests.support.rank_cases import config_of, plan_of, same, whole
+from tests.support.rank_cases import config_of, in_one_piece, plan_of, same, sharded, whole
 
 WHERE = {"cpu": "cpu", "cuda": "host"}  # where a shard lies, by the device of the ids
 
@@ -22,14 +22,15 @@ def group(device, tmp_path):
 
 def both(config, device, **options):
     """The table over one rank, and in one piece."""
-    rows, placement = whole(config, 4), WHERE[device.type]
-    table = ShardedTable.from_tensors(*rows, config=config, layer=4, placement=placement, **options)
-    return table, EngramTable.from_tensors(*rows, placement=placement)
+    placement = WHERE[device.type]
+    return sharded(config, placement=placement, **dict(reduce="mean") | options), in_one_piece(
+        config, placement=placement
+    )
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("capacity", [None, 300])
-@pytest.mark.parametrize("format", ["e4m3_ue8m0", "e4m3", "bfloat16"])
+@pytest.mark.parametrize("format", ["e4m3_ue8m0", "e4m3", "bfloat16", "nvfp4"])
 def test_lookups_have_the_bits_of_one_piece(group, device, format, capacity):
     config = config_of("wide", format)
     plan, ids = plan_of(config).to(device), torch.randint(0, 50, (6,), device=device)

@@ -18,7 +18,7 @@ def world(request, tmp_path_factory):
     "kind, format, split, capacity",
     [
         ("wide", "e4m3_ue8m0", "columns", None),
-        ("wide", "e4m3", "rows", 1000),
+        ("wide", "nvfp4", "rows", 1000),
         ("tiny", "bfloat16", "rows", None),
     ],
 )

@@ -25,7 +25,7 @@ def world(request, tmp_path_factory):
     "kind, format, tokens, split, capacity",
     [
         ("wide", "e4m3_ue8m0", "uneven", "columns", None),
-        ("wide", "e4m3_ue8m0", "one_empty", "rows", 200),
+        ("wide", "nvfp4", "one_empty", "rows", 200),
         ("wide", "e4m3", "all_on_one", "columns", 400),
         ("wide", "bfloat16", "all_on_one", "rows", None),
         ("tiny", "float32", "uneven", "columns", None),  # of 8 ranks some hold no row

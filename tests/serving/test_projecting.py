@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from engram_kernels import EngramState, NgramCache, Prefetcher, hash_lookup
+from engram_kernels.geometry.row_format import FORMATS
+from engram_kernels.reference.ops.rows import dequantise
 from engram_kernels.serving import prefetch
 from tests.nn.test_engram import FORMS, built
 from tests.ops.test_hashing import ragged
 from tests.ops.test_registration import same
 from tests.serving.test_prefetch import BLOCKS
+from tests.support import tables
 from tests.support.gpu.prefetching import (
     ORDERS,
     SCHEDULES,
@@ -148,13 +151,15 @@ def decoded(rows):
     stored, scales = rows
     if scales is None:
         return stored.float()
+    if stored.dtype == torch.uint8:
+        return dequantise(stored, scales, FORMATS["nvfp4"], tables.TABLE_SCALE)
     if scales.dtype == torch.uint8:
         scales = torch.exp2(scales.float() - 127).repeat_interleave(32, -1)
     return stored.float() * scales
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3", "bfloat16"])
+@pytest.mark.parametrize("name", ["e4m3_ue8m0", "e4m3", "bfloat16", "nvfp4"])
 @pytest.mark.parametrize("ahead", [True, False])
 def test_stored_rows_and_their_scales(device, name, ahead, apart):
     """An engine's fp8 projection takes what the table holds: rows and scales, of all formats, none and some tokens."""

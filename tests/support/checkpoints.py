@@ -102,16 +102,18 @@ def by_hand(path, header, data=b"", length=None):
 def finite_parts(rows, width, name, seed=0):
     """(weight, scale) without NaN and with moderate scales, as a checkpoint's are; fp8 rows hold all other bytes."""
     weight, scale = tables.random_parts(rows, width, name, seed)
-    if FORMATS[name].scaled:
+    fmt = FORMATS[name]
+    if fmt.dtype == torch.float8_e4m3fn:
         bits = raw(weight)
         bits.masked_fill_((bits & 0x7F) == 0x7F, 0x11)
-    if isinstance(scale, torch.Tensor):
-        scale.clamp_(110, 130)
+    if fmt.group:
+        scale.clamp_(*((110, 130) if fmt.group_scale == "ue8m0" else (40, 70)))
     return weight, scale
 
 
 def finite_table(name, rows=90, width=64):
-    return EngramTable.from_tensors(*finite_parts(rows, width, name), placement="cpu")
+    parts = finite_parts(rows, width, name)
+    return EngramTable.from_tensors(*parts, placement="cpu", **tables.own_scale_of(*parts))
 
 
 def v41_tensors(layer):

@@ -66,7 +66,14 @@ def whole(config, layer):
 
 def sharded(config, **options):
     options = dict(placement="cpu", reduce="sum") | options
-    return ShardedTable.from_tensors(*whole(config, 4), config=config, layer=4, **options)
+    parts = whole(config, 4)
+    return ShardedTable.from_tensors(*parts, config=config, layer=4, **tables.own_scale_of(*parts), **options)
+
+
+def in_one_piece(config, **options):
+    """The whole table of layer 4."""
+    parts = whole(config, 4)
+    return EngramTable.from_tensors(*parts, **tables.own_scale_of(*parts), **(dict(placement="cpu") | options))
 
 
 @contextlib.contextmanager
@@ -91,7 +98,7 @@ def counted_bytes():
 def lookups(kind, format, tokens, split="columns", capacity=None):
     """Whether every kind of output has the bits of one process; the table is padded, and some ids are outside."""
     config = config_of(kind, format)
-    expected = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
+    expected = in_one_piece(config)
     own = batches(dist.get_world_size(), tokens)[dist.get_rank()]
     row_ids = ngram_hash(own, plan_of(config))[:, 1]
     ids = torch.cat([row_ids, torch.tensor([[-1], [expected.rows - 1], [expected.rows]]).expand(3, config.columns)])
@@ -154,7 +161,7 @@ def overflow():
     config = config_of("wide", "bfloat16")
     ids = torch.arange(100)[:, None] if dist.get_rank() == 1 else torch.arange(3)[:, None]
     with sharded(config, split="columns", capacity=20) as table:
-        expected = lookup(EngramTable.from_tensors(*whole(config, 4), placement="cpu"), ids)
+        expected = lookup(in_one_piece(config), ids)
         checked, table.check_capacity = table.check_capacity, lambda: None
         rows = table.lookup(ids)
         fits = [bool(torch.equal(a, b)) for a, b in zip(rows, expected, strict=True)]
@@ -185,7 +192,7 @@ def train(optimizer, tokens, split="columns", format="float32", clip=None, table
     """Steps over all ranks' batches, against one process over the batches one after the other; what differs."""
     config, size = config_of("wide", format), dist.get_world_size()
     table = (sharded(config, split=split) if table is None else table).requires_row_grad_()
-    alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu").requires_row_grad_()
+    alone = in_one_piece(config).requires_row_grad_()
     options = dict(lr=0.1, stochastic_rounding=False, reduce=None) | (
         dict(weight_decay=0.01) if optimizer != "sinkhorn" else {}
     )
@@ -230,7 +237,7 @@ def module():
     config = config_of("wide", "float32")
     own = batches(dist.get_world_size(), "uneven")[dist.get_rank()]
     plan, outputs = plan_of(config), []
-    alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
+    alone = in_one_piece(config)
     with sharded(config) as table:
         for it in (table, alone):
             torch.manual_seed(1)
@@ -275,10 +282,10 @@ def load(path, kind, format, split="columns"):
         equal = [same(table.part.weight[:rows], expected), table.token_map == "0" * 64]
         if table.format.group:
             equal.append(same(table.part.scale[:rows], held_rows(table, scale)))
-        elif table.format.table_scale:
-            equal.append(float(table.part.scale) == float(torch.tensor(scale)))
-        per_row = table.format.row_bytes(WIDTH) + table.format.scale_bytes(WIDTH)
-        return all(equal), read[-1] == (rows * per_row,) * 2
+        if table.format.table_scale:
+            own = tables.TABLE_SCALE if table.format.group else scale
+            equal.append(table.part.own_scale == float(torch.tensor(own)))
+        return all(equal), read[-1] == (rows * table.format.stored_bytes(WIDTH),) * 2
 
 
 def construct(change=None):
@@ -347,7 +354,7 @@ def nodes(name, optimizer, path, copies=False):
         options |= dict(group=alone, replicas=dist.group.WORLD)
     table = sharded(config, **options)
     members = [dist.get_process_group_ranks(group) for group in (inside, across)]
-    expected = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
+    expected = in_one_piece(config)
     ids = torch.arange(expected.rows)[:, None]
     equal = same(table.lookup(ids), lookup(expected, ids))
     dist.barrier()
@@ -386,7 +393,7 @@ def mesh(optimizer):
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "table"))
     options = dict(group=grid.get_group("table"), replicas=grid.get_group("data"))
     config = config_of("wide", "float32")
-    expected = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
+    expected = in_one_piece(config)
     own = ngram_hash(batches(4, "uneven")[dist.get_rank()], plan_of(config))[:, 1]
     table = sharded(config, **options)
     equal = same(table.lookup(own), lookup(expected, own))

@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 
-from engram_kernels import EngramTable, ShardedTable, lookup, ngram_hash
+from engram_kernels import ShardedTable, lookup, ngram_hash
 
 from . import tables
-from .rank_cases import WIDTH, batches, config_of, plan_of, same, sharded, whole
+from .rank_cases import WIDTH, batches, config_of, in_one_piece, plan_of, same, sharded, whole
 
 
 def edits(config, count=9, shift=0):
@@ -19,7 +19,7 @@ def edits(config, count=9, shift=0):
 def overlaid(kind, format, split, path, capacity=None):
     """Whether lookups before, under and after overlays have the bits of one process, and what a rank saves."""
     config = config_of(kind, format)
-    alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
+    alone = in_one_piece(config)
     own = batches(dist.get_world_size(), "uneven")[dist.get_rank()]
     row_ids = torch.cat([ngram_hash(own, plan_of(config))[:, 1].flatten(), torch.arange(alone.rows)])[:, None]
     count = min(9, alone.rows)
@@ -73,7 +73,7 @@ def refused(what):
 def on_a_node(name):
     """A shard that all ranks of a node read: one writes, and all read edited rows alone or none."""
     config = config_of("wide", "float32")
-    alone = EngramTable.from_tensors(*whole(config, 4), placement="cpu")
+    alone = in_one_piece(config)
     own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     options = dict(group=own, node=dist.group.WORLD, placement="shared", name=name)
     ids, row_ids = edits(config), torch.arange(alone.rows)[:, None]

@@ -19,6 +19,12 @@ def place(weight, scale, device, placement=None):
     return EngramTable.from_tensors(weight, scale, placement=placement, **own_scale_of(weight, scale))
 
 
+def cpu_table(rows, width, form, seed=0, **options):
+    """An EngramTable of :func:`random_parts`."""
+    parts = random_parts(rows, width, form, seed)
+    return EngramTable.from_tensors(*parts, **own_scale_of(*parts), **(dict(placement="cpu") | options))
+
+
 def own_scale_of(weight, scale) -> dict:
     """What from_tensors takes besides the parts of :func:`random_parts`."""
     return dict(own_scale=TABLE_SCALE) if is_nvfp4(weight, scale) else {}

@@ -30,9 +30,12 @@ def raw(tensor):
 
 def tensors_of(name, rows=6, width=64):
     """A weight of random bits and a scale, as ``from_tensors`` takes them for the format called ``name``."""
-    bits = torch.randint(0, 256, (rows, width * FORMATS[name].dtype.itemsize), dtype=torch.uint8)
-    scale = {"e4m3_ue8m0": torch.randint(0, 256, (rows, width // 32), dtype=torch.uint8), "e4m3": 0.25}.get(name)
-    return bits.view(FORMATS[name].dtype), scale
+    fmt = FORMATS[name]
+    bits = torch.randint(0, 256, (rows, fmt.row_bytes(width)), dtype=torch.uint8)
+    scale = 0.25 if name == "e4m3" else None
+    if fmt.group:
+        scale = torch.randint(0, 256, (rows, fmt.scale_bytes(width)), dtype=torch.uint8)
+    return bits.view(fmt.dtype), scale
 
 
 def memory():
@@ -47,18 +50,19 @@ def memory():
 def test_empty(name, placement):
     table = EngramTable.empty(5, 64, name, placement=placement, scale=0.5)
     assert (table.rows, table.width, table.format.name, table.placement) == (5, 64, name, placement)
-    assert table.weight.shape == (5, 64) and table.weight.dtype == FORMATS[name].dtype
+    fmt = FORMATS[name]
+    assert table.weight.shape == (5, 32 if "fp4" in name else 64) and table.weight.dtype == fmt.dtype
     assert table.weight.is_contiguous() and table.weight.device.type == "cpu" and not table.closed
-    scale_bytes = 0
-    if name == "e4m3_ue8m0":
-        scale_bytes = 2
-        assert table.scale.shape == (5, 2) and table.scale.dtype == torch.uint8
+    scale_bytes = {"e4m3_ue8m0": 2, "mxfp4": 2, "nvfp4": 4}.get(name, 0)
+    if scale_bytes:
+        assert table.scale.shape == (5, scale_bytes) and table.scale.dtype == torch.uint8
     elif name == "e4m3":
         assert table.scale.shape == () and table.scale.dtype == torch.float32 and float(table.scale) == 0.5
     else:
         assert table.scale is None
-    assert table.nbytes == 5 * (64 * FORMATS[name].dtype.itemsize + scale_bytes)
-    assert table.default_out_dtype == (torch.bfloat16 if "e4m3" in name else FORMATS[name].dtype)
+    assert table.own_scale == (0.5 if name in ("e4m3", "nvfp4") else None)
+    assert table.nbytes == 5 * (table.weight[0].numel() * fmt.dtype.itemsize + scale_bytes)
+    assert table.default_out_dtype == (torch.bfloat16 if "e4m3" in name or "fp4" in name else fmt.dtype)
     if placement == "host":
         assert table.weight.data_ptr() % (2 << 20) == 0
         assert not raw(table.weight).any() and (scale_bytes == 0 or not table.scale.any())
@@ -67,13 +71,14 @@ def test_empty(name, placement):
 @pytest.mark.parametrize("name", NAMES)
 def test_from_tensors_shares_on_the_cpu_and_copies_to_the_host(name):
     weight, scale = tensors_of(name)
-    shared = EngramTable.from_tensors(weight, scale, placement="cpu")
-    copied = EngramTable.from_tensors(weight, scale, placement="host")
+    own = dict(own_scale=0.25) if name == "nvfp4" else {}
+    shared = EngramTable.from_tensors(weight, scale, placement="cpu", **own)
+    copied = EngramTable.from_tensors(weight, scale, placement="host", **own)
     for table in (shared, copied):
         assert (table.rows, table.width, table.format.name) == (6, 64, name)
         assert torch.equal(raw(table.weight), raw(weight))
     assert shared.weight.data_ptr() == weight.data_ptr() != copied.weight.data_ptr()
-    if name == "e4m3_ue8m0":
+    if FORMATS[name].group:
         assert shared.scale.data_ptr() == scale.data_ptr() != copied.scale.data_ptr()
         assert torch.equal(shared.scale, scale) and torch.equal(copied.scale, scale)
     before = raw(weight).clone()
@@ -116,7 +121,8 @@ def test_one_row_of_one_group_keeps_its_scale_byte():
 @pytest.mark.parametrize("name", NAMES)
 def test_both_lookups_read_what_was_given(name, placement):
     weight, scale = tensors_of(name)
-    table = EngramTable.from_tensors(weight, scale, placement=placement)
+    own = dict(own_scale=0.25) if name == "nvfp4" else {}
+    table = EngramTable.from_tensors(weight, scale, placement=placement, **own)
     ids = torch.tensor([[5, 0], [-1, 3]])
     for function in (lookup, reference.lookup):
         rows, _ = function(table, ids, out_format="storage")

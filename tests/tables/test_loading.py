@@ -76,12 +76,16 @@ def test_a_file_with_one_table_needs_no_name(tmp_path, name):
     tensors = {"weight": weight}
     if name == "e4m3":
         tensors["weight_scale"] = torch.tensor(scale)
+    elif name == "nvfp4":
+        tensors |= dict(weight_scale=scale.view(torch.float8_e4m3fn), weight_scale_2=torch.tensor(tables.TABLE_SCALE))
     elif scale is not None:
         tensors["scale"] = scale
     table = load(save(tmp_path / "table.safetensors", tensors), placement="cpu")
     assert table.format.name == name and torch.equal(raw(table.weight), raw(weight))
-    if name == "e4m3_ue8m0":
+    if FORMATS[name].group:
         assert torch.equal(table.scale, scale)
+    if name == "nvfp4":
+        assert table.own_scale == float(torch.tensor(tables.TABLE_SCALE))
 
 
 @pytest.mark.parametrize("spelling", ["scale", "weight_scale", "weight_scale_inv"])
@@ -198,8 +202,7 @@ def test_two_tables_over_one_file(tmp_path):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_mapped_table_reads_as_a_loaded_one(tmp_path, name):
-    weight, scale = tables.random_parts(50, 64, name)
-    EngramTable.from_tensors(weight, scale, placement="cpu").save_safetensors(tmp_path / "a.safetensors")
+    tables.cpu_table(50, 64, name).save_safetensors(tmp_path / "a.safetensors")
     mapped, loaded = (load(tmp_path / "a.safetensors", placement="cpu", mapped=choice) for choice in (True, False))
     assert mapped.aligned and mapped.weight.data_ptr() % 4096 == 0
     ids = torch.tensor([[0, 49], [-1, 7]])

@@ -34,12 +34,12 @@ def small_chunks(monkeypatch):
 
 
 def table_of(name="bfloat16", rows=101, width=64, seed=0):
-    return EngramTable.from_tensors(*tables.random_parts(rows, width, name, seed), placement="cpu")
+    return tables.cpu_table(rows, width, name, seed)
 
 
 def same(one, other):
     equal = torch.equal(raw(one.weight), raw(other.weight)) and one.format == other.format
-    return equal and (one.scale is None or torch.equal(one.scale, other.scale))
+    return equal and one.own_scale == other.own_scale and (one.scale is None or torch.equal(one.scale, other.scale))
 
 
 def listing(folder):

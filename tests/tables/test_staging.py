@@ -244,7 +244,9 @@ def looked_up(table, ids, out_dtype=None, storage=False):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("name", "width"), [("float32", 4), ("bfloat16", 80), ("e4m3", 160), ("e4m3_ue8m0", 256)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("float32", 4), ("bfloat16", 80), ("e4m3", 160), ("e4m3_ue8m0", 256), ("nvfp4", 160)]
+)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_kernel_reads_staged_rows(device, name, width, dtype):
     weight, scale = tables.random_parts(ROWS, width, name)
@@ -276,7 +278,7 @@ def test_kernel_reads_staged_rows_of_any_alignment(device):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("placements", [("staged", "staged"), ("staged", "host"), ("device", "staged")])
-@pytest.mark.parametrize("name", ["e4m3_ue8m0", "bfloat16"])
+@pytest.mark.parametrize("name", ["e4m3_ue8m0", "bfloat16", "nvfp4"])
 def test_kernel_hash_lookup_of_mixed_placements(device, placements, name):
     """Staged layers beside others, in one output; row ids come to the CPU once."""
     plan = small_plan()

@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from engram_kernels.checkpoints.convert import convert_table
+from engram_kernels.checkpoints.encoding import MOST
 from engram_kernels.checkpoints.files import CheckpointError
 from engram_kernels.commands.arguments import byte_count, errors_in_one_line, positive_float
 from engram_kernels.commands.console import byte_bar, print_sections
@@ -13,7 +14,7 @@ from .inspect import inspect_sections, read_config, size_of, without_caller
 from .verify import verify_sections
 
 #: Formats that tables are converted to: those that kernels read.
-_FORMATS = ("float32", "bfloat16", "float16", "e4m3_ue8m0", "e4m3")
+_FORMATS = ("float32", "bfloat16", "float16", "e4m3_ue8m0", "e4m3", "nvfp4", "mxfp4")
 _ACTIONS = {
     "inspect": "names, format, rows, bytes, and the published models that fit",
     "verify": "files as long as their headers say, tables whole, and no NaN or unwritten rows in them",
@@ -41,7 +42,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = parsers["convert"].add_argument
     add("--out", metavar="PATH", required=True, help="file (.safetensors) or folder to write")
     add("--format", choices=_FORMATS, help="default: as it is")
-    add("--scale", metavar="X", type=positive_float, help="of format e4m3; default: greatest value / 448")
+    add("--scale", metavar="X", type=positive_float, help="of e4m3 and nvfp4; default: greatest value / 448, or 2688")
+    text = "of nvfp4 and mxfp4: the scale that takes a group's greatest value to 6, without a search for a better one"
+    add("--nearest", action="store_true", help=text)
+    text = "an error of a row, relative to its norm, whose share of rows is printed; default: %(default)s"
+    add("--bound", metavar="X", type=positive_float, default=0.125, help=text)
     add("--out-prefix", metavar="NAME", help="name before .weight; default: as it is")
     add("--shard-bytes", metavar="SIZE", type=byte_count, help="split into files of that size, as 5GB")
 
@@ -75,7 +80,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    names = ("format", "layer", "prefix", "out_prefix", "scale", "shard_bytes")
+    names = ("format", "layer", "prefix", "out_prefix", "scale", "nearest", "bound", "shard_bytes")
     options = {name: getattr(arguments, name) for name in names}
     with byte_bar("convert") as progress:
         done = convert_table(arguments.files, arguments.out, arguments.where, progress=progress, **options)
@@ -86,7 +91,10 @@ def _convert(arguments: argparse.Namespace) -> int:
     if done.scale is not None:
         rows.append(("scale", f"{done.scale:.9g}"))
     if done.overflows:
-        limit = "448 times the scale" if done.scale is not None else "infinite"
+        limit = f"{MOST[done.format.name]:g} times the scale" if done.scale is not None else "infinite"
         rows.append(("overflows", f"{done.overflows:,} values were beyond the format's range and are {limit} now"))
+    if (loss := done.loss) is not None:
+        rows.append(("error", f"{loss.signal_to_noise:.2f} dB of signal to noise, at most {loss.largest_error:.3g}"))
+        rows.append(("", f"{loss.beyond:.3%} of rows have an error above {loss.bound:g} of their norm"))
     print_sections([rows])
     return 0

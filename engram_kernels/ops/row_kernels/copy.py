@@ -143,7 +143,9 @@ def copy_rows(row, out_row, mask_row, table, out, layout, kept_ptr=None, kept_sc
             word_ptr = tl.max_contiguous(row_ptr[:, None] + offs_word[None, :], [1, 1])
             words = tl.load(word_ptr, mask=present[:, None] & mask_w, other=0)
             if kept_ptr is not None:
-                kept_word = kept_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + kept_row[:, None] * (WIDTH // PACKED)
+                kept_word = kept_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + kept_row[:, None] * (
+                    WIDTH // PACKED
+                )
                 mask_kept = mask_row[:, None] & mask_w & (kept_row >= 0)[:, None]
                 tl.store(kept_word + offs_word[None, :], words, mask=mask_kept)
             value = tl.reshape(decode_e2m1(words), (row.shape[0], CHUNK_SCALES, GROUP))

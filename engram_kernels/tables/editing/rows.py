@@ -29,9 +29,9 @@ class EditableRows(TrainableRows):
     def overlay(self, ids: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None = None) -> RowOverlay:
         """Lay ``rows [n, R]`` over rows ``ids [n]`` of the table; :meth:`RowOverlay.remove` takes them off again.
 
-        ids: int32 or int64, distinct. rows: in the table's dtype, as stored (those of formats with scales of groups with their
-        ``scales [n, R / 32]``, uint8 or float8_e8m0fnu), or float32, bfloat16 or float16 values, rounded as ``table
-        convert`` does. All are copied; ids on a GPU are waited for.
+        ids: int32 or int64, distinct. rows: in the table's dtype, as stored (where G elements share a scale with
+        ``scales [n, R / G]``, uint8 or what torch calls them), or float32, bfloat16 or float16 values, rounded as
+        ``table convert`` does. All are copied; ids on a GPU are waited for.
 
         What the current stream does from here on reads the edited rows, what it was given before the old ones; with
         placement "staged" and on a CPU the same holds of calls. ValueError where a value does not fit the format, for
@@ -135,13 +135,16 @@ class EditableRows(TrainableRows):
         """Write the rows that changed since version ``since``, converted, as ``path`` (``*.safetensors``, or a folder).
 
         Returns the version that they are of, for ``since`` of the next file. format, scale: of the serving copy, which
-        takes the file by :meth:`load_changes`; ``scale`` for formats "e4m3" and "nvfp4". clip: as for :meth:`update_from`. The file
-        is there whole or not at all. ValueError where any row may have changed: save and convert the table then.
+        takes the file by :meth:`load_changes`; ``scale`` for formats "e4m3" and "nvfp4". clip: as for
+        :meth:`update_from`. The file is there whole or not at all. ValueError where any row may have changed: save and
+        convert the table then.
         """
         where = "EngramTable.save_changes"
         kind = FORMATS[format]
         if (scale is None) == kind.table_scale:
-            raise ValueError(f"{where}: scale must be a number for formats 'e4m3' and 'nvfp4', and None else, got {scale}")
+            raise ValueError(
+                f"{where}: scale must be a number for formats 'e4m3' and 'nvfp4', and None else, got {scale}"
+            )
         check_pair(self.format, kind, scale, where)
         own = None if scale is None else float(checked_scale(scale, where))
         kind.check_width(self.width, where)

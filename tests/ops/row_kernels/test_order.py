@@ -172,13 +172,14 @@ def test_kernel(device, order, name, width, dtype):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("order", ["head", "address"])
-@pytest.mark.parametrize(("name", "width"), [("e4m3_ue8m0", 256), ("e4m3_ue8m0", 160), ("e4m3", 32)])
+@pytest.mark.parametrize(("name", "width"), [("e4m3_ue8m0", 256), ("e4m3_ue8m0", 160), ("e4m3", 32), ("nvfp4", 160)])
 def test_kernel_storage(device, order, name, width):
     weight, scale = tables.random_parts(23, width, name)
     table, ids = tables.place(weight, scale, device), repeated_ids(23, dtype=torch.int32)
-    rows = Guarded((*ids.shape, width), torch.uint8, device)
-    scales = Guarded((*ids.shape, width // 32), torch.uint8, device) if name == "e4m3_ue8m0" else None
-    pair = rows.tensor.view(torch.float8_e4m3fn), None if scales is None else scales.tensor
+    fmt = table.format
+    rows = Guarded((*ids.shape, fmt.row_bytes(width)), torch.uint8, device)
+    scales = Guarded((*ids.shape, fmt.scale_bytes(width)), torch.uint8, device) if fmt.group else None
+    pair = rows.tensor.view(fmt.dtype), None if scales is None else scales.tensor
     lookup(table, ids.to(device), out=pair, out_format="storage", order=order)
     wanted_rows, wanted_scales = reference.lookup(tables.place(weight, scale, CPU), ids, out_format="storage")
     assert torch.equal(rows.check().cpu(), wanted_rows.view(torch.uint8))
@@ -201,7 +202,9 @@ def test_kernel_strided_ids_and_lengths(device):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("order", ["head", "address"])
-@pytest.mark.parametrize(("name", "width", "dialect"), [("e4m3_ue8m0", 96, "map"), ("bfloat16", 80, "eos")])
+@pytest.mark.parametrize(
+    ("name", "width", "dialect"), [("e4m3_ue8m0", 96, "map"), ("bfloat16", 80, "eos"), ("nvfp4", 96, "map")]
+)
 def test_kernel_hash_lookup(device, order, name, width, dialect):
     plan = small_plan(dialect=dialect)
     parts = parts_of(plan, width, name)

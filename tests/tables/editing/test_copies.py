@@ -19,7 +19,7 @@ from .test_overlay import bits, same
 ROWS, WIDTH, SCALE = 60, 32, 0.01
 GUIDE = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
 DENSE = (torch.float32, torch.bfloat16)
-SERVING = ["e4m3_ue8m0", "e4m3", "float16", "bfloat16", "float32"]
+SERVING = ["e4m3_ue8m0", "e4m3", "nvfp4", "mxfp4", "float16", "bfloat16", "float32"]
 
 
 def trained(dtype=torch.float32, device="cpu", rows=ROWS):
@@ -35,7 +35,7 @@ def copy_of(form, rows=ROWS, device="cpu"):
     placement = "cpu" if torch.device(device).type == "cpu" else "device"
     table = EngramTable.empty(rows, WIDTH, form, scale=SCALE, placement=placement)
     table.weight.view(torch.uint8).zero_()  # what rows are exchanged for is read, and is to be defined
-    if form == "e4m3_ue8m0":
+    if table.format.group:
         table.scale.zero_()
     return table
 
@@ -43,7 +43,7 @@ def copy_of(form, rows=ROWS, device="cpu"):
 def whole_conversion(master, form, folder):
     """What ``table convert`` makes of the saved master."""
     path = master.save_safetensors(folder / "master.safetensors")
-    options = dict(scale=SCALE) if form == "e4m3" else {}
+    options = dict(scale=SCALE) if FORMATS[form].table_scale else {}
     convert_table(path, folder / "copy.safetensors", "test", format=form, **options)
     return EngramTable.from_safetensors(folder / "copy.safetensors", placement="cpu")
 
@@ -201,7 +201,7 @@ def test_a_cache_in_front_reads_pushed_rows(tmp_path):
 @pytest.mark.parametrize("form", SERVING)
 def test_files_equal_a_conversion_of_the_whole(tmp_path, form):
     """Written by the trainer, taken in order by a copy that was loaded from the converted checkpoint."""
-    master, options = trained(), dict(format=form) | (dict(scale=SCALE) if form == "e4m3" else {})
+    master, options = trained(), dict(format=form) | (dict(scale=SCALE) if FORMATS[form].table_scale else {})
     optimizer = RowAdam(master, lr=0.05)
     served = at = master.version
     copy = whole_conversion(master, form, tmp_path)
@@ -275,8 +275,8 @@ def test_the_guide(tmp_path):
 def test_options_of_files(tmp_path):
     master = trained()
     for match, options in (
-        ("scale must be a number for format 'e4m3'", dict(format="e4m3")),
-        ("scale must be a number for format 'e4m3'", dict(format="bfloat16", scale=0.5)),
+        ("scale must be a number for formats 'e4m3' and 'nvfp4'", dict(format="e4m3")),
+        ("scale must be a number for formats 'e4m3' and 'nvfp4'", dict(format="bfloat16", scale=0.5)),
         ("the table's scale must be a positive number|a scale is a positive number", dict(format="e4m3", scale=0)),
     ):
         with pytest.raises(ValueError, match=f"^EngramTable.save_changes: .*({match})"):

@@ -15,7 +15,16 @@ def parts(rows, name, width, seed=0):
     return weight.view(torch.uint8), scale if isinstance(scale, torch.Tensor) else None
 
 
-FORMS = [("e4m3_ue8m0", 256), ("e4m3_ue8m0", 32), ("e4m3_ue8m0", 96), ("e4m3", 16), ("bfloat16", 80), ("float32", 1024)]
+FORMS = [
+    ("e4m3_ue8m0", 256),
+    ("e4m3_ue8m0", 32),
+    ("e4m3_ue8m0", 96),
+    ("e4m3", 16),
+    ("nvfp4", 160),
+    ("mxfp4", 32),
+    ("bfloat16", 80),
+    ("float32", 1024),
+]
 
 
 @pytest.mark.kernel

@@ -24,7 +24,7 @@ GUIDE = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
 
 
 def table_of(form="e4m3_ue8m0", placement="cpu", rows=ROWS, width=WIDTH, **options):
-    return EngramTable.from_tensors(*tables.random_parts(rows, width, form), placement=placement, **options)
+    return tables.cpu_table(rows, width, form, placement=placement, **options)
 
 
 def bits(table):
@@ -65,7 +65,7 @@ def test_stored_rows_come_and_go_bit_for_bit(name, placement, shared_name):
     table.close()
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "e4m3_ue8m0", "e4m3", "float64"])
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_are_encoded_as_a_conversion_does(name, dtype):
     table, ids = table_of(name), torch.tensor([7, 0, 39])
@@ -81,7 +81,9 @@ def test_values_are_encoded_as_a_conversion_does(name, dtype):
     assert same(bits(table), bits(table_of(name)))
 
 
-@pytest.mark.parametrize("name, most", [("e4m3", 448 * tables.TABLE_SCALE), ("float16", 65504.0)])
+@pytest.mark.parametrize(
+    "name, most", [("e4m3", 448 * tables.TABLE_SCALE), ("nvfp4", 6 * 448 * tables.TABLE_SCALE), ("float16", 65504.0)]
+)
 def test_values_that_do_not_fit_are_refused(name, most):
     table = table_of(name)
     before, rows = bits(table), torch.zeros(2, WIDTH)
@@ -90,10 +92,11 @@ def test_values_that_do_not_fit_are_refused(name, most):
     rows[1, 3] = most * 1.01
     with pytest.raises(ValueError, match=r"^EngramTable.overlay: rows must fit .*got 1 values beyond, the greatest"):
         table.overlay(torch.tensor([1, 2]), rows)
-    if name == "e4m3":
-        rows[1, 3] = torch.inf
-        with pytest.raises(ValueError, match="has no infinity"):
-            table.overlay(torch.tensor([1, 2]), rows)
+    for value, word in ((torch.inf, "infinity"), (torch.nan, "NaN")) if name != "float16" else ():
+        rows[1, 3] = value
+        if name == "nvfp4" or value == torch.inf:
+            with pytest.raises(ValueError, match=f"has no {word}"):
+                table.overlay(torch.tensor([1, 2]), rows)
     assert same(bits(table), before)
 
 

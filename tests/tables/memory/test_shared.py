@@ -29,14 +29,14 @@ def bare_machine(monkeypatch):
     monkeypatch.setattr(shared_protocol, "_free_huge_pages", lambda: 0)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "e4m3", "e4m3_ue8m0"])
+@pytest.mark.parametrize("kind", ["bfloat16", "e4m3", "e4m3_ue8m0", "nvfp4"])
 def test_one_writer_and_readers_that_wait(peers, shared_name, kind):
     """The reader attaches first and gets what was written meanwhile, in the same memory; the last one removes it."""
     weight, scale = tables.random_parts(3000, 64, kind)
     peers[0].start(f"t = EngramTable.attach({shared_name!r}, 3000, 64, {kind!r}, timeout=1800); result = t.rows")
-    table = made(shared_name, (3000, 64, kind), scale=scale if kind == "e4m3" else 1.0)
+    table = made(shared_name, (3000, 64, kind), scale=tables.TABLE_SCALE)
     table.weight.view(torch.uint8).copy_(weight.view(torch.uint8))
-    if kind == "e4m3_ue8m0":
+    if table.format.group:
         table.scale.copy_(scale)
     table.publish()
     assert peers[0].answer() == 3000
@@ -44,12 +44,12 @@ def test_one_writer_and_readers_that_wait(peers, shared_name, kind):
     expected = lookup(table, torch.tensor([0, 2999]), out_dtype=torch.float32)
     assert peers[0].run(f"{read}.nan_to_num(7.5).tolist()") == expected.nan_to_num(7.5).tolist()
     table.weight[2999] = 1.0
-    assert peers[0].run("result = t.weight[2999].float().tolist()") == [1.0] * 64
+    assert peers[0].run("result = t.weight[2999].float().tolist()") == [1.0] * len(table.weight[0])
     assert peers[1].run(f"t = EngramTable.attach({shared_name!r}, 3000, 64, {kind!r}, timeout=0); t.close()") is None
     table.close()
     with attach(shared_name, (3000, 64, kind)) as late:  # the writer is gone, its table is not
         assert torch.equal(late.weight.view(torch.uint8)[:2999], weight.view(torch.uint8)[:2999])
-        assert kind != "e4m3" or float(late.scale) == float(torch.tensor(scale))
+        assert late.own_scale == (float(torch.tensor(tables.TABLE_SCALE)) if table.format.table_scale else None)
         assert file_of(shared_name).exists()
     assert peers[0].run("t.close()") is None
     assert not file_of(shared_name).exists()
