@@ -30,7 +30,7 @@ def whole(kind, format):
         ("wide", "e4m3_ue8m0", dict(prefix="layers.4.engram.embed", metadata={"step": "7"})),
         ("wide", "bfloat16", dict(shard_bytes=20_000)),
         ("tiny", "e4m3", {}),
-        ("wide", "nvfp4", dict(shard_bytes=20_000)),
+        ("wide", "nvfp4", dict(shard_bytes=5_600)),
     ],
 )
 def test_saved_by_four_and_loaded_by_three(worlds, tmp_path, kind, format, options):
