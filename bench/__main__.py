@@ -42,6 +42,7 @@ COMMANDS = {
     "train": "bench.training.train",
     "optimizers": "bench.training.optimizers",
     "updates": "bench.training.updates",
+    "formats": "bench.training.formats",
     "cache": "bench.cache.prediction",
     "step_model": "bench.serving.step_model",
     "sweep": "bench.ops.sweep",

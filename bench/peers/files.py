@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 #: Modules that such a file may import; anything else it imports is left out.
-ALLOWED = ("__future__", "math", "torch", "triton", "typing")
+ALLOWED = ("__future__", "math", "torch", "triton", "types", "typing")
 
 
 class MissingPeer(LookupError):

@@ -29,6 +29,8 @@ from .text import load_token_ids, load_token_map
 #: Name in cases -> preset of EngramConfig.
 MODELS = {"v41": "deepseek_v41_flash", "27b": "engram_27b"}
 ALL_MODELS = MODELS | {"40b": "engram_40b", "demo": "deepseek_demo", "qwen": "qwen38_flash_next"}
+#: Formats of rows besides a model's own, in which DeepSeek-V4.1's are looked up too: model "v41-nvfp4".
+OTHER_FORMATS = ("nvfp4", "mxfp4")
 TOKENS, ALL_TOKENS = (1, 8, 128, 2048, 8192), tuple(2**power for power in range(15))
 _FILL_BYTES = 256 << 20  # a divisor of the unit in which host memory is registered: no copy crosses two of them
 _FAR_APART = 104_729  # tokens between two places of the text; a prime, so that places come again late
@@ -94,6 +96,13 @@ def models(full: bool) -> tuple[str, ...]:
     return tuple(ALL_MODELS if full else MODELS)
 
 
+def config_of(model: str) -> EngramConfig:
+    """The preset of a model's name; behind a hyphen stands another format of rows."""
+    name, _, row_format = model.partition("-")
+    config = getattr(EngramConfig, ALL_MODELS[name])()
+    return dataclasses.replace(config, format=row_format) if row_format else config
+
+
 def token_counts(full: bool) -> tuple[int, ...]:
     """Numbers of tokens that are measured."""
     return ALL_TOKENS if full else TOKENS
@@ -108,7 +117,7 @@ def load_cases(full: bool = False) -> list[Case]:
     names = sorted((name for name in modules if ".bench_" in name), key=lambda name: name.rpartition(".")[2])
     found = [case for name in names for case in importlib.import_module(name).cases(full)]
     order = {name: number for number, name in enumerate(ALL_MODELS)}
-    return sorted(found, key=lambda case: (order.get(case.model, 0) if full else 0, case.priority))
+    return sorted(found, key=lambda case: (order.get(case.model.partition("-")[0], 0) if full else 0, case.priority))
 
 
 def tensor_bytes(*tensors: torch.Tensor | None) -> int:
@@ -188,7 +197,7 @@ class Workbench:
     def config(self, model: str, placement: str = "host") -> EngramConfig:
         """The model's geometry with tables within the limit of ``placement``."""
         if (model, placement) not in self._configs:
-            config = getattr(EngramConfig, ALL_MODELS[model])()
+            config = config_of(model)
             row = _row_bytes(config)
             # More than once, because primes lie above the sizes that they are sought from.
             while (share := self._limits[placement] / (max(config.rows_per_layer) * row)) < 1:
@@ -231,7 +240,7 @@ class Workbench:
             start = index * max(tokens, 65_536) % (len(self._text) - tokens)
             return self._text[start : start + tokens].to(self.device)
         generator = torch.Generator().manual_seed(20260112 + index)
-        vocab = getattr(EngramConfig, ALL_MODELS[model])().raw_vocab_size
+        vocab = config_of(model).raw_vocab_size
         return torch.randint(0, vocab, (tokens,), generator=generator, dtype=torch.int32).to(self.device)
 
     def stream(self, kind: str, model: str, most: int) -> torch.Tensor:
@@ -289,11 +298,12 @@ class Workbench:
         if not table.format.scaled:
             fill(table.weight.view(-1), lambda size: torch.randn(size, dtype=table.weight.dtype, **options))
             return
-        # Without bit 3 no byte is an e4m3 NaN.
+        # Without bit 3 no byte is an e4m3 NaN. Every byte of e2m1 is two numbers.
         weight = table.weight.view(torch.uint8).view(-1)
         fill(weight, lambda size: torch.randint(0, 256, (size,), dtype=torch.uint8, **options) & 0xF7)
         if table.format.group:
-            fill(table.scale.view(-1), lambda size: torch.randint(120, 135, (size,), dtype=torch.uint8, **options))
+            some = (120, 135) if table.format.group_scale == "ue8m0" else (0x30, 0x40)
+            fill(table.scale.view(-1), lambda size: torch.randint(*some, (size,), dtype=torch.uint8, **options))
 
 
 def row_variants(full: bool = False) -> Iterator[tuple[str, str, int, int, str]]:
@@ -302,6 +312,6 @@ def row_variants(full: bool = False) -> Iterator[tuple[str, str, int, int, str]]
         [("host", "uniform"), ("host", "text"), ("device", "uniform"), ("device", "text")]
     ):
         roof = "zero_copy" if placement == "host" else "device_copy"
-        for model in models(full):
+        for model in (*models(full), *(f"v41-{other}" for other in OTHER_FORMATS)):
             for tokens in token_counts(full):
                 yield model, f"{placement}/{kind}", tokens, priority(model, tokens, extra), roof

@@ -11,8 +11,10 @@ than three seeds differ. float32; on a CPU this takes minutes.
 """
 
 import argparse
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -182,9 +184,18 @@ def train(
     kind: str, settings: Settings, seed: int, ids: torch.Tensor, device: torch.device, optimizer=RowAdagrad
 ) -> dict:
     """Losses of every step, and over the held-out text after the last; ``optimizer`` is that of the rows."""
+    with fitted(kind, settings, seed, ids, device, optimizer) as (model, losses):
+        dense = sum(parameter.numel() for parameter in dense_parameters(model))
+        return dict(losses=losses, held_out=held_out_loss(model, settings, ids, device), dense_parameters=dense)
+
+
+@contextlib.contextmanager
+def fitted(
+    kind: str, settings: Settings, seed: int, ids: torch.Tensor, device: torch.device, optimizer=RowAdagrad
+) -> Iterator[tuple[Transformer, list[float]]]:
+    """(the model after the last step, losses of all); what holds the rows of "engram" is closed behind it."""
     model, rows = build(kind, settings, seed, device)
-    dense = [parameter for parameter in model.parameters() if parameter is not rows]
-    optimizers = [torch.optim.Adam(dense, lr=settings.rate, eps=1e-6)]
+    optimizers = [torch.optim.Adam(dense_parameters(model), lr=settings.rate, eps=1e-6)]
     if kind == "engram":
         optimizers.append(optimizer(rows, lr=settings.row_rate))
     elif kind == "dense":
@@ -196,20 +207,28 @@ def train(
         starts = torch.randint(0, len(learnt) - settings.context - 1, (settings.batch,), generator=order)
         windows = torch.stack([learnt[start : start + settings.context + 1] for start in starts]).to(device)
         loss = loss_of(model, windows)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        for each in optimizers:
+            each.zero_grad()
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        for each in optimizers:
+            each.step()
         losses.append(float(loss.detach()))
-    windows = ids[-settings.held_out :].unfold(0, settings.context + 1, settings.context).to(device)
-    with torch.no_grad():
-        parts = [loss_of(model, part) * len(part) for part in windows.split(64)]
+    yield model, losses
     if kind == "engram":
         for resource in (*optimizers[1:], rows):
             resource.close()
-    parameters = sum(parameter.numel() for parameter in dense)
-    return dict(losses=losses, held_out=float(sum(parts)) / len(windows), dense_parameters=parameters)
+
+
+def dense_parameters(model: Transformer) -> list[nn.Parameter]:
+    """All but the rows."""
+    rows = getattr(model.engram, "weight", None)
+    return [parameter for parameter in model.parameters() if parameter is not rows]
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, settings: Settings, ids: torch.Tensor, device: torch.device) -> float:
+    windows = ids[-settings.held_out :].unfold(0, settings.context + 1, settings.context).to(device)
+    return float(sum(loss_of(model, part) * len(part) for part in windows.split(64))) / len(windows)
 
 
 def loss_of(model: Transformer, windows: torch.Tensor) -> torch.Tensor:

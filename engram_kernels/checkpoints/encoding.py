@@ -10,9 +10,9 @@
 
 Of four bits there are few levels, and the scale that takes a group's greatest value to 6 is often not the best: the
 greatest may fit 4 better, or be cut. ``nearest`` takes that one all the same (for mxfp4 the smallest 2^e that cuts
-nothing; for nvfp4 e4m3(max / 6 / scale)); it is the start of the search, which looks at the scales around it
-(bench/ops/formats.py measures both). The squared error is summed in float64 element by element, so that a row's bits
-do not depend on how many are encoded together.
+nothing; for nvfp4 e4m3(max / 6 / scale)); it is the start of the search, which looks at the scales around it. What both
+cost is measured (``python -m bench formats``). The squared error is summed in float64 element by element, so that a
+row's bits do not depend on how many are encoded together.
 
 NaN stays NaN in fp8, and takes no part in a group's maximum. fp8 has no infinity and four bits have no NaN either: one
 is an error.

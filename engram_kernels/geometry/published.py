@@ -29,7 +29,7 @@ QWEN_DEFAULTS = {
     "seed": 1234,
 }
 _FORMATS = {name: name for name in ("float32", "bfloat16", "float16", "float64")}
-_FORMATS |= {"float8_e4m3fn": "e4m3", "fp8": "e4m3"}
+_FORMATS |= {"float8_e4m3fn": "e4m3", "fp8": "e4m3", "nvfp4": "nvfp4"}
 
 
 class Published(NamedTuple):

@@ -106,8 +106,11 @@ def test_cases_of_a_run_and_of_a_full_one():
         assert len({case.name for case in found}) == len(found)
         wanted = {(op, model, count) for op in OPS for model in models for count in tokens}
         wanted -= {("gate_conv_residual", "v41", count) for count in tokens}  # V4.1 has no convolution
+        lookups = ("lookup", "hash_lookup")
+        wanted |= {(op, f"v41-{form}", count) for op in lookups for form in ("nvfp4", "mxfp4") for count in tokens}
         assert {(case.op, case.model, case.tokens) for case in found if case.op in OPS} == wanted
-        order = [(list(ALL_MODELS).index(case.model) if full else 0, case.priority) for case in found]
+        number = {name: place for place, name in enumerate(ALL_MODELS)}
+        order = [(number[case.model.partition("-")[0]] if full else 0, case.priority) for case in found]
         assert order == sorted(order), "a full run goes model by model, and each by priority"
         assert {case.variant.split("/")[2] for case in found if case.op == "read_order"} == set(ORDERS)
     first = load_cases()[0]

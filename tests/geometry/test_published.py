@@ -70,6 +70,7 @@ def test_from_hf_variants_of_qwen():
         ({"ple_embedding_dtype": None, "dtype": "float16"}, "float16"),
         ({"ple_embedding_dtype": None, "dtype": None, "torch_dtype": torch.float32}, "float32"),
         ({"ple_embedding_dtype": "fp8", "dtype": "bfloat16"}, "e4m3"),
+        ({"ple_embedding_dtype": "nvfp4"}, "nvfp4"),
     ],
 )
 def test_rows_of_qwen_have_the_checkpoints_dtype_unless_one_of_their_own(changes, format):

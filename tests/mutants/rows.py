@@ -41,19 +41,33 @@ last tile skipped @ ops/row_kernels/by_id
 scale byte off by one: first chunk for all @ ops/row_kernels/copy
 - scale_address, begin // GROUP, NUM_SCALES
 + scale_address, 0, NUM_SCALES
-scale byte off by one: eight to a word @ ops/row_kernels/copy -k test_kernel_storage
-- (8 * offs)[None, :].to(tl.uint64)
-+ (8 * (offs ^ 1))[None, :].to(tl.uint64)
-scale byte off by one: four to a word @ ops/row_kernels/copy -k test_kernel_storage
-- word = tl.load(word_ptr + row, mask=present, other=0)
--         return (word[:, None] >> (8 * offs)
-+ word = tl.load(word_ptr + row, mask=present, other=0)
-+         return (word[:, None] >> (8 * (offs ^ 1))
-scale byte off by one: two to a word @ ops/row_kernels/copy -k test_kernel_storage
-- word_ptr + row, mask=present, other=0).to(tl.uint32)
--         return (word[:, None] >> (8 * offs)
-+ word_ptr + row, mask=present, other=0).to(tl.uint32)
-+         return (word[:, None] >> (8 * (offs ^ 1))
+scale byte off by one: bytes of a word @ ops/row_kernels/copy -k test_kernel_storage
+- (8 * tl.arange(0, WORD))[None, None, :]
++ (8 * (tl.arange(0, WORD) ^ 1))[None, None, :]
+scale byte off by one: words @ ops/row_kernels/copy -k test_kernel_storage
+- offs = begin // WORD + tl.arange(0, CHUNK_SCALES // WORD)
++ offs = tl.arange(0, CHUNK_SCALES // WORD)
+mask dropped: words of scales @ ops/row_kernels/copy -k test_kernel_storage
+- mask = mask & (offs < NUM_SCALES // WORD)[None, :]
++ mask = mask
+codes swapped: halves of a word @ ops/row_kernels/copy -k e2m1_code
+- tl.join(words << 16, words)
++ tl.join(words, words << 16)
+codes swapped: halves of a byte @ ops/row_kernels/copy -k e2m1_code
+- tl.join(eighths << 4, eighths)
++ tl.join(eighths, eighths << 4)
+codes swapped: sign @ ops/row_kernels/copy -k e2m1_code
+- & -2118123520  # 0x81C00000
++ & 0x01C00000
+scale byte off by one: the table's, dropped @ ops/row_kernels/copy -k e2m1_code
+- value *= (scale_bits + row * 0).to(tl.int32).to(tl.float32, bitcast=True)[:, None, None]
++ value *= 1.0
+mask dropped: words of a row @ ops/row_kernels/copy -k test_kernel and nvfp4-160
+- mask=present[:, None] & mask_w, other=0)
++ mask=present[:, None], other=0)
+branch fixed to 0: chunk of words @ ops/row_kernels/copy -k test_kernel and nvfp4-1024
+- offs_word = begin // PACKED + tl.arange(0, CHUNK // PACKED)
++ offs_word = tl.arange(0, CHUNK // PACKED)
 scale byte off by one: zero @ ops/row_kernels/copy
 - << 23, 0x00400000)
 + << 23, 0)
