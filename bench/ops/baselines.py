@@ -191,5 +191,5 @@ def numpy_hash(plan: HashPlan):
 def _values(table: EngramTable, words: torch.Tensor, scale_words: torch.Tensor | None) -> torch.Tensor:
     """Gathered words ``[..., bytes / 8]`` as the table's values in its default output type."""
     rows = words.view(table.format.dtype)
-    scales = table.scale if scale_words is None else scale_words.view(torch.uint8)
-    return dequantise(rows, scales, table.format).to(table.default_out_dtype)
+    scales = None if scale_words is None else scale_words.view(torch.uint8)
+    return dequantise(rows, scales, table.format, table.own_scale).to(table.default_out_dtype)
