@@ -129,7 +129,14 @@ def packed_requests(depth: int) -> Requests:
 
 
 def _lookups(bench: Workbench) -> Iterator[Job]:
-    for model, tokens, programs in (("v41", 16, None), ("v41", 16, 4), ("27b", 16, None), ("qwen", 16, None)):
+    for model, tokens, programs in (
+        ("v41", 16, None),
+        ("v41", 16, 4),
+        ("v41-nvfp4", 16, 4),
+        ("v41-mxfp4", 16, 4),
+        ("27b", 16, None),
+        ("qwen", 16, None),
+    ):
         plan, table = bench.plan(model, "device"), bench.table(model, "device")
         row_ids = reference.ngram_hash(bench.token_ids("uniform", model, tokens, 1), plan)[:, 0].contiguous()
         options = dict(order="direct", programs=programs)
