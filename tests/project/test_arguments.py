@@ -130,7 +130,6 @@ READ = dict(out=None, out_dtype=None, out_format="values", programs=None, order=
 SHARDED = dict(config=config(), layer=1, group=None, placement="cpu")
 GATE = dict(clamp=1e-6, mask=None, zero_gate="sign", residual=True, out=None)
 
-
 RUN = dict(optimizers=[], schedulers=[])
 
 
@@ -357,8 +356,7 @@ def test_bad_values(name, request, tmp_path, monkeypatch):
     for parameter in CALLS[name]()[1]:
         function = None
         for value in POOL:
-            if function is None:
-                function, arguments = CALLS[name]()
+            function, arguments = (function, arguments) if function else CALLS[name]()
             kind = kinds_of(function)[parameter]
             if value is Unprintable and kind.fits(print):
                 continue  # something to call
@@ -379,7 +377,7 @@ def test_bad_values(name, request, tmp_path, monkeypatch):
                     faults.append(f"{came}: {error}")
             except Exception as error:
                 faults.append(f"{came}: {type(error).__name__} {error}")
-        if function is not None and name not in REFUSED:
+        if function and name not in REFUSED:
             function(**arguments)  # as if nothing had been refused
     assert not faults, f"{len(faults)} of {name}:\n" + "\n".join(faults)
 
