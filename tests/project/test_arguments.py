@@ -354,7 +354,7 @@ def test_bad_values(name, request, tmp_path, monkeypatch):
         request.getfixturevalue("group")
     faults = []
     for parameter in CALLS[name]()[1]:
-        function = None
+        function = arguments = None
         for value in POOL:
             function, arguments = (function, arguments) if function else CALLS[name]()
             kind = kinds_of(function)[parameter]
