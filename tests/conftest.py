@@ -65,6 +65,7 @@ def pytest_addoption(parser):
     )
     parser.addoption("--go-on", action="store_true", help="lane gpu, in one process: keep results, run what has none")
     parser.addoption("--patience", type=float, default=PATIENCE, help="seconds until lane gpu takes a test for hung")
+    parser.addoption("--thorough", action="store_true", help="of tests whose cases take turns run each with all forms")
     parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
 
 
