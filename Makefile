@@ -54,7 +54,7 @@ test-interpret: $(call ready,test) ## the kernels in Triton's interpreter
 test-compile: $(call ready,test) ## the kernels compiled for four GPU generations, and what came out
 	$(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
 
-# After the compile lane, whose compiled code is found on disk.
+# After the compile lane, whose compiled code is found on disk. With ARGS=--thorough before every release.
 test-machine: $(call ready,test) ## the kernels' machine code (PTX), executed on a CPU: bounds, races, orders of warps
 	$(PY) -m pytest -n $(JOBS) --lane machine tests $(ARGS)
 

@@ -2,10 +2,11 @@
 
 ``--lane cpu`` (default) runs what needs no kernel, ``interpret`` every test marked ``kernel`` in Triton's interpreter
 on CPU tensors, ``machine`` the same tests on the machine code that Triton emits for ``--target``, executed on CPU
-tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Each lane
-checks that it runs in the mode it was asked for. A kernel test that launches no kernel fails, and so does a whole lane
-in which some kernel of the package never ran. Time fails nothing: what takes longer than its budget is a warning, and
-build/lane_times.json keeps the times.
+tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Kernel tests
+marked ``graphs`` are about torch.compile and torch.export, not about machine code: lane ``machine`` leaves them out, so
+does lane ``interpret`` with ``--one-case``. Each lane checks that it runs in the mode it was asked for. A kernel test
+that launches none fails, and so does a whole lane in which some kernel of the package never ran. Time fails nothing:
+what takes longer than its budget is a warning, and build/lane_times.json keeps the times.
 """
 
 import contextlib
@@ -64,6 +65,7 @@ def pytest_addoption(parser):
     )
     parser.addoption("--go-on", action="store_true", help="lane gpu, in one process: keep results, run what has none")
     parser.addoption("--patience", type=float, default=PATIENCE, help="seconds until lane gpu takes a test for hung")
+    parser.addoption("--thorough", action="store_true", help="of tests whose cases take turns run each with all forms")
     parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
 
 
@@ -91,10 +93,11 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """On a GPU machine files without kernel tests stay closed: they import what it need not have."""
-    if config.getoption("--lane") == "gpu" and collection_path.match("test_*.py"):
+    """Files without tests of the lane stay closed: they take time, and import what a GPU machine need not have."""
+    marks = LANES[config.getoption("--lane")]
+    if marks and collection_path.match("test_*.py"):
         text = collection_path.read_text()
-        return None if "mark.kernel" in text or "mark.gpu" in text else True
+        return None if any(f"mark.{mark}" in text for mark in marks) else True
     return None
 
 
@@ -107,11 +110,23 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item in kept if (item.get_closest_marker("alone") is not None) == alone]
         if config.getoption("--go-on") and (recorder := config.pluginmanager.getplugin("gpu_results")):
             kept = [item for item in kept if item.nodeid not in recorder.content["tests"]]
-    if config.getoption("--one-case"):
+    lane, one_case = config.getoption("--lane"), config.getoption("--one-case")
+    if lane == "machine" or lane == "interpret" and one_case:
+        kept = [item for item in kept if item.get_closest_marker("graphs") is None]
+    if one_case:
         kept = list({item.nodeid.split("[")[0]: item for item in reversed(kept)}.values())[::-1]
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
+
+
+def pytest_collection_finish(session):
+    """Collections of garbage leave out what was imported so far: with it they take 0.4 s each."""
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()  # or Triton's library says at the end that it leaks
 
 
 def _belongs(marks, wanted):

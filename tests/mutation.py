@@ -3,19 +3,22 @@
     python -m tests.mutation [--jobs 2] [-k text]
 
 Each mutant of mutants/ is a copy of the package and its tests in a temporary folder. It must compile for sm_90 from
-its launcher's real arguments, then its tests run until an assertion fails: in Triton's interpreter, or, of what that
-cannot show, on the machine code (``Mutant.lane``), whose reports are assertions. An exception or a crash does not
-count: the tests have to say what is wrong. Copies without a change come first and must pass, or "caught" would mean
-nothing. The exit status is 0 if every mutant was caught, whatever time that took.
+its launcher's real arguments (``--kinds`` leaves that out), then its tests run until an assertion fails: in Triton's
+interpreter, or, of what that cannot show, on the machine code (``Mutant.lane``), whose reports are assertions. An
+exception or a crash does not count: the tests have to say what is wrong. Copies without a change come last and must
+pass the tests that failed, or "caught" would mean nothing. The exit status is 0 if every mutant was caught, whatever
+time that took.
 
 Importing torch and Triton takes seconds, so each of the stages is one process that imports them, not the package,
 and forks a child per mutant.
 """
 
 import argparse
+import compileall
 import contextlib
 import dataclasses
 import gc
+import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -54,29 +57,42 @@ def mutated(mutant: Mutant, source: str) -> str:
     return source.replace(mutant.old, mutant.new)
 
 
-def controls(mutants: list[Mutant]) -> list[Mutant]:
-    """For each file of tests that ``mutants`` run, a mutant that changes nothing; on machine code of the same tests."""
-    interpret = {(file, "", "interpret") for mutant in mutants for file in mutant.tests if mutant.lane == "interpret"}
-    machine = {(mutant.tests[0], mutant.select, "machine") for mutant in mutants if mutant.lane == "machine"}
+def controls(results: dict[Mutant, dict]) -> list[Mutant]:
+    """For each file and lane with tests that caught mutants, one that changes nothing and runs just these tests."""
+    caught = {}
+    for mutant, result in results.items():
+        if result["verdict"] == "caught":
+            test = f"tests/{result['test']}"
+            caught.setdefault((test.split("::")[0], mutant.lane), set()).add(test)
     return [
-        Mutant("unchanged", file, f"{lane} {select}".strip(), "", "", "", (file,), select, (), lane)
-        for file, select, lane in sorted(interpret | machine)
+        Mutant("unchanged", file, lane, "", "", "", tuple(sorted(tests)), "", (), lane)
+        for (file, lane), tests in sorted(caught.items())
     ]
 
 
-def copy_for(mutant: Mutant, folder: Path) -> None:
-    """The checkout's package and tests at ``folder``, with the mutant's change; data by a link."""
+def copy_whole(folder: Path) -> None:
+    """The checkout's package and tests at ``folder``, compiled to bytecode; data by a link."""
     ignore = shutil.ignore_patterns("__pycache__", "data")
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
+            compileall.compile_dir(folder / name, quiet=1)
         else:
+            folder.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for data in ("engram_kernels/commands/data", "tests/data"):
         (folder / data).symlink_to(ROOT / data)
-    if mutant.old:
+
+
+def copy_for(mutant: Mutant, folder: Path, whole: Path) -> None:
+    """Hard links to the files of ``whole`` at ``folder``, but for the one that the mutant changes."""
+    changed = mutated(mutant, source_of(mutant, whole).read_text()) if mutant.old else None
+    shutil.copytree(whole, folder, symlinks=True, copy_function=os.link)
+    if changed is not None:
         path = source_of(mutant, folder)
-        path.write_text(mutated(mutant, path.read_text()))
+        path.unlink()
+        path.write_text(changed)
+        Path(importlib.util.cache_from_source(str(path))).unlink()  # of the same second and size it would be believed
 
 
 class Watch:
@@ -221,17 +237,14 @@ def start_stage(stage: str, tasks: list[tuple[Mutant, Path]], jobs: int, folder:
     subprocess.run(command, cwd=ROOT, env=env, check=True)
 
 
-def check(mutants: list[Mutant], jobs: int, folder: Path) -> list[tuple[Mutant, dict]]:
-    """The verdict on each control and each mutant."""
-    results, places = {}, {}
-    for mutant in [*controls(mutants), *mutants]:
-        place = folder / str(len(results))
-        results[mutant] = {}
-        try:
-            copy_for(mutant, place)
-            places[mutant] = place
-        except ValueError as error:
-            results[mutant] = dict(verdict=f"does not apply: {error}")
+def check(mutants: list[Mutant], jobs: int, folder: Path, compiled: bool = True) -> dict[Mutant, dict]:
+    """The verdict on each mutant and then on each control; ``compiled``: whether all must compile for sm_90."""
+    results, places, whole = {}, {}, folder / "unchanged"
+    copy_whole(whole)
+
+    def place(mutant):
+        places[mutant] = folder / str(len(places))
+        copy_for(mutant, places[mutant], whole)
 
     def run(stage, chosen):
         if not chosen:
@@ -242,33 +255,43 @@ def check(mutants: list[Mutant], jobs: int, folder: Path) -> list[tuple[Mutant, 
 
     # A change in a helper that several kernels share is compiled in the first of them.
     first = {}
-    for mutant in places:
-        if mutant.old:
-            first.setdefault((mutant.file, mutant.old, mutant.new), mutant)
-    run("compile", list(first.values()))
-    unchanged = [mutant for mutant in places if not mutant.old]
-    for mutant in places:
-        if mutant.old:
+    for mutant in mutants:
+        try:
+            place(mutant)
+        except ValueError as error:
+            results[mutant] = dict(verdict=f"does not apply: {error}")
+            continue
+        results[mutant] = dict(verdict="compiled")
+        first.setdefault((mutant.file, mutant.old, mutant.new), mutant)
+    if compiled:
+        run("compile", list(first.values()))
+    for mutant in mutants:
+        if results[mutant]["verdict"] == "compiled":
             results[mutant] = results[first[mutant.file, mutant.old, mutant.new]]
-    tested = unchanged + [mutant for mutant in places if results[mutant].get("verdict") == "compiled"]
+    tested = [mutant for mutant in mutants if results[mutant]["verdict"] == "compiled"]
     for lane in ("interpret", "machine"):
         run(lane, [mutant for mutant in tested if mutant.lane == lane])
-    return list(results.items())
+    unchanged = controls(results)
+    for mutant in unchanged:
+        place(mutant)
+    for lane in ("interpret", "machine"):
+        run(lane, [mutant for mutant in unchanged if mutant.lane == lane])
+    return results
 
 
-def report(results: list[tuple[Mutant, dict]], seconds: float) -> tuple[str, bool]:
+def report(results: dict[Mutant, dict], seconds: float) -> tuple[str, bool]:
     """What was found, a mutant a paragraph, and whether it is as it should be."""
     lines, failed = [], 0
-    for mutant, result in results:
+    for mutant, result in results.items():
         good = result["verdict"] == ("caught" if mutant.old else "survived")
         failed += not good
         verdict = "passed" if good and not mutant.old else result["verdict"]
         lines.append(f"{mutant.name}: {verdict if good else verdict.upper()}")
         if "test" in result:
             lines.append(f"    {result['test']}: {result['place']}")
-    mutants = sum(bool(mutant.old) for mutant, _ in results)
+    mutants = sum(bool(mutant.old) for mutant in results)
     lines.append(
-        f"{mutants} mutants of {len({m.kernel for m, _ in results if m.old})} kernels, {failed} not as they should be; "
+        f"{mutants} mutants of {len({m.kernel for m in results if m.old})} kernels, {failed} not as they should be; "
         f"{seconds:.0f} s of {BUDGET}{', over budget (a warning)' if seconds > BUDGET else ''}"
     )
     return "\n".join(lines), not failed
@@ -283,7 +306,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=jobs, default=2, help="mutants tested at the same time, a number or auto")
     parser.add_argument("-k", default="", metavar="TEXT", help="only mutants whose name holds TEXT")
-    parser.add_argument("--kinds", action="store_true", help="of the mutants of one kernel and kind the first alone")
+    parser.add_argument("--kinds", action="store_true", help="of one kernel and kind the first alone, uncompiled")
     parser.add_argument("--lane", choices=("interpret", "machine"), help="run all in this lane, whatever shows them")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the copies and their logs in FOLDER")
     parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)
@@ -306,7 +329,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutation-")))
         folder.mkdir(parents=True, exist_ok=not options.keep)
-        results = check(mutants, options.jobs, folder.resolve())
+        results = check(mutants, options.jobs, folder.resolve(), not options.kinds)
     text, good = report(results, time.monotonic() - began)
     print(text)
     return 0 if good else 1

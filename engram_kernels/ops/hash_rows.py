@@ -86,7 +86,7 @@ class HashLookup(Op):
                     return self._moved(call, out)
         return super().__call__(call, out, signature)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, which would import Dynamo here, in 1.6 s
     def _moved(self, call, out):
         """The result, of rows that first take the moves that optimizers have put off."""
         self.check(call, out)

@@ -9,7 +9,7 @@ from tests.ops.test_registration import CHECKS, counted
 
 from .test_lookup import Pair, stream
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.graphs]
 
 
 def same_state(pair, other):

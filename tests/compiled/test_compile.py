@@ -1,8 +1,8 @@
 """The compile lane: every kernel, from its launcher's real arguments, for four GPUs without having one.
 
-Gates: no load and store that only luck orders, no spills, 16-byte loads, no float64 arithmetic, no 64-bit division in a
-hash that is proved non-negative, registers and shared memory below the ceilings written beside each kernel, a bound on
-variants, and the committed report.
+Gates: no instruction that the executor does not know, no load and store that only luck orders, no spills, 16-byte
+loads, no float64 arithmetic, no 64-bit division in a hash that is proved non-negative, registers and shared memory
+below the ceilings written beside each kernel, a bound on variants, and the committed report.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from tests import machine
 from tests.conftest import package_kernels
 from tests.machine.gpu import BENIGN
 from tests.machine.parsing.dependence import triggers, unwaited
@@ -33,8 +34,10 @@ def ceilings(kernel):
 def test_machine_code(case, target):
     compiled = compile_report.compiled_for(case, target)
     assert compiled
-    for kernel, *_ in compiled:
+    for kernel, _, warps in compiled:
         name = kernel.metadata.name
+        if target.startswith("sm_"):
+            check_known(kernel, warps)
         harmless = {known.memory.rstrip(":") for known in BENIGN if known.kernel == name}
         found = [race for race in unordered(kernel.asm["ttgir"]) if race[0] not in harmless]
         assert found == [], f"{name} lacks a barrier"
@@ -53,6 +56,13 @@ def test_machine_code(case, target):
     report = compile_report.load()
     if triton.__version__ in report:
         assert [asdict(code) for code in kernels] == report[triton.__version__][target][case]
+
+
+def check_known(kernel, warps):
+    """The executor translates each of its instructions."""
+    parsed = machine.Kernel(kernel.asm["ptx"])
+    assert (parsed.name, parsed.threads) == (kernel.metadata.name, 32 * warps)
+    assert all(len(parsed.steps(block.index)) == len(block.instructions) for block in parsed.program.blocks)
 
 
 def check_dependence(kernel, target):

@@ -139,7 +139,7 @@ torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(name="st
 """
 IMPATIENT = """
 def pytest_runtest_setup(item):
-    item.config.pluginmanager.getplugin("watch").patience = 1 if "[3]" in item.name else 90
+    item.config.pluginmanager.getplugin("watch").patience = 1 if "[5]" in item.name else 90
 """
 TESTS = """
 import os, time
@@ -172,34 +172,38 @@ def by_number(results):
     return {int(name[-2]): outcome for name, outcome in results["tests"].items()}
 
 
-EXPECTED = dict.fromkeys(range(8), "passed") | {3: "failed"}
+def expected(*failed):
+    return dict.fromkeys(range(8), "passed") | dict.fromkeys(failed, "failed")
 
 
-@pytest.mark.parametrize("processes", [(), ("-n", "2")])
-def test_an_error_is_the_failure_of_its_own_test(gpu_lane, processes):
+def test_an_error_is_the_failure_of_its_own_test(gpu_lane):
     """One that a test leaves behind is found before the next test, and does not touch it. Compilations are counted."""
-    fault = "stand_in.compile(); number == 3 and stand_in.broken.append('a copy failed')"
-    code, output, results = gpu_lane(fault, *processes)
+    code, output, results = gpu_lane("stand_in.compile(); number == 3 and stand_in.broken.append('a copy failed')")
     assert results["compiled"] == dict(variants=8, seconds=16.0)
     assert "compiled 8 kernels, in 16 s of one core" in output
     assert code == 1 and "after this test the GPU reports an error: a copy failed" in output
-    assert by_number(results) == EXPECTED
+    assert by_number(results) == expected(3)
 
 
-def test_a_process_whose_gpu_is_lost_is_replaced(gpu_lane):
-    """An illegal access makes every later call of its process fail: another one runs the other tests."""
-    code, output, results = gpu_lane("number == 3 and stand_in.broken.append('sticky: illegal access')", "-n", "2")
-    assert code == 1 and "after this test the GPU reports an error: sticky: illegal access" in output
-    assert by_number(results) == EXPECTED
+FAULTS = """
+    stand_in.compile()
+    number == 1 and stand_in.broken.append('a copy failed')
+    number == 3 and stand_in.broken.append('sticky: illegal access')
+    number == 5 and time.sleep(1800)
+"""
 
 
-def test_a_hang_ends_its_process_alone(gpu_lane):
-    """Not even the end of a wait for the GPU comes: the process goes, its stacks are shown, and the rest runs."""
-    code, output, results = gpu_lane("number == 3 and time.sleep(1800)", "-p", "impatient", "-n", "2")
-    assert code == 1 and "Timeout (0:00:01)!" in output and "in test_one" in output
-    assert by_number(results) == EXPECTED
-    (reason,) = results["reasons"].values()
-    assert "crashed while running" in reason
+def test_a_process_that_is_lost_is_replaced(gpu_lane):
+    """Among two. An illegal access makes every later call of its process fail: another one runs the other tests. Not
+    even the end of a wait for the GPU comes: the process goes, its stacks are shown, and the rest runs."""
+    code, output, results = gpu_lane(FAULTS, "-p", "impatient", "-n", "2")
+    assert code == 1
+    for error in ("a copy failed", "sticky: illegal access"):
+        assert f"after this test the GPU reports an error: {error}" in output
+    assert "Timeout (0:00:01)!" in output and "in test_one" in output
+    assert by_number(results) == expected(1, 3, 5)
+    assert "crashed while running" in results["reasons"]["test_it.py::test_one[5]"]
+    assert results["compiled"]["variants"] > 0, "those of processes that came to their end"
 
 
 def test_outcomes_are_there_before_the_end(gpu_lane):
@@ -233,21 +237,23 @@ def test_what_looks_at_times_runs_alone(tmp_path):
     assert outcomes == {"test_it.py::test_bits": "passed", "test_it.py::test_times": "failed"}
 
 
-@pytest.mark.parametrize("fault", ["os._exit(1)", "stand_in.broken.append('sticky: illegal access')"])
-def test_without_xdist_the_rest_runs_in_another_process(gpu_lane, tmp_path, monkeypatch, fault):
+def test_without_xdist_the_rest_runs_in_another_process(gpu_lane, tmp_path, monkeypatch):
     """After a hang, whose process ends itself, and after the GPU was lost: the test has the blame, the others run."""
     assert command.LOST == watch.LOST
+    fault = "number == 2 and os._exit(1), number == 5 and stand_in.broken.append('sticky: illegal access')"
     codes, outputs = [], []
 
     def run(chosen, module, *words):
         own = [word for word in words if word in ("--go-on", "--alone")]
-        code, output, _ = gpu_lane(f"number == 3 and {fault}", *own)
+        code, output, _ = gpu_lane(fault, *own)
         codes.append(code)
         outputs.append(output)
         return code
 
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(command, "run", run)
-    assert command.main(["--out", str(tmp_path), "tests"]) == max(codes) and len(codes) == 3
-    assert by_number(json.loads((tmp_path / "gpu_results.json").read_text())) == EXPECTED
-    assert "4 passed" in outputs[1] and "4 deselected" in outputs[1]
+    assert command.main(["--out", str(tmp_path), "tests"]) == max(codes)
+    assert codes[:2] == [1, command.LOST] and len(codes) == 4
+    assert by_number(json.loads((tmp_path / "gpu_results.json").read_text())) == expected(2, 5)
+    assert "5 deselected" not in outputs[0]
+    assert "2 passed" in outputs[2] and "6 deselected" in outputs[2]

@@ -65,6 +65,7 @@ def exported(module, arguments, path):
 
 
 @pytest.mark.kernel
+@pytest.mark.graphs
 def test_by_address(device, tmp_path):
     plan, path = small_plan().to(device), tmp_path / "rows.pt2"
     placement = "host" if device.type == "cpu" else "device"
@@ -83,6 +84,7 @@ def test_by_address(device, tmp_path):
 
 
 @pytest.mark.kernel
+@pytest.mark.graphs
 @pytest.mark.parametrize("form", ["v41", "paper"])
 def test_a_layer_by_address(device, form, tmp_path):
     """The whole of Engram.forward(token_ids): hash, rows, projection, gate and convolution in one program."""

@@ -28,7 +28,7 @@ from .test_gate_conv import conv_inputs, state
 from .test_hash_rows import parts_of
 from .test_hashing import ragged, small_plan
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.graphs]
 # What opcheck tries: schema, fake against real, dispatch under functionalisation. Gradients are the references'.
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
 

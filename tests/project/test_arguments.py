@@ -130,7 +130,6 @@ READ = dict(out=None, out_dtype=None, out_format="values", programs=None, order=
 SHARDED = dict(config=config(), layer=1, group=None, placement="cpu")
 GATE = dict(clamp=1e-6, mask=None, zero_gate="sign", residual=True, out=None)
 
-
 RUN = dict(optimizers=[], schedulers=[])
 
 
@@ -355,8 +354,9 @@ def test_bad_values(name, request, tmp_path, monkeypatch):
         request.getfixturevalue("group")
     faults = []
     for parameter in CALLS[name]()[1]:
+        function = arguments = None
         for value in POOL:
-            function, arguments = CALLS[name]()
+            function, arguments = (function, arguments) if function else CALLS[name]()
             kind = kinds_of(function)[parameter]
             if value is Unprintable and kind.fits(print):
                 continue  # something to call
@@ -367,7 +367,7 @@ def test_bad_values(name, request, tmp_path, monkeypatch):
                 function(**arguments | {parameter: value})
                 if not fits:
                     faults.append(f"{came}: taken")
-                continue
+                function = None  # what it was called with may be spent
             except (TypeError, ValueError) as error:
                 clear = re.match(rf"{re.escape(name)}: .*\b{parameter}\b.* got ", str(error), re.S)
                 if not clear and not (fits and re.match(r"\w+(\.\w+)?: ", str(error))):
@@ -377,8 +377,8 @@ def test_bad_values(name, request, tmp_path, monkeypatch):
                     faults.append(f"{came}: {error}")
             except Exception as error:
                 faults.append(f"{came}: {type(error).__name__} {error}")
-            if name not in REFUSED:
-                function(**arguments)
+        if function and name not in REFUSED:
+            function(**arguments)  # as if nothing had been refused
     assert not faults, f"{len(faults)} of {name}:\n" + "\n".join(faults)
 
 

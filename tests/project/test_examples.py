@@ -51,10 +51,10 @@ def test_tensor_parallel():
     assert float(re.match(r"layer 1's key and value from fp8 rows: largest error (\S+) of", projected)[1]) < 1e-5
 
 
-@pytest.mark.parametrize("ranks", ["2", "3"])
-def test_train_ranks(ranks):
-    """Dense weights by DDP and FSDP2, tables as copies and sharded: each step is that of one process."""
-    lines = run("train_ranks.py", ranks).splitlines()
+def test_train_ranks():
+    """Dense weights by DDP and FSDP2, tables as copies and sharded, which three ranks do not divide: each step is that
+    of one process."""
+    lines = run("train_ranks.py", "3").splitlines()
     assert [line.split(":")[0] for line in lines] == [
         f"{a}, {b}" for a in ("DDP", "FSDP2") for b in ("copies", "sharded")
     ]

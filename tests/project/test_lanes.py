@@ -24,6 +24,14 @@ def test_one(device):
 """
 
 
+GRAPHS = """
+@pytest.mark.kernel
+@pytest.mark.graphs
+def test_of_a_graph(device):
+    raise RuntimeError("not here")
+"""
+
+
 def pytest_run(*words, interpret=False, **extra):
     """pytest in a process of its own, with ``extra`` environment variables; (exit code, output)."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYTEST_"))} | extra
@@ -63,7 +71,8 @@ def test_kernel_test_that_launches_nothing(tmp_path):
     ("name", "processes"), [("interpret", ()), ("interpret", ("-n", "1")), ("machine", ("-n", "1"))]
 )
 def test_lane_that_leaves_kernels_idle(tmp_path, name, processes):
-    (tmp_path / "test_it.py").write_text(LAUNCHING)
+    """Lane machine, to which tests of graphs do not belong, says what it ran."""
+    (tmp_path / "test_it.py").write_text(LAUNCHING + (GRAPHS if name == "machine" else ""))
     words = ("-p", "tests.conftest", "-c", ROOT / "pyproject.toml", "--lane", name, tmp_path, *processes)
     code, output = pytest_run(*words, interpret=name == "interpret")
     assert code == 1 and "1 passed" in output

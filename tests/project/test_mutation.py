@@ -1,13 +1,15 @@
 """The list of mutants fits the package as it is, and the runner believes no mutant that a test did not catch."""
 
 import ast
+import importlib.util
+from pathlib import Path
 
 import pytest
 
 from tests import mutants
 from tests.conftest import package_kernels
 from tests.mutants import KINDS, MUTANTS, Mutant
-from tests.mutation import BUDGET, ROOT, controls, copy_for, mutated, report, source_of
+from tests.mutation import BUDGET, ROOT, controls, copy_for, copy_whole, mutated, report, source_of
 from tests.reports import compile_cases
 
 KERNELS = sorted({mutant.kernel for mutant in MUTANTS})
@@ -63,23 +65,38 @@ def test_a_mutant_that_does_not_apply_once_is_an_error(old, new):
 
 
 def test_a_copy_differs_in_one_file_only(tmp_path):
-    mutant = MUTANTS[0]
-    copy_for(mutant, tmp_path)
-    assert source_of(mutant, tmp_path).read_text() == mutated(mutant, source_of(mutant, ROOT).read_text())
-    assert (tmp_path / "engram_kernels/reference").resolve() == tmp_path / "reference"
+    """It has bytecode of all others, which comes from the copy without a change: that stays as it is."""
+    mutant, whole, place = MUTANTS[0], tmp_path / "whole", tmp_path / "place"
+    copy_whole(whole)
+    copy_for(mutant, place, whole)
+    assert source_of(mutant, place).read_text() == mutated(mutant, source_of(mutant, ROOT).read_text())
+    assert (place / "engram_kernels/reference").resolve() == place / "reference"
     for folder in ("engram_kernels", "reference", "tests"):
-        for path in (ROOT / folder).glob("*.py"):
-            copy = tmp_path / path.relative_to(ROOT)
-            assert copy == source_of(mutant, tmp_path) or copy.read_text() == path.read_text()
+        for path in (ROOT / folder).rglob("*.py"):
+            copy, kept = (root / path.relative_to(ROOT) for root in (place, whole))
+            assert kept.read_text() == path.read_text()
+            assert copy == source_of(mutant, place) or copy.samefile(kept)
+            bytecode = Path(importlib.util.cache_from_source(str(copy)))
+            assert bytecode.exists() is (copy != source_of(mutant, place))
 
 
-def test_each_file_of_tests_has_a_control():
-    unchanged = controls(list(MUTANTS))
-    tested = {(file, mutant.lane) for mutant in MUTANTS for file in mutant.tests}
-    assert {(control.tests[0], control.lane) for control in unchanged} == tested
-    assert not any(control.old or (control.select and control.lane == "interpret") for control in unchanged)
-    ran = {(mutant.tests[0], mutant.select) for mutant in MUTANTS if mutant.lane == "machine"}
-    assert ran == {(control.tests[0], control.select) for control in unchanged if control.lane == "machine"}
+def test_controls_run_the_tests_that_caught_mutants():
+    """In the lane that they were caught in; of what was caught by no test there is nothing to believe."""
+    caught = {
+        example(detail="a"): "ops/test_rows.py::test_a[1]",
+        example(detail="b"): "ops/test_rows.py::test_b",
+        example(detail="c"): "ops/test_rows.py::test_a[1]",
+        example(detail="d", lane="machine"): "ops/test_rows.py::test_a[1]",
+        example(detail="e"): "ops/test_extremes.py::test_c",
+    }
+    results = {mutant: dict(verdict="caught", test=test) for mutant, test in caught.items()}
+    unchanged = controls(results | {example(detail="f"): dict(verdict="survived")})
+    assert [(control.lane, control.tests) for control in unchanged] == [
+        ("interpret", ("tests/ops/test_extremes.py::test_c",)),
+        ("interpret", ("tests/ops/test_rows.py::test_a[1]", "tests/ops/test_rows.py::test_b")),
+        ("machine", ("tests/ops/test_rows.py::test_a[1]",)),
+    ]
+    assert not any(control.old or control.select for control in unchanged)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +113,14 @@ def test_each_file_of_tests_has_a_control():
 def test_only_an_assertion_counts(change, verdict, good):
     """And only what passes unchanged shows that it was the change."""
     mutant = example(**change)
-    text, passed = report([(mutant, dict(verdict=verdict, test="test_a", place="b.py:1: assert c"))], 1.0)
+    text, passed = report({mutant: dict(verdict=verdict, test="test_a", place="b.py:1: assert c")}, 1.0)
     assert passed is good
     assert (verdict.upper() in text) is not good
     assert "test_a: b.py:1: assert c" in text
 
 
 def test_a_run_beyond_its_budget_warns():
-    results = [(example(), dict(verdict="caught"))]
+    results = {example(): dict(verdict="caught")}
     text, passed = report(results, BUDGET)
     assert passed and "over budget" not in text
     text, passed = report(results, BUDGET + 1)

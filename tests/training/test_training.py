@@ -163,6 +163,7 @@ def test_compiled_on_a_cpu():
 
 
 @pytest.mark.kernel
+@pytest.mark.graphs
 def test_compiled(device):
     check_compiled(device)
 

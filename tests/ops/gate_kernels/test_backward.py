@@ -179,11 +179,11 @@ def test_kernel_computes_what_is_needed(device):
 @pytest.mark.kernel
 def test_kernel_batch_invariance_and_repeat(device):
     """A token's gradients are its own, bit for bit; those of the norms are the same bits twice."""
-    tensors, grad = [x.to(device) for x in inputs(23, 4, 320)], gradient_of(23, 4, 320).to(device)
+    tensors, grad = [x.to(device) for x in inputs(9, 4, 320)], gradient_of(9, 4, 320).to(device)
     _, whole = backward(gate_residual, tensors, grad, eps=EPS)
     _, again = backward(gate_residual, tensors, grad, eps=EPS)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    for first, last in ((0, 1), (6, 7), (3, 23)):
+    for first, last in ((0, 1), (6, 7), (3, 9)):
         part = [x[first:last] for x in tensors[:3]]
         _, found = backward(gate_residual, [*part, *tensors[3:]], grad[first:last], eps=EPS)
         assert all(torch.equal(a, b[first:last]) for a, b in zip(found[:3], whole[:3], strict=True))

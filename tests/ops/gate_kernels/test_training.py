@@ -23,6 +23,7 @@ def check(name, *arguments, checks=CHECKS_OF_GRADIENTS):
 
 
 @pytest.mark.kernel
+@pytest.mark.graphs
 def test_opcheck_gate(device):
     hidden, key, value, *norms = (x.to(device).requires_grad_() for x in inputs(5, 4, 24))
     mask = torch.arange(5, device=device) % 2 == 0
@@ -35,6 +36,7 @@ def test_opcheck_gate(device):
 
 
 @pytest.mark.kernel
+@pytest.mark.graphs
 def test_opcheck_conv(device):
     tensors = [x.to(device).requires_grad_() for x in conv_inputs(6, 2, 16, 3)]
     cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
@@ -55,6 +57,7 @@ def gradients_of(step, tensors, grad):
 
 
 @pytest.mark.kernel
+@pytest.mark.graphs
 def test_compile_gates_over_lengths(device):
     """Forward and backward in one graph each, for every number of tokens after the first; equal bits to eager calls."""
     mixed = dict(dilation=2, eps=1e-6, conv_eps=1e-5)
@@ -134,6 +137,7 @@ def test_compiled_module_on_a_cpu(form):
 
 
 @pytest.mark.kernel
+@pytest.mark.graphs
 @pytest.mark.parametrize("form", ["v41", "paper"])
 def test_compiled_module(device, form):
     check_compiled(device, form)
