@@ -1,9 +1,10 @@
 """``python -m bench formats``: what each storage format of rows costs in quality, and what it saves in bytes.
 
 Rows of three kinds are converted to every format and back: Gaussian, heavy-tailed (Student's t of three degrees of
-freedom), and those that the model of ``python -m bench train`` has learnt, made as wide as four bits ask for. Then that
-model reads its table in each format on text that it has not seen. Four bits are converted twice, with the search for
-scales and with ``--nearest``. On a CPU this takes minutes.
+freedom), and those that the model of ``python -m bench train`` has learnt, as wide as four bits ask for. Then that
+model reads its table in each format on text that it has not seen, and for comparison a table of zeros: what its rows
+are worth. Four bits are converted twice, with the search for scales and with ``--nearest``. On a CPU this takes
+minutes.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from engram_kernels import EngramTable
 from engram_kernels.checkpoints.encoding import decode_rows, encode_rows, greatest, table_scale
 from engram_kernels.geometry.row_format import FORMATS, RowFormat
 
-from .train import Settings, device_name, fitted, held_out_loss, load_ids
+from .train import Settings, device_name, fitted, held_out_loss, initial_rows, load_ids
 
 RESULT = Path(__file__).parents[1] / "results" / "formats.json"
 #: (format, whether its scales of groups are searched for), best first.
@@ -111,12 +112,16 @@ def run(chosen: Settings, device: torch.device) -> dict:
     """Every format on every kind of rows; held-out losses by seed."""
     rows, ids = random_rows(), load_ids(chosen)
     losses: dict[str, list[float]] = {name_of(*variant): [] for variant in VARIANTS}
+    without = []
     for seed in chosen.seeds:
         with fitted("engram", chosen, seed, ids, device) as (model, _):
             table = model.engram.table
             table.wait_for_steps()
             values = table.weight.float().cpu()
-            rows.setdefault("trained", values[values.ne(0).any(1)].clone())
+            rows.setdefault("trained", values[(values != initial_rows(table, seed)).any(1)].clone())
+            with convert(torch.zeros_like(values), "float32", True).table() as read:
+                model.engram.table = read
+                without.append(held_out_loss(model, chosen, ids, device))
             for variant in VARIANTS:
                 with convert(values, *variant).table() as read:
                     model.engram.table = read
@@ -141,6 +146,8 @@ def run(chosen: Settings, device: torch.device) -> dict:
         command="python -m bench formats",
         unit="dB; nats a token, on text that no model has seen",
         bound=BOUND,
+        trained_rows=len(rows["trained"]),
+        zero_rows=without,
         formats=found,
     )
 
@@ -229,6 +236,11 @@ def main(arguments: list[str]) -> int:
     chosen.out.write_text(json.dumps(result, indent=1) + "\n")
     plot(result, chosen.out.with_suffix(".png"))
     print_table(TITLES, table_rows(result))
+    exact = result["formats"][0]["held_out"]
+    worth = [zero - best for zero, best in zip(result["zero_rows"], exact, strict=True)]
+    print(
+        f"A table of zeros costs {sum(worth) / len(worth):.4f} nats a token; {result['trained_rows']:,} rows were trained"
+    )
     for each in result["formats"]:
         print(f"{each['name']:<15} {each['rows_a_second'] / 1e6:.2f} M rows of {WIDTH} a second converted")
     print(f"Wrote {chosen.out} and {chosen.out.with_suffix('.png')}")

@@ -143,7 +143,7 @@ def build(kind: str, settings: Settings, seed: int, device: torch.device):
     plan = HashPlan.build(config, torch.arange(settings.vocab + 1)).to(device)
     table = EngramTable.empty(plan.rows_per_layer[0], config.row_width, config.format, placement="host")
     # One row of the stream of random numbers a table, so that all models start from the same weights.
-    table.weight.copy_(0.02 * torch.randn(table.weight.shape, generator=torch.Generator().manual_seed(seed)))
+    table.weight.copy_(initial_rows(table, seed))
     engram = Engram(config, settings.engram_layer, plan, table)
     nn.init.normal_(engram.conv_weight, std=0.1)
     if kind != "without":
@@ -158,6 +158,11 @@ def build(kind: str, settings: Settings, seed: int, device: torch.device):
     extra = sum(parameter.numel() for parameter in engram.parameters())
     wider = settings.feed_forward + round(extra / (2 * settings.hidden * settings.layers))
     return Transformer(settings, None, wider).to(device), None
+
+
+def initial_rows(table: EngramTable, seed: int) -> torch.Tensor:
+    """What the rows of a table begin with."""
+    return 0.02 * torch.randn(table.weight.shape, generator=torch.Generator().manual_seed(seed))
 
 
 class DenseAdagrad:

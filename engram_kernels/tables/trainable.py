@@ -70,7 +70,7 @@ class TrainableRows(PlacedRows):
         if requires and self.format.scaled:
             raise ValueError(
                 f"{where}: rows must be float32, bfloat16, float16 or float64, got {self!r}. Steps of training are "
-                "smaller than those between numbers of so few bits: train a master table in bfloat16 or float32 and convert it"
+                "smaller than what few bits tell apart: train a master table in bfloat16 or float32 and convert it"
             )
         if requires and self.placement == "staged":
             raise ValueError(

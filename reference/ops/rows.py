@@ -12,8 +12,7 @@ reads as a row of zeros.
 
 import torch
 
-from engram_kernels.geometry.row_format import SCALE_DTYPES
-
+SCALE_DTYPES = {"ue8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 

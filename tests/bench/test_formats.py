@@ -23,7 +23,9 @@ def test_a_small_run(monkeypatch, tmp_path):
     result = formats.run(dataclasses.replace(TINY, row_width=32, seeds=(0,)), CPU)
     found = by_name(result)
     assert list(found) == [formats.name_of(*variant) for variant in formats.VARIANTS]
-    assert all(each["quality"]["gaussian"].keys() == found["nvfp4"]["quality"]["heavy"].keys() for each in found.values())
+    assert all(
+        each["quality"]["gaussian"].keys() == found["nvfp4"]["quality"]["heavy"].keys() for each in found.values()
+    )
     for kind in KINDS:
         assert found["float32"]["quality"][kind]["signal_to_noise"] is None
         better = ["float16", "bfloat16", "e4m3_ue8m0", "nvfp4", "mxfp4"] if kind == "gaussian" else ["nvfp4", "mxfp4"]

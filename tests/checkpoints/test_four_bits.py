@@ -14,7 +14,7 @@ from tests.support.oracles import e2m1_value, e4m3_value, ue8m0_value
 SCALE = 0.0123
 LEVELS = np.array([e2m1_value(code) for code in range(16)])
 #: How scale bytes are tried from that of the greatest value, as the documentation of the module says.
-TRIED = {"mxfp4": (0, -1, 1), "nvfp4": (0, -1, 1, -2, 2, -3, 3, -4, 4, 5)}
+TRIED = {"mxfp4": (0, -1, 1), "nvfp4": (0, -1, 1, 3, 4, 5, 6)}
 
 
 def options_of(name):
@@ -84,8 +84,8 @@ def test_codes_and_scales_are_those_of_a_search_by_hand(name, kind):
             best = min(tried, key=lambda byte: found[byte][1])
             assert int(nearest_scales[row, number]) == first
             chosen = int(scales[row, number])
-            # float64 sums in another order may tie in the last bit.
-            assert found[chosen][1] <= found[best][1] * (1 + 1e-12), (row, number)
+            # Sums of float32 may tie in their last bits.
+            assert found[chosen][1] <= found[best][1] * (1 + 1e-6), (row, number)
             improved += found[chosen][1] < found[first][1]
             at = slice(number * fmt.group // 2, (number + 1) * fmt.group // 2)
             for stored, byte in ((nearest_rows, first), (rows, chosen)):

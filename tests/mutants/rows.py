@@ -12,8 +12,8 @@ other dropped: missing rows @ ops/row_kernels/copy -k test_kernel
 - value = tl.load(value_ptr, mask=mask, other=0)
 + value = tl.load(value_ptr, mask=mask, other=1)
 32-bit product @ ops/row_kernels/copy -k beyond
-- 16) + row * WIDTH
-+ 16) + row.to(tl.uint32) * WIDTH
+- 16) + row * (WIDTH // PACKED)
++ 16) + row.to(tl.uint32) * (WIDTH // PACKED)
 scale byte off by one: exponent @ ops/row_kernels/copy
 - byte.to(tl.int32) << 23,
 + (byte.to(tl.int32) + 1) << 23,

@@ -32,14 +32,16 @@ def stand_in(monkeypatch):
     return driver
 
 
-def test_the_mapping_holds_rows_alone(stand_in):
-    weight, scale = tables.random_parts(ROWS, 64, "e4m3_ue8m0")
-    with EngramTable.from_tensors(weight, scale, placement="host", scales="device") as table:
-        assert [size for _, size in stand_in.registered] == [ROWS * 64]
-        first, end = table.weight.data_ptr(), table.weight.data_ptr() + ROWS * 64
+@pytest.mark.parametrize("name", ["e4m3_ue8m0", "nvfp4"])
+def test_the_mapping_holds_rows_alone(stand_in, name):
+    weight, scale = tables.random_parts(ROWS, 64, name)
+    own = tables.own_scale_of(weight, scale)
+    with EngramTable.from_tensors(weight, scale, placement="host", scales="device", **own) as table:
+        assert [size for _, size in stand_in.registered] == [weight.nbytes]
+        first, end = table.weight.data_ptr(), table.weight.data_ptr() + weight.nbytes
         assert not first <= table.scale.data_ptr() < end
         assert view_tables((table,), torch.device("cpu")).descriptors.tolist() == [
-            [first, table.scale.data_ptr(), ROWS, 0]
+            [first, table.scale.data_ptr(), ROWS, table.descriptor.scale_bits]
         ]
         assert torch.equal(table.scale, scale) and "scales on the device" in repr(table)
         ids = ids_around(ROWS)

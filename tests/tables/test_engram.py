@@ -13,7 +13,7 @@ from engram_kernels.tables.memory.access import HostAccess
 from engram_kernels.tables.view import view_tables
 from tests.support.oracles import e4m3_value, ue8m0_value
 
-NAMES = [*FORMATS]
+NAMES, OWN = [*FORMATS], {"nvfp4": dict(own_scale=0.25)}
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 GIB = 1 << 30
 
@@ -31,11 +31,9 @@ def raw(tensor):
 def tensors_of(name, rows=6, width=64):
     """A weight of random bits and a scale, as ``from_tensors`` takes them for the format called ``name``."""
     fmt = FORMATS[name]
-    bits = torch.randint(0, 256, (rows, fmt.row_bytes(width)), dtype=torch.uint8)
-    scale = 0.25 if name == "e4m3" else None
-    if fmt.group:
-        scale = torch.randint(0, 256, (rows, fmt.scale_bytes(width)), dtype=torch.uint8)
-    return bits.view(fmt.dtype), scale
+    sizes = fmt.row_bytes(width), fmt.scale_bytes(width)
+    bits, scales = (torch.randint(0, 256, (rows, size), dtype=torch.uint8) for size in sizes)
+    return bits.view(fmt.dtype), scales if fmt.group else 0.25 if fmt.table_scale else None
 
 
 def memory():
@@ -71,9 +69,8 @@ def test_empty(name, placement):
 @pytest.mark.parametrize("name", NAMES)
 def test_from_tensors_shares_on_the_cpu_and_copies_to_the_host(name):
     weight, scale = tensors_of(name)
-    own = dict(own_scale=0.25) if name == "nvfp4" else {}
-    shared = EngramTable.from_tensors(weight, scale, placement="cpu", **own)
-    copied = EngramTable.from_tensors(weight, scale, placement="host", **own)
+    shared = EngramTable.from_tensors(weight, scale, placement="cpu", **OWN.get(name, {}))
+    copied = EngramTable.from_tensors(weight, scale, placement="host", **OWN.get(name, {}))
     for table in (shared, copied):
         assert (table.rows, table.width, table.format.name) == (6, 64, name)
         assert torch.equal(raw(table.weight), raw(weight))
@@ -121,8 +118,7 @@ def test_one_row_of_one_group_keeps_its_scale_byte():
 @pytest.mark.parametrize("name", NAMES)
 def test_both_lookups_read_what_was_given(name, placement):
     weight, scale = tensors_of(name)
-    own = dict(own_scale=0.25) if name == "nvfp4" else {}
-    table = EngramTable.from_tensors(weight, scale, placement=placement, **own)
+    table = EngramTable.from_tensors(weight, scale, placement=placement, **OWN.get(name, {}))
     ids = torch.tensor([[5, 0], [-1, 3]])
     for function in (lookup, reference.lookup):
         rows, _ = function(table, ids, out_format="storage")
