@@ -238,9 +238,8 @@ def main(arguments: list[str]) -> int:
     print_table(TITLES, table_rows(result))
     exact = result["formats"][0]["held_out"]
     worth = [zero - best for zero, best in zip(result["zero_rows"], exact, strict=True)]
-    print(
-        f"A table of zeros costs {sum(worth) / len(worth):.4f} nats a token; {result['trained_rows']:,} rows were trained"
-    )
+    mean = sum(worth) / len(worth)
+    print(f"A table of zeros costs {mean:.4f} nats a token; {result['trained_rows']:,} rows were trained")
     for each in result["formats"]:
         print(f"{each['name']:<15} {each['rows_a_second'] / 1e6:.2f} M rows of {WIDTH} a second converted")
     print(f"Wrote {chosen.out} and {chosen.out.with_suffix('.png')}")
