@@ -16,11 +16,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bench.running.environment import describe_software
 from bench.running.report import print_table
-from engram_kernels import EngramTable
+from bench.running.text import load_token_ids, load_token_map
+from engram_kernels import EngramConfig, EngramTable, HashPlan
+from engram_kernels.cache.prediction import entries_within, link_bytes, measure_rates, text_keys
 from engram_kernels.checkpoints.encoding import decode_rows, encode_rows, greatest, table_scale
 from engram_kernels.geometry.row_format import FORMATS, RowFormat
 
@@ -42,6 +45,7 @@ VARIANTS = (
 ROWS, WIDTH = 1 << 15, 256  # of the random rows; DeepSeek-V4.1's width
 BOUND = 0.125  # of a row's error, relative to its norm
 DEGREES = 3.0
+CACHE_BYTES, CACHED = 4 << 30, ("bfloat16", "e4m3_ue8m0", "nvfp4", "mxfp4")
 
 
 class Converted(NamedTuple):
@@ -152,6 +156,28 @@ def run(chosen: Settings, device: torch.device) -> dict:
     )
 
 
+def cached(token_ids: np.ndarray, nbytes: int = CACHE_BYTES, tokens: int = 2048) -> list[dict]:
+    """What an n-gram cache of ``nbytes`` holds of DeepSeek-V4.1's rows in each format, by simulation on a text."""
+    base = EngramConfig.deepseek_v41_flash()
+    keys = text_keys(token_ids, HashPlan.build(base, torch.from_numpy(load_token_map())))
+    without, found = measure_rates(keys, 0, tokens), []
+    for name in CACHED:
+        config = replace(base, format=name)
+        rates = measure_rates(keys, entries_within(config, nbytes), tokens)
+        link = dict(link_bytes=link_bytes(config, rates), without_cache=link_bytes(config, without))
+        found.append(dict(format=name, bytes=nbytes, entries=rates.entries, hit=rates.hit) | link)
+    return found
+
+
+def cache_rows(result: dict) -> list[list[str]]:
+    """The table of caches in ``docs/formats.md``."""
+    return [
+        [each["format"], f"{each['entries']:,}", f"{each['hit']:.3f}"]
+        + [f"{each[name]:,.0f}" for name in ("without_cache", "link_bytes")]
+        for each in result["cache"]
+    ]
+
+
 def table_rows(result: dict) -> list[list[str]]:
     """The table of ``docs/formats.md``: a row a format."""
     exact = result["formats"][0]["held_out"]
@@ -173,6 +199,7 @@ def table_rows(result: dict) -> list[list[str]]:
     return rows
 
 
+CACHE_TITLES = ("format", "entries an order", "hit rate", "link bytes a token", "with the cache")
 TITLES = ("format", "bytes, 256 wide", "160 wide", "SNR, Gaussian", "heavy-tailed", "trained", "rows beyond")
 TITLES += ("held-out loss", "against float32", "by seed")
 
@@ -231,12 +258,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench formats", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE", help="the JSON; its plot goes beside it")
     chosen = parser.parse_args(arguments)
-    result = run(settings(), torch.device("cpu"))
+    result = run(settings(), torch.device("cpu")) | dict(cache=cached(load_token_ids()))
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(result, indent=1) + "\n")
     plot(result, chosen.out.with_suffix(".png"))
     print_table(TITLES, table_rows(result))
     exact = result["formats"][0]["held_out"]
+    print_table(CACHE_TITLES, cache_rows(result))
     worth = [zero - best for zero, best in zip(result["zero_rows"], exact, strict=True)]
     mean = sum(worth) / len(worth)
     print(f"A table of zeros costs {mean:.4f} nats a token; {result['trained_rows']:,} rows were trained")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from bench.running.text import load_token_ids
 from bench.training import formats
 from tests.support.documents import ROOT
 
@@ -55,11 +56,24 @@ def test_the_model_reads_the_table_that_is_measured(monkeypatch):
     assert abs(found["bfloat16"]["held_out"][0] - found["float32"]["held_out"][0]) > 1e-3
 
 
+def test_what_a_cache_holds_in_each_format():
+    ids = load_token_ids()[:16_384]
+    found = {each["format"]: each for each in formats.cached(ids, nbytes=8 << 20, tokens=512)}
+    sizes = dict(bfloat16=512, e4m3_ue8m0=264, nvfp4=144, mxfp4=136)
+    assert {name: each["entries"] for name, each in found.items()} == {
+        name: (8 << 20) // (6 * (8 * size + 16)) // 8 * 8 for name, size in sizes.items()
+    }
+    hits = [each["hit"] for each in found.values()]
+    assert hits == sorted(hits) and hits[0] < hits[-1]
+    assert all(each["link_bytes"] < each["without_cache"] for each in found.values())
+    assert found["nvfp4"]["without_cache"] / found["e4m3_ue8m0"]["without_cache"] == pytest.approx(144 / 264)
+
+
 def test_the_committed_run_and_its_table():
     result = json.loads(formats.RESULT.read_text())
     assert result["settings"] == json.loads(json.dumps(dataclasses.asdict(formats.settings())))
     text = (ROOT / "docs/formats.md").read_text()
-    for row in formats.table_rows(result):
+    for row in (*formats.table_rows(result), *formats.cache_rows(result)):
         assert "| " + " | ".join(row) + " |" in text, row[0]
     found = by_name(result)
     assert (found["e4m3_ue8m0"]["row_bytes"]["256"], found["nvfp4"]["row_bytes"]["256"]) == (264, 144)

@@ -1,5 +1,6 @@
 """``python -m engram_kernels table convert``: other formats and other files, in chunks, whole or not at all."""
 
+import math
 import os
 
 import pytest

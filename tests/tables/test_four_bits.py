@@ -7,7 +7,9 @@ import torch
 
 from engram_kernels import EngramTable, lookup
 from engram_kernels.tables.view import view_tables
-from tests.support import tables
+from tests.commands.test_table import run
+from tests.support import checkpoints, tables
+from tests.support.checkpoints import QWEN_TABLE
 
 E4M3, E8M0, FP4 = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2
 ROWS = 6
@@ -76,6 +78,31 @@ def test_no_other_format_takes_an_own_scale():
         weight, scale = parts(name)
         with pytest.raises(ValueError, match=f"own_scale must be None for {name}, got 0.5"):
             EngramTable.from_tensors(weight, scale, own_scale=0.5, placement="cpu")
+
+
+def test_a_published_nvfp4_table_in_parts(tmp_path, capsys):
+    """vLLM's names: codes and scales of each part, one scale for all; loaded whole, and converted to the same values."""
+    weight, scale = checkpoints.finite_parts(50, 64, "nvfp4")
+    tensors = {f"{QWEN_TABLE}weight_scale_2": torch.tensor(0.25)}
+    for k, (codes, scales) in enumerate(zip(weight.split(20), scale.split(20), strict=True)):
+        tensors[f"{QWEN_TABLE}shard_{k}.weight"] = codes.clone()
+        tensors[f"{QWEN_TABLE}shard_{k}.weight_scale"] = scales.clone().view(E4M3)
+    path = checkpoints.save(tmp_path / "model.safetensors", tensors)
+    ids = torch.arange(50)
+    expected = EngramTable.from_tensors(weight, scale, own_scale=0.25, placement="cpu")
+    values = lookup(expected, ids, out_dtype=torch.float32)
+    with EngramTable.from_safetensors(path, placement="cpu") as table:
+        assert (table.format.name, table.own_scale) == ("nvfp4", 0.25)
+        assert torch.equal(table.weight, weight) and torch.equal(table.scale, scale)
+    assert run(capsys, "inspect", path)[1].count("nvfp4, 50 rows x 64") == 1
+    code, text, _ = run(capsys, "verify", path)
+    assert code == 0 and "no NaN, no infinity; 50 rows read" in text
+    code, text, _ = run(capsys, "convert", path, "--format", "float32", "--out", tmp_path / "out.safetensors")
+    assert code == 0 and "inf dB of signal to noise, at most 0" in text
+    with EngramTable.from_safetensors(tmp_path / "out.safetensors", placement="cpu") as table:
+        assert torch.equal(table.weight, values)
+    code, text, _ = run(capsys, "convert", path, "--format", "mxfp4", "--out", tmp_path / "m.safetensors", "--nearest")
+    assert code == 0 and "dB of signal to noise" in text and "of rows have an error above 0.125 of their norm" in text
 
 
 def test_readers_of_a_shared_table_ask_for_its_own_scale(tmp_path):
