@@ -54,6 +54,12 @@ def test_convert(tmp_path, capsys, source, target):
     rows, groups = encode_rows(values, FORMATS[target], "t", scale=scale)
     assert result.format.name == target and torch.equal(raw(result.weight), raw(rows))
     assert groups is None or torch.equal(result.scale, groups)
+    error = (decode_rows(result.weight, result.scale, FORMATS[target], scale) - values).double()
+    noise, signal = error.square().sum(1), values.double().square().sum(1)
+    decibels = 10 * math.log10(float(signal.sum() / noise.sum())) if noise.any() else math.inf
+    share = float((noise > 0.125**2 * signal).double().mean())
+    assert f"{decibels:.2f} dB of signal to noise, at most {float(error.abs().max()):.3g}\n" in text
+    assert f"{share:.3%} of rows have an error above 0.125 of their norm" in text
     if scale is not None:
         assert (
             scale == float(values.abs().max() / dict(e4m3=448, nvfp4=2688)[target]) and f"scale    {scale:.9g}" in text

@@ -81,7 +81,7 @@ def test_no_other_format_takes_an_own_scale():
 
 
 def test_a_published_nvfp4_table_in_parts(tmp_path, capsys):
-    """vLLM's names: codes and scales of each part, one scale for all; loaded whole, and converted to the same values."""
+    """vLLM's names: codes and scales of each part, one scale for all; loaded whole, converted to the same values."""
     weight, scale = checkpoints.finite_parts(50, 64, "nvfp4")
     tensors = {f"{QWEN_TABLE}weight_scale_2": torch.tensor(0.25)}
     for k, (codes, scales) in enumerate(zip(weight.split(20), scale.split(20), strict=True)):
