@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.running.plots import label_end, plain_ticks
 from bench.running.text import load_token_ids, load_token_map
 from engram_kernels import EngramConfig, HashPlan
-from engram_kernels.cache.prediction import CacheRates, link_bytes, measure_rates, text_keys
+from engram_kernels.cache.prediction import CacheRates, cache_bytes, link_bytes, measure_rates, text_keys
 from engram_kernels.commands.cache import cache_sections
 from engram_kernels.commands.console import print_sections, track
 from engram_kernels.reference.cache.simulator import WAYS
@@ -58,31 +59,49 @@ def print_prediction(token_ids: np.ndarray, name: str) -> None:
 
 
 def plot(points: list[dict], title: str, path: Path) -> None:
-    """Hit rates over capacity by order, and the gain beside them; a line style for each T."""
+    """Hit rates by order over device memory, and the gain beside them: of the middle T, and in a band of all T."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    config = getattr(EngramConfig, MODEL)()
+    counts = list(dict.fromkeys(point["tokens"] for point in points))
+    middle = counts[len(counts) // 2]
+    entries = sorted({point["entries"] for point in points} - {0})
+    sizes = [cache_bytes(config, count) / 1e9 for count in entries]
+
+    def draw(axes, value, color, text):
+        by_size = [{p["tokens"]: value(p) for p in points if p["entries"] == count} for count in entries]
+        (line,) = axes.plot(sizes, [each[middle] for each in by_size], "o-", color=color, markersize=4)
+        lows, highs = zip(*((min(each.values()), max(each.values())) for each in by_size), strict=True)
+        axes.fill_between(sizes, lows, highs, color=color, alpha=0.2, linewidth=0)
+        label_end(line, text.format(line.get_ydata()[-1]))
+
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     try:
-        for style, tokens in zip(("-", "--", ":", "-."), dict.fromkeys(p["tokens"] for p in points), strict=False):
-            cached = [point for point in points if point["tokens"] == tokens and point["entries"]]
-            sizes = [point["entries"] for point in cached]
-            for order in range(2, 5):
-                hits = [point["hits"][order - 2] for point in cached]
-                left.plot(sizes, hits, style, color=f"C{order - 2}", label=f"order {order}, T = {tokens:,}")
-            right.plot(sizes, [point["gain"] for point in cached], "o" + style, color="C3", label=f"T = {tokens:,}")
-            once = next(point["gain"] for point in points if point["tokens"] == tokens and not point["entries"])
-            right.axhline(once, linestyle=style, color="black", label=f"each n-gram of a call once, T = {tokens:,}")
-        left.set_ylabel("hit rate")
-        right.set_ylabel("times fewer rows over the link than in direct order")
+        names = {2: "bigrams", 3: "trigrams"}
+        for order in range(2, config.max_ngram + 1):
+            draw(
+                left, lambda point, at=order - 2: point["hits"][at], f"C{order - 2}", names.get(order, f"{order}-grams")
+            )
+        draw(right, lambda point: point["gain"], "C3", "cache\n{:.2f} x")
+        alone = next(point["gain"] for point in points if point["tokens"] == middle and not point["entries"])
+        (line,) = right.plot(sizes, [alone] * len(sizes), "--", color="0.35")
+        label_end(line, f"no cache, each n-gram\nof a call once: {alone:.2f} x")
+        left.set_title("share of n-grams found in the cache", fontsize=11)
+        right.set_title("times fewer rows read from the host", fontsize=11)
+        left.set_ylim(0, 1)
+        right.set_ylim(0, 1.2 * right.get_ylim()[1])
         for axes in (left, right):
-            axes.set_xscale("log", base=2)
-            axes.set_xlabel("entries of each order in each layer")
-            axes.set_ylim(0)
-            axes.legend(fontsize="small")
-        figure.suptitle(title)
+            axes.set_xscale("log")
+            plain_ticks(axes.xaxis, sizes, "{:.2g}")
+            axes.set_xlim(sizes[0] * 0.8, sizes[-1] * 8)  # room for the labels
+            axes.set_xlabel("GB of device memory")
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(
+            f"{title}\nlines: calls of {middle:,} tokens; bands: of {min(counts):,} to {max(counts):,}", fontsize=11
+        )
         figure.savefig(path, dpi=120)
     finally:
         pyplot.close(figure)

@@ -38,6 +38,19 @@ def write_plots(content: dict, base: Path) -> list[Path]:
     return written
 
 
+def label_end(line, text: str, shift: int = 0) -> None:
+    """Writes ``text`` in the line's colour behind its last point, ``shift`` points higher: no legend covers a curve."""
+    x, y = line.get_data()
+    style = dict(textcoords="offset points", va="center", color=line.get_color(), fontsize=9, annotation_clip=False)
+    line.axes.annotate(text, (x[-1], y[-1]), xytext=(8, shift), **style)
+
+
+def plain_ticks(axis, values, text: str = "{:g}") -> None:
+    """These ticks alone, as numbers that are read at once: 0.5 and not 2^-1."""
+    axis.set_ticks(list(values), [text.format(value) for value in values])
+    axis.set_ticks([], minor=True)
+
+
 def _series(content: dict, ops, accept=lambda record: True) -> dict[str, list[dict]]:
     """Label -> records by rising T, of the cases that have a time."""
     series: dict[str, list[dict]] = {}

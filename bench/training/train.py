@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench.running.environment import cpu_name, describe_software
+from bench.running.plots import label_end
 from bench.running.text import load_token_ids, load_token_map
 from engram_kernels import Engram, EngramConfig, EngramTable, HashPlan, RowAdagrad, reference, split_kv
 from engram_kernels.commands.console import track
@@ -285,14 +286,19 @@ def plot(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for kind, style in (("without", "-"), ("engram", "-"), ("dense", ":")):
+    names = dict(without="without Engram", engram="with Engram", dense="Engram as a dense\nparameter (the same)")
+    for kind, style, shift in (("without", "-", 0), ("engram", "-", 12), ("dense", ":", -24)):
         smooth = np.convolve(result["runs"][kind][0]["losses"], np.ones(10) / 10, mode="valid")
         held_out = result["runs"][kind][0]["held_out"]
-        axes.plot(smooth, style, label=f"{kind}, held-out loss {held_out:.3f}")
+        (line,) = axes.plot(smooth, style, linewidth=2)
+        label_end(line, f"{names[kind]}\nheld out: {held_out:.2f}", shift)
+    axes.set_xlim(0, len(smooth) * 1.32)  # room for the labels, below too
+    axes.set_xticks(range(0, len(smooth) + 10, 50))
+    axes.set_ylim(axes.get_ylim()[0] - 0.35)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token, mean of ten steps")
-    axes.set_title(f"A small transformer on English novels, seed 0, {result['environment']['device']}")
-    axes.legend()
+    axes.set_ylabel("training loss, nats a token (mean of ten steps)")
+    axes.set_title(f"A small transformer on English novels, seed 0, {result['environment']['device']}", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

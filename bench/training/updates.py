@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bench.running.environment import describe_software
+from bench.running.plots import label_end, plain_ticks
 from bench.running.report import print_table
 from bench.running.timing import CpuTimer, GpuTimer
 from engram_kernels import EngramTable, RowAdagrad, RowAdam
@@ -172,17 +173,29 @@ def plot(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    names = {"SparseAdam": "torch SparseAdam", "Adam": "torch Adam, dense"}
     for name in dict.fromkeys(record["name"] for record in result["records"]):
-        records = [record for record in result["records"] if record["name"] == name]
+        records = sorted((each for each in result["records"] if each["name"] == name), key=lambda it: it["table_bytes"])
         sizes = [record["table_bytes"] / GB for record in records]
-        style = "o-" if name.startswith("Row") else "s--"
-        axes.plot(sizes, [record["median"] * 1e3 for record in records], style, label=name)
-    axes.set_xscale("log", base=2)
+        times = [record["median"] * 1e3 for record in records]
+        optimizer, _, memory = name.partition("/")
+        (line,) = axes.plot(sizes, times, "o-" if name.startswith("Row") else "s--", markersize=5)
+        where = "" if memory == "cpu" else f", {memory}"
+        shift = {"RowAdagrad": 7, "SparseAdam": -7}.get(optimizer, 0)
+        label_end(line, f"{names.get(optimizer, optimizer)}{where}: {times[-1]:,.0f} ms", shift)
+    sizes = sorted({record["table_bytes"] / GB for record in result["records"]})
+    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("table, GB")
+    plain_ticks(axes.xaxis, sizes)
+    low, high = axes.get_ylim()
+    plain_ticks(axes.yaxis, [tick for tick in (n * 10**e for e in range(-3, 6) for n in (1, 3)) if low < tick < high])
+    axes.set_xlim(sizes[0] * 0.85, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.45)  # room for the labels
+    axes.set_xlabel("size of the table, GB")
     axes.set_ylabel("ms a step")
-    axes.set_title(f"A step over {result['ids']:,} uniform rows, {result['environment']['device']}")
-    axes.legend()
+    axes.set_title(
+        f"An optimizer's step over {result['ids']:,} uniform rows, {result['environment']['device']}", fontsize=11
+    )
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
