@@ -1,0 +1,164 @@
+"""Write docs/api/, a page for each part of the public surface: signatures and docstrings, as the code has them.
+
+python -m tests.reports.api
+"""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import engram_kernels as ek
+
+from .arguments import public_functions
+
+FOLDER = Path(__file__).parents[2] / "docs" / "api"
+PAGES = {
+    "geometry": ("EngramConfig", "HashPlan", "build_token_map"),
+    "ops": (
+        "ngram_hash", "lookup", "hash_lookup", "gate_residual", "gate_conv_residual", "split_kv", "set_dependent_launch"
+    ),
+    "tables": ("EngramTable", "ShardedTable", "NgramCache"),
+    "modules": ("Engram", "replace_engram", "export_state"),
+    "serving": ("Prefetcher", "EngramState", "warmup"),
+    "training": ("RowAdagrad", "RowAdam", "RowSinkhorn", "save_training", "load_training"),
+}  # fmt: skip
+#: Classes that methods return, with the page they stand on.
+RETURNED = {"EngramStep": "serving", "Started": "serving"}
+WRITTEN = "`python -m tests.reports.api` writes this page from the code."
+INDEX = """# Public names
+
+Each page has signatures, shapes, dtypes and errors, from the docstrings. What users import is in `engram_kernels`; a deeper path
+may change without notice. [arguments.md](../arguments.md) has what every argument takes, [glossary.md](../glossary.md) the letters.
+
+Token ids are `[T]` with `cu_seqlens [B + 1]`, or `[B, S]` with each row a sequence. The same functions in `engram_kernels.reference`
+are the specification, in plain PyTorch.
+
+**Errors.** Bad arguments raise `ValueError` (a wrong value, shape, dtype or device) or `TypeError` (a wrong type). They name the
+function, the argument, what was expected and what came:
+
+```text
+lookup: row_ids must be a tensor of int32 or int64, got float32 [4] on cpu
+hash_lookup: tables[1] must have at least 384016682 rows, got 384006168
+EngramConfig.from_hf: config has no field 'engram_head_dim'
+```
+
+This holds for every function here; docstrings name what they raise besides. Nothing is copied silently: a tensor that would need a
+copy is an error. A token id outside the vocabulary raises on a CPU; a kernel, which cannot raise, gives its columns the row id -1,
+and -1 (or any id outside the table) reads as a row of zeros without touching memory.
+
+"""
+
+
+def page_of(name: str) -> str | None:
+    """The page that a public name stands on; None for any other word."""
+    return RETURNED.get(name) or next((page for page, names in PAGES.items() if name in names), None)
+
+
+def anchor(name: str) -> str:
+    return name.lower().replace(".", "")
+
+
+def signature(name: str, function) -> str:
+    """``name(parameters) -> result``, one parameter a line where one line has no room; modules' names are left out."""
+    given = inspect.signature(function)
+    parts = [str(each) for each in given.parameters.values() if each.name != "self"]
+    kinds = [each.kind for each in given.parameters.values() if each.name != "self"]
+    if inspect.Parameter.KEYWORD_ONLY in kinds:
+        parts.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    result = given.return_annotation
+    returns = "" if inspect.isclass(function) or result is given.empty else f" -> {inspect.formatannotation(result)}"
+    text = f"{name}({', '.join(parts)}){returns}"
+    if len(text) > 100:
+        text = "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){returns}"])
+    text = re.sub(r"\b(?:engram_kernels|collections|typing|pathlib|os|torch\.\w+)(?:\.\w+)*\.(\w+)", r"\1", text)
+    return re.sub(r"'([\w.]+(?:\[.*?\])?)'(?=[,)\n]|$| =)", r"\1", text) if "->" in text else text
+
+
+def linked(text: str, owner: str, here: str) -> str:
+    """Roles of Sphinx as links to where the name stands."""
+
+    def link(found: re.Match) -> str:
+        name = found[1]
+        full = f"{owner}.{name}" if page_of(name) is None and hasattr(getattr(ek, owner, None), name) else name
+        page = page_of(full.split(".")[0])
+        if page is None:
+            return f"`{name}`"
+        return f"[`{name}`]({'' if page == here else page + '.md'}#{anchor(full)})"
+
+    return re.sub(r":\w+:`~?([\w.]+)`", link, text)
+
+
+def prose(doc: str, names: set[str]) -> str:
+    """A docstring as Markdown: ``name: ...`` is an item where it is a parameter, and what is indented is code."""
+    out: list[str] = []
+    for line in inspect.cleandoc(doc).splitlines():
+        head = re.match(r"([\w, ]+): ", line)
+        item = head and set(re.findall(r"\w+", head[1])) <= names
+        ended = bool(out) and re.search(r"[.:)]$", out[-1])
+        if line.startswith("    "):
+            if out and out[-1] and not out[-1].startswith("    "):
+                out.append("")
+            out.append(line)
+        elif item:
+            if out and out[-1] and not out[-1].startswith(("- ", "  ")):
+                out.append("")
+            out.append(f"- **{head[1]}**: {line[head.end() :]}")
+        elif out and out[-1].startswith(("- ", "  ")) and line and not (ended and line[0].isupper()):
+            out.append(f"  {line}")
+        else:
+            if out and out[-1] and (ended or out[-1].startswith(("- ", "  "))) and line:
+                out.append("")
+            out.append(line)
+    return "\n".join(out)
+
+
+def entry(name: str, value, here: str, level: str) -> str:
+    """Heading, signature and docstring of one function or class, with the fields and properties of a class."""
+    owner, parts = name.split(".")[0], [f"{level} {name}"]
+    parts.append(f"```text\n{signature(name, value)}\n```")
+    names = set(inspect.signature(value).parameters)
+    if dataclasses.is_dataclass(value):
+        names |= {field.name for field in dataclasses.fields(value)}
+    parts.append(linked(prose(value.__doc__, names), owner, here))
+    if inspect.isclass(value):
+        fields = re.findall(r"^    (\w+): .*?#: (.*)$", inspect.getsource(value), re.M)
+        parts += ["\n".join(f"- **{field}**: {linked(text, owner, here)}" for field, text in fields)] if fields else []
+        members = ((member, inspect.getattr_static(value, member)) for member in sorted(dir(value)))
+        read = [(member, it) for member, it in members if not member.startswith("_") and _is_read(it)]
+        lines = [f"- **{member}**: {linked(' '.join(it.__doc__.split()), owner, here)}" for member, it in read]
+        parts += ["Read from it:", "\n".join(lines)] if lines else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_read(member) -> bool:
+    return (isinstance(member, property) or hasattr(member, "attrname")) and bool(member.__doc__)
+
+
+def pages() -> dict[str, str]:
+    """File name -> text of every page."""
+    functions = dict(public_functions())
+    texts, listed = {}, [INDEX]
+    for page, names in PAGES.items():
+        parts = [f"# {page.capitalize()}\n\n{WRITTEN}\n"]
+        listed.append(f"## {page.capitalize()}\n\n| name | what it is |\n|---|---|\n")
+        for name in names:
+            parts.append(entry(name, getattr(ek, name), page, "##"))
+            first = re.split(r"(?<=[.;:])\s|\n\n", inspect.cleandoc(getattr(ek, name).__doc__))[0].rstrip(".;:")
+            listed.append(f"| [`{name}`]({page}.md#{anchor(name)}) | {linked(' '.join(first.split()), name, '')} |\n")
+            for method, function in functions.items():
+                if method.startswith(f"{name}."):
+                    parts.append(entry(method, function, page, "###"))
+        listed.append("\n")
+        for method, function in functions.items():
+            if RETURNED.get(method.split(".")[0]) == page:
+                parts.append(entry(method, function, page, "###"))
+        texts[f"{page}.md"] = "\n".join(parts)
+    texts["index.md"] = "".join(listed) + WRITTEN + "\n"
+    return texts
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for file, text in pages().items():
+        (FOLDER / file).write_text(text)
