@@ -6,9 +6,11 @@ python -m tests.reports.api
 import dataclasses
 import inspect
 import re
+from functools import cache
 from pathlib import Path
 
-import engram_kernels as ek
+from engram_kernels.serving.started import Started
+from engram_kernels.serving.state import EngramStep
 
 from .arguments import public_functions
 
@@ -23,19 +25,20 @@ PAGES = {
     "serving": ("Prefetcher", "EngramState", "warmup"),
     "training": ("RowAdagrad", "RowAdam", "RowSinkhorn", "save_training", "load_training"),
 }  # fmt: skip
-#: Classes that methods return, with the page they stand on.
-RETURNED = {"EngramStep": "serving", "Started": "serving"}
+#: Classes of what methods return, with the page that they stand on.
+RETURNED = {Started: "serving", EngramStep: "serving"}
 WRITTEN = "`python -m tests.reports.api` writes this page from the code."
 INDEX = """# Public names
 
-Each page has signatures, shapes, dtypes and errors, from the docstrings. What users import is in `engram_kernels`; a deeper path
-may change without notice. [arguments.md](../arguments.md) has what every argument takes, [glossary.md](../glossary.md) the letters.
+Each page has signatures, shapes, dtypes and errors, from the docstrings. What users import is in `engram_kernels`; a
+deeper path may change without notice. [arguments.md](../arguments.md) has what every argument takes,
+[glossary.md](../glossary.md) the letters.
 
-Token ids are `[T]` with `cu_seqlens [B + 1]`, or `[B, S]` with each row a sequence. The same functions in `engram_kernels.reference`
-are the specification, in plain PyTorch.
+Token ids are `[T]` with `cu_seqlens [B + 1]`, or `[B, S]` with each row a sequence. The same functions in
+`engram_kernels.reference` are the specification, in plain PyTorch.
 
-**Errors.** Bad arguments raise `ValueError` (a wrong value, shape, dtype or device) or `TypeError` (a wrong type). They name the
-function, the argument, what was expected and what came:
+**Errors.** Bad arguments raise `ValueError` (a wrong value, shape, dtype or device) or `TypeError` (a wrong type).
+They name the function, the argument, what was expected and what came:
 
 ```text
 lookup: row_ids must be a tensor of int32 or int64, got float32 [4] on cpu
@@ -43,16 +46,31 @@ hash_lookup: tables[1] must have at least 384016682 rows, got 384006168
 EngramConfig.from_hf: config has no field 'engram_head_dim'
 ```
 
-This holds for every function here; docstrings name what they raise besides. Nothing is copied silently: a tensor that would need a
-copy is an error. A token id outside the vocabulary raises on a CPU; a kernel, which cannot raise, gives its columns the row id -1,
-and -1 (or any id outside the table) reads as a row of zeros without touching memory.
+This holds for every function here; docstrings name what they raise besides. Nothing is copied silently: a tensor that
+would need a copy is an error. A token id outside the vocabulary raises on a CPU; a kernel, which cannot raise, gives
+its columns the row id -1, and -1 (or any id outside the table) reads as a row of zeros without touching memory.
 
 """
 
 
-def page_of(name: str) -> str | None:
-    """The page that a public name stands on; None for any other word."""
-    return RETURNED.get(name) or next((page for page, names in PAGES.items() if name in names), None)
+@cache
+def entries() -> dict[str, tuple[str, object]]:
+    """Name -> (page, value) of everything that has an entry, in the order of the pages."""
+    functions = dict(public_functions())
+    found = {}
+    for page, names in PAGES.items():
+        for name in names:
+            found[name] = page, functions[name]
+            found |= {each: (page, it) for each, it in functions.items() if each.startswith(f"{name}.")}
+    for value, page in RETURNED.items():
+        found[value.__name__] = page, value
+        methods = {
+            name: it
+            for name, it in vars(value).items()
+            if inspect.isfunction(it) and not name.startswith(("_", "read_"))
+        }
+        found |= {f"{value.__name__}.{name}": (page, it) for name, it in methods.items()}
+    return found
 
 
 def anchor(name: str) -> str:
@@ -72,7 +90,7 @@ def signature(name: str, function) -> str:
     if len(text) > 100:
         text = "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){returns}"])
     text = re.sub(r"\b(?:engram_kernels|collections|typing|pathlib|os|torch\.\w+)(?:\.\w+)*\.(\w+)", r"\1", text)
-    return re.sub(r"'([\w.]+(?:\[.*?\])?)'(?=[,)\n]|$| =)", r"\1", text) if "->" in text else text
+    return re.sub(r"(?<=: |> )'([^'\n]+)'", r"\1", text)  # annotations that are texts
 
 
 def linked(text: str, owner: str, here: str) -> str:
@@ -80,10 +98,10 @@ def linked(text: str, owner: str, here: str) -> str:
 
     def link(found: re.Match) -> str:
         name = found[1]
-        full = f"{owner}.{name}" if page_of(name) is None and hasattr(getattr(ek, owner, None), name) else name
-        page = page_of(full.split(".")[0])
-        if page is None:
+        full = next((each for each in (f"{owner}.{name}", name) if each in entries()), None)
+        if full is None:
             return f"`{name}`"
+        page = entries()[full][0]
         return f"[`{name}`]({'' if page == here else page + '.md'}#{anchor(full)})"
 
     return re.sub(r":\w+:`~?([\w.]+)`", link, text)
@@ -135,25 +153,22 @@ def _is_read(member) -> bool:
     return (isinstance(member, property) or hasattr(member, "attrname")) and bool(member.__doc__)
 
 
+def summary(value) -> str:
+    """The first sentence of a docstring, or what is before its first semicolon."""
+    return re.split(r"(?<=[.;])\s", inspect.cleandoc(value.__doc__))[0].rstrip(".;")
+
+
 def pages() -> dict[str, str]:
     """File name -> text of every page."""
-    functions = dict(public_functions())
     texts, listed = {}, [INDEX]
     for page, names in PAGES.items():
         parts = [f"# {page.capitalize()}\n\n{WRITTEN}\n"]
-        listed.append(f"## {page.capitalize()}\n\n| name | what it is |\n|---|---|\n")
-        for name in names:
-            parts.append(entry(name, getattr(ek, name), page, "##"))
-            first = re.split(r"(?<=[.;:])\s|\n\n", inspect.cleandoc(getattr(ek, name).__doc__))[0].rstrip(".;:")
-            listed.append(f"| [`{name}`]({page}.md#{anchor(name)}) | {linked(' '.join(first.split()), name, '')} |\n")
-            for method, function in functions.items():
-                if method.startswith(f"{name}."):
-                    parts.append(entry(method, function, page, "###"))
-        listed.append("\n")
-        for method, function in functions.items():
-            if RETURNED.get(method.split(".")[0]) == page:
-                parts.append(entry(method, function, page, "###"))
+        own = {name: value for name, (where, value) in entries().items() if where == page}
+        parts += [entry(name, value, page, "###" if "." in name else "##") for name, value in own.items()]
         texts[f"{page}.md"] = "\n".join(parts)
+        listed.append(f"## {page.capitalize()}\n\n| name | what it is |\n|---|---|\n")
+        lines = ((name, " ".join(linked(summary(own[name]), name, "").split())) for name in names)
+        listed += [f"| [`{name}`]({page}.md#{anchor(name)}) | {text} |\n" for name, text in lines] + ["\n"]
     texts["index.md"] = "".join(listed) + WRITTEN + "\n"
     return texts
 
