@@ -34,7 +34,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation mutation-kinds test-oldest test-oldest-torch \
-	test-simulated-gpu simulated-gpu compile-report peers-report gpu commit-file bench lint check-python
+	test-simulated-gpu simulated-gpu docs compile-report peers-report gpu commit-file bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
@@ -43,7 +43,7 @@ help: ## this list
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
 	$(PY) -m engram_kernels demo $(ARGS)
 
-test: test-cpu test-interpret test-compile test-machine mutation-kinds $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
+test: $(if $(strip $(VENV)),docs) test-cpu test-interpret test-compile test-machine mutation-kinds $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
 
 test-cpu: $(call ready,test) ## the references, the CPU path, packaging
 	$(PY) -m pytest -n $(JOBS) --lane cpu tests $(ARGS)
@@ -57,6 +57,9 @@ test-compile: $(call ready,test) ## the kernels compiled for four GPU generation
 # After the compile lane, whose compiled code is found on disk. With ARGS=--thorough before every release.
 test-machine: $(call ready,test) ## the kernels' machine code (PTX), executed on a CPU: bounds, races, orders of warps
 	$(PY) -m pytest -n $(JOBS) --lane machine tests $(ARGS)
+
+docs: $(call ready,test) ## the documents as a site, build/site; a link that leads nowhere ends it
+	$(PY) -m tests.reports.site
 
 mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice? All ways; before every release
 	$(PY) -m tests.mutation --jobs $(JOBS)

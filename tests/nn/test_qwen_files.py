@@ -172,8 +172,8 @@ def test_a_model_that_was_moved_and_cast():
 
 def test_the_page(tmp_path):
     """docs/huggingface.md: every block runs, and does what the text says."""
-    assert PAGE.holds_python_alone() and len(PAGE.blocks()) == 4
-    assert len(PAGE.blocks()[0].strip().splitlines()) == 5
+    assert PAGE.holds_python_alone() and len(PAGE.blocks()) == 5
+    assert len(PAGE.blocks()[1].strip().splitlines()) == 5
     saved = tiny_model()
     saved.save_pretrained(tmp_path)
     names = dict(folder=tmp_path, input_ids=token_ids(1, 9))

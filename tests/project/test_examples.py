@@ -8,12 +8,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models
 
-from engram_kernels import EngramConfig, EngramState, ngram_hash
+from engram_kernels import EngramState
 from engram_kernels.serving.state import EngramStep
-from tests.support import oracles, tables
+from tests.support import oracles
 from tests.support.documents import ROOT, Document
 from tests.support.patience import HANG
 
@@ -192,41 +190,17 @@ def example(name):
     return module
 
 
-def test_the_readmes_ten_lines(tmp_path):
-    """As they stand, but for the device, on a checkpoint of the documented names and a tokenizer of 60 words."""
-    sizes = dict(max_ngram=4, heads=2, row_width=32, table_sizes=(40,) * 3, hidden_size=16, branches=2)
-    rows = EngramConfig(layers=(1, 4), raw_vocab_size=60, format="e4m3_ue8m0", **sizes).rows_per_layer
-    engram = dict(layer_ids=[1, 4], num_embeddings=list(rows), max_ngram_size=4, n_heads=2, head_dim=32, vocab_size=40)
-    engram |= dict(compressed_vocab_size=60, pad_token_id=2)
-    config = {f"engram_{name}": value for name, value in engram.items()}
-    config |= dict(hidden_size=16, hc_mult=2, vocab_size=60, rms_norm_eps=1e-6)
-    names = dict(
-        checkpoint_config=config,
-        tokenizer=Tokenizer(models.WordLevel({f"word {n}": n for n in range(60)}, unk_token="word 0")),
-        token_ids=torch.randint(0, 60, (7,)),
-        hidden=torch.randn(7, 2, 16).bfloat16(),
-        wkv=torch.randn(48, 192).bfloat16(),
-        query_norm=torch.rand(2, 16),
-        key_norm=torch.rand(2, 16),
-        layer=1,
-        H=2,
-        D=16,
-    )
-    parts = [tables.random_parts(count, 32, "e4m3_ue8m0") for count in rows]
-    before, given = names["hidden"], [(w.view(torch.uint8) & 0x3F, s & 0x7F) for w, s in parts]
-    weights = [(weight.view(torch.float8_e4m3fn), scale) for weight, scale in given]
-    names["folder"] = tmp_path
-    stored = {}
-    for number, (weight, scale) in zip([1, 4], weights, strict=True):
-        embed = f"layers.{number}.engram.embed"
-        stored |= {f"{embed}.weight": weight, f"{embed}.scale": scale.view(torch.float8_e8m0fnu)}
-    save_file(stored, tmp_path / "model.safetensors")
-    (code,) = Document("README.md").blocks("In ten lines")
-    assert '"cuda"' in code
-    exec(code.replace('"cuda"', '"cpu"'), names)
-    row_ids = ngram_hash(names["token_ids"], names["plan"])[:, 1]
-    expected = tables.rounded(tables.expected_values(*weights[1], row_ids), torch.bfloat16)
-    assert torch.equal(names["rows"][1], expected)
-    read = (before, *(names[name] for name in ("key", "value", "query_norm", "key_norm")))
-    exact = torch.from_numpy(oracles.gated(*(x.double().numpy() for x in read), eps=1e-6))
-    torch.testing.assert_close(names["hidden"].double(), exact, rtol=2**-7, atol=1e-2)
+def test_the_readmes_fifteen_lines():
+    """Rows by the oracle's ids, and the gate in float64."""
+    lines, last = Document("README.md").blocks()[0].rsplit("\nhidden = ", 1)
+    names: dict = {}
+    exec(lines, names)
+    before, plan = names["hidden"], names["plan"]
+    constants = (plan.multipliers.tolist(), plan.primes.tolist())
+    row_ids = oracles.hash_rows(names["token_ids"].tolist(), *constants, pad=0, eos=0)
+    for layer, table in enumerate(names["tables"]):
+        assert torch.equal(names["rows"][layer], table.weight[torch.as_tensor(row_ids)[:, layer]])
+    exec(f"hidden = {last}", names)
+    read = (before, *(names[name] for name in ("key", "value", "norm", "norm")))
+    exact = oracles.gated(*(x.double().numpy() for x in read), eps=names["config"].eps or 2.0**-23)
+    torch.testing.assert_close(names["hidden"].double(), torch.from_numpy(exact), rtol=1e-5, atol=1e-5)

