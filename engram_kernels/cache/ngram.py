@@ -35,8 +35,7 @@ class CacheUse(CacheStats):
 class NgramCache(CacheStore):
     """Rows of hot n-grams in the memory of the plan's device, for ``hash_lookup(..., plan, tables, cache=cache)``.
 
-    plan, tables: as for :func:`hash_lookup`; a cache is for these objects alone. All orders 2 to N must have equally
-    many columns; tables of placement "staged" cannot be cached on a GPU, nor float64 rows.
+    plan, tables: the :class:`HashPlan`, and one table per layer of it; a cache is for these objects alone.
     entries: n-grams that are kept of each order in each layer; or bytes: device memory for all of it. Whole sets are
     used, so that it may be a little less: see ``entries`` and ``nbytes``.
     ways: entries of a set, a power of two up to 32.
@@ -44,6 +43,7 @@ class NgramCache(CacheStore):
 
     Results have the same bits with and without a cache. Calls from several streams take turns by an event; not for
     two threads at once. Keep it, like any buffer, for as long as a CUDA graph that uses it is replayed.
+    ValueError unless all orders 2 to N have equally many columns, for float64 rows, and for staged tables on a GPU.
     """
 
     def stats(self) -> CacheUse:
@@ -57,18 +57,21 @@ class NgramCache(CacheStore):
     def warm(self, token_ids: torch.Tensor, *, progress: Callable[[int, int], object] | None = None) -> None:
         """Fill it with the n-grams of ``token_ids``, ``[T]`` one sequence or ``[B, S]`` each row one; counts stay.
 
-        progress: called with (tokens done, all).
+        progress: called with (tokens done, all). ValueError for ids that are not on the cache's device.
         """
         warm_up(self, token_ids, progress)
 
     @takes(path=PathKind())
     def save(self, path: str | Path) -> Path:
-        """Write the keys that it holds, not their rows, to a file that :meth:`load` takes; whole or not at all."""
+        """Write the keys that it holds, not their rows, to ``path``, for :meth:`load`; whole or not at all.
+
+        OSError where it cannot be written, ValueError where another kind of file is there.
+        """
         return save_keys(self, path)
 
     @takes(path=PathKind())
     def load(self, path: str | Path) -> None:
-        """Hold the keys of a file instead of what it holds now; rows are read from the tables.
+        """Hold the keys of file ``path`` instead of what it holds now; rows are read from the tables.
 
         The file may come from a cache of another size: of a set's keys the most recently used ones stay. ValueError
         where it was written for a plan that hashes differently.

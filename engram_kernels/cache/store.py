@@ -137,7 +137,7 @@ class CacheStore(RowCache):
 
     @declares(num_tokens=Whole(0))
     def takes(self, num_tokens: int) -> bool:
-        """Whether a call of so many tokens goes through it; what tables have changed is forgotten then."""
+        """Whether a call of ``num_tokens`` tokens goes through it; what tables have changed is forgotten then."""
         Whole(0).check("NgramCache.takes", "num_tokens", num_tokens)
         if num_tokens < max(1, self.min_tokens):
             self.bypassed_calls += 1

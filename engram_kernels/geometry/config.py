@@ -36,6 +36,8 @@ class EngramConfig:
 
     Sizes: N = ``max_ngram``, E = ``heads``, C = (N-1)*E columns, R = ``row_width``, D = ``hidden_size``,
     H = ``branches``, V_raw = ``raw_vocab_size``, V = ``vocab_size``.
+
+    ValueError or TypeError names the field that is out of bounds or does not fit the others.
     """
 
     layers: tuple[int, ...]  #: model layers that hold an Engram module, counted from 0

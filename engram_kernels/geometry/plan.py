@@ -57,21 +57,34 @@ _LAYER_SEED = 10007  # what a layer's number adds to the seed, in both rules
 class HashPlan:
     """Tensors of the hash of L layers with C columns each. Make one with :meth:`build` or :meth:`from_parts`.
 
-    Of parts that are given here types and shapes are checked, and not that the numbers belong together.
+    multipliers: int64 ``[L, N]``; N is the longest n-gram.
+    primes: int64 ``[L, C]``, rows of each column.
+    offsets: int64 ``[L, C]``, first row of each column.
+    reciprocals: int64 ``[L, C]``, bits of the unsigned floor(2^64 / prime).
+    orders: int32 ``[C]``, n of each column's n-grams.
+    token_map: int32 ``[V_raw]``, raw id -> compressed id, or None.
+    pad: id (after the token map) that blocked look-backs read.
+    eos: raw id that blocks what is older than itself, or None.
+    vocab_size: valid raw ids are 0 <= id < vocab_size; None: no upper bound.
+    rows_per_layer: rows of each layer's table, L of them.
+    non_negative: no mix can be negative and primes are below 2^31, so that reciprocals are exact.
+    heads: columns of each order from 2 to N; None where they don't come in that order.
+
+    TypeError or ValueError where a part has another type or shape; whether the numbers belong together is not checked.
     """
 
-    multipliers: torch.Tensor  #: int64 ``[L, N]``; N is the longest n-gram
-    primes: torch.Tensor  #: int64 ``[L, C]``
-    offsets: torch.Tensor  #: int64 ``[L, C]``, first row of each column
-    reciprocals: torch.Tensor  #: int64 ``[L, C]``, bits of the unsigned floor(2^64 / prime)
-    orders: torch.Tensor  #: int32 ``[C]``, n of each column's n-grams
-    token_map: torch.Tensor | None  #: int32 ``[V_raw]``, raw id -> compressed id
-    pad: int  #: id (after the token map) that blocked look-backs read
-    eos: int | None  #: raw id that blocks what is older than itself, or None
-    vocab_size: int | None  #: valid raw ids are 0 <= id < vocab_size; None: no upper bound
-    rows_per_layer: tuple[int, ...]  #: rows of each layer's table
-    non_negative: bool  #: no mix can be negative and primes are below 2^31, so that reciprocals are exact
-    heads: tuple[int, ...] | None  #: columns of each order from 2 to N; None where they don't come in that order
+    multipliers: torch.Tensor
+    primes: torch.Tensor
+    offsets: torch.Tensor
+    reciprocals: torch.Tensor
+    orders: torch.Tensor
+    token_map: torch.Tensor | None
+    pad: int
+    eos: int | None
+    vocab_size: int | None
+    rows_per_layer: tuple[int, ...]
+    non_negative: bool
+    heads: tuple[int, ...] | None
     _addresses = None  # of the tensors, when they were last found whole
 
     def __post_init__(self):
@@ -182,11 +195,15 @@ class HashPlan:
     ) -> "HashPlan":
         """A plan from a model's own constants, on the CPU.
 
-        multipliers: int64 ``[L, N]``. primes: integers ``[L, C]``, C a multiple of N - 1, order-major: all heads of
-        2-grams, then of 3-grams, and so on.
-        pad: the id blocked look-backs read, after the token map. token_map: integers ``[V_raw]`` or None.
+        multipliers: int64 ``[L, N]``.
+        primes: integers ``[L, C]``, C a multiple of N - 1, order-major: all heads of 2-grams, then of 3-grams, and so
+        on.
+        pad: the id blocked look-backs read, after the token map.
+        token_map: integers ``[V_raw]`` or None.
         eos: raw id of the "eos" dialect; blocked look-backs then read ``pad``, which must equal it.
         vocab_size: number of valid raw ids where there is no token map; None accepts every id from 0.
+
+        ValueError where shapes do not fit, a number is out of bounds, or pad and eos differ.
         """
         where = "HashPlan.from_parts"
         for name, tensor in (("multipliers", multipliers), ("primes", primes)):
@@ -263,7 +280,7 @@ class HashPlan:
 
     @takes(device=Device())
     def to(self, device: torch.device | str) -> "HashPlan":
-        """The same plan with its tensors on ``device``."""
+        """The same plan with its tensors on ``device``; ValueError or TypeError for what names no device."""
         names = ("multipliers", "primes", "offsets", "reciprocals", "orders", "token_map")
         moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(self, **{name: tensor.to(device) for name, tensor in moved.items()})

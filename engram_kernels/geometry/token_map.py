@@ -22,8 +22,9 @@ def build_token_map(tokenizer) -> torch.Tensor:
     V_raw is the greatest id and one, of added tokens beyond the vocabulary too. An id that no token has reads as
     nothing, and shares its number with all that do, as in the demo.
 
-    tokenizer: a ``tokenizers.Tokenizer``, or a fast transformers tokenizer (its ``backend_tokenizer`` is used).
-    Needs the ``tokenizers`` package (extra ``hf``). Takes about two seconds for 129,280 tokens.
+    tokenizer: a ``tokenizers.Tokenizer``, or a fast transformers tokenizer (its ``backend_tokenizer`` is used);
+    TypeError for anything else. Needs the ``tokenizers`` package (extra ``hf``). Takes about two seconds for 129,280
+    tokens.
     """
     tokenizer = TOKENIZER.check("build_token_map", "tokenizer", getattr(tokenizer, "backend_tokenizer", tokenizer))
     normalizer = _normalizer()

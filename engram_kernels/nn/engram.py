@@ -74,13 +74,18 @@ _FORWARD = dict(
 
 
 class Engram(nn.Module):
-    """Engram of model layer ``layer``; H branches, D hidden size, C columns of R elements.
+    """Engram of one layer of a model; H branches, D hidden size, C columns of R elements.
 
-    plan: the plan of all the config's layers, or of this one alone. table: this layer's rows, as many as the config
-    says; of a :class:`ShardedTable` each rank looks up its own tokens, in forward passes that all ranks make.
+    config, layer: the :class:`EngramConfig`, and the number of one of its layers.
+    plan: the :class:`HashPlan` of all the config's layers, or of this one alone.
+    table: this layer's rows, ``[rows_per_layer, R]`` in any format; of a :class:`ShardedTable` each rank looks up its
+    own tokens, in forward passes that all ranks make. It is no parameter or buffer: in no state_dict, moved by no
+    ``to()``. :func:`save_training` saves it.
     residual: False returns what is to be added to the hidden state instead of the sum, as the demo's module does.
-    The rows are ``table``'s: no parameter or buffer of the module, in none of its state_dicts, moved by no ``to()``.
-    :func:`save_training` saves them with it.
+    device, dtype: of the weights: ``wkv.weight [(H + 1) * D, C * R]``, ``q_weight``, ``k_weight [H, D]``, and for a
+    convolution ``conv_norm [H, D]`` and ``conv_weight [H, D, K]``.
+
+    ValueError where layer, plan, table and config do not fit each other, or token maps differ.
     """
 
     @takes(
@@ -148,14 +153,17 @@ class Engram(nn.Module):
     ) -> "Engram":
         """A new layer: its plan, its table in ``placement``, and the module over both, which a training begins with.
 
-        tokenizer: that of the model, as for :func:`build_token_map`, or the token map that this gave; None for window
+        config, layer: the model's :class:`EngramConfig`, and the number of one of its layers.
+        tokenizer: that of the model, or the token map ``[V_raw]`` that :func:`build_token_map` gave; None for window
         "eos", which hashes raw ids.
         init: the standard deviation of rows and projection, which ``seed`` makes, the same for every placement; or a
-        function that is called with the module and writes both. Convolutions begin at 0, norms at 1. Whose rule this
-        is: nn/initial.py.
-        trainable: as :meth:`EngramTable.requires_row_grad_`, for formats that are dense.
-        name: of a table with placement "shared", which is published then. device: of the module's weights, and of the
-        table with placement "device". progress(bytes done, all): of rows.
+        function that is called with the module and writes both. Convolutions begin at 0, norms at 1 (nn/initial.py).
+        trainable: whether rows take gradients, for dense formats. residual: False leaves the hidden state out of the
+        sum.
+        name: of a table with placement "shared", which is published then. device, dtype: of the module's weights;
+        device of the table too, with placement "device". progress: called with (bytes done, all) of rows.
+
+        ValueError where the tokenizer does not fit the config, or the format cannot be trained; nothing is left then.
         """
         table, plan = new_rows(config, layer, tokenizer, placement, name, device, init)
         try:
@@ -198,6 +206,7 @@ class Engram(nn.Module):
         Padding tokens come back as hidden, and so do dead ones (in DeepSeek-V4.1 those of images), to which a
         convolution, where there is one, still adds what it makes of earlier tokens.
         Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
+        ValueError unless there is one of token_ids, rows and kv, and hidden has their tokens.
         """
         given = hidden, token_ids, rows, kv, cu_seqlens, history, dead, slots, conv_state, state
         check_all("Engram.forward", _FORWARD, dict(zip(_FORWARD, given, strict=True)))
@@ -251,7 +260,10 @@ class Engram(nn.Module):
 
     @declares(**_ROWS)
     def rows(self, token_ids, *, cu_seqlens=None, history=None, dead=None, slots=None) -> torch.Tensor:
-        """This layer's rows ``[T, C, R]``, in the projection's dtype where the kernels write it."""
+        """Rows ``[T, C, R]`` (``[B, S, C, R]``) of token_ids, in the projection's dtype where kernels write it.
+
+        cu_seqlens, history, dead, slots: as for :func:`ngram_hash`, whose ValueErrors these are.
+        """
         options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, slots=slots)
         check_all("Engram.rows", _ROWS, dict(token_ids=token_ids, **options))
         dtype = self.wkv.weight.dtype
@@ -267,7 +279,7 @@ class Engram(nn.Module):
         """kv ``[T, (H + 1) * D]`` (``[B, S, (H + 1) * D]``) of rows ``[T, C, R]``: what forward() would project.
 
         out: where to put it, in the projection's dtype, without a gradient. A :class:`Prefetcher` takes this method as
-        the layer's projection, and forward() its result as kv.
+        the layer's projection, and forward() its result as kv. ValueError where rows or out have another shape.
         """
         check_all("Engram.project", _PROJECT, dict(rows=rows, out=out))
         self._check_row_shape("Engram.project", rows)

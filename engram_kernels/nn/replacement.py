@@ -100,7 +100,8 @@ def replace_engram(
 def export_state(model: nn.Module, **options) -> dict[str, torch.Tensor]:
     """``model.state_dict(**options)`` with the rows of all tables, under the names that their embeddings had.
 
-    Rows of dense formats are the tables' own memory, others are dequantised to bfloat16.
+    Rows of dense formats are the tables' own memory, others are dequantised to bfloat16. ValueError where a table was
+    closed.
     """
     left_out = [module for module in model.modules() if isinstance(module, TableRows) and not module.in_state_dict]
     try:

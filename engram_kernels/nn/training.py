@@ -72,7 +72,8 @@ def save_training(
     those of the module's :class:`Engram` modules. row_optimizers: of these tables; states, options, seeds and counters.
     optimizers, schedulers: by their state_dict. step, extra: come back from :func:`load_training`; extra is what
     ``torch.load(weights_only=True)`` takes, such as numbers, texts and tensors.
-    Call it between a step and the next backward pass. In a job of several ranks it is collective, and all see the
+    ValueError where tables and row optimizers do not belong together. Call it between a step and the next backward
+    pass. In a job of several ranks it is collective, and all see the
     folder: rank 0 writes what all have alike, each rank its part of a :class:`ShardedTable` over the world and states.
     """
     folder, ranks = Path(folder), _World(_SAVE)
@@ -146,9 +147,10 @@ def load_training(
 ) -> tuple[int, Any]:
     """Bring a run back into objects of the same kinds; returns (step, extra) as they were saved.
 
-    Arguments are those of :func:`save_training`; rows and states are read into the tables and optimizers that are
-    given, by any number of ranks. What does not fit, by the folder's manifest, is a ValueError before anything is
-    changed; an error after that leaves optimizers of rows closed.
+    folder: what :func:`save_training` wrote, by any number of ranks. module, row_optimizers, optimizers, schedulers,
+    tables: objects like those that were saved, in the same order and under the same names, which rows and states are
+    read into. What does not fit, by the folder's manifest, is a ValueError before anything is changed; an error after
+    that leaves optimizers of rows closed.
     """
     folder, ranks = Path(folder), _World(_LOAD)
     found = _tables_of(module, tables, row_optimizers, ranks.size, _LOAD)

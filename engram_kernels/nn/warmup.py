@@ -62,13 +62,16 @@ def warmup(
 ) -> None:
     """Compile every kernel variant that steps of 1 to ``max_tokens`` packed tokens launch, by launching each once.
 
-    engrams: the model's modules, of one config, where they will run. prefetcher: the one that will look rows up, and
-    project them where it has projections; None is forward passes from token ids. state: the one whose steps they will
-    take, commits of both kinds, reset and restore included; its slots are neither read nor written. dead: whether steps
-    come with dead tokens; False compiles for those without. id_dtype: of token ids.
+    engrams: the model's modules, of one config, where they will run.
+    prefetcher: the one that will look rows up, and project them where it has projections; None is forward passes from
+    token ids.
+    state: the one whose steps they will take, commits of both kinds, reset and restore included; its slots are neither
+    read nor written.
+    dead: whether steps come with dead tokens; False compiles for those without. id_dtype: of token ids.
+
     All tokens are padding: no table is read. Call it before memory is measured or a graph captured: the longest step
     has then been made once, and afterwards nothing is compiled and no memory asked of the driver. On a CPU nothing
-    is to be done.
+    is to be done. ValueError where modules, prefetcher and state do not fit each other.
     """
     where = "warmup"
     engrams = tuple(engrams)

@@ -127,15 +127,19 @@ def gate_residual(
 
     hidden, key: ``[T, H, D]``, value ``[T, D]``, of one dtype: bfloat16, float16 or float32 (float64 on the CPU), last
     dimension dense. key and value may be views of one ``kv [T, (H + 1) * D]``.
-    query_norm, key_norm: ``[H, D]``, any float dtype, contiguous. eps: of both norms; None is the machine epsilon.
+    query_norm, key_norm: ``[H, D]``, any float dtype, contiguous.
+    eps: of both norms; None is the machine epsilon.
     clamp: below it ``|d|`` counts as clamp, which bounds the slope of the square root.
     mask: bool ``[T]``; where False, key and value are not read and hidden comes back bit for bit.
     zero_gate: "copysign" (a gate at d = 0 counts as positive) or "sign" (it is 0.5).
-    residual: False returns ``gate * value`` alone. out: a contiguous tensor, or hidden itself.
+    residual: False returns ``gate * value`` alone.
+    out: a contiguous tensor, or hidden itself.
 
     A token's bits depend on its own data, H, D and the dtypes alone: not on the tokens beside it, nor on mask,
     recording, strides, alignment or ``out``, on one kind of device under one version of Triton.
     Gradients come from kernels too (ops/gate_kernels/backward.py), of the first order; a recorded result is copied to
-    ``out``. Split kv by ``kv.split``: slices' own backward writes all of kv for each.
+    ``out``. Split kv by :func:`split_kv`: slices' own backward writes all of kv for each.
+
+    ValueError where shapes, dtypes or devices do not fit, or ``out`` overlaps an input but hidden itself.
     """
     return GATE(GateCall(hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual), out)

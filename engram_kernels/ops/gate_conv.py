@@ -258,18 +258,22 @@ def gate_conv_residual(
 ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """``hidden + v + silu(conv(rms(v) * conv_norm))`` ``[T, H, D]`` (or ``[B, S, H, D]``) with ``v = gate * value``.
 
-    hidden, key, value, query_norm, key_norm, eps, clamp, mask, zero_gate, residual and out are those of
-    :func:`gate_residual`; where mask is False v is 0, and the convolution of the tokens around it still applies.
-    conv_norm: ``[H, D]``, contiguous. conv_weight: ``[H, D, K]``, any strides; tap K-1 is the current token.
-    conv_eps: of the norm before the convolution; None is the machine epsilon.
-    cu_seqlens: as for :func:`ngram_hash`; padding tokens come back as hidden.
+    hidden, key: ``[T, H, D]``, value ``[T, D]``, of one dtype: bfloat16, float16 or float32 (float64 on the CPU).
+    query_norm, key_norm, conv_norm: ``[H, D]``, any float dtype, contiguous.
+    conv_weight: ``[H, D, K]``, any strides; tap K-1 is the current token.
+    dilation: tokens between two taps.
+    eps, conv_eps: of the norms of query and key, and of the one before the convolution; None is the machine epsilon.
+    clamp: below it ``|d|`` counts as clamp. zero_gate: "copysign" (a gate at d = 0 counts as positive) or "sign" (0.5).
+    mask: bool ``[T]``; where False v is 0, and the convolution of the tokens around it still applies.
+    residual: False leaves hidden out of the sum. out: a contiguous tensor, or hidden itself.
+    cu_seqlens: int32 ``[B + 1]``, starts of packed sequences and the end; padding tokens come back as hidden.
     conv_state: (value ``[B, (K-1) * dilation, D]`` in hidden's dtype, scale ``[B, (K-1) * dilation, H]`` float32),
     oldest first, zeros before a sequence's start. It is not written; with it the result is (out, new state). Or the
     slots of an :class:`EngramState`, which come back as they are: these tokens are written to them, and count once they
     are committed.
 
     Gradients come from kernels too (ops/conv_kernels/backward.py), but with conv_state from the reference, as does the
-    output.
+    output. ValueError where shapes, dtypes or devices do not fit, or ``out`` overlaps an input but hidden itself.
     """
     tensors = (hidden, key, value, query_norm, key_norm, conv_norm, conv_weight)
     options = (dilation, eps, conv_eps, clamp, mask, zero_gate, residual, cu_seqlens, conv_state)

@@ -375,15 +375,23 @@ def hash_lookup(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, in one launch unless rows are sorted.
 
+    token_ids: raw ids, int32 or int64, ``[T]`` packed or ``[B, S]``. plan: the :class:`HashPlan`, on their device.
     tables: one :class:`EngramTable` per layer of the plan, in its order, of one format and width.
-    token_ids, plan, cu_seqlens, history, dead, slots: as for :func:`ngram_hash`. out, out_dtype, out_format, programs
-    and order are those of :func:`lookup`. A column that would get row id -1 reads as zeros. The scale of format e4m3
-    comes as float32 ``[L]``. Where a table is staged there is a launch per layer, and the call waits for the GPU once,
-    to bring row ids to the CPU; it cannot be captured or compiled then.
+    cu_seqlens: int32 ``[B + 1]``, starts of packed sequences and the end. history: ``[B, N - 1]`` ids before them, -1
+    none.
+    dead: bool ``[T]`` (``[B, S]``), tokens of no n-gram. slots: int32 ``[B]``, each sequence's row of history.
+    out, out_dtype: a contiguous tensor to write to; its dtype, None is the table's, bfloat16 where rows have scales.
+    out_format: "values", or "storage" for raw rows and scales (of format e4m3 float32 ``[L]``), see :func:`lookup`.
+    programs, order: size of the grid, and the read order "direct", "head" or "address"; None chooses. No bit differs.
     cache: an :class:`NgramCache` for this plan and these tables; what it has is not read from them, and what it has not
     once a call, head by head in every order but "direct". No bit differs.
-    Where a table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows; the
-    backward pass hashes once more rather than keep the ids.
+
+    A column that would get row id -1 reads as zeros. Where a table is staged there is a launch per layer, and the call
+    waits for the GPU once, to bring row ids to the CPU; it cannot be captured or compiled then. Where a table is
+    trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows; the backward pass
+    hashes once more.
+
+    ValueError for an invalid id on the CPU, tables that do not fit the plan, and 2^31 row ids a layer or more.
     """
     tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
     return HASH_LOOKUP(HashLookupCall(tokens, plan, tables, out_dtype, out_format, programs, order, cache), out)

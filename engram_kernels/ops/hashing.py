@@ -153,6 +153,6 @@ def ngram_hash(
     out: a contiguous tensor to write to.
 
     A look-back that is blocked reads as the pad id (the EOS in the "eos" dialect). An invalid id raises ValueError on
-    the CPU; in a kernel the columns that read it get -1, as do padding tokens.
+    the CPU; in a kernel the columns that read it get -1, as do padding tokens. ValueError too where shapes do not fit.
     """
     return HASH(HashCall(Tokens(token_ids, cu_seqlens, history, dead, slots), plan), out)

@@ -260,6 +260,7 @@ def lookup(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """Rows ``[..., C, R]`` of a table.
 
+    table: the :class:`EngramTable`, which the device of row_ids can read.
     row_ids: ``[..., C]``, int32 or int64, any strides whose leading dimensions view as one. An id outside the table,
     such as -1, reads as zeros.
     out_dtype: bfloat16, float16 or float32; None is the table's own dtype, bfloat16 where rows have scales.
@@ -270,7 +271,11 @@ def lookup(
     programs: size of the persistent grid, None for all multiprocessors; fewer leave them to other work.
     order: in which rows are read, "direct", "head" (column by column) or "address" (sorted, duplicates read once); None
     leaves the choice to ops/row_kernels/order.py. It changes no bit, and nothing on the CPU.
+
     With a staged table the call waits for the GPU to bring row_ids to the CPU, and cannot be captured or compiled.
     Where the table is trainable (:meth:`EngramTable.requires_row_grad_`) autograd follows values back to its rows.
+
+    ValueError for 2^31 ids or more, a table that is closed or that this device cannot read, and an ``out`` that does
+    not fit or overlaps an input.
     """
     return LOOKUP(LookupCall(row_ids, table, out_dtype, out_format, programs, order), out)

@@ -51,6 +51,7 @@ _WEIGHT_KINDS = TABLE_KINDS | dict(weight=Tensor(), scale=_SCALE, own_scale=_SCA
 class ShardedTable(ShardedRows):
     """Rows of model layer ``layer`` over the ranks of ``group`` (None: the world); the module :class:`Engram` takes it.
 
+    config, layer: the :class:`EngramConfig`, and the number of one of its layers.
     placement, scale and options: of this rank's shard ``part``, as for :meth:`EngramTable.empty`. format: None is the
     config's.
     split: "columns" gives each rank whole columns of every order, strided; "rows" a range of every column's rows, as
@@ -65,9 +66,9 @@ class ShardedTable(ShardedRows):
     reduce: "mean" divides the sum of all ranks' row gradients, replicas' included, by their number, as
     DistributedDataParallel does with those of dense parameters; "sum" does not.
 
-    Arguments that differ between ranks, and an error on one of them, are errors on all: of constructors, saving and
-    :meth:`node_groups`, and of lookups without ``capacity``, whose peers learn it with the number of rows. Two things
-    are checked before a rank takes part, so that its peers wait for it until the group's time-out: the groups
+    Arguments that differ between ranks, and an error on one of them, are a ValueError on all: of constructors, saving
+    and :meth:`node_groups`, and of lookups without ``capacity``, whose peers learn it with the number of rows. Two
+    things are checked before a rank takes part, so that its peers wait for it until the group's time-out: the groups
     themselves, and arguments of lookups with ``capacity`` and of :meth:`accumulate_row_grad`.
     """
 
@@ -88,7 +89,12 @@ class ShardedTable(ShardedRows):
         own_scale: torch.Tensor | float | None = None,
         **options,
     ) -> "ShardedTable":
-        """Each rank gives the whole table and its scales, as to :meth:`EngramTable.from_tensors`; keeps its shard."""
+        """A table of which each rank is given the whole and keeps its shard.
+
+        weight, scale, own_scale: rows ``[rows, R]`` and scales, as for :meth:`EngramTable.from_tensors`.
+        config, layer, group, placement, options: what the constructor of this class takes. ValueError for another
+        shape.
+        """
         where = "ShardedTable.from_tensors"
         given = dict(weight=weight, scale=scale, own_scale=own_scale, config=config, layer=layer, placement=placement)
 
@@ -135,8 +141,10 @@ class ShardedTable(ShardedRows):
     ) -> "ShardedTable":
         """A checkpoint's table, of which each rank reads its own rows alone. Needs the extra ``hf``.
 
-        The checkpoint is one of any number of ranks, or of none. paths, prefix, threads and progress are those of
-        :meth:`EngramTable.from_safetensors`; options those of :class:`ShardedTable`.
+        paths: a file, several, a folder or an index; the checkpoint is one of any number of ranks, or of none.
+        prefix: what comes before ``weight`` in the names; None goes by the layer. threads: chunks read at once, with
+        progress (bytes done, bytes in all). config, layer, group, placement, options: what the constructor takes.
+        ValueError on all ranks where a file does not fit the config.
         """
         reading = dict(prefix=prefix, threads=threads, progress=progress)
         return load_sharded(cls, paths, config, layer, group, reading, placement=placement, **options)
@@ -154,7 +162,8 @@ class ShardedTable(ShardedRows):
 
         All ranks of the group write their rows, to a folder that all of them see; the files take their place when
         every rank has said that its rows are on the disk. Where one fails or dies nothing changes there. Of several
-        groups with the same rows one saves.
+        groups with the same rows one saves. prefix: of the tensors' names. shard_bytes: most bytes of a file.
+        metadata: texts for the headers. ValueError where files there hold anything else.
         """
         return save_sharded(self, path, dict(prefix=prefix, shard_bytes=shard_bytes, metadata=metadata))
 
@@ -165,7 +174,8 @@ class ShardedTable(ShardedRows):
     ) -> "tuple[dist.ProcessGroup, dist.ProcessGroup]":
         """(ranks of this node, ranks with this one's number on their nodes) of ``group``, as new groups; collective.
 
-        node: this rank's name for its node; None is the host's name and boot id. timeout: of the new groups.
+        node: this rank's name for its node; None is the host's name and boot id. timeout: of the new groups. ValueError
+        where nodes have different numbers of ranks.
         A table over nodes, a shard per node: group=across, node=inside. A copy per node needs ``EngramTable.attach``
         alone; to train it, a group of this rank only, node=inside and the world as replicas.
         """
@@ -182,7 +192,8 @@ class ShardedTable(ShardedRows):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Rows ``[..., C, R]`` for this rank's ids of the whole table, from whoever holds them; collective.
 
-        Arguments and result are those of :func:`lookup`, and so are the bits; ranks may have different numbers of ids.
+        row_ids: ``[..., C]``, int32 or int64; ranks may have different numbers of ids. ValueError for 2^31 or more.
+        out, out_dtype, out_format: where to write, and as what, as for :func:`lookup`, whose bits the result has.
         Where the table is trainable autograd follows values, and the backward pass is collective too.
         """
         with self._refusing(row_ids):
@@ -217,7 +228,9 @@ class ShardedTable(ShardedRows):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of this rank's own tokens, for this layer; collective.
 
-        plan: of all the config's layers, or of this one alone. Other arguments are those of :func:`hash_lookup`.
+        token_ids, cu_seqlens, history, dead, slots: this rank's tokens, as for :func:`ngram_hash`.
+        plan: of all the config's layers, or of this one alone; ValueError where it does not fit the table's rows.
+        out, out_dtype, out_format: where to write, and as what, as for :func:`lookup`.
         """
         where = "ShardedTable.hash_lookup"
         tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
@@ -247,13 +260,17 @@ class ShardedTable(ShardedRows):
     def overlay(self, ids: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None = None) -> ShardedOverlay:
         """Lay ``rows [n, R]`` over rows ``ids [n]`` of the whole table, the same on all ranks; collective.
 
-        Arguments, result and errors are those of :meth:`EngramTable.overlay`; each rank writes the rows of its shard.
+        scales: ``[n, R / G]`` of rows as stored, where elements share one. Each rank writes the rows of its shard.
+        ValueError on all ranks where :meth:`EngramTable.overlay` would raise it on one.
         """
         return ShardedOverlay(self, ids, rows, scales, "ShardedTable.overlay").apply()
 
     @declares(path=PathKind())
     def load_overlay(self, path: str | Path) -> ShardedOverlay:
-        """The overlay of a file of :meth:`RowOverlay.save_safetensors`, which all ranks read, applied; collective."""
+        """The overlay of file ``path`` of :meth:`RowOverlay.save_safetensors`, applied; all ranks read it; collective.
+
+        ValueError on all ranks where it is for another table.
+        """
         where = "ShardedTable.load_overlay"
 
         def read():
@@ -294,13 +311,19 @@ class ShardedTable(ShardedRows):
 
     @takes(requires=Flag())
     def requires_row_grad_(self, requires: bool = True) -> "ShardedTable":
-        """Make the rows trainable, on every rank, or no longer so; optimizers take ``part``. Returns the table."""
+        """Make the rows trainable, on every rank, or with ``requires=False`` no longer so; optimizers take ``part``.
+
+        Returns the table. ValueError for formats that are not dense, and with overlays.
+        """
         self.part.requires_row_grad_(requires)
         return self
 
     @declares(row_ids=Tensor(*ID_DTYPES), grad=Tensor(*GRAD_DTYPES))
     def accumulate_row_grad(self, row_ids: torch.Tensor, grad: torch.Tensor) -> None:
-        """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]`` where these live; collective."""
+        """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]`` where these live; collective.
+
+        ValueError where the table is not trainable.
+        """
         where = "ShardedTable.accumulate_row_grad"
         check_tensor(where, "row_ids", row_ids, dtypes=ID_DTYPES, contiguous=False)
         like = dict(shape=(*row_ids.shape, self.width), device=row_ids.device)

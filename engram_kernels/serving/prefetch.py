@@ -101,6 +101,7 @@ class Prefetcher:
     torch.no_grad().
 
     Keep it, like any buffer, for as long as a CUDA graph that holds its work is replayed. Not for two threads at once.
+    ValueError where tables, layers, cache or projections do not fit the plan, and for 2^31 row ids a layer or more.
     """
 
     @takes(
@@ -205,7 +206,7 @@ class Prefetcher:
 
     @takes(num_tokens=Whole(0))
     def launches(self, num_tokens: int) -> tuple[bool, bool, str, int]:
-        """What a start of so many tokens launches: through the cache, layers apart, read order, rows hashed at once."""
+        """What a start of ``num_tokens`` tokens launches: through the cache, layers apart, order, rows a hash."""
         cached = self._cache is not None and num_tokens >= self._cache.min_tokens
         apart = not cached and layers_apart(
             num_tokens * self._layer_bytes, view_tables(self._tables, self._plan.device).memory
@@ -226,10 +227,13 @@ class Prefetcher:
         dead: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
     ) -> Started:
-        """Begin to look up the rows of ``token_ids`` in all layers; arguments as for :func:`hash_lookup`.
+        """Begin to look up the rows of ``token_ids`` in all layers.
 
-        The arguments are copied on the current stream, by one launch, and may be overwritten by what follows on it. The
-        start that is returned is needed only where another one comes before it is read.
+        token_ids: ``[T]`` with cu_seqlens, or ``[B, S]``; history, dead and slots belong to them, as for
+        :func:`ngram_hash`. The arguments are copied on the current stream, by one launch, and may be overwritten by
+        what follows on it. The :class:`Started` that is returned is needed only where another start comes before it is
+        read. ValueError for more tokens or sequences than there are buffers for, or more starts in flight than
+        ``depth``.
         """
         where = "Prefetcher.start"
         self._side.buffers.check(where)
@@ -275,8 +279,9 @@ class Prefetcher:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, for work given to the current stream from now on.
 
         With out_format "storage" a pair of rows and scales. They are of the last start(), and views of buffers: the
-        next start() that takes these overwrites them, once the streams that asked for rows are done with what they were
-        given before that start(), or before :meth:`release`.
+        next start() that takes these overwrites them, once the streams that asked for rows are done with what they
+        were given before that start(), or before :meth:`release`. ValueError before the first start(), and for an
+        unknown layer.
         """
         return self._started("Prefetcher.rows", layer).read_rows("Prefetcher.rows", layer)
 
@@ -285,7 +290,7 @@ class Prefetcher:
         """What the layer's projection made of :meth:`rows`, ``[T, W]`` (``[B, S, W]``), ordered as those are.
 
         It is a view of a buffer, as they are, where the side stream projects, and otherwise a new tensor, projected
-        here on the current stream, at each call.
+        here on the current stream, at each call. ValueError without projections, and where :meth:`rows` raises it.
         """
         return self._started("Prefetcher.kv", layer).read_kv("Prefetcher.kv", layer)
 

@@ -175,12 +175,18 @@ class Started:
 
     @declares(layer=Instance(Hashable))
     def rows(self, layer: int) -> Rows:
-        """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, as :meth:`Prefetcher.rows` has those of the last start."""
+        """Rows ``[T, C, R]`` (``[B, S, C, R]``) of ``layer``, as :meth:`Prefetcher.rows` has those of the last start.
+
+        ValueError for an unknown layer, and once a later start has taken the buffers.
+        """
         return self.read_rows("Started.rows", layer)
 
     @declares(layer=Instance(Hashable))
     def kv(self, layer: int) -> torch.Tensor:
-        """Projection ``[T, W]`` (``[B, S, W]``) of a layer, as :meth:`Prefetcher.kv` has that of the last start."""
+        """Projection ``[T, W]`` (``[B, S, W]``) of ``layer``, as :meth:`Prefetcher.kv` has that of the last start.
+
+        ValueError without projections, for an unknown layer, and once a later start has taken the buffers.
+        """
         return self.read_kv("Started.kv", layer)
 
     def release(self) -> None:

@@ -72,7 +72,10 @@ class EngramStep:
 
     @declares(layer=Whole(0))
     def conv_state(self, layer: int) -> ConvSlots | None:
-        """State of one of the config's layers, as :func:`gate_conv_residual` takes it; None without a convolution."""
+        """State of ``layer``, as :func:`gate_conv_residual` takes it; None without a convolution.
+
+        ValueError after commit().
+        """
         Whole(0).check("EngramStep.conv_state", "layer", layer)
         self._check_open("conv_state")
         return self.state.layer_slots(layer, self.slots)
@@ -117,6 +120,7 @@ class EngramState:
 
     config: of the model; all its layers have a state. dtype: of the hidden states.
     max_drafts: most tokens of a sequence that a commit may reject, where a convolution has to remember them.
+    ValueError for sizes that are out of bounds, and a dtype that is no hidden state's.
     """
 
     @takes(
@@ -170,10 +174,12 @@ class EngramState:
         cu_seqlens: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
     ) -> EngramStep:
-        """A step over ``token_ids``: ``[T]`` with cu_seqlens, or ``[B, S]``, and dead as for :func:`ngram_hash`.
+        """A step over ``token_ids``: ``[T]`` with cu_seqlens, int32 ``[B + 1]``, or ``[B, S]``.
 
+        dead: bool, of their shape, tokens that take no part in n-grams.
         slots: int32 ``[B]``, different from each other; -1 for padding. Without a convolution several sequences may
         have one slot, as candidates for its continuation of which commit() accepts at most one. No launch.
+        ValueError where shapes do not fit, and on a CPU for a slot that is not there.
         """
         where = "EngramState.begin"
         self._buffers.check(where)
@@ -189,7 +195,10 @@ class EngramState:
 
     @takes(slots=Optional(AnyOf(Whole(), _SLOTS)))
     def reset(self, slots: torch.Tensor | int | None = None) -> None:
-        """Make slots those of empty sequences: int32 ``[B]`` with -1 for none, one slot, or None for all."""
+        """Make slots those of empty sequences: int32 ``[B]`` with -1 for none, one slot, or None for all.
+
+        ValueError, on a CPU, for a slot that is not there.
+        """
         self._buffers.check("EngramState.reset")
         if slots is None:
             self._moves.update(range(self.slots))
@@ -214,11 +223,12 @@ class EngramState:
     ) -> None:
         """Make slots those of sequences whose first tokens were computed elsewhere, whatever they held.
 
-        token_ids: the tokens until now, of which the last N - 1 of each sequence suffice; cu_seqlens and dead as in
-        begin(). As in a history -1 is no token, so ``[B, N - 1]`` of an engine's own are taken as they are; on a CPU
-        any other id is checked, unless it is dead. conv_states: for a convolution, each of the config's layers' (value,
-        scale) after these tokens, as :func:`gate_conv_residual` returns them without slots, and as
-        :meth:`conv_states` does.
+        slots: int32 ``[B]``, or one slot. token_ids: the tokens until now, ``[T]`` with cu_seqlens or ``[B, S]``, of
+        which the last N - 1 of each sequence suffice; dead: bool, of their shape. As in a history -1 is no token, so
+        ``[B, N - 1]`` of an engine's own are taken as they are; on a CPU any other id is checked, unless it is dead.
+        conv_states: for a convolution, each of the config's layers' (value, scale) after these tokens, as
+        :meth:`conv_states` returns them. ValueError where they are missing, too many or of another shape, and for ids
+        and slots that are not there.
         """
         where = "EngramState.restore"
         self._buffers.check(where)
@@ -248,7 +258,8 @@ class EngramState:
     def conv_states(self, slots: torch.Tensor | int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(value ``[B, (K-1) * N, D]``, scale ``[B, (K-1) * N, H]``) of each layer, copied, as restore() takes them.
 
-        Empty without a convolution. For keeping the state of a prefix, or sending it to where the sequence goes on.
+        slots: int32 ``[B]``, or one slot; ValueError, on a CPU, for one that is not there. The list is empty without a
+        convolution. For keeping the state of a prefix, or sending it to where the sequence goes on.
         """
         slots = self._slots_tensor(slots)
         self._check_slots("EngramState.conv_states", slots, None, distinct=False)
@@ -257,7 +268,10 @@ class EngramState:
 
     @declares(layer=Whole(0), slots=_SLOTS)
     def layer_slots(self, layer: int, slots: torch.Tensor) -> ConvSlots | None:
-        """State of one of the config's layers for sequences in ``slots``; None without a convolution."""
+        """State of ``layer`` for sequences in ``slots``, int32 ``[B]``; None without a convolution.
+
+        ValueError for a layer that is none of the config's.
+        """
         Whole(0).check("EngramState.layer_slots", "layer", layer)
         if layer not in self._rings:
             raise ValueError(f"EngramState: layer must be one of the config's, {self.config.layers}, got {layer!r}")

@@ -67,10 +67,11 @@ class EngramTable(EditableRows):
 
     weight: ``[rows, width]`` in the format's dtype; uint8 ``[rows, width / 2]`` for ``nvfp4`` and ``mxfp4``.
     scale: uint8 ``[rows, width / G]`` where G elements share a scale (32 for ``e4m3_ue8m0`` and ``mxfp4``, 16 for
-    ``nvfp4``), a float32 scalar on the CPU for ``e4m3``, else None. own_scale: the one of the whole table, a float, for
-    ``e4m3`` and ``nvfp4``, fixed at construction; else None.
+    ``nvfp4``), a float32 scalar on the CPU for ``e4m3``, else None.
+    own_scale: the one of the whole table, a float, for ``e4m3`` and ``nvfp4``, fixed at construction; else None.
+    format, placement, mapping, scales: what the functions above found out.
     A table is no module and no parameter: its rows are in no state_dict. :meth:`save_safetensors` saves them, or
-    :func:`save_training` with the rest of a run.
+    :func:`save_training` with the rest of a run. Using a closed table is a ValueError.
     """
 
     @classmethod
@@ -129,9 +130,11 @@ class EngramTable(EditableRows):
         float8_e4m3fn takes ``scale``: uint8 or float8_e8m0fnu ``[rows, R / 32]``, or one float. uint8 or
         float4_e2m1fn_x2 ``[rows, R / 2]`` is mxfp4 with ``scale`` uint8 or float8_e8m0fnu ``[rows, R / 32]``, and nvfp4
         with ``scale`` uint8 or float8_e4m3fn ``[rows, R / 16]`` and ``own_scale``, one float (``weight_scale_2``).
-        Placement "cpu" and "staged" share the tensors' memory, which may be a mapped file; "device" does where they are
-        on that device; "host" and "shared" copy, and "shared" is published then.
-        scales, device, name and progress are those of :meth:`empty`.
+        placement: "cpu" and "staged" share the tensors' memory, which may be a mapped file; "device" does where they
+        are on that device; "host" and "shared" copy, and "shared" is published then.
+        scales: "device" keeps the scales of groups in GPU memory. device: the GPU of placement "device".
+        name: of placement "shared". progress: called with (bytes done, all).
+        ValueError where tensors, scales and placement do not fit each other, or a row is no multiple of 16 bytes.
         """
         where = "EngramTable.from_tensors"
         if (
@@ -208,7 +211,7 @@ class EngramTable(EditableRows):
         """Tell the processes that wait for this shared table that all of its content is there. Once.
 
         Its pages are collapsed to huge ones first (progress: bytes done, all) and registered; kernels read it after
-        that.
+        that. ValueError for a table of another placement, and for one that was attached or published before.
         """
         self.check_usable("EngramTable.publish")
         if self.placement != "shared":
@@ -248,8 +251,8 @@ class EngramTable(EditableRows):
         config: rows and width must be those of its layer.
 
         Names, dtypes, shapes and row counts are checked before memory is asked for. Rows are then read straight into
-        it, ``threads`` chunks of the files at once, with progress(bytes done, bytes in all). On any error the memory is
-        released.
+        it, ``threads`` chunks of the files at once, with progress(bytes done, bytes in all). ValueError names the file
+        and tensor that does not fit; on any error the memory is released.
         mapped: True reads rows where they lie in the file instead, for placement "cpu" and "staged"; nothing is loaded.
         options: as for :meth:`empty`, such as ``device``.
         """
@@ -304,11 +307,13 @@ class EngramTable(EditableRows):
     ) -> Path:
         """Write the table as ``path`` (``*.safetensors``, or a folder); returns what :meth:`from_safetensors` takes.
 
-        The tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own; for nvfp4
-        ``weight_scale`` and ``weight_scale_2``). Files of more
-        than ``shard_bytes`` bytes are split, into tensors ``{prefix}shard_{k}.weight``, with an index. metadata: texts
-        for the files' headers. A table there is replaced at once and as a whole; until then it stays what it was, also
-        where saving fails or is killed. Files that hold anything else are never replaced. Rows of overlays that are
+        prefix: the tensors are ``{prefix}weight`` and ``{prefix}scale`` (``weight_scale`` for the table's own; for
+        nvfp4 ``weight_scale`` and ``weight_scale_2``).
+        shard_bytes: files of more are split, into tensors ``{prefix}shard_{k}.weight``, with an index.
+        metadata: texts for the files' headers. progress: called with (bytes done, all).
+
+        A table there is replaced at once and as a whole; until then it stays what it was, also where saving fails or is
+        killed (OSError). ValueError where files hold anything else: they are never replaced. Rows of overlays that are
         applied are saved, as lookups read them: remove an overlay first to save without it.
         """
         self.wait_for_steps()

@@ -58,10 +58,11 @@ class TrainableRows(PlacedRows):
 
     @takes(requires=Flag())
     def requires_row_grad_(self, requires: bool = True) -> Self:
-        """Make the rows trainable, or no longer so; returns the table. Dense formats only, not "staged".
+        """Make the rows trainable, or with ``requires=False`` no longer so; returns the table.
 
         An optimizer passes over a table while it is not trainable, and goes on when it is again. Trained rows are in no
         state_dict() of module or torch optimizer; :func:`save_training` saves them.
+        ValueError for formats that are not dense, placement "staged", and a table with overlays.
         """
         where = "EngramTable.requires_row_grad_"
         self.check_usable(where)
@@ -93,7 +94,10 @@ class TrainableRows(PlacedRows):
 
     @takes(row_ids=Tensor(torch.int32, torch.int64), grad=Tensor(*GRAD_DTYPES))
     def accumulate_row_grad(self, row_ids: torch.Tensor, grad: torch.Tensor) -> None:
-        """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]``, as the backward pass of a lookup does."""
+        """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]``, as the backward pass of a lookup does.
+
+        ValueError where the table is not trainable, or grad has not the shape and device of row_ids.
+        """
         if not self.requires_row_grad:
             raise ValueError("EngramTable.accumulate_row_grad: the table is not trainable (requires_row_grad_)")
         shape = (*row_ids.shape, self.width)

@@ -28,8 +28,12 @@ from .update import ADAGRAD, ADAM
 class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: a row's rate falls with the sum, over its own steps, of its gradient's mean square.
 
+        s += mean(g ** 2)                                        one float32 a row
+        row = (1 - lr * weight_decay) * row - lr * g / (sqrt(s) + eps)
+
     tables: one or more trainable tables, or parameter groups, as torch has them: dicts with tables as "params" and the
     options in which a group differs (lr, eps, weight_decay).
+    lr, eps: the rate, and what keeps the quotient finite.
     weight_decay: times lr, the fraction of itself that a row loses in each step in which it has a gradient.
     state_placement: "device", "host" or "cpu", where the states are; None is the table's ("host" for a shared one,
     which one process writes).
@@ -39,6 +43,9 @@ class RowAdagrad(RowOptimizer):
     backward pass, before gradients are clipped. The backward pass and the step are collective then. None trains tables
     that differ on purpose. "alone", as it is, refuses plain tables in a job of more than one rank. Parts of a
     :class:`ShardedTable` reduce as that says.
+
+    TypeError for what is no :class:`EngramTable`. ValueError for tables that are not trainable, that were attached or
+    are given twice, and with ``reduce`` where copies on the ranks differ.
     """
 
     _rule = ADAGRAD
@@ -64,8 +71,23 @@ class RowAdagrad(RowOptimizer):
 class RowAdam(RowOptimizer):
     """Adam with two moments per element, corrected for bias by the number of steps that a row has taken itself.
 
-    A row that has no gradient keeps its moments as they are. betas may differ by group too. tables, weight_decay,
-    state_placement, stochastic_rounding, seed, reduce and group are those of :class:`RowAdagrad`.
+        t += 1;  m += (1 - b1) * (g - m);  v += (1 - b2) * (g ** 2 - v)      two float32 an element, t one int32 a row
+        row = (1 - lr * weight_decay) * row - lr * (m / (1 - b1 ** t)) / (sqrt(v / (1 - b2 ** t)) + eps)
+
+    A row that has no gradient keeps its moments as they are.
+
+    tables: one or more trainable tables, or parameter groups: dicts with tables as "params" and the options in which a
+    group differs (lr, betas, eps, weight_decay).
+    lr, betas, eps: rate, decay (b1, b2) of the two moments, and what keeps the quotient finite.
+    weight_decay: times lr, the fraction of itself that a row loses in each step in which it has a gradient.
+    state_placement: "device", "host" or "cpu", where the moments are; None is the table's ("host" for a shared one).
+    stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
+    reduce, group: "mean" or "sum" adds the row gradients of all ranks of ``group`` (None: a group over the world), each
+    with a copy of the tables, in the backward pass. None trains tables that differ on purpose; "alone" refuses plain
+    tables in a job of more than one rank.
+
+    TypeError for what is no :class:`EngramTable`. ValueError for tables that are not trainable, that were attached or
+    are given twice, and with ``reduce`` where copies on the ranks differ.
     """
 
     _rule = ADAM
@@ -92,16 +114,24 @@ class RowAdam(RowOptimizer):
 class RowSinkhorn(RowOptimizer):
     """DeepSeek-V4.1's optimizer of embeddings and Engram tables: momentum balanced over rows and columns.
 
-    A row that moves does so by ``lr * update_rms``, root mean square. momentum: what is left of it after a step; it
-    stays as it is. balancings: of rows and columns in turn, an odd number. threshold: of the mean norm of all rows'
-    updates, what a row must exceed to move. There is no weight decay. Rows that momentum alone moves take these moves
-    before they are next read, by :meth:`EngramTable.take_moves`, so that a step costs what its distinct rows cost; the
-    columns' scales come from these rows. Where a table was passed over, as one without a gradient, its clock stands.
-    Formulas, sources, and what differs from a step over all rows: reference/training/sinkhorn.py.
+    A row that moves does so by ``lr * update_rms``, root mean square. There is no weight decay. Rows that momentum
+    alone moves take these moves before they are next read, by :meth:`EngramTable.take_moves`, so that a step costs
+    what its distinct rows cost; the columns' scales come from these rows. Where a table was passed over, as one
+    without a gradient, its clock stands. Formulas, sources, and what differs from a step over all rows:
+    reference/training/sinkhorn.py.
 
-    tables, state_placement, stochastic_rounding and seed are those of :class:`RowAdagrad`. One of these a table.
+    tables: one or more trainable tables, or parameter groups: dicts with tables as "params" and options.
+    lr, update_rms: their product is how far a row moves.
+    momentum: what is left of it after a step; it stays as it is.
+    threshold: of the mean norm of all rows' updates, what a row must exceed to move.
+    balancings: of rows and columns in turn, an odd number. eps: what keeps their quotients finite.
+    state_placement: "device", "host" or "cpu", where the momentum is; None is the table's ("host" for a shared one).
+    stochastic_rounding: of bfloat16 rows, reproducible by ``seed``; other rows, and False, round to nearest.
     reduce: None is for ranks whose tables are different ones; copies on ranks would be rounded at different times, as
-    their rows are read, and take a ShardedTable instead.
+    their rows are read, and take a :class:`ShardedTable` instead.
+
+    One of these a table. TypeError for what is no :class:`EngramTable`; ValueError for tables that are not trainable,
+    that were attached or are given twice.
     """
 
     _options = {name: kind for name, kind in OPTIONS.items() if name not in ("weight_decay", "group")}
@@ -131,7 +161,10 @@ class RowSinkhorn(RowOptimizer):
 
     @takes(closure=Optional(Function()))
     def step(self, closure: Callable | None = None):
-        """As for the others; rows that momentum alone moves take their moves when they are next read."""
+        """Move the rows that have a gradient; those that momentum alone moves take their moves when they are next read.
+
+        closure: as for torch optimizers, or None; its result is returned. ValueError where momentum was changed.
+        """
         for group in self.param_groups:
             self._check_momentum("RowSinkhorn.step", group["momentum"])
         return super().step(closure)

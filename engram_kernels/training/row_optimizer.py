@@ -171,7 +171,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @takes(index=Whole(0))
     def states(self, index: int = 0) -> dict[str, torch.Tensor]:
-        """The state of table number ``index`` by name, where it lives."""
+        """The state of table number ``index`` by name, where it lives; ValueError for a number that there is not."""
         where = self._open("states")
         if index >= len(self._states):
             raise ValueError(f"{where}: index must be within 0..{len(self._states) - 1}, got {index}")
@@ -188,7 +188,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @takes(state_dict=Instance(Mapping))
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over states, options, seed and counters; ValueError, and no change, unless they fit these tables.
+        """Take over states, options, seed and counters of ``state_dict``; ValueError, and no change, unless they fit
+        these tables.
 
         States are copied to where this optimizer has its own. An error in copying leaves the optimizer closed.
         """
@@ -217,9 +218,9 @@ class RowOptimizer(torch.optim.Optimizer):
         """Write what :meth:`state_dict` tells as ``path`` (``*.safetensors``, or a folder); returns the file.
 
         States go there in chunks, with progress(bytes done, bytes in all). An older file is replaced at once and as a
-        whole; until then it stays what it was, also where saving fails or is killed. A file that is no optimizer's is
-        never replaced. metadata: texts for the file's header. Gradients are not saved: save between a step and the next
-        backward pass. Needs the extra ``hf``.
+        whole; until then it stays what it was, also where saving fails or is killed (OSError). ValueError where a file
+        is no optimizer's: it is never replaced. metadata: texts for the file's header. Gradients are not saved: save
+        between a step and the next backward pass. Needs the extra ``hf``.
         """
         where = f"{type(self).__name__}.save_safetensors"
         return save_states(self.state_dict(), path, where, metadata=metadata, progress=progress)
@@ -228,9 +229,10 @@ class RowOptimizer(torch.optim.Optimizer):
     def load_safetensors(
         self, path: str | os.PathLike, *, threads: int = THREADS, progress: Progress | None = None
     ) -> None:
-        """:meth:`load_state_dict` from a file of :meth:`save_safetensors`, ``threads`` chunks at once.
+        """:meth:`load_state_dict` from file ``path`` of :meth:`save_safetensors`, ``threads`` chunks at once.
 
-        What the header tells is checked before a state is touched. An error after that leaves the optimizer closed.
+        progress: called with (bytes done, all). ValueError where the header does not fit these tables, before a state
+        is touched. An error after that leaves the optimizer closed.
         """
         where = self._open("load_safetensors")
         check_threads(threads, where)

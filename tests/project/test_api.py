@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import engram_kernels
 from engram_kernels import reference
 from engram_kernels.ops.call import Op
+from tests.reports.api import RETURNED, entries
 from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -69,13 +70,45 @@ def test_every_public_thing_is_documented():
         assert getattr(reference, name).__doc__, f"reference.{name}"
 
 
+def documented_functions():
+    """(name, function, parameters) of what users call; what is torch's own is torch's to explain."""
+    returned = {value.__name__ for value in RETURNED}
+    for name, (_, function) in entries().items():
+        torchs = name.split(".")[-1] in ("add_param_group", "zero_grad", "step", "load_state_dict")
+        if name not in returned and not torchs:
+            yield name, function, set(parameters(function)) - {"self", "options"}
+
+
 def test_docstrings_name_every_argument():
     missing = []
-    for op in OPS:
-        function = getattr(engram_kernels, op)
-        words = set(re.findall(r"\w+", function.__doc__))
-        missing += [f"{op}: {name}" for name in parameters(function) if name not in words]
+    for name, function, names in documented_functions():
+        if name != "EngramConfig":  # whose fields have their words beside them, which the API pages show
+            words = set(re.findall(r"\w+", function.__doc__))
+            missing += [f"{name}: {each}" for each in names if each not in words]
     assert not missing
+
+
+#: What takes arguments that cannot be wrong but in kind.
+NO_ERRORS = {
+    "EngramTable.record_changes", "EngramTable.rows_changed", "EngramTable.take_moves", "NgramCache.takes",
+    "Engram.new_conv_state", "Prefetcher.launches",
+}  # fmt: skip
+
+
+def test_docstrings_name_their_errors():
+    silent = {name for name, function, names in documented_functions() if names and "Error" not in function.__doc__}
+    assert silent == NO_ERRORS
+
+
+def test_docstrings_stand_on_their_own():
+    """What an argument is stands where it is taken: no docstring sends its reader on to a third one."""
+    sends = {}
+    for name, (_, function) in entries().items():
+        found = re.findall(r"(?:as (?:for|in|of)|(?:are )?those of)\s+:\w+:`~?([\w.]+)`", function.__doc__)
+        owner = name.split(".")[0]
+        sends[name] = {f"{owner}.{each}" if f"{owner}.{each}" in entries() else each for each in found}
+    chains = [(name, to) for name, targets in sends.items() for to in targets if sends.get(to, set()) - {name, to}]
+    assert not chains
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -111,6 +111,7 @@ def split_kv(kv: torch.Tensor, branches: int, hidden_size: int) -> tuple[torch.T
     branches: H, whose keys come first. hidden_size: D. Any float dtype, any strides.
     Where the gradients that come back are views of one tensor, as those of the kernels are, that tensor is kv's
     gradient. torch.split would copy both, 10 D elements a token at H = 4, and slices would write zeros besides.
+    ValueError where kv has another last dimension.
     """
     check_all("split_kv", _SPLIT, dict(kv=kv, branches=branches, hidden_size=hidden_size))
     if not kv.dim() or kv.shape[-1] != (branches + 1) * hidden_size:

@@ -42,18 +42,22 @@ class EditableRows(TrainableRows):
 
     @takes(path=PathKind())
     def load_overlay(self, path: str | os.PathLike) -> RowOverlay:
-        """The overlay of a file that :meth:`RowOverlay.save_safetensors` wrote, applied. Needs the extra ``hf``.
+        """The overlay of file ``path``, by :meth:`RowOverlay.save_safetensors`, applied. Needs the extra ``hf``.
 
-        It must be for a table of as many rows, of this width, format, scale and, where both know it, token map.
+        ValueError unless it is for a table of as many rows, of this width, format, scale and, where both know it,
+        token map.
         """
         where = "EngramTable.load_overlay"
         return RowOverlay(self, *load_rows(self, path, where)[0], where).apply()
 
     @takes(**ROW_KINDS)
     def write_rows(self, ids: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None = None) -> None:
-        """Write ``rows [n, R]`` over rows ``ids [n]`` for good; arguments, order and errors of :meth:`overlay`.
+        """Write ``rows [n, R]`` over rows ``ids [n]`` for good, in stream order.
 
-        A trainable table may be written to; the state of its optimizer stays.
+        ids: int32 or int64, distinct. rows: as stored, with ``scales [n, R / G]`` where elements share one; or float
+        values. A trainable table may be written to; the state of its optimizer stays. ValueError where a value does
+        not fit the format, for rows of an overlay that is applied, and for tables that are attached or mapped by other
+        means.
         """
         where = "EngramTable.write_rows"
         check_writable(self, where)
@@ -99,7 +103,7 @@ class EditableRows(TrainableRows):
         all of the master to its format, at its scale, gives. Rows are written in place in stream order, as by
         :meth:`write_rows`; on an error none is, and the same ``since`` is right again.
         clip: values beyond float16, or beyond 448 times this table's own scale, become infinite or 448 times it, as of
-        a conversion with that scale; False refuses them. Waits for the master's steps.
+        a conversion with that scale; False refuses them with a ValueError. Waits for the master's steps.
         """
         where = "EngramTable.update_from"
         check_writable(self, where)
@@ -134,10 +138,11 @@ class EditableRows(TrainableRows):
     ) -> int:
         """Write the rows that changed since version ``since``, converted, as ``path`` (``*.safetensors``, or a folder).
 
-        Returns the version that they are of, for ``since`` of the next file. format, scale: of the serving copy, which
-        takes the file by :meth:`load_changes`; ``scale`` for formats "e4m3" and "nvfp4". clip: as for
-        :meth:`update_from`. The file is there whole or not at all. ValueError where any row may have changed: save and
-        convert the table then.
+        Returns the version that they are of, for ``since`` of the next file.
+        format, scale: of the serving copy, which takes the file by :meth:`load_changes`; scale for "e4m3" and "nvfp4".
+        clip: True bounds values that the format does not reach; False refuses them. metadata: texts for the header.
+        The file is there whole or not at all. ValueError where any row may have changed: save and convert the table
+        then.
         """
         where = "EngramTable.save_changes"
         kind = FORMATS[format]
@@ -163,7 +168,7 @@ class EditableRows(TrainableRows):
 
     @takes(path=PathKind(), since=Whole(0))
     def load_changes(self, path: str | os.PathLike, since: int) -> int:
-        """Write the rows of a file of :meth:`save_changes` to this table; returns the master's version since.
+        """Write the rows of a file ``path`` of :meth:`save_changes` to this table; returns the master's version since.
 
         since: the master's version that it has now: what the last call returned, or what the master's was when this
         table's content was saved. Rows are written in place in stream order; on an error none is. ValueError where a
