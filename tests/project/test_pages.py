@@ -41,11 +41,11 @@ def blocks_of(text: str) -> list[Block]:
 
 
 def run_command(line: str, monkeypatch) -> None:
-    """``python -m engram_kernels ...``, in this process."""
-    words = shlex.split(line, comments=True)
-    if words[:3] != ["python", "-m", "engram_kernels"]:
+    """``python -m engram_kernels ...`` or ``engram-kernels ...``, in this process."""
+    found = re.match(r"(?:python -m engram_kernels|engram-kernels)(?: |$)", line)
+    if found is None:
         raise ValueError(f"a block with {line!r} needs a marker")
-    monkeypatch.setattr(sys, "argv", words[2:])
+    monkeypatch.setattr(sys, "argv", ["engram_kernels", *shlex.split(line[found.end() :], comments=True)])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("engram_kernels", run_name="__main__", alter_sys=True)
     assert not end.value.code, line
