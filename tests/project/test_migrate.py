@@ -55,7 +55,7 @@ def expected_gate(hidden, kv, query_norm, key_norm, **options):
 
 
 def test_every_block_is_run_here():
-    assert MIGRATE.holds_python_alone() and len(MIGRATE.blocks()) == 7 and len(MIGRATE.text.splitlines()) < 280
+    assert MIGRATE.holds_python_alone() and len(MIGRATE.blocks()) == 7 and len(MIGRATE.text.splitlines()) < 300
 
 
 def test_demo():

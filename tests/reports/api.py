@@ -57,11 +57,15 @@ its columns the row id -1, and -1 (or any id outside the table) reads as a row o
 def entries() -> dict[str, tuple[str, object]]:
     """Name -> (page, value) of everything that has an entry, in the order of the pages."""
     functions = dict(public_functions())
-    found = {}
+    found, seen = {}, set()
     for page, names in PAGES.items():
         for name in names:
             found[name] = page, functions[name]
-            found |= {each: (page, it) for each, it in functions.items() if each.startswith(f"{name}.")}
+            for each, it in functions.items():
+                own = inspect.unwrap(getattr(it, "__func__", it))
+                if each.startswith(f"{name}.") and own not in seen:  # what classes share stands with the first of them
+                    seen.add(own)
+                    found[each] = page, it
     for value, page in RETURNED.items():
         found[value.__name__] = page, value
         methods = {
