@@ -41,7 +41,7 @@ def test_the_readme_is_short_and_its_first_screen_decides():
 def test_tables_name_all_ops_formats_and_placements():
     ops = [name for name in engram_kernels.__all__ if hasattr(engram_kernels.reference, name)]
     assert sorted(row[0].strip("`") for row in table("op")) == sorted(ops) == sorted(OP_FILES)
-    formats = [name for row in table("format of rows") for name in re.findall(r"`(\w+)`", row[0])]
+    formats = [name for row in table("[format](docs/formats.md) of rows") for name in re.findall(r"`(\w+)`", row[0])]
     assert sorted(formats) == sorted(set(FORMATS) - {"float64"})
     assert [row[0].strip("`") for row in table("placement")] == list(PLACEMENTS)
 
