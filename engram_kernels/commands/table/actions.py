@@ -111,9 +111,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     where, chosen = arguments.where, {name: getattr(arguments, name) for name in ("layer", "prefix", "out_prefix")}
     outputs = choose_outputs(arguments.files, arguments.out, where, **chosen)
-    options = {
-        name: getattr(arguments, name) for name in ("format", "out_prefix", "scale", "nearest", "bound", "shard_bytes")
-    }
+    names = ("format", "out_prefix", "scale", "nearest", "bound", "shard_bytes")
+    options = {name: getattr(arguments, name) for name in names}
     done = []
     with output_folder(arguments.out, where):
         for layer, prefix, path in outputs:
