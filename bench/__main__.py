@@ -4,7 +4,6 @@ import argparse
 import fnmatch
 import hashlib
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -25,10 +24,10 @@ from .running.environment import clocks, clocks_under, describe_gpu, describe_so
 from .running.footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
 from .running.plots import write_plots
 from .running.report import COLUMNS, cells, markdown, print_report
-from .running.suite import ResultFile, UsageError, run_cases, run_each
+from .running.suite import ResultFile, UsageError, read_result, run_cases, run_each
 from .running.text import load_token_ids, statistics_line, tokenize
 from .running.timing import Budget, GpuTimer
-from .running.without_gpu import print_without_gpu
+from .running.without_gpu import MOST_TOKENS, SECONDS, print_cpu_times, print_without_gpu
 
 RESULTS = Path(__file__).parent / "results"
 #: Seconds kept for starting up, giving memory back, tables, Markdown and plots.
@@ -47,6 +46,8 @@ COMMANDS = {
     "step_model": "bench.serving.step_model",
     "sweep": "bench.ops.sweep",
 }
+#: Options that only a run on a GPU can follow.
+ON_GPU = ("full", "resume", "host_gib", "device_gib", "peers", "out")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,6 +69,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where results go")
     parser.add_argument("--report", type=Path, metavar="FILE", help="make tables and plots from a run's JSON, and end")
     chosen = parser.parse_args(arguments)
+    chosen.on_gpu = [
+        f"--{name.replace('_', '-')}" for name in ON_GPU if getattr(chosen, name) != parser.get_default(name)
+    ]
     if chosen.seconds is None:
         chosen.seconds = float("inf") if chosen.full else 270.0
     return chosen
@@ -77,24 +81,45 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
-    chosen = parse(arguments)
     try:
+        if arguments and not arguments[0].startswith("-"):
+            raise UsageError(
+                f"{arguments[0]!r} is none of {', '.join(COMMANDS)}; without a name the cases are measured"
+            )
+        chosen = parse(arguments)
         if chosen.report is not None:
             report_again(chosen.report)
             return 0
         if not torch.cuda.is_available():
-            print_without_gpu()
-            found: dict = {}
-            ids = read_text(chosen.text, 1, found)
-            print("\n4. A hot n-gram cache: simulated, not measured.")
-            print_prediction(load_token_ids() if ids is None else ids, found["text"])
-            if ids is not None:
-                print(f"\n5. Text: {found['text']}. Distinct n-grams: {found['text_distinct']}.")
+            run_without_gpu(chosen)
             return 0
         return run(chosen, Budget(chosen.seconds - REPORTING))
     except UsageError as error:
         say(f"bench: {error}")
         return 2
+
+
+def run_without_gpu(chosen: argparse.Namespace) -> None:
+    """What can be said without one; of chosen cases the times of their references. UsageError for what needs a GPU."""
+    if chosen.on_gpu:
+        options = ", ".join(chosen.on_gpu)
+        raise UsageError(
+            f"{options}: only on a GPU, and torch finds none; here are --only, --seconds, --text, --report"
+        )
+    found: dict = {}
+    ids = read_text(chosen.text, 1, found)
+    if chosen.only:
+        cases, *_ = select(load_cases(), step_names(False), interference_names(), chosen.only)
+        few = [case for case in cases if case.tokens <= MOST_TOKENS]
+        if not few:
+            raise UsageError(f"--only {chosen.only!r}: only on a GPU; a CPU has cases of at most {MOST_TOKENS} tokens")
+        print_cpu_times(chosen.seconds, few, ids)
+        return
+    print_without_gpu(min(SECONDS, chosen.seconds))
+    print("\n5. A hot n-gram cache: simulated, not measured.")
+    print_prediction(load_token_ids() if ids is None else ids, found["text"])
+    if ids is not None:
+        print(f"\n6. Text: {found['text']}. Distinct n-grams: {found['text_distinct']}.")
 
 
 def run(chosen: argparse.Namespace, budget: Budget) -> int:
@@ -202,7 +227,9 @@ def select(
 
     kept = [case for case in cases if fits(case.name)], list(filter(fits, steps)), list(filter(fits, pairs))
     if not any(kept):
-        raise UsageError(f"no case matches --only {pattern!r}; names are like {cases[0].name}, {steps[0]}, {pairs[0]}")
+        ops = ", ".join(dict.fromkeys(case.op for case in cases))
+        like = ", ".join((cases[0].name, steps[0], pairs[0]))
+        raise UsageError(f"no case matches --only {pattern!r}; there are {ops}, step and interference, as in {like}")
     return kept
 
 
@@ -257,12 +284,7 @@ def newest(folder: Path, gpu: str) -> Path:
 
 def report_again(path: Path) -> None:
     """Tables on the terminal, Markdown and plots beside the JSON, from the JSON alone."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict) or "cases" not in content:
-        raise UsageError(f"{path} is no result of this command")
+    content = read_result(path)
     print_report(content)
     base = path.with_suffix("")
     base.with_suffix(".md").write_text(markdown(content))

@@ -1,37 +1,46 @@
-"""Command line: ``python -m engram_kernels demo``, ``info``, ``size``, ``cache`` and ``table``."""
+"""Command line: ``engram-kernels``, or ``python -m engram_kernels``.
+
+Parsers import nothing heavy; the module of a command is imported when its arguments are found right.
+"""
 
 import importlib
 import os
 import sys
+import traceback
 
 from . import __version__
+from .commands import parsers
 from .commands.arguments import CommandError, CommandParser
+from .commands.table import actions
 
-#: Modules of commands, each with ``add_arguments(parser)`` and ``run(arguments)``, and what the commands do.
+#: Of each command: what it is told, the module whose ``run(arguments)`` it is, and what it does.
 _COMMANDS = {
-    "demo": (".demo.report", "hash, lookup and gate on real text at the full size of DeepSeek-V4.1-Flash, checked"),
-    "info": (".info", "versions, devices, and what would run where and why"),
-    "size": (".size", "bytes, requests, least times and memory of a model's Engram layers, without a GPU"),
-    "cache": (".cache", "hit rates of a hot n-gram cache on a text by its size, and what the link then carries"),
-    "table": (".table.actions", "look at, check or convert the Engram tables of a checkpoint's safetensors files"),
+    "demo": (parsers.add_demo, ".demo.report", "hash, lookup and gate on real text at full size, checked"),
+    "info": (parsers.add_info, ".info", "versions, devices, and what would run where and why"),
+    "size": (parsers.add_size, ".size", "what a model's Engram layers move and hold, without a GPU"),
+    "cache": (parsers.add_cache, ".cache", "hit rates of a cache of hot n-grams on a text, by its size"),
+    "table": (actions.add_arguments, ".table.actions", "inspect, verify or convert the tables of a checkpoint"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code, 2 for what cannot be done. Imports that command alone."""
-    words = sys.argv[1:] if argv is None else argv
-    parser = CommandParser(prog="engram_kernels", description="Kernels for Engram, the conditional memory of DeepSeek.")
+    """Runs a command and returns its exit code (arguments.EXIT_CODES)."""
+    about = "Kernels for Engram, the conditional memory of DeepSeek."
+    parser = CommandParser(prog="engram-kernels", description=about)
+    parser.set_defaults(run=None, help=parser, where=parser.prog)
     parser.add_argument("--version", action="version", version=f"engram_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module_name, summary) in _COMMANDS.items():
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for name, (add_arguments, module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary)
-        if words[:1] == [name]:
-            module = importlib.import_module(module_name, "engram_kernels.commands")
-            module.add_arguments(command)
-            command.set_defaults(where=command.prog)
-    arguments = parser.parse_args(words)
+        command.set_defaults(run=module, where=command.prog)
+        add_arguments(command)
+    arguments = parser.parse_args(argv)
     try:
-        code = module.run(arguments)
+        if arguments.run is None:  # no command, or one that has others below it, and none of them
+            print(arguments.help.format_help(), end="")
+            code = 0
+        else:
+            code = importlib.import_module(arguments.run, "engram_kernels.commands").run(arguments)
         sys.stdout.flush()
         return code
     except CommandError as error:
@@ -47,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{arguments.where}: {error}", file=sys.stderr)
         _drop_output()
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 3
 
 
 def _drop_output() -> None:

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -99,6 +100,11 @@ def pytest_ignore_collect(collection_path, config):
         text = collection_path.read_text()
         return None if any(f"mark.{mark}" in text for mark in marks) else True
     return None
+
+
+def pytest_make_parametrize_id(val):
+    """A text as -k takes it: expected messages are parameters, with spaces, `=` and brackets in them."""
+    return re.sub(r"\W+", "_", val).strip("_") if isinstance(val, str) and re.search(r"[^\w:+./-]", val) else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -38,7 +38,7 @@ def cases(full: bool = False) -> Iterator[Case]:
     streams = [("text", entries) for entries in reversed(ALL_ENTRIES if full else ENTRIES)]
     for place, tokens in enumerate(sorted(ALL_TOKENS if full else TOKENS, reverse=True)):
         for kind, entries in (*streams, ("uniform", UNIFORM_ENTRIES)):
-            variant = f"host/{kind}/entries={entries}"
+            variant = f"host/{kind}/entries{entries}"
             work = partial(prepare, kind, entries, tokens)
             yield Case("cache", "v41", variant, tokens, PRIORITY + place, work, "zero_copy")
 

@@ -38,7 +38,7 @@ def cases(full: bool = False) -> Iterator[Case]:
 
 
 def _case(kind: str, order: str, scales: str, programs: int | None, tokens: int, place: int) -> Case:
-    variant = f"host/{kind}/{order}/scales={scales}" + (f"/programs={programs}" if programs else "")
+    variant = f"host/{kind}/{order}/scales-{scales}" + (f"/programs{programs}" if programs else "")
     work = partial(prepare, kind, order, scales, programs, tokens)
     return Case("read_order", "v41", variant, tokens, PRIORITY + place, work, "zero_copy")
 

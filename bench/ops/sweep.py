@@ -52,30 +52,30 @@ SWEEPS = {
     "hash": Sweep(
         "hash_config",
         (row_ids,),
-        ("ngram_hash/v41/uniform/T=1", "ngram_hash/v41/uniform/T=8192"),
+        ("ngram_hash/v41/uniform/T1", "ngram_hash/v41/uniform/T8192"),
         grid(block_t=(1, 4, 8, 16, 32), num_warps=(1, 2, 4)),
     ),
     "rows": Sweep(
         "rows_config",
         (by_id, hashed_rows),
         (
-            "hash_lookup/v41/host/uniform/T=1",
-            "hash_lookup/v41/host/uniform/T=8192",
-            "hash_lookup/v41/device/uniform/T=8192",
-            "lookup/v41/device/uniform/T=8192",
+            "hash_lookup/v41/host/uniform/T1",
+            "hash_lookup/v41/host/uniform/T8192",
+            "hash_lookup/v41/device/uniform/T8192",
+            "lookup/v41/device/uniform/T8192",
         ),
         grid(block_rows=(8, 16, 32), num_warps=(1, 2, 4)),
     ),
     "programs": Sweep(
         "rows_config",
         (by_id, hashed_rows),
-        ("hash_lookup/v41/host/uniform/T=8192", "hash_lookup/v41/device/uniform/T=8192"),
+        ("hash_lookup/v41/host/uniform/T8192", "hash_lookup/v41/device/uniform/T8192"),
         grid(programs=(8, 16, 32, 66, 132, 264, 528, 1056, 2112)),
     ),
     "gate": Sweep(
         "gate_config",
         (gate_residual, gate_scale),
-        ("gate_residual/v41/T=1", "gate_residual/v41/T=8192"),
+        ("gate_residual/v41/T1", "gate_residual/v41/T8192"),
         (
             *grid(block_d=(512, 1024, 2048), num_warps=(2, 4, 8)),
             *grid(programs=(33, 66, 99, 132, 198, 264, 528)),
@@ -85,20 +85,20 @@ SWEEPS = {
     "conv": Sweep(
         "conv_config",
         (conv_residual,),
-        ("gate_conv_residual/27b/T=1", "gate_conv_residual/27b/T=8192"),
+        ("gate_conv_residual/27b/T1", "gate_conv_residual/27b/T8192"),
         grid(block_t=(4, 8, 16, 32), block_d=(64, 128), num_warps=(2, 4, 8)),
     ),
     # Programs of the grid as they are on 132 multiprocessors: one, two, three and four each.
     "gate_backward": Sweep(
         "gate_backward_config",
         (gate_backward,),
-        ("gate_residual_backward/v41/backward/T=8192",),
+        ("gate_residual_backward/v41/backward/T8192",),
         grid(block_t=(1, 2, 4), num_warps=(4, 8), programs=(132, 264, 396, 528)),
     ),
     "conv_backward": Sweep(
         "conv_backward_config",
         (gate_conv_backward,),
-        ("gate_conv_residual_backward/27b/backward/T=8192",),
+        ("gate_conv_residual_backward/27b/backward/T8192",),
         grid(block_t=(16, 32), block_d=(32, 64), num_warps=(4, 8), group_tokens=(64, 160, 320, 640)),
     ),
 }

@@ -83,7 +83,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return "/".join(part for part in (self.op, self.model, self.variant, f"T={self.tokens}") if part)
+        return "/".join(part for part in (self.op, self.model, self.variant, f"T{self.tokens}") if part)
 
 
 def priority(model: str, tokens: int, extra: int = 0) -> int:

@@ -32,6 +32,17 @@ class UsageError(ValueError):
     """What was asked for cannot be done: its message is all that a user needs to see."""
 
 
+def read_result(path: Path) -> dict:
+    """The content of a result file; UsageError where it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict) or not {"cases", "environment"} <= content.keys():
+        raise UsageError(f"{path} is no result of python -m bench")
+    return content
+
+
 class ResultFile:
     """The JSON file of one run, written anew after every case: a run that is cut short loses nothing."""
 
@@ -43,7 +54,7 @@ class ResultFile:
     @classmethod
     def resume(cls, path: Path, environment: dict) -> "ResultFile":
         """Go on with the file at ``path``; UsageError where it was made with something else."""
-        content = json.loads(path.read_text())
+        content = read_result(path)
         for name in IDENTITY:
             before, now = content["environment"].get(name), environment.get(name)
             if before != now:

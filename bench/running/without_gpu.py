@@ -2,14 +2,16 @@
 
 import json
 import platform
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from bench.ops.host_cost import print_host_costs
 from engram_kernels.commands.console import print_sections
 from engram_kernels.commands.size import size_sections
 
-from .cases import MODELS, Workbench, load_cases
+from .cases import MODELS, Case, Workbench, load_cases
 from .environment import ROOT, cpu_name
 from .report import print_table
 from .suite import run_case
@@ -19,6 +21,8 @@ COMPILE_REPORT = ROOT / "tests" / "data" / "compile_report.json"
 EXECUTED_REPORT = ROOT / "tests" / "data" / "executed_report.json"
 TARGET = "sm_90"
 TOKENS = (1, 128)
+#: Of cases that are asked for by name: what a reference does in a moment.
+MOST_TOKENS = 128
 #: Tables small enough to be filled at once. CPU times are no statement about large ones.
 TABLE_BYTES = 64 << 20
 SECONDS = 10.0
@@ -35,7 +39,9 @@ def print_without_gpu(seconds: float = SECONDS) -> None:
     print_executed_summary()
     print("\n3. Host time of calls beside bare Triton launches of the same kernels, up to the driver's own.")
     print_host_costs()
-    print_cpu_times(seconds)
+    print("\n4. CPU times of the references.")
+    plain = ("", "uniform", "host/uniform")
+    print_cpu_times(seconds, [case for case in load_cases() if case.tokens in TOKENS and case.variant in plain])
 
 
 def print_compile_summary() -> None:
@@ -74,16 +80,13 @@ def _newest(path) -> tuple[str, dict]:
     return version, report[version]
 
 
-def print_cpu_times(seconds: float) -> None:
-    """Times of the references, which is what a CPU tensor runs, on small tables."""
-    threads = torch.get_num_threads()
-    print(f"\n4. CPU times of the references: {cpu_name()}, {threads} threads, {platform.machine()}.")
-    print(f"They say nothing about the kernels. Tables of {TABLE_BYTES >> 20} MiB.")
+def print_cpu_times(seconds: float, cases: Sequence[Case], text: np.ndarray | None = None) -> None:
+    """Times of the references, which is what a CPU tensor runs, on small tables. text: token ids of the user's."""
+    print(f"On {cpu_name()}, {torch.get_num_threads()} threads, {platform.machine()}, with tables of", end=" ")
+    print(f"{TABLE_BYTES >> 20} MiB: nothing here ran on a GPU, and the times say nothing about the kernels.")
     budget, timer, rows, left_out = Budget(seconds), CpuTimer(), [], 0
-    with Workbench(torch.device("cpu"), TABLE_BYTES, TABLE_BYTES, say=lambda text: None) as bench:
-        for case in load_cases():
-            if case.tokens not in TOKENS or case.variant not in ("", "uniform", "host/uniform"):
-                continue
+    with Workbench(torch.device("cpu"), TABLE_BYTES, TABLE_BYTES, say=lambda line: None, text=text) as bench:
+        for case in cases:
             if budget.left() < 0:
                 left_out += 1
                 continue

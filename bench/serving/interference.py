@@ -27,7 +27,7 @@ FIRST_PAIR = 3.0
 def interference_names() -> list[str]:
     """Every measurement; the programs between which a choice is likely come first."""
     order = sorted(PROGRAMS, key=lambda programs: abs(programs - 24))
-    return [f"interference/{kind}/programs={programs}" for programs in order for kind in KINDS]
+    return [f"interference/{kind}/programs{programs}" for programs in order for kind in KINDS]
 
 
 class Interference:
@@ -43,9 +43,9 @@ class Interference:
         self._weight = bench.randn(*widths, seed=1) * widths[0] ** -0.5
 
     def measure(self, name: str) -> dict:
-        """The record of ``interference/<kind>/programs=<n>``: each alone and beside the other, in turn, in seconds."""
+        """The record of ``interference/<kind>/programs<n>``: each alone and beside the other, in turn, in seconds."""
         _, kind, setting = name.split("/")
-        programs, timer = int(setting.removeprefix("programs=")), self._timer
+        programs, timer = int(setting.removeprefix("programs")), self._timer
         tables = (self._table,) * len(self._rows)
         lookup = partial(hash_lookup, self._ids, self._plan, tables, out=self._rows, programs=programs)
         problem = self._check(lookup)

@@ -68,7 +68,7 @@ DECODERS = {
 
 def step_names(full: bool) -> list[str]:
     """Every measurement, in its order: sizes alternate, small batches first."""
-    return [f"step/{name}/B={batch}" for batch in (ALL_BATCHES if full else BATCHES) for name in DECODERS]
+    return [f"step/{name}/B{batch}" for batch in (ALL_BATCHES if full else BATCHES) for name in DECODERS]
 
 
 class StandIn:
@@ -224,6 +224,6 @@ class Steps:
             device = self._bench.device
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
             self._made[size] = StandIn(decoder, self._bench, free)
-        tokens = int(batch.removeprefix("B="))
+        tokens = int(batch.removeprefix("B"))
         measured = measure_step(self._made[size], tokens, self._timer, self._rounds)
         return dict(decoder=size, batch=tokens, paper=decoder.paper) | measured

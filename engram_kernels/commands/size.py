@@ -1,15 +1,14 @@
-"""``python -m engram_kernels size``: what a model's Engram layers move and hold, alone and over ranks, in words."""
+"""``engram-kernels size``: what a model's Engram layers move and hold, alone and over ranks, in words."""
 
 import argparse
 from collections.abc import Sequence
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.row_format import row_format
-from engram_kernels.ranks.sharding import Sharding, shard_rows
+from engram_kernels.ranks.sharding import shard_rows
 
-from .arguments import bandwidth, fraction, positive_int, rank_count
-from .console import gib, print_sections
-from .presets import PRESETS, layer_bytes, preset, row_bytes
+from .console import gib, print_json, print_sections
+from .presets import PRESETS, layer_bytes, read_config, row_bytes
 from .traffic import (
     LINK,
     LINKS,
@@ -29,38 +28,63 @@ from .traffic import (
 TOKENS = (1, 8, 128, 2048, 8192)
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command is told."""
-    command.description = "The traffic model: what each step moves, and the least time that takes at given rates."
-    add = command.add_argument
-    add("--config", metavar="NAME", default=PRESETS[0], help="a preset of EngramConfig")
-    add("--tokens", metavar="T", type=positive_int, action="append", help="may be given more than once")
-    add("--link", metavar="GB/s", type=bandwidth, default=LINK, help="of the link to the host; default PCIe Gen5 x16")
-    add("--memory", metavar="GB/s", type=bandwidth, default=MEMORY, help="of device memory; default an H200")
-    add("--hit-rate", metavar="SHARE", type=fraction, default=0.0, help="rows that come from device memory; default 0")
-    add("--ranks", metavar="N", type=rank_count, help="what a table over N ranks costs, beside copies")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """The exit code, 0."""
-    preset(arguments.config)
-    name, tokens, link, hit_rate = arguments.config, arguments.tokens, arguments.link, arguments.hit_rate
-    sections = size_sections(name, tokens or TOKENS, link, arguments.memory, hit_rate)
-    if arguments.ranks is not None:
-        sections += rank_sections(name, arguments.ranks, max(tokens or (8192,)), link, hit_rate)
+    name, tokens, hit_rate = arguments.config, arguments.tokens or TOKENS, arguments.hit_rate
+    link, memory = arguments.link or LINK, arguments.memory or MEMORY
+    ranks, rank_tokens = arguments.ranks, max(arguments.tokens or (8192,))
+    if arguments.json:
+        of_ranks = None if ranks is None else rank_facts(name, ranks, rank_tokens, link, hit_rate)
+        print_json(size_facts(name, tokens, link, memory, hit_rate) | {"ranks": of_ranks})
+        return 0
+    sections = size_sections(name, tokens, link, memory, hit_rate)
+    if ranks is not None:
+        sections += rank_sections(name, ranks, rank_tokens, link, hit_rate)
     print_sections(sections)
     return 0
 
 
+def size_facts(
+    name: str, tokens: Sequence[int], link: float = LINK, memory: float = MEMORY, hit_rate: float = 0.0
+) -> dict:
+    """The model's geometry and traffic, for programs: docs/commands.md has the keys."""
+    name, config = read_config(name)
+    scale = row_format(config.format, "size").scale_bytes(config.row_width)
+    layers = zip(config.layers, config.rows_per_layer, layer_bytes(config), strict=True)
+    return {
+        "config": name,
+        "format": config.format,
+        "layers": [
+            {"layer": layer, "rows": rows, "bytes": nbytes, "scale_bytes": rows * scale}
+            for layer, rows, nbytes in layers
+        ],
+        "bytes": sum(layer_bytes(config)),
+        "rates": {"link": link, "memory": memory, "hit_rate": hit_rate},
+        "traffic": [_step_facts(layer_traffic(config, count), link, memory, hit_rate) for count in tokens],
+    }
+
+
+def _step_facts(traffic: LayerTraffic, link: float, memory: float, hit_rate: float) -> dict:
+    """What one layer moves, and the least time of each step."""
+    moved = 2 * traffic.out_bytes + traffic.weight_bytes + traffic.projected_bytes + traffic.gate_bytes
+    return {
+        "tokens": traffic.tokens,
+        "link_bytes": (1 - hit_rate) * traffic.gather_bytes,
+        "requests": (1 - hit_rate) * traffic.requests,
+        "memory_bytes": moved + hit_rate * traffic.gather_bytes,
+        "seconds": floor_seconds(traffic, link, memory, hit_rate),
+    }
+
+
 def size_sections(
     name: str = PRESETS[0],
-    tokens: tuple[int, ...] = TOKENS,
+    tokens: Sequence[int] = TOKENS,
     link: float = LINK,
     memory: float = MEMORY,
     hit_rate: float = 0.0,
 ) -> list[list[tuple[str, str]]]:
     """The model's geometry and traffic in words, for :func:`console.print_sections`."""
-    config = getattr(EngramConfig, name)()
+    name, config = read_config(name)
     scale = row_format(config.format, "size").scale_bytes(config.row_width)
     layers = zip(config.layers, config.rows_per_layer, layer_bytes(config), strict=True)
     memory_lines = [
@@ -76,14 +100,11 @@ def size_sections(
     titles = ("T", "link", "requests", "memory", "gather", "project", gated)
     rows = [f"{titles[0]:>7} {titles[1]:>12} {titles[2]:>11} {titles[3]:>12}" + "".join(f"{t:>14}" for t in titles[4:])]
     for count in tokens:
-        traffic = layer_traffic(config, count)
-        moved = 2 * traffic.out_bytes + traffic.weight_bytes + traffic.projected_bytes + traffic.gate_bytes
-        times = floor_seconds(traffic, link, memory, hit_rate).values()
-        over_link = (1 - hit_rate) * traffic.gather_bytes
+        step = _step_facts(layer_traffic(config, count), link, memory, hit_rate)
         rows.append(
-            f"{count:>7,} {over_link / 1e6:>9.3f} MB {(1 - hit_rate) * traffic.requests:>11,.0f} "
-            f"{(moved + hit_rate * traffic.gather_bytes) / 1e6:>9.1f} MB"
-            + "".join(f"{seconds * 1e6:>11.2f} us" for seconds in times)
+            f"{count:>7,} {step['link_bytes'] / 1e6:>9.3f} MB {step['requests']:>11,.0f} "
+            f"{step['memory_bytes'] / 1e6:>9.1f} MB"
+            + "".join(f"{seconds * 1e6:>11.2f} us" for seconds in step["seconds"].values())
         )
     labels = ["one layer"] + [""] * len(tokens)
     note = "floors of time are bytes over rate; at large T the projection is bound by arithmetic instead"
@@ -91,43 +112,68 @@ def size_sections(
     return [head, memory_lines, [*zip(labels, rows, strict=True), ("", note)]]
 
 
-def rank_sections(
-    name: str, ranks: int, tokens: int = 8192, link: float = LINK, hit_rate: float = 0.0
-) -> list[list[tuple[str, str]]]:
-    """What a step of ``tokens`` tokens a rank costs in words, with copies of the table on hosts and sharded."""
-    config = getattr(EngramConfig, name)()
+def rank_facts(name: str, ranks: int, tokens: int = 8192, link: float = LINK, hit_rate: float = 0.0) -> dict:
+    """What a step of ``tokens`` tokens a rank costs, with copies of the table on hosts and sharded, for programs."""
+    _, config = read_config(name)
     row = row_bytes(config)
     layers = zip(config.primes, config.rows_per_layer, strict=True)
     shardings = [shard_rows(primes, rows, ranks) for primes, rows in layers]
     id_bytes = max(sharding.id_dtype.itemsize for sharding in shardings)
-    rows, others = tokens * config.columns, (ranks - 1) / ranks
+    rows, others, most = tokens * config.columns, (ranks - 1) / ranks, [max(each.part_rows) for each in shardings]
     host = link_seconds(layer_traffic(config, 1).wire_bytes, link) / config.columns
-    titles = f"{'rows fetched':<23} {'share':>5} {'host link':>23} {'exchange':>11}"
-    lookups = [titles + "".join(f"{link_name:>14}" for link_name in LINKS)]
     shares = {label: fetched_share(config, by_order) for label, by_order in SHARES.items()}
     if hit_rate:
         shares[f"hit rate {hit_rate:g}"] = 1 - hit_rate
+    lookups = []
     for label, share in shares.items():
         moved = sum(lookup_exchange(ranks, share * rows * others, share * rows * others, row, id_bytes))
-        replicated = f"{share * rows * row / 1e6:>9.2f} MB {_us(share * rows * host)}"
-        lookups.append(f"{label:<23} {share:>5.2f} {replicated} {moved / 1e6:>8.2f} MB" + _over_links(moved))
+        over_host = {"host_bytes": share * rows * row, "host_seconds": share * rows * host}
+        lookups.append({"rows_fetched": label, "share": share, **over_host, **_exchange(moved)})
     entry = config.row_width * 2
-    sharded = sum(gradient_exchange(ranks, rows * others, entry, id_bytes))
-    copies = sum(replica_exchange(ranks, 1, rows, entry, id_bytes))
+    return {
+        "ranks": ranks,
+        "tokens": tokens,
+        "split": shardings[0].split,
+        "part": {"rows": max(most), "bytes": sum(most) * row, "of_bytes": sum(each.rows for each in shardings) * row},
+        "links": LINKS,
+        "lookups": lookups,
+        "gradients": {
+            "sharded": _exchange(sum(gradient_exchange(ranks, rows * others, entry, id_bytes))),
+            "copies": _exchange(sum(replica_exchange(ranks, 1, rows, entry, id_bytes))),
+        },
+        "crossovers": _crossovers(ranks, host, row + id_bytes, shares["no cache"] * config.columns),
+    }
+
+
+def rank_sections(
+    name: str, ranks: int, tokens: int = 8192, link: float = LINK, hit_rate: float = 0.0
+) -> list[list[tuple[str, str]]]:
+    """The same in words, for :func:`console.print_sections`."""
+    facts = rank_facts(name, ranks, tokens, link, hit_rate)
+    titles = f"{'rows fetched':<23} {'share':>5} {'host link':>23} {'exchange':>11}"
+    lookups = [titles + "".join(f"{link_name:>14}" for link_name in LINKS)]
+    for lookup in facts["lookups"]:
+        replicated = f"{lookup['host_bytes'] / 1e6:>9.2f} MB {_us(lookup['host_seconds'])}"
+        lookups.append(f"{lookup['rows_fetched']:<23} {lookup['share']:>5.2f} {replicated} {_exchanged(lookup)}")
     gradients = [
-        f"{'sharded: to the owner':<53} {sharded / 1e6:>8.2f} MB" + _over_links(sharded),
-        f"{'copies: to every rank':<53} {copies / 1e6:>8.2f} MB" + _over_links(copies),
+        f"{'sharded: to the owner':<53} {_exchanged(facts['gradients']['sharded'])}",
+        f"{'copies: to every rank':<53} {_exchanged(facts['gradients']['copies'])}",
     ]
+    part = facts["part"]
+    most = f"up to {part['rows']:,} rows a layer; all layers {gib(part['bytes'])} of {gib(part['of_bytes'])}"
     head = [
         (f"{ranks} ranks", f"{tokens:,} tokens a rank; traffic model: counted, not measured"),
-        ("a rank's part", _part(shardings, row)),
+        ("a rank's part", f"by {facts['split']}, {most}"),
         ("rates assumed", ", ".join(f"{name} {rate:g}" for name, rate in LINKS.items()) + f", host link {link:g} GB/s"),
     ]
     return [
         head,
-        [*zip(["lookup, one layer"] + [""] * len(shares), lookups, strict=True)],
+        [*zip(["lookup, one layer"] + [""] * len(facts["lookups"]), lookups, strict=True)],
         [*zip(["bfloat16 gradients", ""], gradients, strict=True)],
-        _crossovers(ranks, host, row + id_bytes, shares["no cache"] * config.columns),
+        [
+            ("crossovers", "parts in device memory, no cache, against one copy on the host"),
+            *((name, _crossing(crossing)) for name, crossing in facts["crossovers"].items()),
+        ],
     ]
 
 
@@ -145,31 +191,40 @@ def _per_token(config: EngramConfig, traffic: LayerTraffic) -> str:
     )
 
 
-def _crossovers(ranks: int, host: float, exchanged: int, token_rows: float) -> list[tuple[str, str]]:
+def _crossovers(ranks: int, host: float, exchanged: int, token_rows: float) -> dict[str, dict]:
     """Where parts in device memory and one copy on the host are as fast. host: seconds a row over the host's link."""
-    lines = []
+    found = {}
     for name, rate in LINKS.items():
         exchange = exchanged / (rate * 1e9)
-        most, own = most_ranks(host, exchange), (ranks - 1) / ranks * exchange
-        text = f"faster for {'any number of' if most == float('inf') else f'up to {int(most):,}'} ranks"
-        if own < host:
-            saved = (host - own) * token_rows  # seconds a token
-            text += f"; ties with a cache that misses {own / host:.0%} of these rows"
-            text += f"; {1e-6 / saved:,.0f} tokens earn 1 us of fixed cost"
-        lines.append((name, text))
-    return [("crossovers", "parts in device memory, no cache, against one copy on the host"), *lines]
+        own = (ranks - 1) / ranks * exchange
+        saved = (host - own) * token_rows  # seconds a token
+        found[name] = {
+            "most_ranks": most_ranks(host, exchange),
+            "cache_misses": own / host if own < host else None,
+            "seconds_saved_a_token": saved if own < host else None,
+        }
+    return found
 
 
-def _part(shardings: Sequence[Sharding], row: int) -> str:
-    most = [max(sharding.part_rows) for sharding in shardings]
-    total = sum(sharding.rows for sharding in shardings)
-    size = f"all layers {gib(sum(most) * row)} of {gib(total * row)}"
-    return f"by {shardings[0].split}, up to {max(most):,} rows a layer; {size}"
+def _crossing(crossing: dict) -> str:
+    most, misses = crossing["most_ranks"], crossing["cache_misses"]
+    text = f"faster for {'any number of' if most == float('inf') else f'up to {int(most):,}'} ranks"
+    if misses is not None:
+        text += f"; ties with a cache that misses {misses:.0%} of these rows"
+        text += f"; {1e-6 / crossing['seconds_saved_a_token']:,.0f} tokens earn 1 us of fixed cost"
+    return text
+
+
+def _exchange(nbytes: float) -> dict:
+    """Bytes that a rank sends to others, and what that takes over each link."""
+    seconds = {name: nbytes / (rate * 1e9) for name, rate in LINKS.items()}
+    return {"exchange_bytes": nbytes, "exchange_seconds": seconds}
+
+
+def _exchanged(facts: dict) -> str:
+    times = "".join("   " + _us(seconds) for seconds in facts["exchange_seconds"].values())
+    return f"{facts['exchange_bytes'] / 1e6:>8.2f} MB{times}"
 
 
 def _us(seconds: float) -> str:
     return f"{seconds * 1e6:>8.1f} us"
-
-
-def _over_links(nbytes: float) -> str:
-    return "".join("   " + _us(nbytes / (rate * 1e9)) for rate in LINKS.values())

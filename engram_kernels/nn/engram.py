@@ -14,6 +14,7 @@ The table is not in it: :func:`save_training` saves both, :class:`EngramTable` i
 """
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from engram_kernels.checkpoints.files import Checkpoint, CheckpointTensors, Path
 from engram_kernels.checkpoints.names import as_prefix, module_prefix
 from engram_kernels.checkpoints.parallel import Progress
 from engram_kernels.checkpoints.weights import dense_tensor
+from engram_kernels.geometry.choices import ConvState, Placement
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import (
     AnyOf,
@@ -51,6 +53,7 @@ from engram_kernels.ranks.sharded import ShardedTable
 from engram_kernels.serving.state import EngramStep
 from engram_kernels.tables.engram import EngramTable
 
+from .call import EngramCall
 from .initial import NEW_KINDS, STD, fill_rows, fill_weights, new_rows
 from .weights import layer_weights
 
@@ -87,6 +90,9 @@ class Engram(nn.Module):
 
     ValueError where layer, plan, table and config do not fit each other, or token maps differ.
     """
+
+    if TYPE_CHECKING:
+        __call__: EngramCall
 
     @takes(
         config=Instance(EngramConfig),
@@ -141,7 +147,7 @@ class Engram(nn.Module):
         layer: int,
         tokenizer=None,
         *,
-        placement: str,
+        placement: Placement,
         name: str | None = None,
         init: float | Callable[["Engram"], object] = STD,
         seed: int = 0,
@@ -194,9 +200,9 @@ class Engram(nn.Module):
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
-        conv_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+        conv_state: ConvState | None = None,
         state: EngramStep | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> torch.Tensor | tuple[torch.Tensor, ConvState]:
         """``[T, H, D]`` (``[B, S, H, D]``) from hidden of that shape; with conv_state (out, new state).
 
         token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history, dead and slots as for :func:`ngram_hash`; or rows
@@ -295,7 +301,7 @@ class Engram(nn.Module):
         return f"layer={self.layer}, table={self.table!r}"
 
     @takes(batch=Whole(0))
-    def new_conv_state(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def new_conv_state(self, batch: int) -> ConvState:
         """The state before the first token of ``batch`` sequences, on the module's device."""
         span = max(0, self.config.conv_kernel - 1) * self.config.conv_dilation
         scale_dtype = torch.float64 if self.wkv.weight.dtype == torch.float64 else torch.float32

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from engram_kernels.geometry.choices import Placement
 from engram_kernels.geometry.kinds import AnyOf, Instance, Keyed, Many, OneOf, Optional, Whole, takes
 from engram_kernels.geometry.row_format import format_of
 from engram_kernels.tables.engram import EngramTable
@@ -57,7 +58,7 @@ class Replaced(dict):
 def replace_engram(
     model: nn.Module,
     *,
-    placement: str | None = None,
+    placement: Placement | None = None,
     tables: Mapping[int, EngramTable] | None = None,
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
 ) -> Replaced:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from engram_kernels.geometry.choices import FormatName, Mean, Placement, Split
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import Function, Instance, Number, OneOf, Optional, Whole, check_all, declares
 from engram_kernels.geometry.row_format import FORMATS, RowFormat, row_format
@@ -51,15 +52,15 @@ class ShardedRows:
         layer: int,
         group: "dist.ProcessGroup | None" = None,
         *,
-        placement: str,
-        split: str = "columns",
-        format: str | None = None,
+        placement: Placement,
+        split: Split = "columns",
+        format: FormatName | None = None,
         scale: float = 1.0,
         fill: Fill | None = None,
         capacity: int | None = None,
         node: "dist.ProcessGroup | None" = None,
         replicas: "dist.ProcessGroup | None" = None,
-        reduce: str = "mean",
+        reduce: Mean = "mean",
         **options,
     ):
         groups = Groups(group, node, replicas, _WHERE)
@@ -99,6 +100,35 @@ class ShardedRows:
         if device not in self._maps:
             self._maps[device] = ShardMap(self.sharding, device)
         return self._maps[device]
+
+    @property
+    def own_scale(self) -> float | None:
+        """The one scale of a whole table, of format "e4m3"; else None."""
+        return self.part.own_scale
+
+    @property
+    def default_out_dtype(self) -> torch.dtype:
+        """The table's own dtype where that is dense, bfloat16 for fp8."""
+        return self.part.default_out_dtype
+
+    @property
+    def requires_row_grad(self) -> bool:
+        """Whether autograd follows values that are read from this table."""
+        return self.part.requires_row_grad
+
+    @property
+    def anchor(self) -> torch.Tensor | None:
+        """What stands for the rows in autograd; its gradient is the norm over all ranks' rows, the same on each."""
+        return self.part.anchor
+
+    @property
+    def token_map(self) -> str | None:
+        """Digest of the token map by which rows are chosen, which files keep; see :class:`EngramTable`."""
+        return self.part.token_map
+
+    @token_map.setter
+    def token_map(self, digest: str | None) -> None:
+        self.part.token_map = digest
 
     def _make_shard(self, groups: Groups, scale: float, fill: Fill | None, options: dict) -> EngramTable:
         # A rank without rows keeps one that nobody asks for, so that every rank has a table.

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 
 from engram_kernels.checkpoints.files import Paths
+from engram_kernels.geometry.choices import OutFormat, Placement, RowsAndScales
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import AnyOf, Flag, Number, Optional, Tensor, check_all, declares, takes
 from engram_kernels.geometry.kinds import Path as PathKind
@@ -85,7 +87,7 @@ class ShardedTable(ShardedRows):
         config: EngramConfig,
         layer: int,
         group: "dist.ProcessGroup | None" = None,
-        placement: str,
+        placement: Placement,
         own_scale: torch.Tensor | float | None = None,
         **options,
     ) -> "ShardedTable":
@@ -133,7 +135,7 @@ class ShardedTable(ShardedRows):
         config: EngramConfig,
         layer: int,
         group: "dist.ProcessGroup | None" = None,
-        placement: str,
+        placement: Placement,
         prefix: str | None = None,
         threads: int = 8,
         progress: Callable[[int, int], object] | None = None,
@@ -181,15 +183,35 @@ class ShardedTable(ShardedRows):
         """
         return make_node_groups(group, node, timeout)
 
+    @overload
+    def lookup(
+        self,
+        row_ids: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        out_format: Literal["values"] = "values",
+    ) -> torch.Tensor: ...
+
+    @overload
+    def lookup(
+        self,
+        row_ids: torch.Tensor,
+        *,
+        out: RowsAndScales | None = None,
+        out_dtype: None = None,
+        out_format: Literal["storage"],
+    ) -> RowsAndScales: ...
+
     @declares(row_ids=Tensor(*ID_DTYPES), **OUT_KINDS)
     def lookup(
         self,
         row_ids: torch.Tensor,
         *,
-        out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+        out: torch.Tensor | RowsAndScales | None = None,
         out_dtype: torch.dtype | None = None,
-        out_format: str = "values",
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        out_format: OutFormat = "values",
+    ) -> torch.Tensor | RowsAndScales:
         """Rows ``[..., C, R]`` for this rank's ids of the whole table, from whoever holds them; collective.
 
         row_ids: ``[..., C]``, int32 or int64; ranks may have different numbers of ids. ValueError for 2^31 or more.
@@ -212,6 +234,36 @@ class ShardedTable(ShardedRows):
                 self.check_capacity()
         return lookup(received, ids, out=out, out_dtype=out_dtype, out_format=out_format)
 
+    @overload
+    def hash_lookup(
+        self,
+        token_ids: torch.Tensor,
+        plan: HashPlan,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        dead: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        out_format: Literal["values"] = "values",
+    ) -> torch.Tensor: ...
+
+    @overload
+    def hash_lookup(
+        self,
+        token_ids: torch.Tensor,
+        plan: HashPlan,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        dead: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+        out: RowsAndScales | None = None,
+        out_dtype: None = None,
+        out_format: Literal["storage"],
+    ) -> RowsAndScales: ...
+
     @declares(**TOKEN_KINDS, **OUT_KINDS)
     def hash_lookup(
         self,
@@ -222,10 +274,10 @@ class ShardedTable(ShardedRows):
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
-        out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+        out: torch.Tensor | RowsAndScales | None = None,
         out_dtype: torch.dtype | None = None,
-        out_format: str = "values",
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        out_format: OutFormat = "values",
+    ) -> torch.Tensor | RowsAndScales:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of this rank's own tokens, for this layer; collective.
 
         token_ids, cu_seqlens, history, dead, slots: this rank's tokens, as for :func:`ngram_hash`.
@@ -279,35 +331,6 @@ class ShardedTable(ShardedRows):
 
         stored = self.groups.attempt(where, "reading the file", read)
         return ShardedOverlay(self, *stored, where).apply()
-
-    @property
-    def own_scale(self) -> float | None:
-        """The one scale of a whole table, of format "e4m3"; else None."""
-        return self.part.own_scale
-
-    @property
-    def default_out_dtype(self) -> torch.dtype:
-        """The table's own dtype where that is dense, bfloat16 for fp8."""
-        return self.part.default_out_dtype
-
-    @property
-    def requires_row_grad(self) -> bool:
-        """Whether autograd follows values that are read from this table."""
-        return self.part.requires_row_grad
-
-    @property
-    def anchor(self) -> torch.Tensor | None:
-        """What stands for the rows in autograd; its gradient is the norm over all ranks' rows, the same on each."""
-        return self.part.anchor
-
-    @property
-    def token_map(self) -> str | None:
-        """Digest of the token map by which rows are chosen, which files keep; see :class:`EngramTable`."""
-        return self.part.token_map
-
-    @token_map.setter
-    def token_map(self, digest: str | None) -> None:
-        self.part.token_map = digest
 
     @takes(requires=Flag())
     def requires_row_grad_(self, requires: bool = True) -> "ShardedTable":

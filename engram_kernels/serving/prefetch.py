@@ -14,6 +14,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
+from engram_kernels.geometry.choices import OutFormat, ReadOrder
 from engram_kernels.geometry.kinds import (
     Dtype,
     Each,
@@ -128,7 +129,7 @@ class Prefetcher:
         max_tokens: int,
         *,
         programs: int | None = None,
-        order: str | None = None,
+        order: ReadOrder | None = None,
         out_dtype: torch.dtype | None = None,
         max_sequences: int | None = None,
         layers: Sequence[int] | None = None,
@@ -138,7 +139,7 @@ class Prefetcher:
         kv_dtype: torch.dtype | None = None,
         ahead: bool | None = None,
         depth: int = 1,
-        out_format: str = "values",
+        out_format: OutFormat = "values",
     ):
         where = "Prefetcher"
         tables = check_tables_of_plan(where, plan, tables)

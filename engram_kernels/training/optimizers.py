@@ -9,13 +9,14 @@ schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 import torch
 import torch.distributed as dist
 
 from engram_kernels.checkpoints.parallel import spans
+from engram_kernels.geometry.choices import Placement, Reduce
 from engram_kernels.geometry.kinds import Function, OneOf, Optional, takes
 from engram_kernels.tables.engram import EngramTable
 
@@ -58,10 +59,10 @@ class RowAdagrad(RowOptimizer):
         lr: float = 1e-2,
         eps: float = 1e-10,
         weight_decay: float = 0.0,
-        state_placement: str | None = None,
+        state_placement: Placement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
-        reduce: str | None = ALONE,
+        reduce: Reduce | None = ALONE,
         group: "dist.ProcessGroup | None" = None,
     ):
         defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay)
@@ -101,10 +102,10 @@ class RowAdam(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        state_placement: str | None = None,
+        state_placement: Placement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
-        reduce: str | None = ALONE,
+        reduce: Reduce | None = ALONE,
         group: "dist.ProcessGroup | None" = None,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -149,10 +150,10 @@ class RowSinkhorn(RowOptimizer):
         threshold: float = 1e-3,
         balancings: int = 11,
         eps: float = 1e-20,
-        state_placement: str | None = None,
+        state_placement: Placement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
-        reduce: str | None = ALONE,
+        reduce: Literal["alone"] | None = ALONE,
     ):
         defaults = dict(lr=lr, momentum=momentum, update_rms=update_rms, threshold=threshold)
         defaults |= dict(balancings=balancings, eps=eps)

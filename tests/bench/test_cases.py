@@ -127,12 +127,12 @@ def test_a_benchmark_is_added_by_adding_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     found = {case.name for case in load_cases()} | {case.name for case in load_cases(full=True)}
     del sys.modules["bench.bench_new"]
-    assert {"new/v41/T=1", "new/v41/full/T=1"} <= found
+    assert {"new/v41/T1", "new/v41/full/T1"} <= found
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_are_those_of_tensors(model, bench):
-    config, prepared = bench.config(model), lambda name: CASES[f"{name}/T={FEW}"].prepare(bench)
+    config, prepared = bench.config(model), lambda name: CASES[f"{name}/T{FEW}"].prepare(bench)
     traffic, layers = layer_traffic(config, FEW), len(config.layers)
     ids = 4 * FEW
     lookup = prepared(f"lookup/{model}/host/uniform")
@@ -160,7 +160,7 @@ def test_bytes_are_those_of_tensors(model, bench):
 def test_bytes_over_the_link_and_of_states(bench):
     assert layer_traffic(bench.config("v41"), 8).wire_bytes == 8 * 24 * (256 + 32 + 3 * 20)
     assert link_seconds(148, 50) == pytest.approx(128 / 50e9)
-    state = CASES[f"state/v41/history/T={FEW}"].prepare(bench)
+    state = CASES[f"state/v41/history/T{FEW}"].prepare(bench)
     assert state.nbytes == FEW * (2 * 4 + 4 * 3 * 8 + 2 * 4 + 8), (
         "slots twice; old and new of 3 ids twice each; ids twice and a copy"
     )

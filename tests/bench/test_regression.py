@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.support.patience import HANG
 from .toys import FakeTimer
 
 ROOT = Path(__file__).parents[2]
-CASE = next(case for case in load_cases() if case.name == "gate_residual/v41/T=1")
+CASE = next(case for case in load_cases() if case.name == "gate_residual/v41/T1")
 pytest.importorskip("pytest_benchmark")
 
 
@@ -33,6 +34,26 @@ def test_under_pytest(tmp_path):
     times = json.loads(kept.read_text())["benchmarks"]
     assert [entry["group"] for entry in times] == ["ngram_hash"] * 2
     assert all(entry["extra_info"]["CPU_median"] > 0 and entry["extra_info"]["nbytes"] for entry in times)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "cannot read {path}: .*; there is none yet; python -m bench writes one to .*results"),
+        ("[]", "{path} is no result of python -m bench; there is none yet"),
+        ('{"cases": [], "environment": {}}', "{path}: times are compared on a GPU, and torch finds none"),
+    ],
+)
+def test_a_baseline_that_nothing_is_compared_with_is_an_error(tmp_path, content, message):
+    path = tmp_path / "baseline.json"
+    if content is not None:
+        path.write_text(content)
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-disable", "--baseline", path]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    hidden = env | dict(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    ran = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, timeout=HANG)
+    text = ran.stdout + ran.stderr
+    assert ran.returncode == 2 and re.search(f"Exit: --baseline:? {message.format(path=path)}", text), text
 
 
 class Benchmark:

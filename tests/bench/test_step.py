@@ -123,13 +123,13 @@ def test_a_wrong_step_has_no_time(bench, monkeypatch, spoil):
     monkeypatch.setattr(step, "hash_lookup", spoilt)
     if spoil == "read early":
         monkeypatch.setattr(step.StepAt, "_engram", lambda self, stream, *_: stream * float("nan"))
-    record = step.Steps(bench, Timer(), {"toy": TOY}).measure("step/toy/B=2")
+    record = step.Steps(bench, Timer(), {"toy": TOY}).measure("step/toy/B2")
     assert record["status"] == "failed" and "seconds" not in record
     assert {"read early": "not finite"}.get(spoil, "differ from the reference") in record["reason"]
 
 
 def test_exposed_and_cost_are_paired_differences(bench):
-    record = step.Steps(bench, Timer(), {"toy": TOY}, rounds=3).measure("step/toy/B=2")
+    record = step.Steps(bench, Timer(), {"toy": TOY}, rounds=3).measure("step/toy/B2")
     assert record["status"] == "ok" and record["batch"] == 2 and record["distinct_layers"] == 3
     # Modes take 1 to 6 milliseconds in their order.
     assert record["exposed"] == pytest.approx(dict(inline=1e-3, side=2e-3, by_layer=3e-3, projected=4e-3))
@@ -143,7 +143,7 @@ def test_decoders_are_those_of_4_and_8_billion():
         decoder = step.DECODERS[name]
         assert decoder.layer_bytes * decoder.layers / 2e9 == pytest.approx(billions, abs=0.1)
         assert decoder.paper == paper
-    assert step.step_names(False)[:2] == ["step/4b/B=1", "step/8b/B=1"] and len(step.step_names(True)) == 20
+    assert step.step_names(False)[:2] == ["step/4b/B1", "step/8b/B1"] and len(step.step_names(True)) == 20
 
 
 def test_layers_share_weights_where_they_do_not_fit(bench):
@@ -154,17 +154,17 @@ def test_layers_share_weights_where_they_do_not_fit(bench):
 def test_a_matmul_beside_a_lookup(bench, monkeypatch):
     monkeypatch.setattr(interference, "SAMPLES", 2)
     pair = interference.Interference(bench, Timer(), widths=(64, 96), tokens=9)
-    record = pair.measure("interference/decode/programs=8")
+    record = pair.measure("interference/decode/programs8")
     # The chain alone is the first of one call in turn: a millisecond.
     assert record["slowdown"] == pytest.approx(0.5) and record["matmuls"] == 1 and record["programs"] == 8
     assert not record["covered"] and record["lookup_bytes"] == 2 * 9 * 24 * 264
     monkeypatch.setattr(interference, "hash_lookup", lambda *arguments, out, **options: out)
-    wrong = pair.measure("interference/prefill/programs=4")
+    wrong = pair.measure("interference/prefill/programs4")
     assert wrong["status"] == "failed" and "differ" in wrong["reason"]
     names = interference.interference_names()
     assert len(set(names)) == 12 and names[0] in (
-        "interference/prefill/programs=16",
-        "interference/prefill/programs=32",
+        "interference/prefill/programs16",
+        "interference/prefill/programs32",
     )
 
 
@@ -264,7 +264,7 @@ def test_a_lookup_is_exposed_where_other_work_does_not_hide_it(simulation, bench
     monkeypatch.setattr(step.StepAt, "_layer", layer)
     monkeypatch.setattr(step, "hash_lookup", look_up)
     monkeypatch.setattr(step, "SideStream", lambda device: timing.SideStream(torch.device("cuda")))
-    record = step.Steps(bench, Simulated(CPU), {"toy": decoder}, rounds=2).measure("step/toy/B=2")
+    record = step.Steps(bench, Simulated(CPU), {"toy": decoder}, rounds=2).measure("step/toy/B2")
     assert record["status"] == "ok", record
     assert record["seconds"]["plain"]["median"] == pytest.approx(4e-3)
     assert [record["exposed"][mode] for mode in step.FETCHING] == pytest.approx(exposed, abs=1e-9)

@@ -61,7 +61,7 @@ def test_ranking_and_wrong_results():
 
         return Prepared(calls=[lambda: torch.zeros(1)], check=check, nbytes=4)
 
-    case = dataclasses.replace(next(c for c in load_cases() if c.name == "gate_residual/v41/T=1"), prepare=prepare)
+    case = dataclasses.replace(next(c for c in load_cases() if c.name == "gate_residual/v41/T1"), prepare=prepare)
     entry = dataclasses.replace(sweep.SWEEPS["gate"], candidates=tuple(sweep.grid(num_warps=(1, 2, 8))))
     result = sweep.run_sweep(entry, case, None, Timer(), Budget(10, Clock()))
     assert [candidate["config"] for candidate in result["candidates"]] == [

@@ -76,19 +76,22 @@ def test_bytes_of_v41():
     assert link_bytes(V41, CacheRates(8, (0, 0, 0), (0.5, 0.25, 0.25))) == 2 * 2112
 
 
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def encode_batch(self, contents, add_special_tokens):
+        assert add_special_tokens is False
+        return [type("Encoding", (), {"ids": list(content.encode())}) for content in contents]
+
+
+def map_of(tokenizer):
+    ids = torch.arange(129_280)
+    return torch.where(ids < V41.vocab_size, ids, 0)
+
+
 @pytest.fixture
 def text(monkeypatch, tmp_path):
     """A text whose tokens are its bytes."""
-
-    class Bytes:
-        def encode(self, content, add_special_tokens):
-            assert add_special_tokens is False
-            return type("Encoding", (), {"ids": list(content.encode())})
-
-    def map_of(tokenizer):
-        ids = torch.arange(129_280)
-        return torch.where(ids < V41.vocab_size, ids, 0)
-
     monkeypatch.setattr(console, "has_rich", lambda: False)
     monkeypatch.setattr(cache_command, "_tokenizer", lambda path: Bytes())
     monkeypatch.setattr(cache_command, "build_token_map", map_of)
@@ -131,21 +134,22 @@ def test_memory_may_be_given_instead(text, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--config", "gpt"], "--config must be one of deepseek_v41_flash, "),
         (["--tokens", "500"], "text.txt has 306 tokens, and two calls of --tokens 500 need 1,000"),
         (["--bytes", "1KB"], "--bytes 1,000 holds no entry of each order; one of each takes 12,768"),
-        (["--entries", str(2**31)], "--entries must be below 2^31, got 2,147,483,648"),
+        (["--bytes", "99999GB"], "--bytes must hold fewer than 2^31 entries of each order, got 7,83"),
         (["--plot", "out.txt"], "--plot must end as an image does, such as .png, got 'out.txt'"),
-        (["--plot", "/no/where/out.png"], "--plot /no/where/out.png: no folder /no/where"),
-        (["--text", "/no/such"], "--text /no/such: No such file or directory"),
+        (["--text", "/"], "--text /: Is a directory"),
+        (["--config", "TMP/config.json"], "/config.json: EngramConfig.from_hf: config has neither"),
     ],
 )
-def test_mistakes_take_one_line(text, capsys, words, message):
+def test_mistakes_take_one_line(text, tmp_path, capsys, words, message):
+    (tmp_path / "config.json").write_text("{}")
+    words = [word.replace("TMP", str(tmp_path)) for word in words]
     if words[0] == "--plot":
         pytest.importorskip("matplotlib")
     code, out, errors = run(capsys, "--text", text, *words)
     assert code == 2 and out == "" and errors.count("\n") == 1
-    assert errors.startswith("engram_kernels cache: ") and message in errors
+    assert errors.startswith("engram-kernels cache: ") and message in errors
 
 
 def test_texts_and_tokenizers_that_cannot_be_read(text, tmp_path, capsys, monkeypatch):

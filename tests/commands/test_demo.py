@@ -86,12 +86,11 @@ def test_injected_fault_is_noticed(fault, failed, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "the following arguments are required: command"),
         (("demo", "--tokens", "0"), "--tokens: expected a whole number of at least 1, got '0'"),
         (("demo", "--tokens", "many"), "--tokens: expected a whole number of at least 1, got 'many'"),
         (("demo", "--device", "tpu"), "--device: invalid choice: 'tpu'"),
         (("demo", "--inject-fault", "all"), "--inject-fault: invalid choice: 'all'"),
-        (("demo", "--text", "no such file"), "--text no such file: No such file or directory"),
+        (("demo", "--text", "no such file"), "--text: no such file: no such file"),
         (("demo", "--text", "{folder}"), "Is a directory"),
         (("demo", "--text", "{folder}/empty"), "the file is empty"),
         (("demo", "--text", "{folder}/latin"), "not UTF-8 (byte 0xe9)"),
@@ -108,7 +107,7 @@ def test_mistakes_are_told_in_one_line(words, message, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert code == 2
     assert message in err
-    assert err.startswith("engram_kernels") and err.count("\n") == 1
+    assert err.startswith("engram-kernels demo: ") and err.count("\n") == 1
     assert out == ""
 
 
@@ -117,7 +116,7 @@ def test_missing_extra(package, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["demo", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
-        "engram_kernels demo: the demo needs the extra [demo]: pip install 'engram_kernels[demo]'\n"
+        "engram-kernels demo: the demo needs the extra [demo]: pip install 'engram_kernels[demo]'\n"
     )
 
 

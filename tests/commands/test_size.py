@@ -99,7 +99,7 @@ def test_command(capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--config", "gpt"], "engram_kernels size: --config must be one of deepseek_v41_flash, "),
+        (["--config", "gpt"], "engram-kernels size: argument --config: expected one of deepseek_v41_flash, "),
         (["--hit-rate", "2"], "argument --hit-rate: expected a number from 0 to 1, got '2'"),
         (["--link", "fast"], "argument --link: expected a positive number of GB/s, got 'fast'"),
         (["--tokens", "0"], "argument --tokens: expected a whole number of at least 1, got '0'"),
@@ -128,4 +128,4 @@ def test_an_output_that_is_full(command):
             timeout=HANG,
         )
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [f"engram_kernels {command}: [Errno 28] No space left on device"]
+    assert done.stderr.splitlines() == [f"engram-kernels {command}: [Errno 28] No space left on device"]

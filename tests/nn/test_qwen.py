@@ -54,7 +54,7 @@ def test_logits(models, padded, embeds):
         dict(do_sample=False, use_cache=False),
         dict(do_sample=False, prefill_chunk_size=4),
     ],
-    ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
+    ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate(models, options, padded):

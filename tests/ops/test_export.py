@@ -106,7 +106,8 @@ def test_a_layer_by_address(device, form, tmp_path):
 
 
 OTHER = """
-import sys, torch, engram_kernels
+import sys, torch
+from engram_kernels import ops
 program, inputs, output = sys.argv[1:]
 torch.save(torch.export.load(program).module()(*torch.load(inputs)), output)
 """

@@ -1,9 +1,11 @@
 """The public surface: names, docstrings, keyword-only options, and what importing costs."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -47,7 +49,7 @@ def parameters(function):
 
 def test_all_is_what_can_be_imported():
     names = engram_kernels.__all__
-    assert names == sorted(set(names))
+    assert names == sorted(set(names)) and set(names) <= set(dir(engram_kernels))
     for name in names:
         value = getattr(engram_kernels, name)
         assert inspect.isclass(value) or inspect.isfunction(value), name
@@ -212,6 +214,7 @@ asked = []
 torch.cuda.init = torch._C._cuda_init = lambda *_: asked.append(1)
 before = set(sys.modules)
 import engram_kernels
+engram_kernels.lookup
 assert not asked and not torch.cuda.is_initialized()
 assert "torch._dynamo" not in sys.modules, "it takes longer to import than the package"
 ours = {{name.split(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)
@@ -239,14 +242,66 @@ def test_the_package_changes_nothing_at_import():
     """No environment variable is read or written, and no default of torch is touched."""
     code = """
 import os
+import pickle
 import torch, triton
 before = dict(os.environ), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.initial_seed()
 reads = []
 os.environ.__class__.__getitem__, original = (
     lambda self, key: reads.append(key) or original(self, key), os.environ.__class__.__getitem__)
 import engram_kernels
+engram_kernels.lookup
 os.environ.__class__.__getitem__ = original
 after = dict(os.environ), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.initial_seed()
 print(before == after, [key for key in reads if "ENGRAM" in key])
 """
     assert run(code) == "True []"
+
+
+def test_the_package_alone_is_light():
+    """What a command line imports before it knows what is asked of it. Unknown names stay errors."""
+    code = """
+import sys
+import engram_kernels
+print(engram_kernels.__version__, "lookup" in dir(engram_kernels), hasattr(engram_kernels, "look_up"))
+print([name for name in ("torch", "triton", "numpy", "sympy") if name in sys.modules])
+"""
+    assert run(code).splitlines() == [f"{engram_kernels.__version__} True False", "[]"]
+
+
+CONFIG = pickle.dumps(engram_kernels.EngramConfig.deepseek_demo())
+FIRST_USES = {
+    "a room": "import engram_kernels\nengram_kernels.nn.warmup.warmup",
+    "a module": "import engram_kernels.ops.rows, engram_kernels.nn.warmup\nengram_kernels.nn.warmup.warmup",
+    "all names": "from engram_kernels import *\nlookup, EngramTable",
+    "a room by name": "from engram_kernels import ops",
+    "a pickle": f"import pickle, engram_kernels\npickle.loads({CONFIG}).row_width",
+    "a traced call": """
+import torch, engram_kernels
+split = torch.compile(lambda kv: engram_kernels.split_kv(kv, 2, 4), fullgraph=True, backend="eager")
+split(torch.ones(3, 12))""",
+}
+
+
+@pytest.mark.parametrize("first", FIRST_USES)
+def test_any_first_use_brings_what_it_needs(first):
+    """In a fresh process; then functions are what they are called, though modules have such names too."""
+    code = f"""{FIRST_USES[first]}
+import engram_kernels, torch
+for name in engram_kernels.__all__:
+    assert getattr(engram_kernels, name).__name__ == name
+assert engram_kernels.warmup is engram_kernels.nn.warmup.warmup and engram_kernels.checkpoints.convert
+print(torch.ops.engram.hash_lookup, engram_kernels.reference.lookup.__module__)
+"""
+    assert run(code) == "engram.hash_lookup engram_kernels.reference.ops.rows"
+
+
+def test_names_are_where_type_checkers_find_them():
+    module = ast.parse(Path(engram_kernels.__file__).read_text())
+    found = {
+        f".{node.module}": tuple(alias.name for alias in node.names)
+        for node in ast.walk(module)
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert found == engram_kernels._PLACES
+    assert sorted(name for names in found.values() for name in names) == engram_kernels.__all__
+    assert not engram_kernels._ROOMS & set(engram_kernels.__all__)

@@ -141,3 +141,8 @@ def test_every_test_of_the_gpu_lane_is_collected(tmp_path):
     code, output = pytest_run("-p", "only_the_basics", "--lane", "gpu", "--collect-only", "tests", **extra)
     assert code == 0 and "tests/gpu/test_kernels.py::test_graph_replay_with_changing_inputs[host]" in output
     assert "tests/ops/test_rows.py::test_kernel[e4m3_ue8m0-256]" in output
+
+
+def test_every_test_can_be_chosen_by_k(request):
+    """pytest takes no `=` there; of the lane's tests, as far as they were collected."""
+    assert not [item.nodeid for item in request.session.items if "=" in item.nodeid]

@@ -123,12 +123,13 @@ def gives(function, call, name, module=None):
 
 
 def imported_with_the_package():
-    """Modules that ``import engram_kernels`` brings in, which leaves command lines out."""
-    reached, waiting = set(), [ROOT / "engram_kernels" / "__init__.py"]
+    """Modules that the use of a public name brings in, which leaves command lines out."""
+    package = ROOT / "engram_kernels" / "__init__.py"
+    reached, waiting = set(), [package]
     while waiting:
         path = waiting.pop()
         reached.add(path)
-        for node in tree(path).body:
+        for node in ast.walk(tree(path)) if path == package else tree(path).body:
             if isinstance(node, ast.ImportFrom):
                 folder = path.parent if node.level else ROOT
                 stems = [(node.module or "").replace(".", "/")]

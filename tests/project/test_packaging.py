@@ -7,6 +7,7 @@ one is missing or too old. Nothing is downloaded.
 
 import email
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -238,6 +239,9 @@ for module in pkgutil.walk_packages(engram_kernels.__path__, "engram_kernels."):
 """
     run(environment, "-c", everything, cwd=tmp_path)
     run(environment, "-c", cpu_path_script(), cwd=tmp_path)
+    facts = run(environment.with_name("engram-kernels"), "size", "--json", cwd=tmp_path)
+    assert facts == run(environment, "-m", "engram_kernels", "size", "--json", cwd=tmp_path)
+    assert json.loads(facts)["config"] == "deepseek_v41_flash"
 
 
 def test_checkout_reaches_the_reference_by_both_names(tmp_path):

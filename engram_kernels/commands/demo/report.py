@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import triton
 
-from engram_kernels.commands.arguments import CommandError, positive_int
-from engram_kernels.commands.console import gib, print_sections, track
+from engram_kernels.commands.arguments import CommandError
+from engram_kernels.commands.console import busy, gib, print_sections, track
+from engram_kernels.commands.parsers import FAULTS
 from engram_kernels.commands.presets import row_bytes
-from engram_kernels.commands.tokenizer import load_tokenizer
+from engram_kernels.commands.tokenizer import encode, load_tokenizer
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.token_map import build_token_map
 
@@ -32,24 +33,6 @@ _WINDOW = {"cpu": 512, "cuda": 8192}
 _TOKENS = {"cpu": 2048, "cuda": 8192}
 _INTERPRETED_TOKENS = 4
 _SAMPLE = 1024  # tokens checked on a GPU, where the checks take longer than what they check
-_FAULTS = {"ids": "one row id", "rows": "one stored byte", "gate": "one output element"}
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What the command is told."""
-    command.description = (
-        "Tokenizes text, reads its n-grams' rows from tables of DeepSeek-V4.1-Flash's size and gates them into a "
-        "residual stream; every step is checked. Exit code 0 if all checks pass, 1 if one fails, 2 for a command that "
-        "cannot run."
-    )
-    add = command.add_argument
-    add("--text", metavar="FILE", help="UTF-8 text; default: the opening of Pride and Prejudice")
-    tokens = "read at most N tokens; default 2,048 on a CPU, 8,192 on a GPU"
-    add("--tokens", metavar="N", type=positive_int, help=tokens)
-    device = "auto (default) takes a GPU where there is one"
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=device)
-    fault = "spoil one row id, one stored byte or one output element, to see the checks notice"
-    add("--inject-fault", choices=tuple(_FAULTS), help=fault)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,15 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
     num_tokens = arguments.tokens or _TOKENS[device.type]
     stages, tokenizer = Stages(device), load_tokenizer()
     text, name = _read_text(arguments.text, num_tokens)
-    encoded = stages.time(
-        "tokenize", lambda: tokenizer.encode(text, add_special_tokens=False).ids, lambda _: len(text.encode())
-    )
+    with busy("tokenizing"):
+        encoded = stages.time("tokenize", lambda: encode(tokenizer, text), lambda _: len(text.encode()))
     if not encoded:
         raise CommandError(f"--text {arguments.text}: the tokenizer finds no token in it")
     tokens = encoded[:num_tokens]
     tables = plan_tables(EngramConfig.deepseek_v41_flash(), device)
     print(f"DeepSeek-V4.1-Flash Engram, {tables.summary}", flush=True)
-    token_map = stages.time("token map", lambda: build_token_map(tokenizer))
+    with busy("token map"):
+        token_map = stages.time("token map", lambda: build_token_map(tokenizer))
     sample = None if device.type == "cpu" else _SAMPLE
     with Run(tokens, token_map, tables, device, stages, sample) as run:
         windows = range(0, len(tokens), _WINDOW[device.type])
@@ -74,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
             run.window(begin, min(len(tokens), begin + windows.step), arguments.inject_fault if begin == 0 else None)
     results, interpreter_memory = run.results, None
     if device.type == "cpu":
-        interpreted, interpreter_memory = check_interpreted(tokens[:_INTERPRETED_TOKENS])
+        with busy("kernels in the interpreter"):
+            interpreted, interpreter_memory = check_interpreted(tokens[:_INTERPRETED_TOKENS])
         results += interpreted
     extent = "all" if tokens == encoded else "the first"
     _print_report(run, f"{name}, {extent} {len(tokens):,} tokens", arguments.inject_fault, results, interpreter_memory)
@@ -98,7 +82,7 @@ def _print_report(run: Run, text: str, fault: str | None, results, interpreter_m
     if run.checked_tokens < total:
         facts.append(("checked", f"{run.checked_tokens:,} of {total:,} tokens, evenly spaced; all tokens run"))
     if fault:
-        facts.append(("fault injected", f"{fault}: {_FAULTS[fault]}"))
+        facts.append(("fault injected", f"{fault}: {FAULTS[fault]}"))
     memory = f"{gib(peak_memory())} resident, tables included as far as their pages exist"
     if interpreter_memory:
         memory += f"; interpreter {gib(interpreter_memory)}"

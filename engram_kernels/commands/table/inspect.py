@@ -1,6 +1,6 @@
-"""What a checkpoint's tables are, in words: ``python -m engram_kernels table inspect``."""
+"""What a checkpoint's tables are: ``engram-kernels table inspect``."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from engram_kernels.checkpoints.files import Checkpoint, CheckpointError, Paths
@@ -13,37 +13,40 @@ from engram_kernels.geometry.config import EngramConfig
 Section = list[tuple[str, str]]
 
 
-def read_config(text: str, where: str) -> tuple[str, EngramConfig]:
-    """(name, config) of a preset, of a ``config.json``, or of a folder with one."""
-    if text in PRESETS:
-        return text, getattr(EngramConfig, text)()
-    path = Path(text) / "config.json" if Path(text).is_dir() else Path(text)
-    if not path.is_file():
-        known = ", ".join(PRESETS)
-        raise ValueError(f"{where}: --config must be one of {known}, or a config.json, got {text!r}")
-    try:
-        return str(path), EngramConfig.from_hf(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {path}: {error}") from None
-
-
 def inspect_sections(paths: Paths, where: str) -> list[Section]:
     """One section per table, after one of the files."""
     with Checkpoint(paths, where) as checkpoint:
-        tables = find_tables(checkpoint.names)
-        if not tables:
-            names = ", ".join(sorted(checkpoint.names)[:3])
-            raise checkpoint.error(f"no Engram table among {len(checkpoint.names)} tensors ({names}, ...)")
+        found = [
+            describe_table(table) if isinstance(table, StoredTable) else [(prefix.rstrip("."), f"refused: {table}")]
+            for prefix, table in _tables(checkpoint)
+        ]
         there_is = f"{count_of(len(checkpoint.names), 'tensor')} in {count_of(len(checkpoint.paths), 'file')}"
-        sections = [[("checkpoint", f"{there_is}, {count_of(len(tables), 'table')} among them")]]
-        for prefix, members in tables.items():
-            try:
-                table = read_table(checkpoint, prefix, members)
-                check_all_given(checkpoint, table)
-                sections.append(describe_table(table))
-            except (CheckpointError, FileNotFoundError) as error:
-                sections.append([(prefix.rstrip("."), f"refused: {without_caller(error, where)}")])
-        return sections
+        return [[("checkpoint", f"{there_is}, {count_of(len(found), 'table')} among them")], *found]
+
+
+def inspect_facts(paths: Paths, where: str) -> dict:
+    """The same for programs: docs/commands.md has the keys."""
+    with Checkpoint(paths, where) as checkpoint:
+        found = [
+            table_facts(table) if isinstance(table, StoredTable) else {"name": prefix.rstrip("."), "refused": table}
+            for prefix, table in _tables(checkpoint)
+        ]
+        return {"tensors": len(checkpoint.names), "files": len(checkpoint.paths), "tables": found}
+
+
+def _tables(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTable | str]]:
+    """(prefix, the table, or why it is refused) of all tables; CheckpointError where there is none."""
+    tables = find_tables(checkpoint.names)
+    if not tables:
+        names = ", ".join(sorted(checkpoint.names)[:3])
+        raise checkpoint.error(f"no Engram table among {len(checkpoint.names)} tensors ({names}, ...)")
+    for prefix, members in tables.items():
+        try:
+            table = read_table(checkpoint, prefix, members)
+            check_all_given(checkpoint, table)
+            yield prefix, table
+        except (CheckpointError, FileNotFoundError) as error:
+            yield prefix, without_caller(error, checkpoint.where)
 
 
 def describe_table(table: StoredTable) -> Section:
@@ -53,24 +56,41 @@ def describe_table(table: StoredTable) -> Section:
         stored += f", {table.scale_name} {table.scales[0].dtype}"
     elif table.scale is not None:
         stored += f", {table.scale_name} {table.scale:.6g}"
-    shape = f"{table.format.name}, {table.rows:,} rows x {table.width}, {size_of(table.nbytes)}"
+    own = table.format.name
+    fits = [(*at, "" if fmt == own else f" (published in {fmt})") for *at, fmt in _fitting(table)]
+    shape = f"{own}, {table.rows:,} rows x {table.width}, {size_of(table.nbytes)}"
     return [
         (table.prefix.rstrip(".") or "table", shape),
         ("stored as", f"{stored}, in {_paths(table.paths)}"),
-        ("fits", ", ".join(_fitting(table)) or "no preset"),
+        ("fits", ", ".join(f"{name} layer {layer}{note}" for name, layer, note in fits) or "no preset"),
     ]
 
 
-def _fitting(table: StoredTable) -> list[str]:
-    """Presets and layers with as many rows, as wide; in another format where it is."""
-    found = []
-    for name in PRESETS:
-        config = getattr(EngramConfig, name)()
-        for layer in config.layers:
-            if config.row_width == table.width and not table.mismatches(config, layer):
-                note = "" if config.format == table.format.name else f" (published in {config.format})"
-                found.append(f"{name} layer {layer}{note}")
-    return found
+def table_facts(table: StoredTable) -> dict:
+    """The same for programs."""
+    return {
+        "name": table.prefix.rstrip("."),
+        "layer": table.layer,
+        "format": table.format.name,
+        "rows": table.rows,
+        "width": table.width,
+        "bytes": table.nbytes,
+        "dtype": table.weights[0].dtype,
+        "scale": table.scale,
+        "paths": [str(path) for path in table.paths],
+        "fits": [{"config": name, "layer": layer, "format": fmt} for name, layer, fmt in _fitting(table)],
+    }
+
+
+def _fitting(table: StoredTable) -> list[tuple[str, int, str]]:
+    """(preset, layer, format published) of those with as many rows, as wide, in this or another format."""
+    configs = {name: getattr(EngramConfig, name)() for name in PRESETS}
+    return [
+        (name, layer, config.format)
+        for name, config in configs.items()
+        for layer in config.layers
+        if config.row_width == table.width and not table.mismatches(config, layer)
+    ]
 
 
 def without_caller(error: Exception, where: str) -> str:

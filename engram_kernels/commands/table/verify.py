@@ -1,4 +1,4 @@
-"""What the checks of a checkpoint's tables say, in lines: ``python -m engram_kernels table verify``."""
+"""What the checks of a checkpoint's tables say, in lines: ``engram-kernels table verify``."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -68,6 +68,18 @@ def verify_sections(
                 if number not in layers
             ]
     return sections, not any(text.startswith("FAILED") for section in sections for _, text in section)
+
+
+def verify_facts(sections: list[Section], holds: bool) -> dict:
+    """What :func:`verify_sections` found, for programs: docs/commands.md has the keys."""
+    checks = [
+        {"of": section[0][0], "check": label, "holds": verdict == "ok", "says": says}
+        for section in sections
+        for label, text in section
+        for verdict, colon, says in [text.partition(": ")]
+        if colon and verdict in ("ok", "FAILED")
+    ]
+    return {"holds": holds, "checks": checks}
 
 
 def _verdict(where: str, check: Callable[..., str], *arguments) -> str:
