@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The exit code, 0; CommandError for what cannot be done."""
     tokens, ways, link = arguments.tokens, arguments.ways, arguments.link or LINK
     with errors_in_one_line():
-        name, config = read_config(arguments.config)
+        name, config = read_config(arguments.config, arguments.format)
         sizes = _sizes(config, arguments.entries, arguments.bytes)
         if arguments.plot is not None:
             _check_plot(Path(arguments.plot))
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             print_json(head | cache_facts(config, found, tokens, link))
         else:
             text = f"{file}, {len(ids):,} tokens of {tokenizer}; filled by the first half"
-            print_sections(cache_sections(arguments.config, found, tokens, ways, text, link))
+            print_sections(cache_sections((name, config), found, tokens, ways, text, link))
         if arguments.plot is not None:
             plot(found, config, f"{name}, {file}, T = {tokens:,}", Path(arguments.plot))
             print(f"Wrote {arguments.plot}", file=sys.stderr if arguments.json else sys.stdout)
@@ -83,10 +83,15 @@ def cache_facts(config: EngramConfig, found: Sequence[CacheRates], tokens: int, 
 
 
 def cache_sections(
-    name: str, found: Sequence[CacheRates], tokens: int, ways: int, text: str, link: float = LINK
+    model: str | tuple[str, EngramConfig],
+    found: Sequence[CacheRates],
+    tokens: int,
+    ways: int,
+    text: str,
+    link: float = LINK,
 ) -> list[list[tuple[str, str]]]:
     """The same in words, for :func:`console.print_sections`."""
-    name, config = read_config(name)
+    name, config = read_config(model)
     orders = range(2, config.max_ngram + 1)
     facts = cache_facts(config, found, tokens, link)
     head = [

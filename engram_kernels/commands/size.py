@@ -26,29 +26,32 @@ from .traffic import (
 )
 
 TOKENS = (1, 8, 128, 2048, 8192)
+#: A model by name, or as presets.read_config returned it.
+Model = str | tuple[str, EngramConfig]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code, 0."""
-    name, tokens, hit_rate = arguments.config, arguments.tokens or TOKENS, arguments.hit_rate
+    model = read_config(arguments.config, arguments.format)
+    tokens, hit_rate = arguments.tokens or TOKENS, arguments.hit_rate
     link, memory = arguments.link or LINK, arguments.memory or MEMORY
     ranks, rank_tokens = arguments.ranks, max(arguments.tokens or (8192,))
     if arguments.json:
-        of_ranks = None if ranks is None else rank_facts(name, ranks, rank_tokens, link, hit_rate)
-        print_json(size_facts(name, tokens, link, memory, hit_rate) | {"ranks": of_ranks})
+        of_ranks = None if ranks is None else rank_facts(model, ranks, rank_tokens, link, hit_rate)
+        print_json(size_facts(model, tokens, link, memory, hit_rate) | {"ranks": of_ranks})
         return 0
-    sections = size_sections(name, tokens, link, memory, hit_rate)
+    sections = size_sections(model, tokens, link, memory, hit_rate)
     if ranks is not None:
-        sections += rank_sections(name, ranks, rank_tokens, link, hit_rate)
+        sections += rank_sections(model, ranks, rank_tokens, link, hit_rate)
     print_sections(sections)
     return 0
 
 
 def size_facts(
-    name: str, tokens: Sequence[int], link: float = LINK, memory: float = MEMORY, hit_rate: float = 0.0
+    model: Model, tokens: Sequence[int], link: float = LINK, memory: float = MEMORY, hit_rate: float = 0.0
 ) -> dict:
     """The model's geometry and traffic, for programs: docs/commands.md has the keys."""
-    name, config = read_config(name)
+    name, config = read_config(model)
     scale = row_format(config.format, "size").scale_bytes(config.row_width)
     layers = zip(config.layers, config.rows_per_layer, layer_bytes(config), strict=True)
     return {
@@ -77,14 +80,14 @@ def _step_facts(traffic: LayerTraffic, link: float, memory: float, hit_rate: flo
 
 
 def size_sections(
-    name: str = PRESETS[0],
+    model: Model = PRESETS[0],
     tokens: Sequence[int] = TOKENS,
     link: float = LINK,
     memory: float = MEMORY,
     hit_rate: float = 0.0,
 ) -> list[list[tuple[str, str]]]:
     """The model's geometry and traffic in words, for :func:`console.print_sections`."""
-    name, config = read_config(name)
+    name, config = read_config(model)
     scale = row_format(config.format, "size").scale_bytes(config.row_width)
     layers = zip(config.layers, config.rows_per_layer, layer_bytes(config), strict=True)
     memory_lines = [
@@ -112,9 +115,9 @@ def size_sections(
     return [head, memory_lines, [*zip(labels, rows, strict=True), ("", note)]]
 
 
-def rank_facts(name: str, ranks: int, tokens: int = 8192, link: float = LINK, hit_rate: float = 0.0) -> dict:
+def rank_facts(model: Model, ranks: int, tokens: int = 8192, link: float = LINK, hit_rate: float = 0.0) -> dict:
     """What a step of ``tokens`` tokens a rank costs, with copies of the table on hosts and sharded, for programs."""
-    _, config = read_config(name)
+    _, config = read_config(model)
     row = row_bytes(config)
     layers = zip(config.primes, config.rows_per_layer, strict=True)
     shardings = [shard_rows(primes, rows, ranks) for primes, rows in layers]
@@ -146,10 +149,10 @@ def rank_facts(name: str, ranks: int, tokens: int = 8192, link: float = LINK, hi
 
 
 def rank_sections(
-    name: str, ranks: int, tokens: int = 8192, link: float = LINK, hit_rate: float = 0.0
+    model: Model, ranks: int, tokens: int = 8192, link: float = LINK, hit_rate: float = 0.0
 ) -> list[list[tuple[str, str]]]:
     """The same in words, for :func:`console.print_sections`."""
-    facts = rank_facts(name, ranks, tokens, link, hit_rate)
+    facts = rank_facts(model, ranks, tokens, link, hit_rate)
     titles = f"{'rows fetched':<23} {'share':>5} {'host link':>23} {'exchange':>11}"
     lookups = [titles + "".join(f"{link_name:>14}" for link_name in LINKS)]
     for lookup in facts["lookups"]:

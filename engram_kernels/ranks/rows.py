@@ -103,12 +103,12 @@ class ShardedRows:
 
     @property
     def own_scale(self) -> float | None:
-        """The one scale of a whole table, of format "e4m3"; else None."""
+        """The one scale of a whole table, of formats "e4m3" and "nvfp4"; else None."""
         return self.part.own_scale
 
     @property
     def default_out_dtype(self) -> torch.dtype:
-        """The table's own dtype where that is dense, bfloat16 for fp8."""
+        """The table's own dtype where that is dense, else bfloat16."""
         return self.part.default_out_dtype
 
     @property

@@ -1,6 +1,7 @@
 """The traffic model against real tensors' bytes, and its command line."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,15 @@ def test_an_output_that_is_full(command):
         )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"engram-kernels {command}: [Errno 28] No space left on device"]
+
+
+def test_another_format_of_rows(capsys):
+    """Half the bytes a row: the traffic that counting the bytes of such rows gives, at every hit rate."""
+    for name, row, scales in (("nvfp4", 128, 16), ("mxfp4", 128, 8), ("bfloat16", 512, 0)):
+        assert main(["size", "--format", name, "--json", "--tokens", "64"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["format"] == name and facts["config"] == f"deepseek_v41_flash in {name}"
+        assert facts["traffic"][0]["link_bytes"] == 64 * 24 * (row + scales)
+        assert facts["layers"][0]["scale_bytes"] == 384_006_168 * scales
+    assert main(["size", "--config", "engram_27b", "--format", "nvfp4"]) == 2
+    assert "--format nvfp4: EngramConfig: bytes of a row must be a multiple of 16" in capsys.readouterr().err

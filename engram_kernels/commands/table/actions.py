@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from engram_kernels.commands.arguments import byte_count, errors_in_one_line, existing, positive_float
 from engram_kernels.commands.console import byte_bar, print_json, print_sections
 from engram_kernels.commands.parsers import add_json
-from engram_kernels.commands.presets import PRESETS, model_name, read_config
+from engram_kernels.commands.presets import FORMATS, PRESETS, model_name, read_config
 
 if TYPE_CHECKING:
     from engram_kernels.checkpoints.convert import Conversion
 
-#: Formats that tables are converted to: those that kernels read.
-_FORMATS = ("float32", "bfloat16", "float16", "e4m3_ue8m0", "e4m3", "nvfp4", "mxfp4")
 #: Of each action: what it does in one line, and more of it.
 _ACTIONS = {
     "inspect": ("names, format, rows, bytes, and the published models that fit", "Headers alone are read."),
@@ -51,7 +49,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--headers-only", action="store_true", help="do not read the rows")
     add = parsers["convert"].add_argument
     add("--out", metavar="PATH", required=True, help="file (.safetensors) or folder to write, made if need be")
-    add("--format", choices=_FORMATS, help="default: as it is")
+    add("--format", choices=FORMATS, help="default: as it is")
     add("--scale", metavar="X", type=positive_float, help="of e4m3 and nvfp4; default: greatest value / 448, or 2688")
     text = "of nvfp4 and mxfp4: the scale that takes a group's greatest value to 6, without a search for a better one"
     add("--nearest", action="store_true", help=text)
