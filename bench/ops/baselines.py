@@ -42,7 +42,7 @@ def plain_lookup(table: EngramTable):
             powers = fmt.group_scale == "ue8m0"
             scales = torch.exp2(scales.float() - 127) if powers else scales.view(torch.float8_e4m3fn).float()
             values = (values.float().unflatten(-1, (-1, fmt.group)) * scales[..., None]).flatten(-2)
-        if fmt.table_scale:
+        if table.own_scale is not None:
             values = values.float() * table.own_scale
         return values.to(table.default_out_dtype)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def convert(values: torch.Tensor, name: str, searched: bool) -> Converted:
     return Converted(fmt, *encode_rows(values, fmt, "bench", scale=own, nearest=not searched), own)
 
 
-def quality(values: torch.Tensor, converted: Converted) -> dict[str, float]:
+def quality(values: torch.Tensor, converted: Converted) -> dict[str, float | None]:
     """Signal to noise in dB, the largest error over the root mean square of all, the share of rows beyond BOUND."""
     error, exact = (converted.values() - values).double(), values.double()
     noise, signal = error.square().sum(1), exact.square().sum(1)
@@ -119,7 +119,7 @@ def run(chosen: Settings, device: torch.device) -> dict:
     without = []
     for seed in chosen.seeds:
         with fitted("engram", chosen, seed, ids, device) as (model, _):
-            table = model.engram.table
+            table = cast(EngramTable, model.engram.table)
             table.wait_for_steps()
             values = table.weight.float().cpu()
             rows.setdefault("trained", values[(values != initial_rows(table, seed)).any(1)].clone())
@@ -199,9 +199,10 @@ def table_rows(result: dict) -> list[list[str]]:
     return rows
 
 
-CACHE_TITLES = ("format", "entries an order", "hit rate", "link bytes a token", "with the cache")
-TITLES = ("format", "bytes, 256 wide", "160 wide", "SNR, Gaussian", "heavy-tailed", "trained", "rows beyond")
-TITLES += ("held-out loss", "against float32", "by seed")
+CACHE_TITLES = (
+    *("format", "bytes, 256 wide", "160 wide", "SNR, Gaussian", "heavy-tailed", "trained", "rows beyond"),
+    *("held-out loss", "against float32", "by seed"),
+)
 
 
 def plot(result: dict, path: Path) -> None:
