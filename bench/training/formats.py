@@ -199,7 +199,8 @@ def table_rows(result: dict) -> list[list[str]]:
     return rows
 
 
-CACHE_TITLES = (
+CACHE_TITLES = ("format", "entries an order", "hit rate", "link bytes a token", "with the cache")
+TITLES = (
     *("format", "bytes, 256 wide", "160 wide", "SNR, Gaussian", "heavy-tailed", "trained", "rows beyond"),
     *("held-out loss", "against float32", "by seed"),
 )
@@ -273,6 +274,7 @@ def main(arguments: list[str]) -> int:
     mean = sum(worth) / len(worth)
     print(f"A table of zeros costs {mean:.4f} nats a token; {result['trained_rows']:,} rows were trained")
     for each in result["formats"]:
-        print(f"{each['name']:<15} {each['rows_a_second'] / 1e6:.2f} M rows of {WIDTH} a second converted")
+        if FORMATS[each["format"]].scaled:
+            print(f"{each['name']:<15} {each['rows_a_second'] * WIDTH / 1e6:.0f} M elements a second converted")
     print(f"Wrote {chosen.out} and {chosen.out.with_suffix('.png')}")
     return 0
