@@ -124,9 +124,8 @@ class Engram(nn.Module):
         table.token_map = plan.token_map_digest
         self.config, self.layer, self.table, self.residual = config, layer, table, residual
         self._plans = {plan.device: plan}
-        branches, hidden_size = config.branches, config.hidden_size
+        branches, hidden_size, width = config.branches, config.hidden_size, config.columns * config.row_width
         options = dict(device=device, dtype=dtype)
-        width = config.columns * config.row_width
         self.wkv = nn.Linear(width, (branches + 1) * hidden_size, bias=config.projection_bias, **options)
         self.q_weight = nn.Parameter(torch.ones(branches, hidden_size, **options))
         self.k_weight = nn.Parameter(torch.ones(branches, hidden_size, **options))
@@ -164,8 +163,7 @@ class Engram(nn.Module):
         "eos", which hashes raw ids.
         init: the standard deviation of rows and projection, which ``seed`` makes, the same for every placement; or a
         function that is called with the module and writes both. Convolutions begin at 0, norms at 1 (nn/initial.py).
-        trainable: whether rows take gradients, for dense formats. residual: False leaves the hidden state out of the
-        sum.
+        trainable: whether rows take gradients, for dense formats. residual: False leaves the hidden state out.
         name: of a table with placement "shared", which is published then. device, dtype: of the module's weights;
         device of the table too, with placement "device". progress: called with (bytes done, all) of rows.
 
@@ -303,9 +301,9 @@ class Engram(nn.Module):
     @takes(batch=Whole(0))
     def new_conv_state(self, batch: int) -> ConvState:
         """The state before the first token of ``batch`` sequences, on the module's device."""
-        span = max(0, self.config.conv_kernel - 1) * self.config.conv_dilation
-        scale_dtype = torch.float64 if self.wkv.weight.dtype == torch.float64 else torch.float32
-        value = self.wkv.weight.new_zeros(batch, span, self.config.hidden_size)
+        span, weight = max(0, self.config.conv_kernel - 1) * self.config.conv_dilation, self.wkv.weight
+        scale_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        value = weight.new_zeros(batch, span, self.config.hidden_size)
         return value, value.new_zeros(batch, span, self.config.branches, dtype=scale_dtype)
 
     @takes(tensors=AnyOf(Instance(Mapping), Path(), Each(Path(), least=1)), prefix=Text())
@@ -347,13 +345,11 @@ class Engram(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _check_row_shape(self, where: str, rows: torch.Tensor) -> None:
-        """Raise ValueError unless rows are the config's."""
         if tuple(rows.shape[-2:]) != (self.config.columns, self.config.row_width):
             expected = f"C = {self.config.columns} and R = {self.config.row_width}"
             raise ValueError(f"{where}: rows must have shape [..., C, R], {expected}, got {list(rows.shape)}")
 
     def _check_hidden(self, hidden: torch.Tensor, tokens: tuple[int, ...]) -> None:
-        """Raise ValueError unless hidden has ``tokens``, and the config's branches and elements."""
         branches, hidden_size, where = self.config.branches, self.config.hidden_size, "Engram.forward"
         if tuple(hidden.shape) != (*tokens, branches, hidden_size):
             bare = branches == 1 and tuple(hidden.shape) == (*tokens, hidden_size)
@@ -366,12 +362,11 @@ class Engram(nn.Module):
     def _mask(self, hidden, cu_seqlens, dead) -> torch.Tensor | None:
         """A gate's mask: True unless a token is dead or padding, which the convolution finds itself. None: all True."""
         where, tokens, device = "Engram.forward", hidden.shape[:-2], hidden.device
-        mask = None
         if len(tokens) not in (1, 2):
             return None  # the gate refuses such a hidden
         if dead is not None:
             check_tensor(where, "dead", dead, dtypes=(torch.bool,), shape=tokens, device=device)
-            mask = ~dead
+        mask = None if dead is None else ~dead
         if cu_seqlens is not None and not self.config.conv_kernel:
             check_batch(where, tokens, cu_seqlens, device)
             inside = torch.arange(tokens[0], device=device) < cu_seqlens[-1]
