@@ -10,6 +10,7 @@ import torch.distributed as dist
 from engram_kernels.geometry.choices import FormatName, Mean, Placement, Split
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import Function, Instance, Number, OneOf, Optional, Whole, check_all, declares
+from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.geometry.row_format import FORMATS, RowFormat, row_format
 from engram_kernels.launching.exchange import Groups
 from engram_kernels.tables.engram import EngramTable
@@ -44,6 +45,9 @@ class ShardedRows:
     ranks, replicas: the groups, as this rank sees them. sharding: which rows are whose. part: this rank's shard. rows,
     width and format are those of the whole table.
     """
+
+    #: The last plan that hash_lookup was given, and the plan of this layer alone.
+    _plan: tuple[HashPlan, HashPlan] | None = None
 
     @declares(**_KINDS)
     def __init__(
@@ -102,6 +106,10 @@ class ShardedRows:
         return self._maps[device]
 
     @property
+    def closed(self) -> bool:
+        return self.part.closed
+
+    @property
     def own_scale(self) -> float | None:
         """The one scale of a whole table, of formats "e4m3" and "nvfp4"; else None."""
         return self.part.own_scale
@@ -129,6 +137,23 @@ class ShardedRows:
     @token_map.setter
     def token_map(self, digest: str | None) -> None:
         self.part.token_map = digest
+
+    def zero_row_grad(self) -> None:
+        """Forget the gradient of this rank's rows."""
+        self.part.zero_row_grad()
+
+    def __repr__(self) -> str:
+        rank = f"rank {self.ranks.rank} of {self.ranks.size}"
+        return f"ShardedTable({self.rows:,} x {self.width} by {self.sharding.split}, {rank}: {self.part!r})"
+
+    def _own_plan(self, plan: HashPlan, where: str) -> HashPlan:
+        """The plan of this layer alone."""
+        if self._plan is None or self._plan[0] is not plan:
+            own = layer_plan(plan, self.config, self.layer, where)
+            if own.rows_per_layer[0] > self.rows:
+                raise ValueError(f"{where}: plan must fit {self.rows} rows, got {own.rows_per_layer[0]}")
+            self._plan = (plan, own)
+        return self._plan[1]
 
     def _make_shard(self, groups: Groups, scale: float, fill: Fill | None, options: dict) -> EngramTable:
         # A rank without rows keeps one that nobody asks for, so that every rank has a table.

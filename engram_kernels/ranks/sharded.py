@@ -26,7 +26,7 @@ from engram_kernels.geometry.choices import OutFormat, Placement, RowsAndScales
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import AnyOf, Flag, Number, Optional, Tensor, check_all, declares, takes
 from engram_kernels.geometry.kinds import Path as PathKind
-from engram_kernels.geometry.plan import HashPlan, layer_plan
+from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import check_content, format_of
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.exchange import Groups
@@ -73,9 +73,6 @@ class ShardedTable(ShardedRows):
     things are checked before a rank takes part, so that its peers wait for it until the group's time-out: the groups
     themselves, and arguments of lookups with ``capacity`` and of :meth:`accumulate_row_grad`.
     """
-
-    #: The last plan that hash_lookup was given, and the plan of this layer alone.
-    _plan: tuple[HashPlan, HashPlan] | None = None
 
     @classmethod
     @declares(**_WEIGHT_KINDS)
@@ -357,14 +354,6 @@ class ShardedTable(ShardedRows):
         self.part.accumulate_row_grad(ids, entries)
         self.part.row_grad = ShardGradient.of(self.part.row_grad, self.ranks)
 
-    def zero_row_grad(self) -> None:
-        """Forget the gradient of this rank's rows."""
-        self.part.zero_row_grad()
-
-    @property
-    def closed(self) -> bool:
-        return self.part.closed
-
     def close(self) -> None:
         """Release this rank's shard; not collective."""
         self._fixed.clear()
@@ -375,10 +364,6 @@ class ShardedTable(ShardedRows):
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        rank = f"rank {self.ranks.rank} of {self.ranks.size}"
-        return f"ShardedTable({self.rows:,} x {self.width} by {self.sharding.split}, {rank}: {self.part!r})"
 
     @cached_property
     def _fixed(self) -> dict[torch.device, FixedExchange]:
@@ -406,12 +391,3 @@ class ShardedTable(ShardedRows):
                 device = "cpu" if kind == "cpu" or not torch.cuda.is_available() else "cuda"
                 self.ranks.refuse(torch.device(device), "ShardedTable.lookup", ROWS_ASKED)
             raise
-
-    def _own_plan(self, plan: HashPlan, where: str) -> HashPlan:
-        """The plan of this layer alone."""
-        if self._plan is None or self._plan[0] is not plan:
-            own = layer_plan(plan, self.config, self.layer, where)
-            if own.rows_per_layer[0] > self.rows:
-                raise ValueError(f"{where}: plan must fit {self.rows} rows, got {own.rows_per_layer[0]}")
-            self._plan = (plan, own)
-        return self._plan[1]
