@@ -109,8 +109,8 @@ def _encode_e2m1(groups, maxima, format: RowFormat, scale: float | None, nearest
     blocks = zip(flat.split(some), first.split(some), strict=True)
     # Of no groups there is a block too, of none.
     codes, scales = zip(*(_encode_block(*block, steps, format, scale) for block in blocks), strict=True)
-    codes = torch.cat(codes).view(len(groups), -1)
-    return codes, torch.cat(scales).view(len(groups), -1)
+    count, number, size = groups.shape
+    return torch.cat(codes).view(count, number * size // 2), torch.cat(scales).view(count, number)
 
 
 def _encode_block(groups, first, steps, format: RowFormat, scale: float | None):

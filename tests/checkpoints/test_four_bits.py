@@ -98,6 +98,8 @@ def test_codes_and_scales_are_those_of_a_search_by_hand(name, kind):
 def test_a_row_has_the_bits_that_it_has_alone(name):
     fmt, values = FORMATS[name], torch.cat([rows_of("normal"), rows_of("heavy")])
     rows, scales = encode_rows(values, fmt, "t", **options_of(name))
+    none = encode_rows(values[:0], fmt, "t", **options_of(name))
+    assert none[0].shape == (0, 32) and none[1].shape == (0, fmt.scale_bytes(64))
     for row in range(len(values)):
         alone = encode_rows(values[row : row + 1].clone(), fmt, "t", **options_of(name))
         assert torch.equal(alone[0][0], rows[row]) and torch.equal(alone[1][0], scales[row])
