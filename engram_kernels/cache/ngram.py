@@ -16,7 +16,7 @@ from engram_kernels.geometry.kinds import Path as PathKind
 
 from .contents import CacheStats, load_keys, read_stats, save_keys, warm_up
 from .lookup import launch_cached_lookup
-from .store import CacheStore
+from .store import COUNTS, CacheStore
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,19 @@ class NgramCache(CacheStore):
         counts = {field.name: getattr(stats, field.name) for field in fields(stats)}
         past = dict(bypassed_calls=self.bypassed_calls, bypassed_tokens=self.bypassed_tokens)
         return CacheUse(**counts, min_tokens=self.min_tokens, **past)
+
+    def metrics(self) -> dict[str, int]:
+        """:meth:`stats` in sums over layers and orders; waits for the GPU, and cannot be called in a capture.
+
+        asked, hits, read, inserted, evicted: n-grams, as :class:`CacheStats` has them, replays of graphs included.
+        read_bytes, saved_bytes: read from the tables, and not read. bypassed_calls, bypassed_tokens: past the cache,
+        without replays. used, entries: n-grams that it holds and has room for, of all orders and layers. nbytes: of it.
+        """
+        stats = self.stats()
+        counts = {name: sum(map(sum, getattr(stats, name))) for name in (*COUNTS, "used")}
+        past = dict(bypassed_calls=self.bypassed_calls, bypassed_tokens=self.bypassed_tokens)
+        spared = dict(read_bytes=counts["read"] * self.entry_bytes, saved_bytes=sum(map(sum, stats.bytes_saved)))
+        return counts | spared | past | dict(entries=self._groups * self.entries, nbytes=self.nbytes)
 
     @takes(token_ids=Tensor(torch.int32, torch.int64), progress=Optional(Function()))
     def warm(self, token_ids: torch.Tensor, *, progress: Callable[[int, int], object] | None = None) -> None:

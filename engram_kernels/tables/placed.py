@@ -25,6 +25,8 @@ class TableDescriptor(NamedTuple):
     scale_bits: int  #: of the table's own float32 scale, else 0
 
 
+#: What a ring of placement "staged" counts (tables/staging.py).
+STAGED = ("calls", "rows", "bytes", "waits")
 #: By which registered ops find trainable tables.
 TABLES = Registry("trainable table")
 
@@ -38,6 +40,8 @@ class PlacedRows:
     #: and of its optimizers; None until files or :class:`Engram` tell it.
     token_map: str | None = None
     _changes = 0
+    #: Rows that kernels and the CPU were asked for so far, as the host counts them; see :meth:`metrics`.
+    kernel_rows = cpu_rows = 0
     #: Which rows changed when, once :meth:`EngramTable.record_changes` has been called.
     changes: Any = None
 
@@ -184,6 +188,24 @@ class PlacedRows:
         self.check_usable("EngramTable.memory_report")
         tensors = [self._weight, self._scale] if self.format.group else [self._weight]
         return report(self.placement, self.nbytes, tensors, self._mapping)
+
+    def metrics(self) -> dict[str, int]:
+        """What was read from this table so far, as the host has counted it, without waiting for a GPU.
+
+        rows_asked: by :func:`lookup` and :func:`hash_lookup`, past a cache; duplicates and ids outside are rows too.
+        link_bytes: of what these have asked for over PCIe or NVLink, and what was copied for placement "staged".
+        staged_calls, staged_rows, staged_bytes, staged_waits: gathers of placement "staged", and how often one found
+        that the buffer whose turn it was had still to be copied. rows, nbytes: of the table.
+        docs/metrics.md says what is not counted.
+        """
+        rings = list(self.rings.values())
+        staged = {f"staged_{name}": sum(getattr(ring, name) for ring in rings) for name in STAGED}
+        link_bytes = staged["staged_bytes"]
+        if self.placement in REGISTERED and self.link != "unified":
+            width, scales = self.width, 0 if self.scales_on_device else self.format.scale_bytes(self.width)
+            link_bytes += self.kernel_rows * (self.format.row_bytes(width) + scales)
+        asked = dict(rows_asked=self.kernel_rows + self.cpu_rows, link_bytes=link_bytes)
+        return asked | staged | dict(rows=self.rows, nbytes=self.nbytes)
 
     def discard(self) -> None:
         """Give the pages of an unregistered host table back: all rows read as zero afterwards."""
