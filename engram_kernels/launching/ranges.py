@@ -20,10 +20,10 @@ chosen = False
 def set_ranges(enabled: bool) -> bool:
     """Whether launches from now on stand in ranges ``engram.<name>`` of torch's profiler; returns what was.
 
-    Off at first. A range is what one call launches, from the first launch to the last, as torch.profiler.record_function has it; what
-    a call checks comes before. It holds for the whole process. A change forgets the launches that were kept, so that
-    the next call of each form is as slow as a first one, though nothing is compiled again. Graphs of torch.compile have
-    ranges where ops of this package run in them, replays of CUDA graphs none. docs/metrics.md has all names.
+    Off at first. A range is what one call launches, from the first launch to the last; its checks come before. The
+    switch holds for the whole process. A change forgets the launches that were kept, so that the next call of each form
+    prepares its own again, though nothing is compiled again. Graphs of torch.compile have ranges where ops of this
+    package run in them, replays of CUDA graphs have none. docs/metrics.md has all names.
     """
     global chosen
     before, chosen = chosen, enabled

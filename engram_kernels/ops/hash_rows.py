@@ -21,7 +21,7 @@ from engram_kernels.launching.ranges import ranged
 from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.placed import TABLES
+from engram_kernels.tables.placed import TABLES, rows_asked
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView, view_tables
@@ -192,11 +192,11 @@ class HashLookup(Op):
         reading = Reading(call.storage, call.programs, choose_order(call.order, view, prod(call.ids_shape)))
         if call.cache is not None:
             return lambda call, out: call.cache.look_up(call.tokens, view, reading, out)
-        launch, num_rows = prepare_hash_lookup(call.tokens, call.plan, view, reading), prod(call.ids_shape[1:])
+        launch = prepare_hash_lookup(call.tokens, call.plan, view, reading)
+        asked, num_rows = rows_asked(call.tables), prod(call.ids_shape[1:])
 
         def run(call, out):
-            for table in call.tables:
-                table.kernel_rows += num_rows
+            asked.rows += num_rows
             launch(call.tokens, out)
 
         return run
@@ -224,7 +224,7 @@ def launch_layers(row_ids: torch.Tensor, tables: Sequence[EngramTable], out, rea
     host_ids = row_ids.cpu()
     for layer, table in enumerate(tables):
         ids = row_ids[..., layer, :]
-        table.kernel_rows += ids.numel()
+        rows_asked((table,)).rows += ids.numel()
         if table.placement == "staged":
             ids, view = stage(table, ids, "hash_lookup", host_ids[..., layer, :])
         else:

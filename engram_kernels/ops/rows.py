@@ -22,7 +22,7 @@ from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.launching.ranges import ranged
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.placed import TABLES
+from engram_kernels.tables.placed import TABLES, rows_asked
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView
 
@@ -142,16 +142,16 @@ class Lookup(Op):
             return self._launch_staged
         _, view = view_rows(call.table, call.row_ids, self.name)
         launch = _prepare(call.row_ids, view, call.storage, call.programs, call.order)
-        num_rows = call.row_ids.numel()
+        asked, num_rows = rows_asked((call.table,)), call.row_ids.numel()
 
         def run(call, out):
-            call.table.kernel_rows += num_rows
+            asked.rows += num_rows
             launch(call.row_ids, out)
 
         return run
 
     def _launch_staged(self, call, out):
-        call.table.kernel_rows += call.row_ids.numel()
+        rows_asked((call.table,)).rows += call.row_ids.numel()
         row_ids, view = view_rows(call.table, call.row_ids, self.name)
         _prepare(row_ids, view, call.storage, call.programs, call.order)(row_ids, out)
 

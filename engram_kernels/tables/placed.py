@@ -1,6 +1,7 @@
 """Rows in a storage format, in the memory of a placement: what kernels are told of them, and who can read them."""
 
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -31,6 +32,24 @@ STAGED = ("calls", "rows", "bytes", "waits")
 TABLES = Registry("trainable table")
 
 
+class RowCount:
+    """Rows that kernels were asked for, of each of some tables. It is no table, so that launches may keep it."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self):
+        self.rows = 0
+
+
+def rows_asked(tables: Sequence["PlacedRows"]) -> RowCount:
+    """The count of calls that read these tables together: one addition a call, however many there are."""
+    key = tuple([table.identity for table in tables])
+    count, _ = tables[0].counts.get(key) or (RowCount(), 0)
+    for table in tables:
+        table.counts[key] = count, sum(each is table for each in tables)
+    return count
+
+
 class PlacedRows:
     """``rows`` x ``width`` elements in ``format`` and ``placement``, and their scales."""
 
@@ -40,8 +59,8 @@ class PlacedRows:
     #: and of its optimizers; None until files or :class:`Engram` tell it.
     token_map: str | None = None
     _changes = 0
-    #: Rows that kernels and the CPU were asked for so far, as the host counts them; see :meth:`metrics`.
-    kernel_rows = cpu_rows = 0
+    #: Rows that the CPU was asked for so far; :attr:`counts` has those that kernels were.
+    cpu_rows = 0
     #: Which rows changed when, once :meth:`EngramTable.record_changes` has been called.
     changes: Any = None
 
@@ -77,6 +96,8 @@ class PlacedRows:
         self.kept_views: dict[tuple, NamedTuple] = {}
         #: Overlays that are applied now (tables/editing/overlay.py).
         self.overlays: list = []
+        #: Rows asked of this table and those read with it, and how often it is among these (:func:`rows_asked`).
+        self.counts: dict[tuple, tuple[RowCount, int]] = {}
         #: Buffers of placement "staged" by device, made when it is first read from there (tables/staging.py).
         self.rings: dict = {}
         self._describe()
@@ -198,13 +219,13 @@ class PlacedRows:
         that the buffer whose turn it was had still to be copied. rows, nbytes: of the table.
         docs/metrics.md says what is not counted.
         """
-        rings = list(self.rings.values())
+        rings, kernel_rows = list(self.rings.values()), sum(count.rows * times for count, times in self.counts.values())
         staged = {f"staged_{name}": sum(getattr(ring, name) for ring in rings) for name in STAGED}
         link_bytes = staged["staged_bytes"]
         if self.placement in REGISTERED and self.link != "unified":
             width, scales = self.width, 0 if self.scales_on_device else self.format.scale_bytes(self.width)
-            link_bytes += self.kernel_rows * (self.format.row_bytes(width) + scales)
-        asked = dict(rows_asked=self.kernel_rows + self.cpu_rows, link_bytes=link_bytes)
+            link_bytes += kernel_rows * (self.format.row_bytes(width) + scales)
+        asked = dict(rows_asked=kernel_rows + self.cpu_rows, link_bytes=link_bytes)
         return asked | staged | dict(rows=self.rows, nbytes=self.nbytes)
 
     def discard(self) -> None:
