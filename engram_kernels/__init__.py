@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:
     from .ops.rows import lookup
     from .ranks.sharded import ShardedTable
     from .serving.prefetch import Prefetcher
+    from .serving.prometheus import MetricsCollector
     from .serving.state import EngramState
     from .tables.engram import EngramTable
     from .training.optimizers import RowAdagrad, RowAdam, RowSinkhorn
@@ -40,6 +41,7 @@ __all__ = [
     "EngramState",
     "EngramTable",
     "HashPlan",
+    "MetricsCollector",
     "NgramCache",
     "Prefetcher",
     "RowAdagrad",
@@ -82,6 +84,7 @@ _PLACES = {
     ".ops.rows": ("lookup",),
     ".ranks.sharded": ("ShardedTable",),
     ".serving.prefetch": ("Prefetcher",),
+    ".serving.prometheus": ("MetricsCollector",),
     ".serving.state": ("EngramState",),
     ".tables.engram": ("EngramTable",),
     ".training.optimizers": ("RowAdagrad", "RowAdam", "RowSinkhorn"),

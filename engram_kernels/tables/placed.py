@@ -219,7 +219,8 @@ class PlacedRows:
         that the buffer whose turn it was had still to be copied. rows, nbytes: of the table.
         docs/metrics.md says what is not counted.
         """
-        rings, kernel_rows = list(self.rings.values()), sum(count.rows * times for count, times in self.counts.values())
+        rings, counts = list(self.rings.values()), list(self.counts.values())  # another thread may add to them
+        kernel_rows = sum(count.rows * times for count, times in counts)
         staged = {f"staged_{name}": sum(getattr(ring, name) for ring in rings) for name in STAGED}
         link_bytes = staged["staged_bytes"]
         if self.placement in REGISTERED and self.link != "unified":
