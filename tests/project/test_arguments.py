@@ -232,12 +232,8 @@ CALLS = {
     "set_dependent_launch": lambda: (ek.set_dependent_launch, dict(enabled=True)),
     "set_ranges": lambda: (ek.set_ranges, dict(enabled=False)),
     "MetricsCollector": lambda: (ek.MetricsCollector, dict(sources={"a": table(), "b": {0: cache()}})),
-    "save_training": lambda: (
-        ek.save_training, RUN | run() | dict(folder="run", step=3, extra=None)
-    ),
-    "load_training": lambda: (
-        ek.load_training, RUN | dict(folder=saved_run()) | run()
-    ),
+    "save_training": lambda: (ek.save_training, RUN | run() | dict(folder="run", step=3, extra=None)),
+    "load_training": lambda: (ek.load_training, RUN | dict(folder=saved_run()) | run()),
     "EngramConfig.from_hf": lambda: (ek.EngramConfig.from_hf, dict(config=None)),
     "EngramTable.from_safetensors": lambda: (
         ek.EngramTable.from_safetensors,

@@ -64,7 +64,7 @@ def test_bytes_over_the_link(device):
 
 
 def test_staging():
-    """14 rows of 64 bytes, of which each of two slots holds 6 with their ids: the third chunk finds a copy under way."""
+    """14 rows of 64 bytes, of which each of two slots holds 6 and ids: the third chunk finds a copy under way."""
     table = tables.place(*tables.random_parts(31, 32, "bfloat16"), CPU, "staged")
     table.rings[CPU] = StagingRing(LateRuntime(), slots=2, slot_bytes=256 * 3 + 6 * 68, threads=1)
     stage(table, torch.arange(14), "lookup")
