@@ -21,7 +21,7 @@ from engram_kernels.launching.ranges import ranged
 from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.placed import TABLES, rows_asked
+from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView, view_tables
@@ -193,13 +193,7 @@ class HashLookup(Op):
         if call.cache is not None:
             return lambda call, out: call.cache.look_up(call.tokens, view, reading, out)
         launch = prepare_hash_lookup(call.tokens, call.plan, view, reading)
-        asked, num_rows = rows_asked(call.tables), prod(call.ids_shape[1:])
-
-        def run(call, out):
-            asked.rows += num_rows
-            launch(call.tokens, out)
-
-        return run
+        return counting(call.tables, prod(call.ids_shape[1:]), launch)
 
     def prepare(self, call, out):
         run = super().prepare(call, out)

@@ -22,7 +22,7 @@ from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.launching.ranges import ranged
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.placed import TABLES, rows_asked
+from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView
 
@@ -142,13 +142,7 @@ class Lookup(Op):
             return self._launch_staged
         _, view = view_rows(call.table, call.row_ids, self.name)
         launch = _prepare(call.row_ids, view, call.storage, call.programs, call.order)
-        asked, num_rows = rows_asked((call.table,)), call.row_ids.numel()
-
-        def run(call, out):
-            asked.rows += num_rows
-            launch(call.row_ids, out)
-
-        return run
+        return counting((call.table,), call.row_ids.numel(), launch)
 
     def _launch_staged(self, call, out):
         rows_asked((call.table,)).rows += call.row_ids.numel()

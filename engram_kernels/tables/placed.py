@@ -1,7 +1,7 @@
 """Rows in a storage format, in the memory of a placement: what kernels are told of them, and who can read them."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -48,6 +48,17 @@ def rows_asked(tables: Sequence["PlacedRows"]) -> RowCount:
     for table in tables:
         table.counts[key] = count, sum(each is table for each in tables)
     return count
+
+
+def counting(tables: Sequence["PlacedRows"], num_rows: int, launch: Callable) -> Callable:
+    """What calls ``launch(call[0], out)`` for (call, out) that ask each of ``tables`` for so many rows."""
+    asked = rows_asked(tables)
+
+    def run(call, out):
+        asked.rows += num_rows
+        launch(call[0], out)
+
+    return run
 
 
 class PlacedRows:
