@@ -21,9 +21,10 @@ def set_ranges(enabled: bool) -> bool:
     """Whether launches from now on stand in ranges ``engram.<name>`` of torch's profiler; returns what was.
 
     enabled: off at first; ValueError unless it is a bool. A range is what one call launches, from the first launch to
-    the last; its checks come before. The switch holds for the whole process. A change forgets the launches that were kept, so that the next call of each form
-    prepares its own again, though nothing is compiled again. Graphs of torch.compile have ranges where ops of this
-    package run in them, replays of CUDA graphs have none. docs/metrics.md has all names.
+    the last; its checks come before. The switch holds for the whole process. A change forgets the launches that were
+    kept, so that the next call of each form prepares its own again, though nothing is compiled again. Graphs of
+    torch.compile have ranges where ops of this package run in them, replays of CUDA graphs have none. docs/metrics.md
+    has all names.
     """
     global chosen
     before, chosen = chosen, enabled
