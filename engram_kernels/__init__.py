@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
     from .geometry.plan import HashPlan
     from .geometry.token_map import build_token_map
     from .launching.dependent import set_dependent_launch
+    from .launching.ranges import set_ranges
     from .nn.engram import Engram
     from .nn.replacement import export_state, replace_engram
     from .nn.training import load_training, save_training
@@ -26,6 +27,7 @@ if typing.TYPE_CHECKING:
     from .ops.rows import lookup
     from .ranks.sharded import ShardedTable
     from .serving.prefetch import Prefetcher
+    from .serving.prometheus import MetricsCollector
     from .serving.state import EngramState
     from .tables.engram import EngramTable
     from .training.optimizers import RowAdagrad, RowAdam, RowSinkhorn
@@ -39,6 +41,7 @@ __all__ = [
     "EngramState",
     "EngramTable",
     "HashPlan",
+    "MetricsCollector",
     "NgramCache",
     "Prefetcher",
     "RowAdagrad",
@@ -56,6 +59,7 @@ __all__ = [
     "replace_engram",
     "save_training",
     "set_dependent_launch",
+    "set_ranges",
     "split_kv",
     "warmup",
 ]
@@ -67,6 +71,7 @@ _PLACES = {
     ".geometry.plan": ("HashPlan",),
     ".geometry.token_map": ("build_token_map",),
     ".launching.dependent": ("set_dependent_launch",),
+    ".launching.ranges": ("set_ranges",),
     ".nn.engram": ("Engram",),
     ".nn.replacement": ("export_state", "replace_engram"),
     ".nn.training": ("load_training", "save_training"),
@@ -79,6 +84,7 @@ _PLACES = {
     ".ops.rows": ("lookup",),
     ".ranks.sharded": ("ShardedTable",),
     ".serving.prefetch": ("Prefetcher",),
+    ".serving.prometheus": ("MetricsCollector",),
     ".serving.state": ("EngramState",),
     ".tables.engram": ("EngramTable",),
     ".training.optimizers": ("RowAdagrad", "RowAdam", "RowSinkhorn"),

@@ -16,7 +16,7 @@ from engram_kernels.geometry.kinds import Path as PathKind
 
 from .contents import CacheStats, load_keys, read_stats, save_keys, warm_up
 from .lookup import launch_cached_lookup
-from .store import CacheStore
+from .store import COUNTS, CacheStore
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,26 @@ class NgramCache(CacheStore):
         counts = {field.name: getattr(stats, field.name) for field in fields(stats)}
         past = dict(bypassed_calls=self.bypassed_calls, bypassed_tokens=self.bypassed_tokens)
         return CacheUse(**counts, min_tokens=self.min_tokens, **past)
+
+    def metrics(self) -> dict[str, int]:
+        """:meth:`stats` in sums over layers and orders, for a scraper.
+
+        asked, hits, read, inserted, evicted: n-grams, as :class:`CacheStats` has them, replays of graphs included.
+        read_bytes, saved_bytes: read from the tables, and not read. bypassed_calls, bypassed_tokens: past the cache,
+        without replays. used, entries: n-grams that it holds and has room for, of all orders and layers. nbytes: of it.
+
+        The device's counters are read now, for which the host waits for the GPU's current stream; lookups under way on
+        other streams may be in part of them. Another thread may ask, but none while a CUDA graph is captured.
+        """
+        self._buffers.check("NgramCache.metrics")
+        # Without in_order(), whose event is the thread's that looks up: whoever only reads orders nothing.
+        state = self._state
+        counted = torch.cat([state.counts.sum(1), (state.stamps > 0).sum()[None]]).tolist()
+        counts = dict(zip((*COUNTS, "used"), counted, strict=True))
+        asked, read = counts["asked"], counts["read"]
+        moved = dict(read_bytes=read * self.entry_bytes, saved_bytes=(asked - read) * self.entry_bytes)
+        past = dict(bypassed_calls=self.bypassed_calls, bypassed_tokens=self.bypassed_tokens)
+        return counts | moved | past | dict(entries=self._groups * self.entries, nbytes=self.nbytes)
 
     @takes(token_ids=Tensor(torch.int32, torch.int64), progress=Optional(Function()))
     def warm(self, token_ids: torch.Tensor, *, progress: Callable[[int, int], object] | None = None) -> None:

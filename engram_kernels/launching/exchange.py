@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from engram_kernels.geometry.kinds import describe
 
+from .ranges import ranged
+
 Result = TypeVar("Result")
 _REFUSED = -1  # in place of a number of entries
 
@@ -63,7 +65,8 @@ class Ranks:
     ) -> torch.Tensor:
         """The same into the tensor ``received``; without counts every rank gets an equal share."""
         with self._together(where, what):
-            dist.all_to_all_single(received, send, receive_counts, send_counts, group=self.group)
+            exchange = ranged("exchange", dist.all_to_all_single)
+            exchange(received, send, receive_counts, send_counts, group=self.group)
         return received
 
     def exchange_counts(self, counts: torch.Tensor, where: str, what: str) -> tuple[list[int], list[int]]:

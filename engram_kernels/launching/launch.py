@@ -80,7 +80,8 @@ def capturing(tensor: torch.Tensor) -> bool:
 class Kept:
     """What calls of one form have in common, such as a launch: made when the form first comes."""
 
-    _all: ClassVar[WeakSet["Kept"]] = WeakSet()
+    #: What :meth:`forget` empties: all of this class, and what else keeps launches as ``_kept``.
+    _all: ClassVar[WeakSet] = WeakSet()
 
     #: All are forgotten then: no serving engine repeats as many lengths.
     MOST = 1024
@@ -100,6 +101,11 @@ class Kept:
                 self._kept.clear()
             kept = self._kept[form] = make()
         return kept
+
+    @classmethod
+    def watch(cls, keeper) -> None:
+        """Let :meth:`forget` empty ``keeper._kept`` too."""
+        cls._all.add(keeper)
 
     @classmethod
     def forget(cls) -> None:

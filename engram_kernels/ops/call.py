@@ -26,6 +26,7 @@ from torch.compiler import is_compiling
 
 from engram_kernels.launching.launch import Kept
 from engram_kernels.launching.overlap import Apart
+from engram_kernels.launching.ranges import ranged
 
 MOST_KEPT = Kept.MOST  #: launches for one owner
 _LIBRARY = torch.library.Library("engram", "FRAGMENT")
@@ -43,6 +44,7 @@ class Op(ABC):
     def __init__(self):
         # Kept with what they are for, as long as that lives: a launch holds tensors of a plan, and addresses of tables.
         self._kept: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+        Kept.watch(self)
 
     def __call__(self, call, out=None, signature: Hashable = None):
         """The result; ``signature`` is that of the call, where it was asked for before."""
@@ -64,7 +66,7 @@ class Op(ABC):
         if self.records(call):
             return self.record(call, out)
         if not self.on_kernels(call):
-            return self.reference(call, out)
+            return ranged(self.span(call), self.reference)(call, out)
         if compiling:
             return self.compiled(call, out)
         return self._prepare(call, out, signature, apart)[0](call, out)
@@ -83,6 +85,10 @@ class Op(ABC):
     @abstractmethod
     def signature(self, call, out) -> Hashable:
         """What calls that may share a launch have in common; None where none may."""
+
+    def span(self, call) -> str:
+        """What a range around its launches is called (launching/ranges.py)."""
+        return self.name
 
     def owner(self, call) -> object:
         """What a kept launch lives as long as: a plan, a table, or the op itself."""
@@ -164,7 +170,7 @@ class Op(ABC):
             return None
 
     def _prepare(self, call, out, signature, apart: Apart | None) -> _Kept:
-        prepared = self.prepare(call, out), apart
+        prepared = ranged(self.span(call), self.prepare(call, out)), apart
         if signature is not None:
             kept = self._kept.setdefault(self.owner(call), {})
             if len(kept) >= MOST_KEPT:

@@ -14,6 +14,7 @@ from engram_kernels import reference
 from engram_kernels.geometry.kinds import declares
 from engram_kernels.launching.checks import records_gradient
 from engram_kernels.launching.device import is_kernel_device
+from engram_kernels.launching.ranges import ranged
 
 from .call import Op, empty_of, form_of, registered, writes_alone
 from .gate_kernels.arguments import GATE_KINDS, GateCall, check_gate
@@ -104,7 +105,7 @@ def gate_residual_scalars_op(*arguments):
     """:func:`gate_residual` where autograd records it: the same bits, and the scalars that the backward pass reads."""
     call = GateCall(*arguments)
     out, scalars = make_recorded(call.hidden)
-    prepare_gate_residual(call, out)(call, out, scalars)
+    ranged(GATE.name, prepare_gate_residual(call, out))(call, out, scalars)
     return out, scalars
 
 

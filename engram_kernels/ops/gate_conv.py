@@ -20,6 +20,7 @@ from engram_kernels import reference
 from engram_kernels.geometry.kinds import declares
 from engram_kernels.launching.checks import records_gradient
 from engram_kernels.launching.device import is_kernel_device, on_device_of
+from engram_kernels.launching.ranges import ranged
 from engram_kernels.launching.tokens import check_ends
 
 from .call import Op, empty_of, form_of, registered, writes_alone
@@ -185,7 +186,7 @@ def gate_conv_residual_op(*arguments):
     """:func:`gate_conv_residual` for torch.compile: [out], or [out, new value, new scale] where there is a state."""
     call = _dense_call(arguments)
     out, *new_state = results = _results(call, None)
-    prepare_gate_conv_residual(call, out)(call, out, new_state)
+    ranged(GATE_CONV.name, prepare_gate_conv_residual(call, out))(call, out, new_state)
     return [result for result in results if result is not None]
 
 
@@ -211,7 +212,7 @@ def gate_conv_residual_out_op(*arguments):
     call = _dense_call(arguments)
     if ring_value is not None:
         call = call._replace(state=ConvSlots(ring_value, ring_scale, cursor, slots))
-    prepare_gate_conv_residual(call, out)(call, out, (new_value, new_scale))
+    ranged(GATE_CONV.name, prepare_gate_conv_residual(call, out))(call, out, (new_value, new_scale))
 
 
 @registered(
@@ -225,7 +226,7 @@ def gate_conv_residual_scalars_op(*arguments):
     """:func:`gate_conv_residual` where autograd records it: the same bits, and what the backward pass reads."""
     call = ConvCall(*arguments)
     out, *recorded = make_conv_recorded(call.hidden)
-    prepare_gate_conv_residual(call, out)(call, out, None, recorded)
+    ranged(GATE_CONV.name, prepare_gate_conv_residual(call, out))(call, out, None, recorded)
     return out, *recorded
 
 

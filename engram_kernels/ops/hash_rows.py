@@ -17,10 +17,11 @@ from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.launching.overlap import memory_of_plan
+from engram_kernels.launching.ranges import ranged
 from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.placed import TABLES
+from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView, view_tables
@@ -94,6 +95,9 @@ class HashLookup(Op):
         with moves_taken(call.tables, row_ids.unbind(-2)):
             return super().__call__(call, out)
 
+    def span(self, call):
+        return self.name if call.cache is None else "cached_lookup"
+
     def owner(self, call):
         return call.plan
 
@@ -152,6 +156,9 @@ class HashLookup(Op):
         return is_kernel_device(call.tokens.token_ids) and call.tables[0].format.dtype != torch.float64
 
     def reference(self, call, out):
+        if call.cache is None and not is_compiling():
+            for table in call.tables:
+                table.cpu_rows += prod(call.ids_shape[1:])
         options = dict(out=out, out_dtype=call.out_dtype, out_format=call.out_format)
         options |= dict(cache=None if call.cache is None else call.cache.simulator, **call.tokens.options)
         return reference.hash_lookup(call.tokens.token_ids, call.plan, call.tables, **options)
@@ -186,7 +193,7 @@ class HashLookup(Op):
         if call.cache is not None:
             return lambda call, out: call.cache.look_up(call.tokens, view, reading, out)
         launch = prepare_hash_lookup(call.tokens, call.plan, view, reading)
-        return lambda call, out: launch(call.tokens, out)
+        return counting(call.tables, prod(call.ids_shape[1:]), launch)
 
     def prepare(self, call, out):
         run = super().prepare(call, out)
@@ -211,6 +218,7 @@ def launch_layers(row_ids: torch.Tensor, tables: Sequence[EngramTable], out, rea
     host_ids = row_ids.cpu()
     for layer, table in enumerate(tables):
         ids = row_ids[..., layer, :]
+        rows_asked((table,)).rows += ids.numel()
         if table.placement == "staged":
             ids, view = stage(table, ids, "hash_lookup", host_ids[..., layer, :])
         else:
@@ -241,7 +249,7 @@ def _split(rest, options: int) -> tuple[TableView, tuple, HashPlan]:
 def _launch(tokens: Tokens, plan: HashPlan, view: TableView, out, storage, programs, order) -> None:
     def prepare():
         chosen = choose_order(order, view, prod(_ids_shape(tokens.token_ids, plan)))
-        return prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, chosen))
+        return ranged("hash_lookup", prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, chosen)))
 
     if capturing(tokens.token_ids):
         launch = prepare()
@@ -351,12 +359,7 @@ def hash_lookup_gradient_op(grad, token_ids, cu_seqlens, history, dead, anchors,
     return [torch.zeros_like(anchor) for anchor in anchors]
 
 
-@declares(
-    **TOKEN_KINDS,
-    tables=Each(Instance(EngramTable), least=1),
-    cache=Optional(CACHE),
-    **READ_KINDS,
-)
+@declares(**TOKEN_KINDS, tables=Each(Instance(EngramTable), least=1), cache=Optional(CACHE), **READ_KINDS)
 def hash_lookup(
     token_ids: torch.Tensor,
     plan: HashPlan,

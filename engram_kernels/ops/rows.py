@@ -19,9 +19,10 @@ from engram_kernels.geometry.kinds import Instance, Tensor, check_all, declares
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.launching.launch import Kept, capturing
+from engram_kernels.launching.ranges import ranged
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.placed import TABLES
+from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.trainable import moves_taken
 from engram_kernels.tables.view import TableView
 
@@ -119,6 +120,8 @@ class Lookup(Op):
         return is_kernel_device(call.row_ids) and call.table.format.dtype != torch.float64
 
     def reference(self, call, out):
+        if not is_compiling():
+            call.table.cpu_rows += call.row_ids.numel()
         return reference.lookup(call.table, call.row_ids, out=out, out_dtype=call.out_dtype, out_format=call.out_format)
 
     def compiled(self, call, out):
@@ -139,9 +142,10 @@ class Lookup(Op):
             return self._launch_staged
         _, view = view_rows(call.table, call.row_ids, self.name)
         launch = _prepare(call.row_ids, view, call.storage, call.programs, call.order)
-        return lambda call, out: launch(call.row_ids, out)
+        return counting((call.table,), call.row_ids.numel(), launch)
 
     def _launch_staged(self, call, out):
+        rows_asked((call.table,)).rows += call.row_ids.numel()
         row_ids, view = view_rows(call.table, call.row_ids, self.name)
         _prepare(row_ids, view, call.storage, call.programs, call.order)(row_ids, out)
 
@@ -161,10 +165,10 @@ def _prepare(row_ids, view: TableView, storage: bool, programs: int | None, orde
 def _launch(row_ids, view: TableView, out, *options) -> None:
     """The registered op's launch, kept with the descriptors, so that their address stays theirs."""
     if capturing(row_ids):
-        _prepare(row_ids, view, *options)(row_ids, out)
+        ranged("lookup", _prepare(row_ids, view, *options))(row_ids, out)
         return
     form = form_of(row_ids, *out_parts(out)), view.form, options
-    _LAUNCHES.get(form, lambda: _prepare(row_ids, view, *options))(row_ids, out)
+    _LAUNCHES.get(form, lambda: ranged("lookup", _prepare(row_ids, view, *options)))(row_ids, out)
 
 
 def _with_table_scale(call: LookupCall, out):

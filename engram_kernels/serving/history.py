@@ -8,7 +8,7 @@ A dead token at the end of a chunk is kept as NO_TOKEN: it blocks look-backs of 
 its own, since hashing reads nothing that is older than a NO_TOKEN.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 import triton
@@ -17,6 +17,7 @@ import triton.language as tl
 from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import cdiv, is_kernel_device, next_power_of_2, on_device_of
 from engram_kernels.launching.launch import Kept, Launch
+from engram_kernels.launching.ranges import ranged
 from engram_kernels.ops.call import form_of, registered, writes_alone
 from engram_kernels.reference.serving import history as reference
 
@@ -106,7 +107,7 @@ def launch_commit_history(
         COMMITS.get(form, lambda: _committing(history, slots, token_ids, ring, span, restart))(*tensors)
 
 
-def _committing(history, slots, token_ids, ring: int, span: int, restart: int | None) -> Launch:
+def _committing(history, slots, token_ids, ring: int, span: int, restart: int | None) -> Callable[..., None]:
     batch, depth = len(slots), history.shape[1]
     fixed = dict(
         num_seqs=batch,
@@ -122,7 +123,7 @@ def _committing(history, slots, token_ids, ring: int, span: int, restart: int | 
         num_warps=1,
         enable_fp_fusion=False,
     )
-    return Launch(commit_history_kernel, (cdiv(batch, _COMMIT_SEQUENCES),), fixed)
+    return ranged("commit", Launch(commit_history_kernel, (cdiv(batch, _COMMIT_SEQUENCES),), fixed))
 
 
 @registered(
@@ -160,7 +161,7 @@ def commit_history(
     """
     if not is_kernel_device(history):
         options = dict(cu_seqlens=cu_seqlens, dead=dead, accepted=accepted, ring=ring, span=span, restart=restart)
-        return reference.commit_history(history, cursor, slots, token_ids, **options)
+        return ranged("commit", reference.commit_history)(history, cursor, slots, token_ids, **options)
     arguments = history, cursor, slots, token_ids, cu_seqlens, dead, accepted, ring, span, restart
     if torch.compiler.is_compiling():
         commit_history_op(*arguments)

@@ -13,6 +13,7 @@ import triton.language as tl
 from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import cdiv, is_kernel_device
 from engram_kernels.launching.launch import Launch
+from engram_kernels.launching.ranges import ranged
 from engram_kernels.launching.tokens import Tokens
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
@@ -93,8 +94,8 @@ class TokenBuffers:
 def copying(sources: Tokens, copies: Tokens) -> Callable[..., None]:
     """What fills ``copies``, views of buffers, from the five parts of tokens such as these: on a GPU one launch."""
     if not is_kernel_device(sources.token_ids):
-        return lambda *parts: _copy(Tokens(*parts), copies)
-    return prepare_copy(sources, copies)
+        return ranged("copy_tokens", lambda *parts: _copy(Tokens(*parts), copies))
+    return ranged("copy_tokens", prepare_copy(sources, copies))
 
 
 def prepare_copy(sources: Tokens, copies: Tokens) -> Callable[..., None]:

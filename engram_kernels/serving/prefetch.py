@@ -191,7 +191,7 @@ class Prefetcher:
         self._taken = [buffers() for _ in range(depth)]
         memory = [part for each in self._taken for part in each.memory]
         self._side = Side(streams, memory, names, projections, kv_width, kv_dtype or values_dtype)
-        self._starts = 0
+        self._starts = self._tokens = self._cached_tokens = 0
         self._last: Started | None = None
         # A launch in a capture must not be the first to copy these to the device.
         for chosen in (tables, *((table,) for table in tables)):
@@ -204,6 +204,17 @@ class Prefetcher:
     def nbytes(self) -> int:
         """Bytes of all buffers, on the plan's device."""
         return self._side.nbytes
+
+    def metrics(self) -> dict[str, int]:
+        """What it did so far, as the host has counted it; without replays of graphs, and without waiting for a GPU.
+
+        starts, tokens: of :meth:`start`; cached_tokens: of these, through the cache. waits: of streams for rows or kv,
+        one a call. releases: of starts. in_flight: starts that a later one would have to wait for. nbytes: of buffers.
+        """
+        side, in_flight = self._side, sum(each.in_flight for each in self._taken)
+        tokens = dict(tokens=self._tokens, cached_tokens=self._cached_tokens)
+        ends = dict(waits=side.waits, releases=side.releases, in_flight=in_flight)
+        return dict(starts=self._starts) | tokens | ends | dict(nbytes=self.nbytes)
 
     @takes(num_tokens=Whole(0))
     def launches(self, num_tokens: int) -> tuple[bool, bool, str, int]:
@@ -266,6 +277,8 @@ class Prefetcher:
         streams.run(current, lambda: self._copy(work, sources))
         streams.record(self._copied, current)
         self._starts += 1
+        self._tokens += work.tokens
+        self._cached_tokens += work.cached_tokens
         with streams.on(side):
             streams.wait(side, self._copied)
             taken.wait_for_readers(current, captured)
@@ -357,7 +370,9 @@ class Prefetcher:
             out = (rows[part], None if scales is None else scales[part]) if self._storage else rows[part]
             lookups.append((range(num_layers)[part], (call, out, HASH_LOOKUP.signature(call, out))))
         beside = self._table_scales if scales is None else scales
-        return Work(copying(sources, inputs), (rows, beside) if self._storage else rows, kv, lookups)
+        tokens = token_ids.numel()
+        work = copying(sources, inputs), (rows, beside) if self._storage else rows, kv, lookups
+        return Work(*work, tokens, tokens if cached else 0)
 
     def _copy(self, work: Work, sources: Tokens) -> None:
         with on_device_of(sources.token_ids):

@@ -12,6 +12,7 @@ import torch
 from engram_kernels.geometry.kinds import Instance, declares, short
 from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.launch import Kept
+from engram_kernels.launching.ranges import ranged
 from engram_kernels.ops.hash_rows import HashLookupCall
 
 from .inputs import TokenBuffers
@@ -52,6 +53,8 @@ class Work(NamedTuple):
     kv: torch.Tensor | None  #: ``[L, T, W]``, where the side stream projects
     #: Layers, and (call, out, signature) of their lookup.
     lookups: list[tuple[range, tuple[HashLookupCall, Rows, Hashable]]]
+    tokens: int
+    cached_tokens: int  #: of these, through the cache
 
     def rows_of(self, index: int) -> Rows:
         """Those of one layer, in views of their own."""
@@ -136,6 +139,7 @@ class Side:
         self.nbytes = sum(tensor.nbytes for tensor in memory)
         self._places = {(type(layer), layer): place for place, layer in enumerate(layers)}
         self.captures = 0  # that starts were in, until now
+        self.releases = self.waits = 0  # so far
         self._memory, self._kept = tuple(memory), set()
         self.keep(streams.side)
 
@@ -160,7 +164,7 @@ class Side:
         """A layer's projection on the current stream; nothing where there are no tokens, which a matmul may refuse."""
         if out.numel():
             with torch.no_grad():  # a buffer, which autograd knows nothing of
-                self.projections[index](rows, out)
+                ranged("project", self.projections[index])(rows, out)
 
 
 class Started:
@@ -203,6 +207,7 @@ class Started:
         if inside or not captured:
             self._taken.end_reading(captured)
         self._taken.in_flight = False
+        self._side.releases += 1
 
     def read_rows(self, where: str, layer: Hashable) -> Rows:
         """:meth:`rows` for a function that errors call ``where``."""
@@ -234,6 +239,7 @@ class Started:
 
     def _wait(self, mark: Mark) -> None:
         """Let the current stream wait for ``mark``, and be one of the readers."""
+        self._side.waits += 1
         current, captured, inside = self._where()
         mark.wait(current, inside)
         if not captured:

@@ -1,6 +1,7 @@
 """Rows in a storage format, in the memory of a placement: what kernels are told of them, and who can read them."""
 
 import struct
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -25,8 +26,39 @@ class TableDescriptor(NamedTuple):
     scale_bits: int  #: of the table's own float32 scale, else 0
 
 
+#: What a ring of placement "staged" counts (tables/staging.py).
+STAGED = ("calls", "rows", "bytes", "waits")
 #: By which registered ops find trainable tables.
 TABLES = Registry("trainable table")
+
+
+class RowCount:
+    """Rows that kernels were asked for, of each of some tables. It is no table, so that launches may keep it."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self):
+        self.rows = 0
+
+
+def rows_asked(tables: Sequence["PlacedRows"]) -> RowCount:
+    """The count of calls that read these tables together: one addition a call, however many there are."""
+    key = tuple([table.identity for table in tables])
+    count, _ = tables[0].counts.get(key) or (RowCount(), 0)
+    for table in tables:
+        table.counts[key] = count, sum(each is table for each in tables)
+    return count
+
+
+def counting(tables: Sequence["PlacedRows"], num_rows: int, launch: Callable) -> Callable:
+    """What calls ``launch(call[0], out)`` for (call, out) that ask each of ``tables`` for so many rows."""
+    asked = rows_asked(tables)
+
+    def run(call, out):
+        asked.rows += num_rows
+        launch(call[0], out)
+
+    return run
 
 
 class PlacedRows:
@@ -38,6 +70,8 @@ class PlacedRows:
     #: and of its optimizers; None until files or :class:`Engram` tell it.
     token_map: str | None = None
     _changes = 0
+    #: Rows that the CPU was asked for so far; :attr:`counts` has those that kernels were.
+    cpu_rows = 0
     #: Which rows changed when, once :meth:`EngramTable.record_changes` has been called.
     changes: Any = None
 
@@ -73,6 +107,8 @@ class PlacedRows:
         self.kept_views: dict[tuple, NamedTuple] = {}
         #: Overlays that are applied now (tables/editing/overlay.py).
         self.overlays: list = []
+        #: Rows asked of this table and those read with it, and how often it is among these (:func:`rows_asked`).
+        self.counts: dict[tuple, tuple[RowCount, int]] = {}
         #: Buffers of placement "staged" by device, made when it is first read from there (tables/staging.py).
         self.rings: dict = {}
         self._describe()
@@ -184,6 +220,25 @@ class PlacedRows:
         self.check_usable("EngramTable.memory_report")
         tensors = [self._weight, self._scale] if self.format.group else [self._weight]
         return report(self.placement, self.nbytes, tensors, self._mapping)
+
+    def metrics(self) -> dict[str, int]:
+        """What was read from this table so far, as the host has counted it, without waiting for a GPU.
+
+        rows_asked: by :func:`lookup` and :func:`hash_lookup`, past a cache; duplicates and ids outside are rows too.
+        link_bytes: of what these have asked for over PCIe or NVLink, and what was copied for placement "staged".
+        staged_calls, staged_rows, staged_bytes, staged_waits: gathers of placement "staged", and how often one found
+        that the buffer whose turn it was had still to be copied. rows, nbytes: of the table.
+        docs/metrics.md says what is not counted.
+        """
+        rings, counts = list(self.rings.values()), list(self.counts.values())  # another thread may add to them
+        kernel_rows = sum(count.rows * times for count, times in counts)
+        staged = {f"staged_{name}": sum(getattr(ring, name) for ring in rings) for name in STAGED}
+        link_bytes = staged["staged_bytes"]
+        if self.placement in REGISTERED and self.link != "unified":
+            width, scales = self.width, 0 if self.scales_on_device else self.format.scale_bytes(self.width)
+            link_bytes += kernel_rows * (self.format.row_bytes(width) + scales)
+        asked = dict(rows_asked=kernel_rows + self.cpu_rows, link_bytes=link_bytes)
+        return asked | staged | dict(rows=self.rows, nbytes=self.nbytes)
 
     def discard(self) -> None:
         """Give the pages of an unregistered host table back: all rows read as zero afterwards."""

@@ -19,6 +19,8 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
+from engram_kernels.launching.ranges import ranged
+
 from .memory.host import degrade
 from .placed import PlacedRows, TableDescriptor
 from .view import TableView
@@ -53,7 +55,7 @@ class StreamRuntime:
             target.copy_(source, non_blocking=True)
 
     def event(self):
-        """Something whose ``synchronize()`` waits for the copies so far."""
+        """Something whose ``synchronize()`` waits for the copies so far; ``query()`` is whether they are done."""
         return self._side.record_event()
 
     def finish(self) -> None:
@@ -77,6 +79,8 @@ class StagingRing:
         self._slots = list(memory.view(slots, slot_bytes))
         self._events: list = [None] * slots
         self._next = 0
+        #: Fetches so far, their rows, bytes that they copied, and waits for a slot whose last copy was under way.
+        self.calls = self.rows = self.bytes = self.waits = 0
 
     def fetch(
         self, sources: list[np.ndarray], ids: np.ndarray, num_rows: int, scale_bits: int, rows_per_task: int
@@ -92,6 +96,9 @@ class StagingRing:
         if capacity < 1:
             raise ValueError(f"StagingRing: a slot must hold a row of {sum(widths)} bytes, got {len(self._slots[0])}")
         with self._lock, ExitStack() as stack:
+            self.calls += 1
+            self.rows += n
+            self.bytes += total
             block = self._runtime.block(total)
             stack.callback(self._runtime.finish)  # where a gather raises too: the block may be given out again
             addresses = [block.data_ptr() + start for start in starts[1:]] + [0]
@@ -130,6 +137,7 @@ class StagingRing:
         index = self._next
         self._next = (index + 1) % len(self._slots)
         if self._events[index] is not None:
+            self.waits += not self._events[index].query()
             self._events[index].synchronize()
         return index, self._slots[index]
 
@@ -174,7 +182,8 @@ def stage(
     if ring is None:
         ring = table.rings.setdefault(row_ids.device, StagingRing(StreamRuntime(row_ids.device)))
     rows_per_task = _FILE_ROWS_PER_TASK if table.files else _ROWS_PER_TASK
-    descriptor, local = ring.fetch(sources, ids, table.rows, table.descriptor.scale_bits, rows_per_task)
+    fetch = ranged("stage", ring.fetch)
+    descriptor, local = fetch(sources, ids, table.rows, table.descriptor.scale_bits, rows_per_task)
     return local.view(row_ids.shape), TableView(descriptor, table.format.name, table.width, "device")
 
 

