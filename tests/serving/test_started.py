@@ -173,11 +173,12 @@ def test_the_example_of_the_guide():
     plan, placed = setting()
     given, seen = batches(4), []
     names = dict(Prefetcher=Prefetcher, plan=plan, tables=placed, max_tokens=8, config=SimpleNamespace(layers=(1, 14)))
-    names |= dict(ids=given[0], coming=given[1:], hidden=None)
-    names |= dict(model=lambda hidden, rows: seen.append([rows(layer).clone() for layer in (1, 14)]))
+    names |= dict(embed=lambda _: None, token_ids=None, torch=SimpleNamespace(randint=lambda *_: given))
+    names |= dict(engrams=dict.fromkeys((1, 14), lambda hidden, rows: seen.append(rows.clone())))
     exec(next(block for block in BLOCKS if "depth=2" in block), names)
-    for rows, ids in zip(seen, given[:3], strict=True):
-        assert same(torch.stack(rows), hash_lookup(ids, plan, placed))
+    for step, ids in enumerate(given[:3]):
+        assert same(torch.stack(seen[2 * step : 2 * step + 2]), hash_lookup(ids, plan, placed))
+    assert len(seen) == 6
     assert same(names["this"].rows(14), hash_lookup(given[3], plan, placed)[1])
 
 

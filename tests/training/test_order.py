@@ -126,7 +126,7 @@ def test_steps_and_prefetched_lookups_on_a_gpu(device, placement, dropped, sleep
 
 def test_the_guide_trains_on_prefetched_rows():
     """Its recipe leaves the row gradient and the loss of a step that looks rows up itself."""
-    (block,) = [each for each in re.findall(r"```python\n(.*?)```", GUIDE, re.S) if "prefetcher" in each]
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", GUIDE, re.S) if "prefetcher.start" in each]
     module, plan, placed = built("v41")
     table = placed[module.config.layers.index(module.layer)].requires_row_grad_()
     hidden, ids = torch.randn(9, 2, 24), torch.randint(0, 40, (9,))
