@@ -15,6 +15,8 @@ OUT ?= build/gpu
 
 # Triton reads it at import, so only the interpret lane may see it.
 unexport TRITON_INTERPRET
+# Each of the many processes that tests start would compile all files of the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
