@@ -102,7 +102,11 @@ def check_load_width(case, target, code):
         wanted //= 2
     if dequantised:
         wide, wanted = code.loads.get("4" if packed else "8", 0), 2 * wanted
-        assert code.stores == {"16": wanted}, f"{code.kernel}: {wanted} stores of 16 bytes, got {code.stores}"
+        # Of a chunk of 256 elements Qwen's rows have 160; what is masked for all of a warp may be left out.
+        most, wanted = wanted, wanted * 5 // 8 if "qwen" in case else wanted
+        stores = code.stores.get("16", 0)
+        fits = code.stores.keys() == {"16"} and wanted <= stores <= most
+        assert fits, f"{code.kernel}: {wanted} to {most} stores of 16 bytes, got {code.stores}"
     conv_kernels = ("conv_residual_kernel", "advance_state_kernel", "store_conv_kernel", "conv_backward_kernel")
     if code.kernel in conv_kernels:  # what their tiles leave a thread, of warps of 64 and of few tokens
         wide += sum(code.loads.get(width, 0) for width in "84"[: (target == "gfx942") + case.endswith("few")])
