@@ -25,6 +25,7 @@ from bench.running.text import load_token_ids, load_token_map
 from engram_kernels import EngramConfig, EngramTable, HashPlan
 from engram_kernels.cache.prediction import entries_within, link_bytes, measure_rates, text_keys
 from engram_kernels.checkpoints.encoding import decode_rows, encode_rows, greatest, table_scale
+from engram_kernels.commands.traffic import LINK, layer_traffic, link_seconds
 from engram_kernels.geometry.row_format import FORMATS, RowFormat
 
 from .train import Settings, device_name, fitted, held_out_loss, initial_rows, load_ids
@@ -178,6 +179,17 @@ def cache_rows(result: dict) -> list[list[str]]:
     ]
 
 
+def traffic_rows() -> list[list[str]]:
+    """The table of the link in ``docs/formats.md``, by the traffic model: one of DeepSeek-V4.1's rows."""
+    rows = []
+    for name in CACHED:
+        traffic = layer_traffic(replace(EngramConfig.deepseek_v41_flash(), format=name), 1)
+        wire = traffic.wire_bytes / traffic.rows
+        facts = traffic.gather_bytes // traffic.rows, f"{traffic.requests / traffic.rows:g}", f"{wire:g}"
+        rows.append([name, *map(str, facts), f"{1e-6 / link_seconds(wire, LINK):.0f} M"])
+    return rows
+
+
 def table_rows(result: dict) -> list[list[str]]:
     """The table of ``docs/formats.md``: a row a format."""
     exact = result["formats"][0]["held_out"]
@@ -199,6 +211,7 @@ def table_rows(result: dict) -> list[list[str]]:
     return rows
 
 
+TRAFFIC_TITLES = ("format", "bytes", "requests of 128 B", "bytes on the wire", f"rows a second at {LINK} GB/s")
 CACHE_TITLES = ("format", "entries an order", "hit rate", "link bytes a token", "with the cache")
 TITLES = (
     *("format", "bytes, 256 wide", "160 wide", "SNR, Gaussian", "heavy-tailed", "trained", "rows beyond"),
@@ -269,6 +282,7 @@ def main(arguments: list[str]) -> int:
     plot(result, chosen.out.with_suffix(".png"))
     print_table(TITLES, table_rows(result))
     exact = result["formats"][0]["held_out"]
+    print_table(TRAFFIC_TITLES, traffic_rows())
     print_table(CACHE_TITLES, cache_rows(result))
     worth = [zero - best for zero, best in zip(result["zero_rows"], exact, strict=True)]
     mean = sum(worth) / len(worth)

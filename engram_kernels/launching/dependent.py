@@ -33,7 +33,7 @@ chosen = True
 def set_dependent_launch(enabled: bool) -> bool:
     """Whether kernels are launched from now on as dependent on the one before, where the GPU can; returns what was.
 
-    enabled: on at first; TypeError unless it is a bool. It needs CUDA and compute capability 9.0 or higher (sm_90);
+    enabled: on at first; ValueError unless it is a bool. It needs CUDA and compute capability 9.0 or higher (sm_90);
     elsewhere nothing changes with it, and results have the same bits either way. It holds for the whole process, for
     launches that were prepared before too. A CUDA graph keeps what was in force at its capture, where dependent
     launches become programmatic edges (CUDA 12.3).

@@ -73,7 +73,7 @@ def test_the_committed_run_and_its_table():
     result = json.loads(formats.RESULT.read_text())
     assert result["settings"] == json.loads(json.dumps(dataclasses.asdict(formats.settings())))
     text = (ROOT / "docs/formats.md").read_text()
-    for row in (*formats.table_rows(result), *formats.cache_rows(result)):
+    for row in (*formats.table_rows(result), *formats.cache_rows(result), *formats.traffic_rows()):
         assert "| " + " | ".join(row) + " |" in text, row[0]
     found = by_name(result)
     assert (found["e4m3_ue8m0"]["row_bytes"]["256"], found["nvfp4"]["row_bytes"]["256"]) == (264, 144)
