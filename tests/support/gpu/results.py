@@ -8,7 +8,6 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pytest
 import torch
 import triton
 
@@ -36,23 +35,15 @@ class Recorder:
         self._set(nodeid, "started")
 
     def pytest_runtest_logreport(self, report):
+        for name, value in getattr(report, "compiled", {}).items():
+            self.content["compiled"][name] += value
         known = self.content["tests"].get(report.nodeid)
         if report.failed or report.skipped or (report.when == "call" and known != "failed"):
             self._set(report.nodeid, report.outcome, reason_of(report))
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node):
-        self.add_compiled(getattr(node, "workeroutput", {}).get("compiled", {}))
-
     def pytest_terminal_summary(self, terminalreporter):
         text = "compiled {variants} kernels, in {seconds:.0f} s of one core"
         terminalreporter.write_line(text.format(**self.content["compiled"]))
-
-    def add_compiled(self, compiled):
-        """Kernels that one process compiled, and its seconds for it."""
-        for name, value in compiled.items():
-            self.content["compiled"][name] += value
-        self._write()
 
     def _set(self, nodeid, outcome, reason=""):
         self.content["tests"][nodeid] = outcome

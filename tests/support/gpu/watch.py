@@ -30,12 +30,12 @@ class Watch:
             self._compiled["variants"] += 1
             self._compiled["seconds"] += times.total / 1e6
 
-    def pytest_sessionfinish(self, session):
-        recorder = session.config.pluginmanager.getplugin("gpu_results")
-        if recorder is None:  # a process of pytest-xdist
-            session.config.workeroutput["compiled"] = self._compiled
-        else:
-            recorder.add_compiled(self._compiled)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self):
+        """What was compiled goes with each report: a process that is lost has told what it did so far."""
+        report = yield
+        report.compiled, self._compiled = self._compiled, dict(variants=0, seconds=0.0)
+        return report
 
     @contextmanager
     def _patient(self, item):
