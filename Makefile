@@ -8,6 +8,9 @@ TORCH ?= torch>=2.11
 TRITON ?= triton>=3.6
 # Test processes. More of them need more memory: torch and Triton's compiler are loaded in each.
 JOBS ?= 2
+# Of tests with many cases: all, few (each value of each parameter; what `make test` runs), or one. All before a release:
+# make test CASES=all
+CASES ?= all
 # Further arguments for the demo, pytest or the benchmarks: make test-cpu ARGS="-k hashing"
 ARGS ?=
 # Where `make gpu` leaves its results and its log.
@@ -35,44 +38,49 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation mutation-kinds test-oldest test-oldest-torch \
+.PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest test-oldest-machine test-oldest-torch \
 	test-simulated-gpu simulated-gpu docs compile-report peers-report gpu commit-file bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
-	@echo "PYTHON, VENV, TORCH, TRITON, JOBS, ARGS and OUT are explained at the top of the Makefile."
+	@echo "PYTHON, VENV, TORCH, TRITON, JOBS, CASES, ARGS and OUT are explained at the top of the Makefile."
 
 demo: $(call ready,demo) ## Engram on real text, and what each kernel does; needs no GPU
 	$(PY) -m engram_kernels demo $(ARGS)
 
-test: $(if $(strip $(VENV)),docs) test-cpu test-interpret test-compile test-machine mutation-kinds $(if $(strip $(VENV)),test-oldest) ## every check that needs no GPU
+checks := test-cpu test-interpret test-compile test-machine mutation
+ifneq ($(strip $(VENV)),)
+checks := docs $(checks) test-oldest-machine
+endif
+test: CASES = few
+test: $(checks) ## every check that needs no GPU, of many cases a few
 
 test-cpu: $(call ready,test) ## the references, the CPU path, packaging
-	$(PY) -m pytest -n $(JOBS) --lane cpu tests $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --lane cpu --cases $(CASES) tests $(ARGS)
 
 test-interpret: $(call ready,test) ## the kernels in Triton's interpreter
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret tests $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret --cases $(CASES) tests $(ARGS)
 
 test-compile: $(call ready,test) ## the kernels compiled for four GPU generations, and what came out
-	$(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --lane compile --cases $(CASES) tests $(ARGS)
 
-# After the compile lane, whose compiled code is found on disk. With ARGS=--thorough before every release.
+# After the compile lane, whose compiled code is found on disk.
 test-machine: $(call ready,test) ## the kernels' machine code (PTX), executed on a CPU: bounds, races, orders of warps
-	$(PY) -m pytest -n $(JOBS) --lane machine tests $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --lane machine --cases $(CASES) tests $(ARGS)
 
 docs: $(call ready,test) ## the documents as a site, build/site; a link that leads nowhere ends it
 	$(PY) -m tests.reports.site
 
-mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice? All ways; before every release
-	$(PY) -m tests.mutation --jobs $(JOBS)
+mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice?
+	$(PY) -m tests.mutation $(if $(filter all,$(CASES)),,--few )--jobs $(JOBS)
 
-mutation-kinds: $(call ready,test) ## the same, one of each kind for each kernel
-	$(PY) -m tests.mutation --kinds --jobs $(JOBS)
+test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3.6.0, a case of each test where they run; before every release
+	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret -m 'not graphs' --cases one tests $(ARGS)
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane compile tests $(ARGS)
+	$(MAKE) test-oldest-machine
 
-test-oldest: $(call ready,test) $(OLDEST) ## the lanes of kernels under Triton 3.6.0, a case of each test where they run, two targets
-	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --lane interpret --one-case tests $(ARGS)
-	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane compile -k 'not (test_machine_code and (sm_80 or sm_100))' tests $(ARGS)
-	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --one-case tests $(ARGS)
+test-oldest-machine: $(call ready,test) $(OLDEST) ## of these the last: the machine code for sm_80
+	PYTHONPATH=$(OLDEST) $(PY) -m pytest -n $(JOBS) --lane machine --target sm_80 --cases one tests $(ARGS)
 
 # Built for CUDA, as every torch of the index is: 5 GB to download, once. Triton's interpreter of then takes no later numpy.
 OLDEST_TORCH := VENV=build/torch-2.11.0 TORCH=torch==2.11.0 TRITON='triton==3.6.0 numpy<2.4'

@@ -3,10 +3,11 @@
 ``--lane cpu`` (default) runs what needs no kernel, ``interpret`` every test marked ``kernel`` in Triton's interpreter
 on CPU tensors, ``machine`` the same tests on the machine code that Triton emits for ``--target``, executed on CPU
 tensors, ``compile`` what compiles offline, ``gpu`` the kernel tests and those marked ``gpu`` on a GPU. Kernel tests
-marked ``graphs`` are about torch.compile and torch.export, not about machine code: lane ``machine`` leaves them out, so
-does lane ``interpret`` with ``--one-case``. Each lane checks that it runs in the mode it was asked for. A kernel test
-that launches none fails, and so does a whole lane in which some kernel of the package never ran. Time fails nothing:
-what takes longer than its budget is a warning, and build/lane_times.json keeps the times.
+marked ``graphs`` are about torch.compile and torch.export, not about machine code: lane ``machine`` leaves them out.
+``--cases few`` is what every commit runs: of a parametrized test each value of each parameter; in lane ``interpret``
+the first case, since lane ``machine`` runs the same tests. Each lane checks that it runs in the mode it was asked for.
+A kernel test that launches none fails, and so does a whole lane in which some kernel of the package never ran. Time
+fails nothing: what takes longer than its budget is a warning, and build/lane_times.json keeps the times.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import triton
 
 from engram_kernels import EngramConfig, HashPlan
 from engram_kernels.launching.launch import Launch
+from tests.support.cases import chosen as chosen_cases
 from tests.support.gpu import results as gpu_results
 from tests.support.gpu.watch import PATIENCE, Watch
 from tests.support.processes import sharing
@@ -66,8 +68,8 @@ def pytest_addoption(parser):
     )
     parser.addoption("--go-on", action="store_true", help="lane gpu, in one process: keep results, run what has none")
     parser.addoption("--patience", type=float, default=PATIENCE, help="seconds until lane gpu takes a test for hung")
-    parser.addoption("--thorough", action="store_true", help="of tests whose cases take turns run each with all forms")
-    parser.addoption("--one-case", action="store_true", help="of the cases of a parametrized test run the first alone")
+    text = "all cases of a parametrized test, a few (each value of each parameter), or the first one alone"
+    parser.addoption("--cases", choices=("all", "few", "one"), default="all", help=text)
 
 
 def pytest_configure(config):
@@ -116,11 +118,10 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item in kept if (item.get_closest_marker("alone") is not None) == alone]
         if config.getoption("--go-on") and (recorder := config.pluginmanager.getplugin("gpu_results")):
             kept = [item for item in kept if item.nodeid not in recorder.content["tests"]]
-    lane, one_case = config.getoption("--lane"), config.getoption("--one-case")
-    if lane == "machine" or lane == "interpret" and one_case:
+    lane, cases = config.getoption("--lane"), config.getoption("--cases")
+    if lane == "machine":
         kept = [item for item in kept if item.get_closest_marker("graphs") is None]
-    if one_case:
-        kept = list({item.nodeid.split("[")[0]: item for item in reversed(kept)}.values())[::-1]
+    kept = chosen_cases(kept, "one" if (lane, cases) == ("interpret", "few") else cases)
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
@@ -213,7 +214,7 @@ def pytest_sessionfinish(session, exitstatus):
         write("machine code: " + ", ".join(f"{count:,} {name}" for name, count in executed.items()))
     for slow in lane_delays(lane, took):
         write(f"WARNING: {slow}", yellow=True)
-    for fault in lane_faults(lane, not config.getoption("--one-case")) if exitstatus == 0 else ():
+    for fault in lane_faults(lane, config.getoption("--cases") == "all") if exitstatus == 0 else ():
         write(f"FAILED: {fault}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -3,7 +3,7 @@
     python -m tests.mutation [--jobs 2] [-k text]
 
 Each mutant of mutants/ is a copy of the package and its tests in a temporary folder. It must compile for sm_90 from
-its launcher's real arguments (``--kinds`` leaves that out), then its tests run until an assertion fails: in Triton's
+its launcher's real arguments (``--few`` leaves that out), then its tests run until an assertion fails: in Triton's
 interpreter, or, of what that cannot show, on the machine code (``Mutant.lane``), whose reports are assertions. An
 exception or a crash does not count: the tests have to say what is wrong. Copies without a change come last and must
 pass the tests that failed, or "caught" would mean nothing. The exit status is 0 if every mutant was caught, whatever
@@ -33,6 +33,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.support.cases import each_value
 from tests.support.patience import HANG
 
 from .mutants import MUTANTS, Mutant
@@ -306,7 +307,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=jobs, default=2, help="mutants tested at the same time, a number or auto")
     parser.add_argument("-k", default="", metavar="TEXT", help="only mutants whose name holds TEXT")
-    parser.add_argument("--kinds", action="store_true", help="of one kernel and kind the first alone, uncompiled")
+    parser.add_argument("--few", action="store_true", help="each kernel and each kind of change, uncompiled")
     parser.add_argument("--lane", choices=("interpret", "machine"), help="run all in this lane, whatever shows them")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the copies and their logs in FOLDER")
     parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)
@@ -316,10 +317,8 @@ def main() -> int:
         run_stage(stage, pickle.loads((Path(folder) / "tasks").read_bytes()), options.jobs)
         return 0
     mutants, began = [mutant for mutant in MUTANTS if options.k in mutant.name], time.monotonic()
-    if options.kinds:
-        mutants = list({(mutant.kernel, mutant.kind, mutant.lane): mutant for mutant in reversed(mutants)}.values())[
-            ::-1
-        ]
+    if options.few:
+        mutants = each_value(mutants, lambda mutant: {(mutant.kernel, mutant.lane), mutant.kind})
     if options.lane:
         mutants = [dataclasses.replace(mutant, lane=options.lane) for mutant in mutants]
     if not mutants:
@@ -329,7 +328,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutation-")))
         folder.mkdir(parents=True, exist_ok=not options.keep)
-        results = check(mutants, options.jobs, folder.resolve(), not options.kinds)
+        results = check(mutants, options.jobs, folder.resolve(), not options.few)
     text, good = report(results, time.monotonic() - began)
     print(text)
     return 0 if good else 1

@@ -79,7 +79,16 @@ def run_sanitizers(chosen):
     codes = [0]
 
     def tests(name, *options, before=()):
-        words = ["--lane", "gpu", "--out", str(chosen.out / "sanitizers" / name), "--one-case", "--patience", "1200"]
+        words = [
+            "--lane",
+            "gpu",
+            "--out",
+            str(chosen.out / "sanitizers" / name),
+            "--cases",
+            "one",
+            "--patience",
+            "1200",
+        ]
         codes.append(run(chosen, "pytest", *options, *words, *SANITIZED, before=before))
 
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")

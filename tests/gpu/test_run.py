@@ -83,7 +83,7 @@ def test_sanitizers_run_where_they_are(tmp_path, steps, monkeypatch, capsys):
         ["step", "-p", "tests.support.gpu.gsan"],
     ]
     for line, name in zip(ran, ("memcheck", "racecheck", "gsan"), strict=True):
-        assert f"--lane gpu --out {tmp_path / 'sanitizers' / name} --one-case" in line
+        assert f"--lane gpu --out {tmp_path / 'sanitizers' / name} --cases one" in line
 
 
 def test_one_file_holds_what_all_steps_left(tmp_path, steps, capsys):

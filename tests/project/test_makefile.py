@@ -92,15 +92,13 @@ def test_test_sets_up_then_runs_its_lanes(checkout):
         f"TRITON_INTERPRET= {pip} --quiet triton>=3.6",
         f"TRITON_INTERPRET= {pip} --quiet --editable .[test]",
         "TRITON_INTERPRET= -m tests.reports.site",
-        "TRITON_INTERPRET= -m pytest -n 3 --lane cpu tests",
-        "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret tests",
-        "TRITON_INTERPRET= -m pytest -n 3 --lane compile tests",
-        "TRITON_INTERPRET= -m pytest -n 3 --lane machine tests",
-        "TRITON_INTERPRET= -m tests.mutation --kinds --jobs 3",
+        "TRITON_INTERPRET= -m pytest -n 3 --lane cpu --cases few tests",
+        "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret --cases few tests",
+        "TRITON_INTERPRET= -m pytest -n 3 --lane compile --cases few tests",
+        "TRITON_INTERPRET= -m pytest -n 3 --lane machine --cases few tests",
+        "TRITON_INTERPRET= -m tests.mutation --few --jobs 3",
         f"TRITON_INTERPRET= {pip} --quiet --no-deps --target {oldest}.part triton==3.6.0 numpy<2.4",
-        "TRITON_INTERPRET=1 -m pytest -n 3 --lane interpret --one-case tests",
-        "TRITON_INTERPRET= -m pytest -n 3 --lane compile -k not (test_machine_code and (sm_80 or sm_100)) tests",
-        "TRITON_INTERPRET= -m pytest -n 3 --lane machine --target sm_80 --one-case tests",
+        "TRITON_INTERPRET= -m pytest -n 3 --lane machine --target sm_80 --cases one tests",
     ]
     assert sorted(p.name for p in checkout.folder.iterdir()) == sorted(
         [".venv", "build", "Makefile", "log", "pyproject.toml", "python", "python.inside"]
@@ -111,7 +109,20 @@ def test_lanes_run_alone(checkout):
     python = checkout.fake("python")
     for lane, interpret in (("cpu", ""), ("interpret", "1"), ("compile", ""), ("machine", "")):
         _, commands = checkout.make(f"test-{lane}", f"PYTHON={python}", "VENV=", "ARGS=-k hash")
-        assert commands == [f"TRITON_INTERPRET={interpret} -m pytest -n 2 --lane {lane} tests -k hash"]
+        assert commands == [f"TRITON_INTERPRET={interpret} -m pytest -n 2 --lane {lane} --cases all tests -k hash"]
+
+
+def test_all_cases_before_a_release(checkout):
+    python = checkout.fake("python")
+    _, commands = checkout.make("test", f"PYTHON={python}", "CASES=all")
+    assert len([c for c in commands if "--cases all tests" in c]) == 4
+    assert "TRITON_INTERPRET= -m tests.mutation --jobs 2" in commands
+    _, commands = checkout.make("test-oldest", f"PYTHON={python}")
+    assert commands == [
+        "TRITON_INTERPRET=1 -m pytest -n 2 --lane interpret -m not graphs --cases one tests",
+        "TRITON_INTERPRET= -m pytest -n 2 --lane compile tests",
+        "TRITON_INTERPRET= -m pytest -n 2 --lane machine --target sm_80 --cases one tests",
+    ]
 
 
 def test_second_run_installs_nothing(checkout):
@@ -123,7 +134,7 @@ def test_second_run_installs_nothing(checkout):
     checkout.make("test-oldest", f"PYTHON={python}")
     plan, _ = checkout.make("-n", "test", f"PYTHON={python}")
     assert "pip" not in plan.stdout
-    assert len(re.findall("-m pytest", plan.stdout)) == 7
+    assert len(re.findall("-m pytest", plan.stdout)) == 5
 
 
 @pytest.mark.parametrize("change", ["pyproject", "TORCH", "TRITON", "PYTHON", "version"])
@@ -276,4 +287,4 @@ def test_ci_runs_make_test(checkout):
         subprocess.run(command, cwd="/", env=env, check=True, capture_output=True, timeout=HANG)
         commands = checkout.log.read_text()
         assert f"check {torch}\n" in commands
-        assert commands.count("-m pytest") == 7 and commands.count("-m tests.mutation") == 1
+        assert commands.count("-m pytest") == 5 and commands.count("-m tests.mutation") == 1

@@ -3,8 +3,8 @@
 Each case runs whole, then again in other forms: gradients alone and in pairs, tokens alone, masks, packed,
 addresses and strides that are no multiples of 16 bytes. Each form may be another variant of a kernel, with layouts of
 its own, which the interpreter does not have: one case of each is enough there. Sizes are chosen in pairs. Compiling all
-forms of all cases takes minutes: where there are several cases, one takes every third form, the next one the next ones,
-so that each form is taken by two cases or more; with ``--thorough`` each case takes all.
+forms of all cases takes minutes: with ``--cases few`` one case takes every sixth form, the next one the next ones, so
+that each form is taken by a case or two.
 """
 
 import itertools
@@ -68,13 +68,11 @@ def compare(found, whole, label, tokens=slice(None)):
 @pytest.fixture
 def turns(request):
     """``turns(number)``: a function that says whether case ``number`` takes its next form."""
-    options = request.config.option
+    few = request.config.option.cases == "few" and not triton.knobs.runtime.interpret
 
     def of(number):
-        if options.thorough or options.one_case or triton.knobs.runtime.interpret:
-            return lambda: True
         count = itertools.count(number)
-        return lambda: next(count) % 3 == 0
+        return lambda: not few or next(count) % 6 == 0
 
     return of
 
