@@ -18,17 +18,25 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def lookup(table, row_ids, *, out=None, out_dtype=None, out_format="values", programs=None, order=None):
     """Rows ``[..., C, R]`` for ids ``[..., C]``; arguments as ``engram_kernels.lookup``."""
-    inside = (row_ids >= 0) & (row_ids < table.rows)
-    ids = torch.where(inside, row_ids, 0).long()
-    # A gather in bytes: PyTorch indexes few operations on fp8 tensors.
-    rows = table.weight.view(torch.uint8)[ids].masked_fill(~inside[..., None], 0).view(table.format.dtype)
-    scales = table.scale
-    if table.format.group:
-        scales = scales[ids].masked_fill(~inside[..., None], 0)
+    flat = row_ids.reshape(-1)
+    outside = (flat < 0) | (flat >= table.rows)
+    ids = flat.masked_fill(outside, 0)
+
+    def gather(stored):
+        # index_select copies whole rows, where indexing goes element by element; of bytes, since PyTorch does little
+        # with fp8 tensors. Zeros come eight at a time where that is possible.
+        rows = stored.view(torch.uint8).index_select(0, ids)
+        words = rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows
+        words.masked_fill_(outside[:, None], 0)
+        return rows.view(*row_ids.shape, -1)
+
+    rows = gather(table.weight).view(table.format.dtype)
+    scales = gather(table.scale) if table.format.group else table.scale
     if out_format == "storage":
         return (rows, scales) if out is None else _into(out, (rows, scales), table.format)
-    # A missing row is zero even where the table's scale is infinite.
-    values = dequantise(rows, scales, table.format, table.own_scale).masked_fill(~inside[..., None], 0)
+    values = dequantise(rows, scales, table.format, table.own_scale)
+    if table.format.table_scale:  # a missing row is zero even where that is infinite or negative
+        values = values.masked_fill_(outside.view(row_ids.shape)[..., None], 0)
     values = values.to(out_dtype or table.default_out_dtype)
     return values if out is None else out.copy_(values)
 
