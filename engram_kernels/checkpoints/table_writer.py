@@ -21,6 +21,7 @@ from .names import FILE_SCALES, SCALE_NAMES, TABLE_SCALE_NAME, as_prefix, file_d
 from .opening import CheckpointError, naming
 from .parallel import spans
 from .writing import (
+    DirectFile,
     NewTensor,
     check_disk,
     checked_metadata,
@@ -49,7 +50,12 @@ class _Shard:
     offsets: dict[str, int]  #: where in the file its "weight", "scale" and "table" (the table's own scale) begin
     names: list[str]  #: of these tensors
     nbytes: int
-    file: io.FileIO | None = None  #: while it is open here
+    file: io.FileIO | None = None  #: while it is open here, and what large writes go through
+    direct: DirectFile | None = None
+
+    def opened(self, file: io.FileIO) -> None:
+        """Write to ``file`` from here on."""
+        self.file, self.direct = file, DirectFile(file.fileno())
 
 
 @dataclass
@@ -68,7 +74,7 @@ class RowsFiles:
         """Open the files, in a process that did not make them; all or none."""
         try:
             for shard in self.shards:
-                shard.file = open(shard.partial, "r+b", buffering=0)
+                shard.opened(open(shard.partial, "r+b", buffering=0))
         except BaseException:
             self.close()
             raise
@@ -84,7 +90,7 @@ class RowsFiles:
                 if size:
                     rows = tensor[first - begin : last - begin].view(torch.uint8).reshape(-1).cpu()
                     with naming(shard.partial):
-                        write_all(shard.file.fileno(), rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
+                        shard.direct.write(rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
         return len(weight) * self.row_bytes
 
     def sync(self) -> None:
@@ -96,9 +102,9 @@ class RowsFiles:
     def close(self) -> None:
         """Close what :meth:`open` opened."""
         for shard in self.shards:
-            if shard.file is not None:
-                shard.file.close()
-                shard.file = None
+            for file in filter(None, (shard.direct, shard.file)):
+                file.close()
+            shard.file = shard.direct = None
 
 
 class TableWriter(RowsFiles):
@@ -141,7 +147,7 @@ class TableWriter(RowsFiles):
             mode = mode_of(self._index, self._path)  # files under new names are as private as what they replace
             for shard in self.shards:
                 with naming(shard.partial):
-                    shard.file = locked_file(shard.partial, mode)
+                    shard.opened(locked_file(shard.partial, mode))
                     os.ftruncate(shard.file.fileno(), shard.nbytes)
                     write_all(shard.file.fileno(), shard.header, 0)
                     if "table" in shard.offsets:
@@ -154,7 +160,7 @@ class TableWriter(RowsFiles):
     @property
     def rows_files(self) -> RowsFiles:
         """Where rows go, for this process or for others that see the same folder."""
-        return RowsFiles([replace(shard, file=None) for shard in self.shards], self.sizes)
+        return RowsFiles([replace(shard, file=None, direct=None) for shard in self.shards], self.sizes)
 
     def commit(self) -> Path:
         """Give the files their names; returns the file, or the index of several."""

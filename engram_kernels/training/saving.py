@@ -9,7 +9,7 @@ How a file is written: checkpoints/writing.py.
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from engram_kernels.checkpoints.files import OPTIMIZER_KEY, SUFFIX, Checkpoint
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
 from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.writing import (
+    DirectFile,
     NewTensor,
     check_disk,
     checked_metadata,
@@ -145,11 +146,11 @@ def save_states(
         for flat, place in zip(map(flat_bytes, tensors.values()), places, strict=False)
         for begin, end in spans(len(flat), CHUNK)
     ]
-    with new_file(path, partial_path(path)) as fd:
+    with new_file(path, partial_path(path)) as fd, closing(DirectFile(fd)) as direct:
 
         def write(chunk: tuple[torch.Tensor, int]) -> int:
             content, place = chunk
-            write_all(fd, content.cpu().numpy(), place)
+            direct.write(content.cpu().numpy(), place)
             return len(content)
 
         os.ftruncate(fd, places[-1])

@@ -75,7 +75,7 @@ def test_each_call_is_the_last(saved):
 
 def test_interrupts_leave_nothing_open(saved):
     """Ctrl-C at a line of the code that writes: no descriptor, no lock, the old table or the new one."""
-    files = (writing.__file__, writing.__file__.replace("writing", "table_writer"))
+    files = [writing.__file__.replace("writing", name) for name in ("writing", "table_writer")]
 
     def run(stop):
         made, lines = saved.made(2), 0
