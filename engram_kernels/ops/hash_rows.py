@@ -15,16 +15,14 @@ from engram_kernels import reference
 from engram_kernels.geometry.kinds import Each, Instance, Optional, check_all, declares
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.device import is_kernel_device
-from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.launching.overlap import memory_of_plan
-from engram_kernels.launching.ranges import ranged
 from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.trainable import moves_taken
-from engram_kernels.tables.view import TableView, view_tables
+from engram_kernels.tables.view import view_tables
 
 from .call import Op, form_of, out_parts, recording_number, registered, writes_alone
 from .gate_kernels.gradients import refuse_second_derivative
@@ -34,17 +32,8 @@ from .row_kernels.by_id import prepare_lookup
 from .row_kernels.caching import CACHE, CACHES, RowCache, check_cache
 from .row_kernels.hashed import prepare_hash_lookup
 from .row_kernels.order import check_order, choose_order
-from .row_kernels.output import (
-    READ_KINDS,
-    VIEW_SCHEMA,
-    Reading,
-    check_row_out,
-    make_row_out,
-    make_view_out,
-    op_out,
-    op_result,
-    split_view,
-)
+from .row_kernels.output import READ_KINDS, Reading, check_row_out, make_row_out, op_out
+from .views import hash_lookup_op, hash_lookup_out_op, ids_shape
 
 
 class HashLookupCall(NamedTuple):
@@ -66,7 +55,7 @@ class HashLookupCall(NamedTuple):
     @property
     def ids_shape(self) -> tuple[int, ...]:
         """Shape of the rows' ids, layers first: ``[L, T, C]`` or ``[L, B, S, C]``."""
-        return _ids_shape(self.tokens.token_ids, self.plan)
+        return ids_shape(self.tokens.token_ids, self.plan)
 
 
 class HashLookup(Op):
@@ -206,11 +195,6 @@ class HashLookup(Op):
 
 
 HASH_LOOKUP = HashLookup()
-_LAUNCHES = Kept()  # of the registered op
-
-
-def _ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
-    return (plan.primes.shape[0], *token_ids.shape, plan.primes.shape[1])
 
 
 def launch_layers(row_ids: torch.Tensor, tables: Sequence[EngramTable], out, reading: Reading) -> None:
@@ -238,56 +222,6 @@ def _with_table_scales(call: HashLookupCall, out):
     if call.storage and call.tables[0].format.name == "e4m3":
         return out[0], torch.stack([table.scale for table in call.tables])
     return out
-
-
-def _split(rest, options: int) -> tuple[TableView, tuple, HashPlan]:
-    """A registered op's arguments after the tokens: view, so many options, plan."""
-    view, rest = split_view(rest)
-    return view, rest[:options], known_plan(rest[options:])
-
-
-def _launch(tokens: Tokens, plan: HashPlan, view: TableView, out, storage, programs, order) -> None:
-    def prepare():
-        chosen = choose_order(order, view, prod(_ids_shape(tokens.token_ids, plan)))
-        return ranged("hash_lookup", prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, chosen)))
-
-    if capturing(tokens.token_ids):
-        launch = prepare()
-    else:  # it holds the plan's tensors and the descriptors, whose addresses stay theirs
-        form = form_of(*tokens, *out_parts(out)), plan, view.form, storage, programs, order
-        launch = _LAUNCHES.get(form, prepare)
-    launch(tokens, out)
-
-
-def _new_values(token_ids, cu_seqlens, history, dead, slots, *rest):
-    view, (out_dtype, storage, *_), plan = _split(rest, 4)
-    return op_result(make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
-
-
-_OPTIONS = f"bool storage, int? programs, str? order, {PLAN_SCHEMA}"
-
-
-@registered(
-    "hash_lookup", f"({TOKENS_SCHEMA}, {VIEW_SCHEMA}, ScalarType? out_dtype, {_OPTIONS}) -> Tensor[]", _new_values
-)
-def hash_lookup_op(token_ids, cu_seqlens, history, dead, slots, *rest):
-    """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
-    view, (out_dtype, storage, programs, order), plan = _split(rest, 4)
-    out = make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
-    _launch(Tokens(token_ids, cu_seqlens, history, dead, slots), plan, view, out, storage, programs, order)
-    return op_result(out)
-
-
-@registered(
-    "hash_lookup_out",
-    f"({TOKENS_SCHEMA}, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, {_OPTIONS}) -> ()",
-    writes_alone,
-)
-def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, slots, *rest):
-    """:func:`hash_lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
-    view, (out, out_scales, storage, programs, order), plan = _split(rest, 5)
-    out = (out, out_scales) if storage else out
-    _launch(Tokens(token_ids, cu_seqlens, history, dead, slots), plan, view, out, storage, programs, order)
 
 
 @registered(
