@@ -9,12 +9,17 @@ import torch
 
 #: Where a table's rows are.
 Placement = Literal["device", "host", "shared", "staged", "cpu"]
+#: Where an optimizer's states are, and where scales of rows are that lie elsewhere.
+StatePlacement = Literal["device", "host", "cpu"]
+ScalePlacement = Literal["device"]
 #: In which order rows are read.
 ReadOrder = Literal["direct", "address", "head"]
 #: Rows as values, or as they are stored.
 OutFormat = Literal["values", "storage"]
 #: What a gate at d = 0 counts as.
 ZeroGate = Literal["copysign", "sign"]
+#: Entries of a cache that an n-gram may be in.
+Ways = Literal[1, 2, 4, 8, 16, 32]
 #: How rows are stored: names of ``FORMATS`` in row_format.py.
 FormatName = Literal["float32", "bfloat16", "float16", "e4m3_ue8m0", "e4m3", "nvfp4", "mxfp4", "float64"]
 #: What reads in place of a token that an n-gram must not see, and how multipliers of the hash are made.

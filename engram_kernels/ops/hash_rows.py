@@ -6,12 +6,13 @@ The kernel is in row_kernels/hashed.py. T tokens, L layers, C columns, R element
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch.compiler import is_compiling
 
 from engram_kernels import reference
+from engram_kernels.geometry.choices import OutFormat, ReadOrder, RowsAndScales
 from engram_kernels.geometry.kinds import Each, Instance, Optional, check_all, declares
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.device import is_kernel_device
@@ -293,6 +294,44 @@ def hash_lookup_gradient_op(grad, token_ids, cu_seqlens, history, dead, anchors,
     return [torch.zeros_like(anchor) for anchor in anchors]
 
 
+@overload
+def hash_lookup(
+    token_ids: torch.Tensor,
+    plan: HashPlan,
+    tables: Sequence[EngramTable],
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    dead: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_format: Literal["values"] = "values",
+    programs: int | None = None,
+    order: ReadOrder | None = None,
+    cache: RowCache | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def hash_lookup(
+    token_ids: torch.Tensor,
+    plan: HashPlan,
+    tables: Sequence[EngramTable],
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    dead: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    out: RowsAndScales | None = None,
+    out_dtype: None = None,
+    out_format: Literal["storage"],
+    programs: int | None = None,
+    order: ReadOrder | None = None,
+    cache: RowCache | None = None,
+) -> RowsAndScales: ...
+
+
 @declares(**TOKEN_KINDS, tables=Each(Instance(EngramTable), least=1), cache=Optional(CACHE), **READ_KINDS)
 def hash_lookup(
     token_ids: torch.Tensor,
@@ -303,13 +342,13 @@ def hash_lookup(
     history: torch.Tensor | None = None,
     dead: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
-    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    out: torch.Tensor | RowsAndScales | None = None,
     out_dtype: torch.dtype | None = None,
-    out_format: str = "values",
+    out_format: OutFormat = "values",
     programs: int | None = None,
-    order: str | None = None,
+    order: ReadOrder | None = None,
     cache: RowCache | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+) -> torch.Tensor | RowsAndScales:
     """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, in one launch unless rows are sorted.
 
     token_ids: raw ids, int32 or int64, ``[T]`` packed or ``[B, S]``. plan: the :class:`HashPlan`, on their device.

@@ -9,12 +9,13 @@
 C columns, R elements a row. An id outside the table, -1 among them, reads as a row of zeros and touches no memory.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch.compiler import is_compiling
 
 from engram_kernels import reference
+from engram_kernels.geometry.choices import OutFormat, ReadOrder, RowsAndScales
 from engram_kernels.geometry.kinds import Instance, Tensor, check_all, declares
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
@@ -194,17 +195,43 @@ def lookup_gradient_op(grad, row_ids, anchor, name, recording):
     return torch.zeros_like(anchor)
 
 
+@overload
+def lookup(
+    table: EngramTable,
+    row_ids: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_format: Literal["values"] = "values",
+    programs: int | None = None,
+    order: ReadOrder | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def lookup(
+    table: EngramTable,
+    row_ids: torch.Tensor,
+    *,
+    out: RowsAndScales | None = None,
+    out_dtype: None = None,
+    out_format: Literal["storage"],
+    programs: int | None = None,
+    order: ReadOrder | None = None,
+) -> RowsAndScales: ...
+
+
 @declares(table=Instance(EngramTable), row_ids=Tensor(torch.int32, torch.int64), **READ_KINDS)
 def lookup(
     table: EngramTable,
     row_ids: torch.Tensor,
     *,
-    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    out: torch.Tensor | RowsAndScales | None = None,
     out_dtype: torch.dtype | None = None,
-    out_format: str = "values",
+    out_format: OutFormat = "values",
     programs: int | None = None,
-    order: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    order: ReadOrder | None = None,
+) -> torch.Tensor | RowsAndScales:
     """Rows ``[..., C, R]`` of a table.
 
     table: the :class:`EngramTable`, which the device of row_ids can read.

@@ -10,6 +10,7 @@ import torch
 from engram_kernels.checkpoints.files import Checkpoint, Paths
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.checkpoints.validate import select_table
+from engram_kernels.geometry.choices import FormatName, Placement, ScalePlacement
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import (
     AnyOf,
@@ -80,11 +81,11 @@ class EngramTable(EditableRows):
         cls,
         rows: int,
         width: int,
-        format: str,
+        format: FormatName,
         *,
-        placement: str,
+        placement: Placement,
         scale: float = 1.0,
-        scales: str | None = None,
+        scales: ScalePlacement | None = None,
         device: torch.device | str | None = None,
         name: str | None = None,
         progress: Progress | None = None,
@@ -118,9 +119,9 @@ class EngramTable(EditableRows):
         weight: torch.Tensor,
         scale: torch.Tensor | float | None = None,
         *,
-        placement: str,
+        placement: Placement,
         own_scale: torch.Tensor | float | None = None,
-        scales: str | None = None,
+        scales: ScalePlacement | None = None,
         device: torch.device | str | None = None,
         name: str | None = None,
         progress: Progress | None = None,
@@ -184,10 +185,10 @@ class EngramTable(EditableRows):
         name: str,
         rows: int,
         width: int,
-        format: str,
+        format: FormatName,
         *,
         scale: float | None = None,
-        scales: str | None = None,
+        scales: ScalePlacement | None = None,
         timeout: float = 600.0,
     ) -> "EngramTable":
         """The table that another process publishes under ``name``, in the same memory; readers must not write to it.
@@ -234,7 +235,7 @@ class EngramTable(EditableRows):
         cls,
         paths: Paths,
         *,
-        placement: str,
+        placement: Placement,
         config: EngramConfig | None = None,
         layer: int | None = None,
         prefix: str | None = None,
@@ -281,7 +282,7 @@ class EngramTable(EditableRows):
             return cls._filled(read, stored.rows, stored.width, stored.format.name, placement=placement, **options)
 
     @classmethod
-    def _filled(cls, fill: Callable[["EngramTable"], None], *shape, placement: str, **options) -> "EngramTable":
+    def _filled(cls, fill: Callable[["EngramTable"], None], *shape, placement: Placement, **options) -> "EngramTable":
         """A new table that ``fill`` has written to, published where it is shared; closed again where that fails."""
         table = cls.empty(*shape, placement=placement, **options)
         try:

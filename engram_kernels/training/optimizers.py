@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from engram_kernels.checkpoints.parallel import spans
-from engram_kernels.geometry.choices import Placement, Reduce
+from engram_kernels.geometry.choices import Reduce, StatePlacement
 from engram_kernels.geometry.kinds import Function, OneOf, Optional, takes
 from engram_kernels.tables.engram import EngramTable
 
@@ -59,7 +59,7 @@ class RowAdagrad(RowOptimizer):
         lr: float = 1e-2,
         eps: float = 1e-10,
         weight_decay: float = 0.0,
-        state_placement: Placement | None = None,
+        state_placement: StatePlacement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
         reduce: Reduce | None = ALONE,
@@ -102,7 +102,7 @@ class RowAdam(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        state_placement: Placement | None = None,
+        state_placement: StatePlacement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
         reduce: Reduce | None = ALONE,
@@ -150,7 +150,7 @@ class RowSinkhorn(RowOptimizer):
         threshold: float = 1e-3,
         balancings: int = 11,
         eps: float = 1e-20,
-        state_placement: Placement | None = None,
+        state_placement: StatePlacement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
         reduce: Literal["alone"] | None = ALONE,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.geometry import kinds
-from engram_kernels.geometry.choices import Placement, Reduce
+from engram_kernels.geometry.choices import Reduce, StatePlacement
 from engram_kernels.geometry.kinds import Flag, Function, Instance, Keyed, Number, Optional, Whole, check_all, takes
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.tables.engram import EngramTable
@@ -92,7 +92,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self,
         tables: EngramTable | Sequence[EngramTable] | Sequence[dict[str, Any]],
         defaults: dict[str, Any],
-        state_placement: Placement | None,
+        state_placement: StatePlacement | None,
         seed: int | None,
         reduce: Reduce | None = ALONE,
         ranks: "dist.ProcessGroup | None" = None,
