@@ -3,7 +3,7 @@
 What a running program takes is its kinds (geometry/kinds.py); a test compares both.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -31,5 +31,14 @@ Mean = Literal["mean", "sum"]
 Reduce = Literal["alone", "mean", "sum"]
 #: Rows and their scales as they are stored; None where the format has no scales of rows.
 RowsAndScales = tuple[torch.Tensor, torch.Tensor | None]
+#: What a Prefetcher reads: tensors, or rows and scales. One without a parameter is a Prefetcher of tensors.
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # Python's own takes a default from 3.13 on
+
+    Read = TypeVar("Read", torch.Tensor, RowsAndScales, default=torch.Tensor)
+else:
+    from typing import TypeVar
+
+    Read = TypeVar("Read", torch.Tensor, RowsAndScales)
 #: (value, scale) of a convolution, oldest first.
 ConvState = tuple[torch.Tensor, torch.Tensor]

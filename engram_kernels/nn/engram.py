@@ -14,7 +14,7 @@ The table is not in it: :func:`save_training` saves both, :class:`EngramTable` i
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -134,7 +134,7 @@ class Engram(nn.Module):
         cls,
         config: EngramConfig,
         layer: int,
-        tokenizer=None,
+        tokenizer: Any = None,
         *,
         placement: Placement,
         name: str | None = None,
@@ -253,7 +253,15 @@ class Engram(nn.Module):
         )
 
     @declares(**ROWS_KINDS)
-    def rows(self, token_ids, *, cu_seqlens=None, history=None, dead=None, slots=None) -> torch.Tensor:
+    def rows(
+        self,
+        token_ids: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        dead: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of token_ids, in the projection's dtype where kernels write it.
 
         cu_seqlens, history, dead, slots: as for :func:`ngram_hash`, whose ValueErrors these are.

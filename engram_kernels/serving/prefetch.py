@@ -11,10 +11,11 @@ for CUDA graphs.
 """
 
 from collections.abc import Hashable, Sequence
+from typing import Generic, Literal, overload
 
 import torch
 
-from engram_kernels.geometry.choices import OutFormat, ReadOrder
+from engram_kernels.geometry.choices import OutFormat, Read, ReadOrder, RowsAndScales
 from engram_kernels.geometry.kinds import (
     Dtype,
     Each,
@@ -44,10 +45,10 @@ from engram_kernels.tables.view import view_tables
 
 from .inputs import TokenBuffers, copying
 from .policy import AHEAD_TOKENS, default_programs, layers_apart, projects_ahead
-from .started import Projection, Rows, Side, StartBuffers, Started, Work
+from .started import Projection, Side, StartBuffers, Started, Work
 
 
-class Prefetcher:
+class Prefetcher(Generic[Read]):
     """Looks rows up ahead of the layers that read them, for at most ``max_tokens`` tokens at a time.
 
         prefetcher.start(token_ids, cu_seqlens=...)        as soon as ids are known
@@ -77,6 +78,48 @@ class Prefetcher:
     ValueError where tables, layers, cache or projections do not fit the plan, and for 2^31 row ids a layer or more.
     """
 
+    @overload
+    def __init__(
+        self: "Prefetcher[torch.Tensor]",
+        plan: HashPlan,
+        tables: Sequence[EngramTable],
+        max_tokens: int,
+        *,
+        programs: int | None = None,
+        order: ReadOrder | None = None,
+        out_dtype: torch.dtype | None = None,
+        max_sequences: int | None = None,
+        layers: Sequence[Hashable] | None = None,
+        cache: RowCache | None = None,
+        projections: Sequence[Projection[torch.Tensor]] | None = None,
+        kv_width: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        ahead: bool | None = None,
+        depth: int = 1,
+        out_format: Literal["values"] = "values",
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Prefetcher[RowsAndScales]",
+        plan: HashPlan,
+        tables: Sequence[EngramTable],
+        max_tokens: int,
+        *,
+        programs: int | None = None,
+        order: ReadOrder | None = None,
+        out_dtype: None = None,
+        max_sequences: int | None = None,
+        layers: Sequence[Hashable] | None = None,
+        cache: RowCache | None = None,
+        projections: Sequence[Projection[RowsAndScales]] | None = None,
+        kv_width: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        ahead: bool | None = None,
+        depth: int = 1,
+        out_format: Literal["storage"],
+    ) -> None: ...
+
     @takes(
         plan=Instance(HashPlan),
         tables=Each(Instance(EngramTable)),
@@ -104,9 +147,9 @@ class Prefetcher:
         order: ReadOrder | None = None,
         out_dtype: torch.dtype | None = None,
         max_sequences: int | None = None,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[Hashable] | None = None,
         cache: RowCache | None = None,
-        projections: Sequence[Projection] | None = None,
+        projections: Sequence[Projection[Read]] | None = None,
         kv_width: int | None = None,
         kv_dtype: torch.dtype | None = None,
         ahead: bool | None = None,
@@ -164,7 +207,7 @@ class Prefetcher:
         memory = [part for each in self._taken for part in each.memory]
         self._side = Side(streams, memory, names, projections, kv_width, kv_dtype or values_dtype)
         self._starts = self._tokens = self._cached_tokens = 0
-        self._last: Started | None = None
+        self._last: Started[Read] | None = None
         # A launch in a capture must not be the first to copy these to the device.
         for chosen in (tables, *((table,) for table in tables)):
             view_tables(chosen, plan.device)
@@ -210,7 +253,7 @@ class Prefetcher:
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
-    ) -> Started:
+    ) -> Started[Read]:
         """Begin to look up the rows of ``token_ids`` in all layers.
 
         token_ids: ``[T]`` with cu_seqlens, or ``[B, S]``; history, dead and slots belong to them, as for
@@ -261,7 +304,7 @@ class Prefetcher:
         return self._last
 
     @declares(layer=Instance(Hashable))
-    def rows(self, layer: int) -> Rows:
+    def rows(self, layer: Hashable) -> Read:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, for work given to the current stream from now on.
 
         With out_format "storage" a pair of rows and scales. They are of the last start(), and views of buffers: the
@@ -272,7 +315,7 @@ class Prefetcher:
         return self._started("Prefetcher.rows", layer).read_rows("Prefetcher.rows", layer)
 
     @declares(layer=Instance(Hashable))
-    def kv(self, layer: int) -> torch.Tensor:
+    def kv(self, layer: Hashable) -> torch.Tensor:
         """What the layer's projection made of :meth:`rows`, ``[T, W]`` (``[B, S, W]``), ordered as those are.
 
         It is a view of a buffer, as they are, where the side stream projects, and otherwise a new tensor, projected
@@ -294,7 +337,7 @@ class Prefetcher:
         """Whether there are projections, so that :meth:`kv` can be asked for."""
         return self._side.projections is not None
 
-    def _started(self, where: str, layer: Hashable) -> Started:
+    def _started(self, where: str, layer: Hashable) -> Started[Read]:
         """The last start, for one of the layers."""
         if self._last is None:
             self._side.index(where, layer)

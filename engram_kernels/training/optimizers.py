@@ -9,7 +9,7 @@ schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 from weakref import ref
 
 import torch
@@ -21,7 +21,7 @@ from engram_kernels.geometry.kinds import Function, OneOf, Optional, takes
 from engram_kernels.tables.engram import EngramTable
 
 from .replicas import ALONE
-from .row_optimizer import OPTIONS, RATES, RowOptimizer
+from .row_optimizer import OPTIONS, RATES, Loss, RowOptimizer
 from .sinkhorn import sinkhorn_rule, take_moves
 from .update import ADAGRAD, ADAM
 
@@ -160,8 +160,14 @@ class RowSinkhorn(RowOptimizer):
         self._momentum, self._rule, self._put_off = momentum, sinkhorn_rule(momentum), []
         super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None, reduce)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @takes(closure=Optional(Function()))
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Move the rows that have a gradient; those that momentum alone moves take their moves when they are next read.
 
         closure: as for torch optimizers, or None; its result is returned. ValueError where momentum was changed.

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,8 @@ RATES = dict(
     threshold=Number(0),
     balancings=_Odd(1),
 )
+#: What a step's closure returns.
+Loss = TypeVar("Loss")
 #: Parameters of every optimizer of rows.
 OPTIONS = dict(
     tables=kinds.AnyOf(Instance(EngramTable), kinds.Many()),
@@ -121,9 +123,15 @@ class RowOptimizer(torch.optim.Optimizer):
             self.close()
             raise
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
     @takes(closure=Optional(Function()))
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Move every row that has a gradient; the rest of the tables is not touched. Waits for nothing.
 
         A table that is not trainable at the moment is passed over. On an error, such as a table that is closed, none
