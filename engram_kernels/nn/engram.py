@@ -193,14 +193,17 @@ class Engram(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, ConvState]:
         """``[T, H, D]`` (``[B, S, H, D]``) from hidden of that shape; with conv_state (out, new state).
 
+        hidden: bfloat16, float16 or float32 (float64 on the CPU), which the result has too.
         token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history, dead and slots as for :func:`ngram_hash`; or rows
         ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before; or kv ``[T, (H + 1) * D]`` (``[B, S, ...]``) in
         hidden's dtype, which :meth:`project` or an engine's own projection made of them before.
+        conv_state: (value, scale) before these tokens, as :meth:`new_conv_state` makes it; it is not written.
         state: a step of :class:`EngramState`, in place of all of them but rows or kv; the result is out alone.
         Padding tokens come back as hidden, and so do dead ones (in DeepSeek-V4.1 those of images), to which a
         convolution, where there is one, still adds what it makes of earlier tokens.
         Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
-        ValueError unless there is one of token_ids, rows and kv, and hidden has their tokens.
+        ValueError unless there is one of token_ids, rows and kv, and hidden has their tokens; for a conv_state where
+        the config has no convolution, and for anything that state stands for beside it.
         """
         given = hidden, token_ids, rows, kv, cu_seqlens, history, dead, slots, conv_state, state
         check_all("Engram.forward", FORWARD_KINDS, dict(zip(FORWARD_KINDS, given, strict=True)))
@@ -264,7 +267,8 @@ class Engram(nn.Module):
     ) -> torch.Tensor:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of token_ids, in the projection's dtype where kernels write it.
 
-        cu_seqlens, history, dead, slots: as for :func:`ngram_hash`, whose ValueErrors these are.
+        token_ids: ``[T]`` or ``[B, S]``, int32 or int64. cu_seqlens, history, dead, slots: as for :func:`ngram_hash`,
+        whose ValueErrors these are.
         """
         options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, slots=slots)
         check_all("Engram.rows", ROWS_KINDS, dict(token_ids=token_ids, **options))
@@ -298,7 +302,11 @@ class Engram(nn.Module):
 
     @takes(batch=Whole(0))
     def new_conv_state(self, batch: int) -> ConvState:
-        """The state before the first token of ``batch`` sequences, on the module's device."""
+        """The state before the first token of ``batch`` sequences, on the module's device: zeros.
+
+        (value ``[B, (K - 1) * N, D]`` in the weights' dtype, scale ``[B, (K - 1) * N, H]`` in float32, or float64 for
+        float64 weights); both are empty where the config has no convolution.
+        """
         span, weight = max(0, self.config.conv_kernel - 1) * self.config.conv_dilation, self.wkv.weight
         scale_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         value = weight.new_zeros(batch, span, self.config.hidden_size)

@@ -357,7 +357,9 @@ def hash_lookup(
     none.
     dead: bool ``[T]`` (``[B, S]``), tokens of no n-gram. slots: int32 ``[B]``, each sequence's row of history.
     out, out_dtype: a contiguous tensor to write to; its dtype, None is the table's, bfloat16 where rows have scales.
-    out_format: "values", or "storage" for raw rows and scales (of format e4m3 float32 ``[L]``), see :func:`lookup`.
+    out_format: "values", or "storage" for the raw rows in the tables' dtype (uint8 ``[..., R / 2]`` of nvfp4 and mxfp4)
+    and their scales: uint8 ``[..., R / 32]`` for e4m3_ue8m0 and mxfp4, ``[..., R / 16]`` for nvfp4, float32 ``[L]``
+    for e4m3, None for dense formats; ``out`` is a pair of these then.
     programs, order: size of the grid, and the read order "direct", "head" or "address"; None chooses. No bit differs.
     cache: an :class:`NgramCache` for this plan and these tables; what it has is not read from them, and what it has not
     once a call, head by head in every order but "direct". No bit differs.

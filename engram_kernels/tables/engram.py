@@ -98,6 +98,8 @@ class EngramTable(EditableRows):
         name: of placement "shared", under which other processes :meth:`attach` once this one calls :meth:`publish`;
         FileExistsError where a table has it.
         progress: called with (bytes done, all) while the pages of placement "host" or "shared" are faulted in.
+        ValueError where a row is no multiple of 16 bytes, or format, placement, scales, device and name do not go
+        together; RuntimeError where the machine does not give the memory.
         """
         where = "EngramTable.empty"
         fmt = _checked_geometry(where, rows, width, format)
@@ -195,7 +197,7 @@ class EngramTable(EditableRows):
 
         Waits for it: TimeoutError after ``timeout`` seconds, RuntimeError as soon as its writer has died.
         rows, width, format: what it must have, ValueError otherwise; scale, the table's own, too unless None.
-        scales: as for :meth:`empty`; each process has its own copy.
+        scales: "device" keeps this process's own copy of the scales of groups in GPU memory.
         """
         where = "EngramTable.attach"
         fmt = _checked_geometry(where, rows, width, format)
@@ -255,7 +257,7 @@ class EngramTable(EditableRows):
         it, ``threads`` chunks of the files at once, with progress(bytes done, bytes in all). ValueError names the file
         and tensor that does not fit; on any error the memory is released.
         mapped: True reads rows where they lie in the file instead, for placement "cpu" and "staged"; nothing is loaded.
-        options: as for :meth:`empty`, such as ``device``.
+        options: of :meth:`empty`: scales, device, name.
         """
         where = "EngramTable.from_safetensors"
         check_threads(threads, where)

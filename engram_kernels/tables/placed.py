@@ -242,7 +242,10 @@ class PlacedRows:
         return asked | staged | dict(rows=self.rows, nbytes=self.nbytes)
 
     def discard(self) -> None:
-        """Give the pages of an unregistered host table back: all rows read as zero afterwards."""
+        """Give the pages of an unregistered host table back: all rows read as zero afterwards.
+
+        ValueError for another placement, and for a table that is registered.
+        """
         self.check_usable("EngramTable.discard")
         if self.placement != "host":
             raise ValueError(f"EngramTable.discard: only placement 'host' can give pages back, got {self.placement!r}")

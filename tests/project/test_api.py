@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import engram_kernels
 from engram_kernels import reference
 from engram_kernels.ops.call import Op
-from tests.reports.api import RETURNED, entries
+from tests.reports.api import RETURNED, candidates, entries
 from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -107,9 +107,9 @@ def test_docstrings_stand_on_their_own():
     """What an argument is stands where it is taken: no docstring sends its reader on to a third one."""
     sends = {}
     for name, (_, function) in entries().items():
-        found = re.findall(r"(?:as (?:for|in|of)|(?:are )?those of)\s+:\w+:`~?([\w.]+)`", function.__doc__)
-        owner = name.split(".")[0]
-        sends[name] = {f"{owner}.{each}" if f"{owner}.{each}" in entries() else each for each in found}
+        found = re.findall(r"(?:as (?:for|in|of)|(?:are )?those of|see)\s+:(\w+):`~?([\w.]+)`", function.__doc__)
+        meant = (candidates(*each, name.split(".")[0]) for each in found)
+        sends[name] = {next((each for each in names if each in entries()), names[-1]) for names in meant}
     chains = [(name, to) for name, targets in sends.items() for to in targets if sends.get(to, set()) - {name, to}]
     assert not chains
 

@@ -149,14 +149,19 @@ def linked(text: str, owner: str, here: str) -> str:
     """Roles of Sphinx as links to where the name stands."""
 
     def link(found: re.Match) -> str:
-        name = found[1]
-        full = next((each for each in (f"{owner}.{name}", name) if each in entries()), None)
+        role, name = found[1], found[2]
+        full = next((each for each in candidates(role, name, owner) if each in entries()), None)
         if full is None:
             return f"`{name}`"
         page = entries()[full][0]
         return f"[`{name}`]({'' if page == here else page + '.md'}#{anchor(full)})"
 
-    return re.sub(r":\w+:`~?([\w.]+)`", link, text)
+    return re.sub(r":(\w+):`~?([\w.]+)`", link, text)
+
+
+def candidates(role: str, name: str, owner: str) -> tuple[str, ...]:
+    """What a role of Sphinx in the docstring of ``owner`` may mean: a function is none of the class's methods."""
+    return (name,) if role == "func" else (f"{owner}.{name}", name)
 
 
 def prose(doc: str, names: set[str]) -> str:
