@@ -78,6 +78,14 @@ def test_annotations_are_what_a_running_program_takes(name, function):
         assert inspect.signature(function).return_annotation is not inspect.Signature.empty
 
 
+def test_what_is_read_from_objects_has_a_type():
+    for value in (value for value in map(vars(engram_kernels).get, engram_kernels.__all__) if inspect.isclass(value)):
+        for member, it in ((member, inspect.getattr_static(value, member)) for member in dir(value)):
+            function = it.fget if isinstance(it, property) else getattr(it, "func", None)  # a cached property's
+            if function and function.__module__.startswith("engram_kernels") and not member.startswith("_"):
+                assert "return" in function.__annotations__, f"{value.__name__}.{member}"
+
+
 def test_overloads_are_what_runs():
     """Each has the parameters and defaults of the function; together they take the names that it takes."""
     functions = {name: function for name, function in public_functions() if overloads(function)}
