@@ -24,9 +24,8 @@ token_map = torch.arange(config.raw_vocab_size, dtype=torch.int32)
 plan = HashPlan.build(config, token_map).to(device)
 
 # One table per layer, here random; a trained model's rows come from its checkpoint.
-placement = "host" if device.type == "cuda" else "cpu"
 weights = [torch.randn(rows, config.row_width, dtype=torch.bfloat16) for rows in plan.rows_per_layer]
-tables = [EngramTable.from_tensors(weight, placement=placement) for weight in weights]
+tables = [EngramTable.from_tensors(w, placement="host" if device.type == "cuda" else "cpu") for w in weights]
 for table in tables:
     print(table)
 

@@ -42,11 +42,11 @@ class Transformer(nn.Module):
         # A trained model's rows come from its checkpoint: EngramTable.from_safetensors.
         rows = [torch.randn(count, CONFIG.row_width, dtype=torch.bfloat16) for count in self.plan.rows_per_layer]
         self.tables = [EngramTable.from_tensors(weight, placement="host") for weight in rows]
-        self.engrams = nn.ModuleDict(
-            {str(n): Engram(CONFIG, n, self.plan, table) for n, table in zip(CONFIG.layers, self.tables, strict=True)}
-        )
-        for engram in self.engrams.values():
+        layers = zip(CONFIG.layers, self.tables, strict=True)
+        engrams = {str(layer): Engram(CONFIG, layer, self.plan, table) for layer, table in layers}
+        for engram in engrams.values():
             nn.init.normal_(engram.conv_weight)
+        self.engrams = nn.ModuleDict(engrams)
         size = CONFIG.hidden_size
         self.embedding = nn.Embedding(CONFIG.raw_vocab_size, size)
         self.qkv = nn.ModuleList(nn.Linear(size, 3 * size) for _ in range(LAYERS))
@@ -102,13 +102,14 @@ class Engine:
         self.tokens = torch.zeros(5, size, dtype=torch.int64, device=DEVICE)
         self.sequences = torch.zeros(2, SLOTS, dtype=torch.int32, device=DEVICE)
         self.cu_seqlens = torch.zeros(SLOTS + 1, dtype=torch.int32, device=DEVICE)
-        self.graphs = {}
+        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.taken = self.drafted = 0
 
     def forward(self, size: int, with_engram: bool = True) -> torch.Tensor:
         """Most likely next token of each token, then the number of tokens accepted of each sequence."""
         ids, positions, token_slots, owner, draft = self.tokens[:, :size].contiguous()
         slots, fresh = self.sequences
+        step = None
         if with_engram:
             self.state.reset(fresh)
             step = self.state.begin(ids, slots, cu_seqlens=self.cu_seqlens)
@@ -122,7 +123,7 @@ class Engine:
             return scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None]).squeeze(2)
 
         def add_engram(layer, hidden):
-            if not with_engram:
+            if step is None:
                 return hidden
             return self.model.engrams[str(layer)](hidden, rows=self.prefetcher.rows(layer), state=step)
 
@@ -132,7 +133,7 @@ class Engine:
         first = self.cu_seqlens[:-1].clamp(max=size - 1).long()  # never a draft, so not wrong itself
         right = wrong == torch.cat([wrong[first], wrong[:1]])[owner]
         accepted = torch.zeros(SLOTS + 1, dtype=torch.int64, device=DEVICE).index_add_(0, owner, right.long())[:-1]
-        if with_engram:
+        if step is not None:
             step.commit(accepted.int())
         return torch.cat([likely, accepted])
 
@@ -155,7 +156,8 @@ class Engine:
 
     def serve(self, requests: list[Request]) -> None:
         """Run all requests to their end."""
-        waiting, running, free = list(requests), [], list(range(SLOTS))
+        waiting, free = list(requests), list(range(SLOTS))
+        running: list[Request] = []
         while waiting or running:
             while waiting and free:
                 running.append(waiting.pop(0))
@@ -174,7 +176,9 @@ class Engine:
 
     def fill(self, running: list[Request]) -> list[tuple[Request, int, int]]:
         """Write the next step into the buffers: (request, its first token there, tokens that are no drafts)."""
-        batch, columns, ends = [], [], [0]
+        batch: list[tuple[Request, int, int]] = []
+        columns: list[tuple[int, int, int, int, int]] = []
+        ends = [0]
         sequences = [[-1] * SLOTS, [-1] * SLOTS]
         # Who generates goes first, and a prompt takes what is left.
         for request in sorted(running, key=lambda request: len(request.tokens) - request.cached):

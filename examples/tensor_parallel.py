@@ -27,8 +27,8 @@ config = EngramConfig(
 torch.manual_seed(0)
 plan = HashPlan.build(config, torch.arange(config.raw_vocab_size, dtype=torch.int32)).to(device)
 weights = [torch.randn(rows, config.row_width).to(torch.float8_e4m3fn) for rows in plan.rows_per_layer]
-placement = "host" if device.type == "cuda" else "cpu"
-tables = [EngramTable.from_tensors(weight, 0.125, placement=placement) for weight in weights]
+on_gpu = device.type == "cuda"
+tables = [EngramTable.from_tensors(w, 0.125, placement="host" if on_gpu else "cpu") for w in weights]
 tokens = torch.randint(0, config.raw_vocab_size, (TOKENS,), device=device)
 outputs = (config.branches + 1) * config.hidden_size
 wkv = torch.randn(outputs, config.columns * config.row_width, device=device).to(torch.float8_e4m3fn)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from bench.running.report import print_table
 from bench.serving.step import DECODERS, SIDE_PROGRAMS
 from engram_kernels import EngramConfig
-from engram_kernels.serving.prefetch import layers_apart, projects_ahead
+from engram_kernels.serving.policy import layers_apart, projects_ahead
 
 RESULT = Path(__file__).parents[1] / "results" / "step_model.json"
 CONFIG = EngramConfig.deepseek_v41_flash()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from engram_kernels.geometry.choices import Ways
 from engram_kernels.geometry.kinds import Each, Instance, OneOf, Optional, Whole, declares, takes
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.buffers import Buffers
@@ -62,7 +63,7 @@ class CacheStore(RowCache):
         *,
         bytes: int | None = None,
         entries: int | None = None,
-        ways: int = WAYS,
+        ways: Ways = WAYS,
         min_tokens: int | None = None,
     ):
         where = "NgramCache"

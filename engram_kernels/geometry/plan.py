@@ -289,8 +289,8 @@ class HashPlan:
     def select(self, layers: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> "HashPlan":
         """The plan of some of its layers and columns, by position, in the order given.
 
-        Row ids are those of the whole plan: offsets stay as they are. A column must not be named twice. TypeError for
-        positions that are no integers.
+        Row ids are those of the whole plan: offsets stay as they are. TypeError for positions that are no integers,
+        ValueError for those that are not there, for none, and for one that is named twice.
         """
         layers = _positions(layers, self.primes.shape[0], "layers")
         columns = _positions(columns, self.primes.shape[1], "columns")

@@ -5,6 +5,8 @@ N-grams are hashed over compressed ids, so "The", " the" and "THE" reach the sam
 arXiv 2601.07372; DeepSeek-V4.1 checkpoints use the same rule.
 """
 
+from typing import Any
+
 import torch
 
 from .kinds import Having, declares
@@ -16,7 +18,7 @@ TOKENIZER = Having("a tokenizers.Tokenizer or a fast transformers tokenizer", "d
 
 
 @declares(tokenizer=TOKENIZER)
-def build_token_map(tokenizer) -> torch.Tensor:
+def build_token_map(tokenizer: Any) -> torch.Tensor:
     """Compressed id of every raw id, int32 ``[V_raw]`` on the CPU; ids are numbered as they first appear.
 
     V_raw is the greatest id and one, of added tokens beyond the vocabulary too. An id that no token has reads as

@@ -14,7 +14,7 @@ The table is not in it: :func:`save_training` saves both, :class:`EngramTable` i
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ from engram_kernels.geometry.kinds import (
 )
 from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.launching.checks import check_out, check_tensor
-from engram_kernels.launching.tokens import ID_DTYPES, check_batch
+from engram_kernels.launching.tokens import check_batch
 from engram_kernels.ops.gate import gate_residual
 from engram_kernels.ops.gate_conv import gate_conv_residual
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
@@ -53,27 +53,17 @@ from engram_kernels.ranks.sharded import ShardedTable
 from engram_kernels.serving.state import EngramStep
 from engram_kernels.tables.engram import EngramTable
 
+from .arguments import (
+    FORWARD_KINDS,
+    PROJECT_KINDS,
+    ROWS_KINDS,
+    check_hidden,
+    check_row_shape,
+    check_rows_of_layer,
+)
 from .call import EngramCall
 from .initial import NEW_KINDS, STD, fill_rows, fill_weights, new_rows
 from .weights import layer_weights
-
-_TOKENS = dict(
-    cu_seqlens=Optional(Tensor(torch.int32)),
-    history=Optional(Tensor(*ID_DTYPES)),
-    dead=Optional(Tensor(torch.bool)),
-    slots=Optional(Tensor(torch.int32)),
-)
-_ROWS = dict(token_ids=Tensor(*ID_DTYPES), **_TOKENS)
-_PROJECT = dict(rows=Tensor(*FLOAT_DTYPES), out=Optional(Tensor(*FLOAT_DTYPES)))
-_FORWARD = dict(
-    hidden=Tensor(*FLOAT_DTYPES),
-    token_ids=Optional(Tensor(*ID_DTYPES)),
-    rows=Optional(Tensor(*FLOAT_DTYPES)),
-    kv=Optional(Tensor(*FLOAT_DTYPES)),
-    **_TOKENS,
-    conv_state=Optional(Instance(tuple)),
-    state=Optional(Instance(EngramStep)),
-)
 
 
 class Engram(nn.Module):
@@ -120,7 +110,7 @@ class Engram(nn.Module):
         plan = layer_plan(plan, config, layer, "Engram")
         if table.width != config.row_width:
             raise ValueError(f"Engram: table must have rows of {config.row_width} elements, got {table.width}")
-        _check_rows(config, layer, plan, table)
+        check_rows_of_layer(config, layer, plan, table)
         table.token_map = plan.token_map_digest
         self.config, self.layer, self.table, self.residual = config, layer, table, residual
         self._plans = {plan.device: plan}
@@ -144,7 +134,7 @@ class Engram(nn.Module):
         cls,
         config: EngramConfig,
         layer: int,
-        tokenizer=None,
+        tokenizer: Any = None,
         *,
         placement: Placement,
         name: str | None = None,
@@ -186,7 +176,7 @@ class Engram(nn.Module):
             raise
         return module
 
-    @declares(**_FORWARD)
+    @declares(**FORWARD_KINDS)
     def forward(
         self,
         hidden: torch.Tensor,
@@ -203,17 +193,20 @@ class Engram(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, ConvState]:
         """``[T, H, D]`` (``[B, S, H, D]``) from hidden of that shape; with conv_state (out, new state).
 
+        hidden: bfloat16, float16 or float32 (float64 on the CPU), which the result has too.
         token_ids: ``[T]`` (``[B, S]``), with cu_seqlens, history, dead and slots as for :func:`ngram_hash`; or rows
         ``[T, C, R]`` (``[B, S, C, R]``) that were looked up before; or kv ``[T, (H + 1) * D]`` (``[B, S, ...]``) in
         hidden's dtype, which :meth:`project` or an engine's own projection made of them before.
+        conv_state: (value, scale) before these tokens, as :meth:`new_conv_state` makes it; it is not written.
         state: a step of :class:`EngramState`, in place of all of them but rows or kv; the result is out alone.
         Padding tokens come back as hidden, and so do dead ones (in DeepSeek-V4.1 those of images), to which a
         convolution, where there is one, still adds what it makes of earlier tokens.
         Under torch.autocast the projection runs in autocast's dtype; its result is cast to hidden's, which out has too.
-        ValueError unless there is one of token_ids, rows and kv, and hidden has their tokens.
+        ValueError unless there is one of token_ids, rows and kv, and hidden has their tokens; for a conv_state where
+        the config has no convolution, and for anything that state stands for beside it.
         """
         given = hidden, token_ids, rows, kv, cu_seqlens, history, dead, slots, conv_state, state
-        check_all("Engram.forward", _FORWARD, dict(zip(_FORWARD, given, strict=True)))
+        check_all("Engram.forward", FORWARD_KINDS, dict(zip(FORWARD_KINDS, given, strict=True)))
         if state is not None:
             others = dict(token_ids=token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, slots=slots)
             others |= dict(conv_state=conv_state)
@@ -230,15 +223,15 @@ class Engram(nn.Module):
         if kv is None:
             if rows is None:
                 rows = self.rows(token_ids, cu_seqlens=cu_seqlens, history=history, dead=dead, slots=slots)
-            self._check_row_shape("Engram.forward", rows)
-            self._check_hidden(hidden, tuple(rows.shape[:-2]))
+            check_row_shape("Engram.forward", self.config, rows)
+            check_hidden("Engram.forward", self.config, hidden, tuple(rows.shape[:-2]))
             kv = self.project(rows)
         else:
             width = (self.config.branches + 1) * self.config.hidden_size
             if kv.shape[-1:] != (width,):
                 expected = f"[T, W] or [B, S, W], W = (H + 1) * D = {width}"
                 raise ValueError(f"Engram.forward: kv must have shape {expected}, got {list(kv.shape)}")
-            self._check_hidden(hidden, tuple(kv.shape[:-1]))
+            check_hidden("Engram.forward", self.config, hidden, tuple(kv.shape[:-1]))
             dtypes = FLOAT_DTYPES if torch.is_autocast_enabled(hidden.device.type) else (hidden.dtype,)
             check_tensor("Engram.forward", "kv", kv, dtypes=dtypes, device=hidden.device, contiguous=False)
         if torch.is_autocast_enabled(hidden.device.type):
@@ -262,14 +255,23 @@ class Engram(nn.Module):
             **options,
         )
 
-    @declares(**_ROWS)
-    def rows(self, token_ids, *, cu_seqlens=None, history=None, dead=None, slots=None) -> torch.Tensor:
+    @declares(**ROWS_KINDS)
+    def rows(
+        self,
+        token_ids: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        dead: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of token_ids, in the projection's dtype where kernels write it.
 
-        cu_seqlens, history, dead, slots: as for :func:`ngram_hash`, whose ValueErrors these are.
+        token_ids: ``[T]`` or ``[B, S]``, int32 or int64. cu_seqlens, history, dead, slots: as for :func:`ngram_hash`,
+        whose ValueErrors these are.
         """
         options = dict(cu_seqlens=cu_seqlens, history=history, dead=dead, slots=slots)
-        check_all("Engram.rows", _ROWS, dict(token_ids=token_ids, **options))
+        check_all("Engram.rows", ROWS_KINDS, dict(token_ids=token_ids, **options))
         dtype = self.wkv.weight.dtype
         out_dtype = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else None
         options |= dict(out_dtype=out_dtype)
@@ -278,15 +280,15 @@ class Engram(nn.Module):
             return self.table.hash_lookup(token_ids, plan, **options)
         return hash_lookup(token_ids, plan, (self.table,), **options)[0]
 
-    @declares(**_PROJECT)
+    @declares(**PROJECT_KINDS)
     def project(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """kv ``[T, (H + 1) * D]`` (``[B, S, (H + 1) * D]``) of rows ``[T, C, R]``: what forward() would project.
 
         out: where to put it, in the projection's dtype, without a gradient. A :class:`Prefetcher` takes this method as
         the layer's projection, and forward() its result as kv. ValueError where rows or out have another shape.
         """
-        check_all("Engram.project", _PROJECT, dict(rows=rows, out=out))
-        self._check_row_shape("Engram.project", rows)
+        check_all("Engram.project", PROJECT_KINDS, dict(rows=rows, out=out))
+        check_row_shape("Engram.project", self.config, rows)
         kv = self.wkv(rows.flatten(-2).to(self.wkv.weight.dtype))
         if out is None:
             return kv
@@ -300,7 +302,11 @@ class Engram(nn.Module):
 
     @takes(batch=Whole(0))
     def new_conv_state(self, batch: int) -> ConvState:
-        """The state before the first token of ``batch`` sequences, on the module's device."""
+        """The state before the first token of ``batch`` sequences, on the module's device: zeros.
+
+        (value ``[B, (K - 1) * N, D]`` in the weights' dtype, scale ``[B, (K - 1) * N, H]`` in float32, or float64 for
+        float64 weights); both are empty where the config has no convolution.
+        """
         span, weight = max(0, self.config.conv_kernel - 1) * self.config.conv_dilation, self.wkv.weight
         scale_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         value = weight.new_zeros(batch, span, self.config.hidden_size)
@@ -344,21 +350,6 @@ class Engram(nn.Module):
                 dense_tensor(state_dict, prefix + name, "Engram.load_state_dict")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def _check_row_shape(self, where: str, rows: torch.Tensor) -> None:
-        if tuple(rows.shape[-2:]) != (self.config.columns, self.config.row_width):
-            expected = f"C = {self.config.columns} and R = {self.config.row_width}"
-            raise ValueError(f"{where}: rows must have shape [..., C, R], {expected}, got {list(rows.shape)}")
-
-    def _check_hidden(self, hidden: torch.Tensor, tokens: tuple[int, ...]) -> None:
-        branches, hidden_size, where = self.config.branches, self.config.hidden_size, "Engram.forward"
-        if tuple(hidden.shape) != (*tokens, branches, hidden_size):
-            bare = branches == 1 and tuple(hidden.shape) == (*tokens, hidden_size)
-            raise ValueError(
-                f"{where}: hidden must have shape [T, H, D] or [B, S, H, D], got {list(hidden.shape)}; for these "
-                f"tokens, H = {branches} and D = {hidden_size} that is {[*tokens, branches, hidden_size]}"
-                + ("; hidden.unsqueeze(-2) has it" if bare else "")
-            )
-
     def _mask(self, hidden, cu_seqlens, dead) -> torch.Tensor | None:
         """A gate's mask: True unless a token is dead or padding, which the convolution finds itself. None: all True."""
         where, tokens, device = "Engram.forward", hidden.shape[:-2], hidden.device
@@ -377,24 +368,3 @@ class Engram(nn.Module):
         if device not in self._plans:
             self._plans[device] = next(iter(self._plans.values())).to(device)
         return self._plans[device]
-
-
-def _check_rows(config: EngramConfig, layer: int, plan: HashPlan, table: EngramTable | ShardedTable) -> None:
-    """Raise ValueError where the plan or the table is another layer's: they would fit, and mean other n-grams.
-
-    A plan of a model's own primes, which are not the config's, knows by itself how many rows there are.
-    """
-    primes = tuple(plan.primes[0].tolist())
-    number = dict(zip(config.primes, config.layers, strict=True)).get(primes)
-    if number not in (layer, None):
-        raise ValueError(f"Engram: plan must be of layer {layer}, got that of layer {number}")
-    if isinstance(table, ShardedTable) and table.layer != layer:
-        raise ValueError(f"Engram: table must be of layer {layer}, got that of layer {table.layer}")
-    rows = plan.rows_per_layer[0] if number is None else config.rows_per_layer[config.layers.index(layer)]
-    if table.rows != rows:
-        raise ValueError(f"Engram: table must have the {rows:,} rows of layer {layer}, got {table.rows:,}")
-    if table.token_map not in (None, plan.token_map_digest):
-        raise ValueError(
-            f"Engram: table was made with token map {table.token_map[:12]}, and the plan has "
-            f"{(plan.token_map_digest or 'none')[:12]}: is its tokenizer of another revision?"
-        )

@@ -68,13 +68,14 @@ def save_training(
 ) -> Path:
     """Save a run, all of it or nothing; returns ``folder``, in which a run that is there is replaced at once.
 
+    folder: all ranks of a job see it, for which saving is collective: rank 0 writes what all have alike, each rank its
+    part of a :class:`ShardedTable` over the world and states.
     module: its state_dict, of DistributedDataParallel the wrapped one's; FSDP2's is not taken. tables: by name; None is
     those of the module's :class:`Engram` modules. row_optimizers: of these tables; states, options, seeds and counters.
     optimizers, schedulers: by their state_dict. step, extra: come back from :func:`load_training`; extra is what
     ``torch.load(weights_only=True)`` takes, such as numbers, texts and tensors.
-    ValueError where tables and row optimizers do not belong together. Call it between a step and the next backward
-    pass. In a job of several ranks it is collective, and all see the
-    folder: rank 0 writes what all have alike, each rank its part of a :class:`ShardedTable` over the world and states.
+    Call it between a step and the next backward pass. ValueError where tables and row optimizers do not belong
+    together, for an ``extra`` of other things, and for FSDP2's modules; OSError where a file cannot be written.
     """
     folder, ranks = Path(folder), _World(_SAVE)
     found = _tables_of(module, tables, row_optimizers, ranks.size, _SAVE)
@@ -147,10 +148,11 @@ def load_training(
 ) -> tuple[int, Any]:
     """Bring a run back into objects of the same kinds; returns (step, extra) as they were saved.
 
-    folder: what :func:`save_training` wrote, by any number of ranks. module, row_optimizers, optimizers, schedulers,
-    tables: objects like those that were saved, in the same order and under the same names, which rows and states are
-    read into. What does not fit, by the folder's manifest, is a ValueError before anything is changed; an error after
-    that leaves optimizers of rows closed.
+    folder: what :func:`save_training` wrote, by any number of ranks.
+    module, row_optimizers, optimizers, schedulers, tables: objects like those that were saved, in the same order and
+    under the same names, which rows and states are read into.
+    What does not fit, by the folder's manifest, is a ValueError before anything is changed; an error after that leaves
+    optimizers of rows closed.
     """
     folder, ranks = Path(folder), _World(_LOAD)
     found = _tables_of(module, tables, row_optimizers, ranks.size, _LOAD)

@@ -5,6 +5,7 @@ and of the convolution, rows hashed at once, the read order, and whether each la
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from engram_kernels.tables.view import view_tables
 from .engram import Engram
 
 
-def variant_lengths(engrams: Sequence[Engram], max_tokens: int, prefetcher: Prefetcher | None) -> list[int]:
+def variant_lengths(engrams: Sequence[Engram], max_tokens: int, prefetcher: Prefetcher[Any] | None) -> list[int]:
     """Numbers of tokens that take every variant between 1 and ``max_tokens``, which is the last."""
     config, table = engrams[0].config, engrams[0].table
 
@@ -55,7 +56,7 @@ def warmup(
     engrams: Sequence[Engram],
     max_tokens: int,
     *,
-    prefetcher: Prefetcher | None = None,
+    prefetcher: Prefetcher[Any] | None = None,
     state: EngramState | None = None,
     dead: bool = False,
     id_dtype: torch.dtype = torch.int64,

@@ -11,6 +11,7 @@ DeepSeek-V4.1) or 0 ("sign", the demo and Qwen). Source: arXiv 2601.07372, secti
 import torch
 
 from engram_kernels import reference
+from engram_kernels.geometry.choices import ZeroGate
 from engram_kernels.geometry.kinds import declares
 from engram_kernels.launching.checks import records_gradient
 from engram_kernels.launching.device import is_kernel_device
@@ -120,7 +121,7 @@ def gate_residual(
     eps: float | None,
     clamp: float = 1e-6,
     mask: torch.Tensor | None = None,
-    zero_gate: str = "copysign",
+    zero_gate: ZeroGate = "copysign",
     residual: bool = True,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -13,10 +13,12 @@ of a sequence is ``value`` and ``scale`` of its last (K-1) * dilation tokens.
 """
 
 from collections.abc import Callable
+from typing import overload
 
 import torch
 
 from engram_kernels import reference
+from engram_kernels.geometry.choices import ConvState, ZeroGate
 from engram_kernels.geometry.kinds import declares
 from engram_kernels.launching.checks import records_gradient
 from engram_kernels.launching.device import is_kernel_device, on_device_of
@@ -236,6 +238,75 @@ def make_conv_recorded(hidden):
     return out, *(hidden.new_empty(hidden.shape[:-1], dtype=torch.float32) for _ in range(2)), scalars
 
 
+@overload
+def gate_conv_residual(
+    hidden: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_norm: torch.Tensor,
+    key_norm: torch.Tensor,
+    conv_norm: torch.Tensor,
+    conv_weight: torch.Tensor,
+    *,
+    dilation: int,
+    eps: float | None,
+    conv_eps: float | None,
+    clamp: float = 1e-6,
+    mask: torch.Tensor | None = None,
+    zero_gate: ZeroGate = "copysign",
+    residual: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    conv_state: None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def gate_conv_residual(
+    hidden: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_norm: torch.Tensor,
+    key_norm: torch.Tensor,
+    conv_norm: torch.Tensor,
+    conv_weight: torch.Tensor,
+    *,
+    dilation: int,
+    eps: float | None,
+    conv_eps: float | None,
+    clamp: float = 1e-6,
+    mask: torch.Tensor | None = None,
+    zero_gate: ZeroGate = "copysign",
+    residual: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    conv_state: ConvState,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ConvState]: ...
+
+
+@overload
+def gate_conv_residual(
+    hidden: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_norm: torch.Tensor,
+    key_norm: torch.Tensor,
+    conv_norm: torch.Tensor,
+    conv_weight: torch.Tensor,
+    *,
+    dilation: int,
+    eps: float | None,
+    conv_eps: float | None,
+    clamp: float = 1e-6,
+    mask: torch.Tensor | None = None,
+    zero_gate: ZeroGate = "copysign",
+    residual: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    conv_state: ConvSlots,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ConvSlots]: ...
+
+
 @declares(**CONV_KINDS)
 def gate_conv_residual(
     hidden: torch.Tensor,
@@ -251,12 +322,12 @@ def gate_conv_residual(
     conv_eps: float | None,
     clamp: float = 1e-6,
     mask: torch.Tensor | None = None,
-    zero_gate: str = "copysign",
+    zero_gate: ZeroGate = "copysign",
     residual: bool = True,
     cu_seqlens: torch.Tensor | None = None,
-    conv_state: tuple[torch.Tensor, torch.Tensor] | ConvSlots | None = None,
+    conv_state: ConvState | ConvSlots | None = None,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> torch.Tensor | tuple[torch.Tensor, ConvState | ConvSlots]:
     """``hidden + v + silu(conv(rms(v) * conv_norm))`` ``[T, H, D]`` (or ``[B, S, H, D]``) with ``v = gate * value``.
 
     hidden, key: ``[T, H, D]``, value ``[T, D]``, of one dtype: bfloat16, float16 or float32 (float64 on the CPU).

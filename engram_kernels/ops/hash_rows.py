@@ -6,25 +6,24 @@ The kernel is in row_kernels/hashed.py. T tokens, L layers, C columns, R element
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch.compiler import is_compiling
 
 from engram_kernels import reference
+from engram_kernels.geometry.choices import OutFormat, ReadOrder, RowsAndScales
 from engram_kernels.geometry.kinds import Each, Instance, Optional, check_all, declares
 from engram_kernels.geometry.plan import PLAN_SCHEMA, HashPlan
 from engram_kernels.launching.device import is_kernel_device
-from engram_kernels.launching.launch import Kept, capturing
 from engram_kernels.launching.overlap import memory_of_plan
-from engram_kernels.launching.ranges import ranged
 from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, check_token_values, check_tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.trainable import moves_taken
-from engram_kernels.tables.view import TableView, view_tables
+from engram_kernels.tables.view import view_tables
 
 from .call import Op, form_of, out_parts, recording_number, registered, writes_alone
 from .gate_kernels.gradients import refuse_second_derivative
@@ -34,17 +33,8 @@ from .row_kernels.by_id import prepare_lookup
 from .row_kernels.caching import CACHE, CACHES, RowCache, check_cache
 from .row_kernels.hashed import prepare_hash_lookup
 from .row_kernels.order import check_order, choose_order
-from .row_kernels.output import (
-    READ_KINDS,
-    VIEW_SCHEMA,
-    Reading,
-    check_row_out,
-    make_row_out,
-    make_view_out,
-    op_out,
-    op_result,
-    split_view,
-)
+from .row_kernels.output import READ_KINDS, Reading, check_row_out, make_row_out, op_out
+from .views import hash_lookup_op, hash_lookup_out_op, ids_shape
 
 
 class HashLookupCall(NamedTuple):
@@ -66,7 +56,7 @@ class HashLookupCall(NamedTuple):
     @property
     def ids_shape(self) -> tuple[int, ...]:
         """Shape of the rows' ids, layers first: ``[L, T, C]`` or ``[L, B, S, C]``."""
-        return _ids_shape(self.tokens.token_ids, self.plan)
+        return ids_shape(self.tokens.token_ids, self.plan)
 
 
 class HashLookup(Op):
@@ -206,11 +196,6 @@ class HashLookup(Op):
 
 
 HASH_LOOKUP = HashLookup()
-_LAUNCHES = Kept()  # of the registered op
-
-
-def _ids_shape(token_ids, plan: HashPlan) -> tuple[int, ...]:
-    return (plan.primes.shape[0], *token_ids.shape, plan.primes.shape[1])
 
 
 def launch_layers(row_ids: torch.Tensor, tables: Sequence[EngramTable], out, reading: Reading) -> None:
@@ -238,56 +223,6 @@ def _with_table_scales(call: HashLookupCall, out):
     if call.storage and call.tables[0].format.name == "e4m3":
         return out[0], torch.stack([table.scale for table in call.tables])
     return out
-
-
-def _split(rest, options: int) -> tuple[TableView, tuple, HashPlan]:
-    """A registered op's arguments after the tokens: view, so many options, plan."""
-    view, rest = split_view(rest)
-    return view, rest[:options], known_plan(rest[options:])
-
-
-def _launch(tokens: Tokens, plan: HashPlan, view: TableView, out, storage, programs, order) -> None:
-    def prepare():
-        chosen = choose_order(order, view, prod(_ids_shape(tokens.token_ids, plan)))
-        return ranged("hash_lookup", prepare_hash_lookup(tokens, plan, view, Reading(storage, programs, chosen)))
-
-    if capturing(tokens.token_ids):
-        launch = prepare()
-    else:  # it holds the plan's tensors and the descriptors, whose addresses stay theirs
-        form = form_of(*tokens, *out_parts(out)), plan, view.form, storage, programs, order
-        launch = _LAUNCHES.get(form, prepare)
-    launch(tokens, out)
-
-
-def _new_values(token_ids, cu_seqlens, history, dead, slots, *rest):
-    view, (out_dtype, storage, *_), plan = _split(rest, 4)
-    return op_result(make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage))
-
-
-_OPTIONS = f"bool storage, int? programs, str? order, {PLAN_SCHEMA}"
-
-
-@registered(
-    "hash_lookup", f"({TOKENS_SCHEMA}, {VIEW_SCHEMA}, ScalarType? out_dtype, {_OPTIONS}) -> Tensor[]", _new_values
-)
-def hash_lookup_op(token_ids, cu_seqlens, history, dead, slots, *rest):
-    """:func:`hash_lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
-    view, (out_dtype, storage, programs, order), plan = _split(rest, 4)
-    out = make_view_out(view, _ids_shape(token_ids, plan), token_ids.device, out_dtype, storage)
-    _launch(Tokens(token_ids, cu_seqlens, history, dead, slots), plan, view, out, storage, programs, order)
-    return op_result(out)
-
-
-@registered(
-    "hash_lookup_out",
-    f"({TOKENS_SCHEMA}, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, {_OPTIONS}) -> ()",
-    writes_alone,
-)
-def hash_lookup_out_op(token_ids, cu_seqlens, history, dead, slots, *rest):
-    """:func:`hash_lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
-    view, (out, out_scales, storage, programs, order), plan = _split(rest, 5)
-    out = (out, out_scales) if storage else out
-    _launch(Tokens(token_ids, cu_seqlens, history, dead, slots), plan, view, out, storage, programs, order)
 
 
 @registered(
@@ -359,6 +294,44 @@ def hash_lookup_gradient_op(grad, token_ids, cu_seqlens, history, dead, anchors,
     return [torch.zeros_like(anchor) for anchor in anchors]
 
 
+@overload
+def hash_lookup(
+    token_ids: torch.Tensor,
+    plan: HashPlan,
+    tables: Sequence[EngramTable],
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    dead: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_format: Literal["values"] = "values",
+    programs: int | None = None,
+    order: ReadOrder | None = None,
+    cache: RowCache | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def hash_lookup(
+    token_ids: torch.Tensor,
+    plan: HashPlan,
+    tables: Sequence[EngramTable],
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    dead: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    out: RowsAndScales | None = None,
+    out_dtype: None = None,
+    out_format: Literal["storage"],
+    programs: int | None = None,
+    order: ReadOrder | None = None,
+    cache: RowCache | None = None,
+) -> RowsAndScales: ...
+
+
 @declares(**TOKEN_KINDS, tables=Each(Instance(EngramTable), least=1), cache=Optional(CACHE), **READ_KINDS)
 def hash_lookup(
     token_ids: torch.Tensor,
@@ -369,13 +342,13 @@ def hash_lookup(
     history: torch.Tensor | None = None,
     dead: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
-    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    out: torch.Tensor | RowsAndScales | None = None,
     out_dtype: torch.dtype | None = None,
-    out_format: str = "values",
+    out_format: OutFormat = "values",
     programs: int | None = None,
-    order: str | None = None,
+    order: ReadOrder | None = None,
     cache: RowCache | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+) -> torch.Tensor | RowsAndScales:
     """Rows ``[L, T, C, R]`` (``[L, B, S, C, R]``) of all layers of the plan, in one launch unless rows are sorted.
 
     token_ids: raw ids, int32 or int64, ``[T]`` packed or ``[B, S]``. plan: the :class:`HashPlan`, on their device.
@@ -384,7 +357,9 @@ def hash_lookup(
     none.
     dead: bool ``[T]`` (``[B, S]``), tokens of no n-gram. slots: int32 ``[B]``, each sequence's row of history.
     out, out_dtype: a contiguous tensor to write to; its dtype, None is the table's, bfloat16 where rows have scales.
-    out_format: "values", or "storage" for raw rows and scales (of format e4m3 float32 ``[L]``), see :func:`lookup`.
+    out_format: "values", or "storage" for the raw rows in the tables' dtype (uint8 ``[..., R / 2]`` of nvfp4 and mxfp4)
+    and their scales: uint8 ``[..., R / 32]`` for e4m3_ue8m0 and mxfp4, ``[..., R / 16]`` for nvfp4, float32 ``[L]``
+    for e4m3, None for dense formats; ``out`` is a pair of these then.
     programs, order: size of the grid, and the read order "direct", "head" or "address"; None chooses. No bit differs.
     cache: an :class:`NgramCache` for this plan and these tables; what it has is not read from them, and what it has not
     once a call, head by head in every order but "direct". No bit differs.

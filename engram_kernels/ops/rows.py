@@ -9,39 +9,27 @@
 C columns, R elements a row. An id outside the table, -1 among them, reads as a row of zeros and touches no memory.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch.compiler import is_compiling
 
 from engram_kernels import reference
+from engram_kernels.geometry.choices import OutFormat, ReadOrder, RowsAndScales
 from engram_kernels.geometry.kinds import Instance, Tensor, check_all, declares
 from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
-from engram_kernels.launching.launch import Kept, capturing
-from engram_kernels.launching.ranges import ranged
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
 from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.trainable import moves_taken
-from engram_kernels.tables.view import TableView
 
-from .call import Op, form_of, out_parts, recording_number, registered, writes_alone
+from .call import Op, form_of, out_parts, recording_number, registered
 from .gate_kernels.gradients import refuse_second_derivative
 from .row_kernels.arguments import check_tables, is_staged, view_rows
-from .row_kernels.by_id import prepare_lookup
-from .row_kernels.order import check_order, choose_order
-from .row_kernels.output import (
-    READ_KINDS,
-    VIEW_SCHEMA,
-    Reading,
-    check_row_out,
-    make_row_out,
-    make_view_out,
-    op_out,
-    op_result,
-    split_view,
-)
+from .row_kernels.order import check_order
+from .row_kernels.output import READ_KINDS, check_row_out, make_row_out, op_out
+from .views import lookup_op, lookup_out_op, prepare_rows
 
 
 class LookupCall(NamedTuple):
@@ -141,13 +129,13 @@ class Lookup(Op):
         if is_staged(call.table, call.row_ids.device):
             return self._launch_staged
         _, view = view_rows(call.table, call.row_ids, self.name)
-        launch = _prepare(call.row_ids, view, call.storage, call.programs, call.order)
+        launch = prepare_rows(call.row_ids, view, call.storage, call.programs, call.order)
         return counting((call.table,), call.row_ids.numel(), launch)
 
     def _launch_staged(self, call, out):
         rows_asked((call.table,)).rows += call.row_ids.numel()
         row_ids, view = view_rows(call.table, call.row_ids, self.name)
-        _prepare(row_ids, view, call.storage, call.programs, call.order)(row_ids, out)
+        prepare_rows(row_ids, view, call.storage, call.programs, call.order)(row_ids, out)
 
     def prepare(self, call, out):
         run = super().prepare(call, out)
@@ -155,55 +143,11 @@ class Lookup(Op):
 
 
 LOOKUP = Lookup()
-_LAUNCHES = Kept()  # of the registered op
-
-
-def _prepare(row_ids, view: TableView, storage: bool, programs: int | None, order: str | None):
-    return prepare_lookup(row_ids, view, Reading(storage, programs, choose_order(order, view, row_ids.numel())))
-
-
-def _launch(row_ids, view: TableView, out, *options) -> None:
-    """The registered op's launch, kept with the descriptors, so that their address stays theirs."""
-    if capturing(row_ids):
-        ranged("lookup", _prepare(row_ids, view, *options))(row_ids, out)
-        return
-    form = form_of(row_ids, *out_parts(out)), view.form, options
-    _LAUNCHES.get(form, lambda: ranged("lookup", _prepare(row_ids, view, *options)))(row_ids, out)
 
 
 def _with_table_scale(call: LookupCall, out):
     """Storage output of format e4m3 comes with the table's scale, which no kernel writes."""
     return (out[0], call.table.scale) if call.storage and call.table.format.name == "e4m3" else out
-
-
-def _new_values(row_ids, *rest):
-    view, (out_dtype, storage, *_) = split_view(rest)
-    return op_result(make_view_out(view, row_ids.shape, row_ids.device, out_dtype, storage))
-
-
-@registered(
-    "lookup",
-    f"(Tensor row_ids, {VIEW_SCHEMA}, ScalarType? out_dtype, bool storage, int? programs, str? order) -> Tensor[]",
-    _new_values,
-)
-def lookup_op(row_ids, *rest):
-    """:func:`lookup` for torch.compile: [values], or for storage [rows] or [rows, scales]."""
-    view, (out_dtype, storage, programs, order) = split_view(rest)
-    out = make_view_out(view, row_ids.shape, row_ids.device, out_dtype, storage)
-    _launch(row_ids, view, out, storage, programs, order)
-    return op_result(out)
-
-
-@registered(
-    "lookup_out",
-    f"(Tensor row_ids, {VIEW_SCHEMA}, Tensor(a!) out, Tensor(b!)? out_scales, bool storage, int? programs, "
-    "str? order) -> ()",
-    writes_alone,
-)
-def lookup_out_op(row_ids, *rest):
-    """:func:`lookup` for torch.compile, into ``out``, for storage into ``(out, out_scales)``."""
-    view, (out, out_scales, storage, programs, order) = split_view(rest)
-    _launch(row_ids, view, (out, out_scales) if storage else out, storage, programs, order)
 
 
 def _save_lookup(ctx, inputs, output) -> None:
@@ -251,17 +195,43 @@ def lookup_gradient_op(grad, row_ids, anchor, name, recording):
     return torch.zeros_like(anchor)
 
 
+@overload
+def lookup(
+    table: EngramTable,
+    row_ids: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_format: Literal["values"] = "values",
+    programs: int | None = None,
+    order: ReadOrder | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def lookup(
+    table: EngramTable,
+    row_ids: torch.Tensor,
+    *,
+    out: RowsAndScales | None = None,
+    out_dtype: None = None,
+    out_format: Literal["storage"],
+    programs: int | None = None,
+    order: ReadOrder | None = None,
+) -> RowsAndScales: ...
+
+
 @declares(table=Instance(EngramTable), row_ids=Tensor(torch.int32, torch.int64), **READ_KINDS)
 def lookup(
     table: EngramTable,
     row_ids: torch.Tensor,
     *,
-    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    out: torch.Tensor | RowsAndScales | None = None,
     out_dtype: torch.dtype | None = None,
-    out_format: str = "values",
+    out_format: OutFormat = "values",
     programs: int | None = None,
-    order: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    order: ReadOrder | None = None,
+) -> torch.Tensor | RowsAndScales:
     """Rows ``[..., C, R]`` of a table.
 
     table: the :class:`EngramTable`, which the device of row_ids can read.

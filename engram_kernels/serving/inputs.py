@@ -10,11 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
+from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.dependent import follow_predecessor
 from engram_kernels.launching.device import cdiv, is_kernel_device
 from engram_kernels.launching.launch import Launch
 from engram_kernels.launching.ranges import ranged
-from engram_kernels.launching.tokens import Tokens
+from engram_kernels.launching.tokens import Tokens, check_tokens
 
 # Registers and bytes of shared memory that no variant may exceed, on any supported Triton; the compile lane checks.
 CEILINGS = {
@@ -75,12 +76,24 @@ class TokenBuffers:
     """
 
     def __init__(self, max_tokens: int, max_sequences: int, max_ngram: int, device: torch.device):
+        self.max_tokens, self.max_sequences = max_tokens, max_sequences
         counts = max_tokens, max_sequences + 1, max_sequences * (max_ngram - 1), max_tokens
         dtypes = torch.int64, torch.int32, torch.int64, torch.bool
         words = [2 * cdiv(count * dtype.itemsize, 16) for count, dtype in zip(counts, dtypes, strict=True)]
         self.memory = torch.empty(sum(words), dtype=torch.int64, device=device)
         parts = zip(self.memory.split(words), counts, dtypes, strict=True)
         self.parts = tuple(part.view(dtype)[:count] for part, count, dtype in parts)
+
+    def check(self, where: str, sources: Tokens, plan: HashPlan) -> None:
+        """Raise unless ``sources`` are tokens for the plan, and no more than there is room for."""
+        check_tokens(where, sources, plan)
+        token_ids, ends, past = sources.token_ids, sources.cu_seqlens, sources.history
+        past = past if sources.slots is None else sources.slots
+        sequences = max(0 if ends is None else len(ends) - 1, 0 if past is None else len(past))
+        rooms = (("tokens", token_ids.numel(), self.max_tokens), ("sequences", sequences, self.max_sequences))
+        for name, count, most in rooms:
+            if count > most:
+                raise ValueError(f"{where}: token_ids must be at most max_{name} = {most} {name}, got {count}")
 
     def views(self, sources: Tokens) -> Tokens:
         """Where copies of ``sources`` go: no slots, but history for each sequence where there is one."""

@@ -11,10 +11,11 @@ for CUDA graphs.
 """
 
 from collections.abc import Hashable, Sequence
+from typing import Generic, Literal, overload
 
 import torch
 
-from engram_kernels.geometry.choices import OutFormat, ReadOrder
+from engram_kernels.geometry.choices import OutFormat, Read, ReadOrder, RowsAndScales
 from engram_kernels.geometry.kinds import (
     Dtype,
     Each,
@@ -30,7 +31,7 @@ from engram_kernels.geometry.kinds import (
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.device import on_device_of, processors
 from engram_kernels.launching.streams import streams_of
-from engram_kernels.launching.tokens import TOKEN_KINDS, Tokens, check_token_values, check_tokens
+from engram_kernels.launching.tokens import TOKEN_KINDS, Tokens, check_token_values
 from engram_kernels.ops.call import form_of
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.ops.hash_rows import HASH_LOOKUP, HashLookupCall
@@ -43,39 +44,11 @@ from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.view import view_tables
 
 from .inputs import TokenBuffers, copying
-from .started import Projection, Rows, Side, StartBuffers, Started, Work
-
-_LAUNCH_BYTES = {"device": 32 << 20, "coherent": 4 << 20, "host": 512 << 10}
-_COHERENT_PROGRAMS = 120  # of 4 KiB each: the 490 KB that NVLink-C2C needs in flight
-#: Most tokens that are projected ahead.
-AHEAD_TOKENS = 128
+from .policy import AHEAD_TOKENS, default_programs, layers_apart, projects_ahead
+from .started import Projection, Side, StartBuffers, Started, Work
 
 
-def layers_apart(layer_bytes: int, memory: str) -> bool:
-    """Whether each layer gets a launch of its own, so that the first never waits for the last.
-
-    A launch costs the host about 10 us, in which 545 KB come over PCIe Gen5, 4.5 MB over NVLink-C2C and 40 MB from
-    device memory: with fewer bytes a layer than that, further launches would take longer than the rows they let go
-    ahead. For V4.1 on the host that is 83 tokens. Arithmetic, not measured. memory: as of a table's view.
-    """
-    return layer_bytes >= _LAUNCH_BYTES[memory]
-
-
-def projects_ahead(num_tokens: int) -> bool:
-    """Whether the side stream projects rows too, rather than the stream that reads them.
-
-    T tokens cost 2 T operations for each weight, and GPUs do 150 to 300 in the time in which they read one (bfloat16:
-    A100 153, MI300X 247, B200 281, H100 295; as many in fp8, which halves both). Below that a projection's time is
-    that of its weights' way from memory, which a decoder of few tokens leaves free between its kernels and in their
-    tails. Above, it takes multiprocessors from matmuls that need them, and its result of (H + 1) * D elements (51 KB a
-    token and layer for V4.1, where rows are 12) needs room. 128 tokens are below all of these. By the model that
-    ``python -m bench step_model`` prints, V4.1's two layers gain 35 us of a step up to there, 8 at 256 tokens, and lose
-    from 1,024 on. Arithmetic, not measured.
-    """
-    return num_tokens <= AHEAD_TOKENS
-
-
-class Prefetcher:
+class Prefetcher(Generic[Read]):
     """Looks rows up ahead of the layers that read them, for at most ``max_tokens`` tokens at a time.
 
         prefetcher.start(token_ids, cu_seqlens=...)        as soon as ids are known
@@ -105,6 +78,48 @@ class Prefetcher:
     ValueError where tables, layers, cache or projections do not fit the plan, and for 2^31 row ids a layer or more.
     """
 
+    @overload
+    def __init__(
+        self: "Prefetcher[torch.Tensor]",
+        plan: HashPlan,
+        tables: Sequence[EngramTable],
+        max_tokens: int,
+        *,
+        programs: int | None = None,
+        order: ReadOrder | None = None,
+        out_dtype: torch.dtype | None = None,
+        max_sequences: int | None = None,
+        layers: Sequence[Hashable] | None = None,
+        cache: RowCache | None = None,
+        projections: Sequence[Projection[torch.Tensor]] | None = None,
+        kv_width: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        ahead: bool | None = None,
+        depth: int = 1,
+        out_format: Literal["values"] = "values",
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Prefetcher[RowsAndScales]",
+        plan: HashPlan,
+        tables: Sequence[EngramTable],
+        max_tokens: int,
+        *,
+        programs: int | None = None,
+        order: ReadOrder | None = None,
+        out_dtype: None = None,
+        max_sequences: int | None = None,
+        layers: Sequence[Hashable] | None = None,
+        cache: RowCache | None = None,
+        projections: Sequence[Projection[RowsAndScales]] | None = None,
+        kv_width: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        ahead: bool | None = None,
+        depth: int = 1,
+        out_format: Literal["storage"],
+    ) -> None: ...
+
     @takes(
         plan=Instance(HashPlan),
         tables=Each(Instance(EngramTable)),
@@ -132,9 +147,9 @@ class Prefetcher:
         order: ReadOrder | None = None,
         out_dtype: torch.dtype | None = None,
         max_sequences: int | None = None,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[Hashable] | None = None,
         cache: RowCache | None = None,
-        projections: Sequence[Projection] | None = None,
+        projections: Sequence[Projection[Read]] | None = None,
         kv_width: int | None = None,
         kv_dtype: torch.dtype | None = None,
         ahead: bool | None = None,
@@ -162,7 +177,7 @@ class Prefetcher:
         self.max_tokens, self.max_sequences, self.depth = max_tokens, max_sequences, depth
         self._plans = [plan.select(layers=[layer]) for layer in range(num_layers)]
         self._layer_bytes = num_columns * tables[0].nbytes // tables[0].rows  # of one token
-        programs = programs or self._default_programs(processors(plan.device))
+        programs = programs or default_programs(processors(plan.device), view_tables(tables, plan.device).memory)
         self._options = dict(programs=programs, order=order, out_dtype=out_dtype, out_format=out_format)
         self._storage, row_format = out_format == "storage", tables[0].format
         values_dtype = out_dtype or tables[0].default_out_dtype
@@ -192,7 +207,7 @@ class Prefetcher:
         memory = [part for each in self._taken for part in each.memory]
         self._side = Side(streams, memory, names, projections, kv_width, kv_dtype or values_dtype)
         self._starts = self._tokens = self._cached_tokens = 0
-        self._last: Started | None = None
+        self._last: Started[Read] | None = None
         # A launch in a capture must not be the first to copy these to the device.
         for chosen in (tables, *((table,) for table in tables)):
             view_tables(chosen, plan.device)
@@ -238,7 +253,7 @@ class Prefetcher:
         history: torch.Tensor | None = None,
         dead: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
-    ) -> Started:
+    ) -> Started[Read]:
         """Begin to look up the rows of ``token_ids`` in all layers.
 
         token_ids: ``[T]`` with cu_seqlens, or ``[B, S]``; history, dead and slots belong to them, as for
@@ -257,7 +272,7 @@ class Prefetcher:
         sources = Tokens(token_ids, cu_seqlens, history, dead, slots)
         form = form_of(*sources)
         if form is None or form not in taken.works:
-            self._check(where, sources)
+            taken.inputs.check(where, sources, self._plan)
         self._plan.check_memory(where)
         check_token_values(where, sources, self._plan)
         work = taken.works.get(form, lambda: self._work(taken, sources))
@@ -289,7 +304,7 @@ class Prefetcher:
         return self._last
 
     @declares(layer=Instance(Hashable))
-    def rows(self, layer: int) -> Rows:
+    def rows(self, layer: Hashable) -> Read:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of a layer, for work given to the current stream from now on.
 
         With out_format "storage" a pair of rows and scales. They are of the last start(), and views of buffers: the
@@ -300,7 +315,7 @@ class Prefetcher:
         return self._started("Prefetcher.rows", layer).read_rows("Prefetcher.rows", layer)
 
     @declares(layer=Instance(Hashable))
-    def kv(self, layer: int) -> torch.Tensor:
+    def kv(self, layer: Hashable) -> torch.Tensor:
         """What the layer's projection made of :meth:`rows`, ``[T, W]`` (``[B, S, W]``), ordered as those are.
 
         It is a view of a buffer, as they are, where the side stream projects, and otherwise a new tensor, projected
@@ -322,27 +337,12 @@ class Prefetcher:
         """Whether there are projections, so that :meth:`kv` can be asked for."""
         return self._side.projections is not None
 
-    def _started(self, where: str, layer: Hashable) -> Started:
+    def _started(self, where: str, layer: Hashable) -> Started[Read]:
         """The last start, for one of the layers."""
         if self._last is None:
             self._side.index(where, layer)
             raise ValueError(f"{where}: no start() came before {where.partition('.')[2]}({layer!r})")
         return self._last
-
-    def _default_programs(self, most: int) -> int:
-        """Programs that leave multiprocessors to the model, half of ``most``, and keep the link busy all the same."""
-        coherent = view_tables(self._tables, self._plan.device).memory == "coherent"
-        return max(1, most // 2, min(most, _COHERENT_PROGRAMS) if coherent else 0)
-
-    def _check(self, where: str, sources: Tokens) -> None:
-        """Raise unless a start may take ``sources``."""
-        check_tokens(where, sources, self._plan)
-        token_ids, ends, past = sources.token_ids, sources.cu_seqlens, sources.history
-        past = past if sources.slots is None else sources.slots
-        sequences = max(0 if ends is None else len(ends) - 1, 0 if past is None else len(past))
-        for name, count in (("tokens", token_ids.numel()), ("sequences", sequences)):
-            if count > (most := getattr(self, f"max_{name}")):
-                raise ValueError(f"{where}: token_ids must be at most max_{name} = {most} {name}, got {count}")
 
     def _work(self, taken: StartBuffers, sources: Tokens) -> Work:
         """What starts of such tokens do with these buffers."""

@@ -1,6 +1,7 @@
 """What ``metrics()`` of tables, caches and prefetchers counts, for Prometheus, by its own library. docs/metrics.md."""
 
 from collections.abc import Hashable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from engram_kernels.cache.ngram import NgramCache
 from engram_kernels.geometry.kinds import AnyOf, Instance, Keyed, Text, takes
@@ -8,7 +9,12 @@ from engram_kernels.tables.engram import EngramTable
 
 from .prefetch import Prefetcher
 
-Measured = EngramTable | NgramCache | Prefetcher
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+else:
+    Collector = object  # a registry asks for no class, but its types do
+
+Measured = EngramTable | NgramCache | Prefetcher[Any]
 #: Of each class its prefix, what only rises and what does not, by the keys of ``metrics()``: texts for HELP.
 METRICS: dict[type, tuple[str, dict[str, str], dict[str, str]]] = {
     EngramTable: (
@@ -55,7 +61,7 @@ SOURCES = Keyed(Text(), AnyOf(_MEASURED, Keyed(Instance(Hashable), _MEASURED)))
 SOURCES.expected = "a dict of names and tables, caches, prefetchers, or dicts of these by layer"
 
 
-class MetricsCollector:
+class MetricsCollector(Collector):
     """A collector for ``prometheus_client``, as in ``REGISTRY.register(MetricsCollector({"cache": cache}))``.
 
     sources: by name an :class:`EngramTable`, :class:`NgramCache` or :class:`Prefetcher`, or a dict of such by layer.
@@ -66,7 +72,7 @@ class MetricsCollector:
     """
 
     @takes(sources=SOURCES)
-    def __init__(self, sources: Mapping[str, Measured | Mapping[Hashable, Measured]]):
+    def __init__(self, sources: Mapping[str, Measured | Mapping[Any, Measured]]):
         try:
             from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
         except ImportError as error:

@@ -5,10 +5,11 @@ and who reads a buffer is known stream by stream. docs/prefetch.md has the argum
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 
+from engram_kernels.geometry.choices import Read, RowsAndScales
 from engram_kernels.geometry.kinds import Instance, declares, short
 from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.launch import Kept
@@ -18,9 +19,9 @@ from engram_kernels.ops.hash_rows import HashLookupCall
 from .inputs import TokenBuffers
 
 #: Rows of a layer ``[T, C, R]`` (``[B, S, C, R]``), or as they are stored (rows, scales).
-Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
+Rows = torch.Tensor | RowsAndScales
 #: Writes ``out [T, W]`` (``[B, S, W]``) from rows on the current stream.
-Projection = Callable[[Rows, torch.Tensor], object]
+Projection = Callable[[Read, torch.Tensor], object]
 
 
 class Mark:
@@ -129,7 +130,7 @@ class Side:
         streams,
         memory: Sequence[torch.Tensor],
         layers: tuple,
-        projections: Sequence[Projection] | None,
+        projections: Sequence[Projection[Any]] | None,
         kv_width: int | None,
         kv_dtype: torch.dtype,
     ):
@@ -167,7 +168,7 @@ class Side:
                 ranged("project", self.projections[index])(rows, out)
 
 
-class Started:
+class Started(Generic[Read]):
     """What one start() makes ready: :meth:`rows` and :meth:`kv` of each layer, until a later start takes its buffers.
 
     It is what :meth:`Prefetcher.start` returns. Those of Prefetcher itself are of the last start.
@@ -178,7 +179,7 @@ class Started:
         self._work = work
 
     @declares(layer=Instance(Hashable))
-    def rows(self, layer: int) -> Rows:
+    def rows(self, layer: Hashable) -> Read:
         """Rows ``[T, C, R]`` (``[B, S, C, R]``) of ``layer``, as :meth:`Prefetcher.rows` has those of the last start.
 
         ValueError for an unknown layer, and once a later start has taken the buffers.
@@ -186,7 +187,7 @@ class Started:
         return self.read_rows("Started.rows", layer)
 
     @declares(layer=Instance(Hashable))
-    def kv(self, layer: int) -> torch.Tensor:
+    def kv(self, layer: Hashable) -> torch.Tensor:
         """Projection ``[T, W]`` (``[B, S, W]``) of ``layer``, as :meth:`Prefetcher.kv` has that of the last start.
 
         ValueError without projections, for an unknown layer, and once a later start has taken the buffers.

@@ -10,6 +10,7 @@ import torch
 from engram_kernels.checkpoints.files import Checkpoint, Paths
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.checkpoints.validate import select_table
+from engram_kernels.geometry.choices import FormatName, Placement, ScalePlacement
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import (
     AnyOf,
@@ -80,11 +81,11 @@ class EngramTable(EditableRows):
         cls,
         rows: int,
         width: int,
-        format: str,
+        format: FormatName,
         *,
-        placement: str,
+        placement: Placement,
         scale: float = 1.0,
-        scales: str | None = None,
+        scales: ScalePlacement | None = None,
         device: torch.device | str | None = None,
         name: str | None = None,
         progress: Progress | None = None,
@@ -97,6 +98,8 @@ class EngramTable(EditableRows):
         name: of placement "shared", under which other processes :meth:`attach` once this one calls :meth:`publish`;
         FileExistsError where a table has it.
         progress: called with (bytes done, all) while the pages of placement "host" or "shared" are faulted in.
+        ValueError where a row is no multiple of 16 bytes, or format, placement, scales, device and name do not go
+        together; RuntimeError where the machine does not give the memory.
         """
         where = "EngramTable.empty"
         fmt = _checked_geometry(where, rows, width, format)
@@ -118,9 +121,9 @@ class EngramTable(EditableRows):
         weight: torch.Tensor,
         scale: torch.Tensor | float | None = None,
         *,
-        placement: str,
+        placement: Placement,
         own_scale: torch.Tensor | float | None = None,
-        scales: str | None = None,
+        scales: ScalePlacement | None = None,
         device: torch.device | str | None = None,
         name: str | None = None,
         progress: Progress | None = None,
@@ -184,17 +187,17 @@ class EngramTable(EditableRows):
         name: str,
         rows: int,
         width: int,
-        format: str,
+        format: FormatName,
         *,
         scale: float | None = None,
-        scales: str | None = None,
+        scales: ScalePlacement | None = None,
         timeout: float = 600.0,
     ) -> "EngramTable":
         """The table that another process publishes under ``name``, in the same memory; readers must not write to it.
 
         Waits for it: TimeoutError after ``timeout`` seconds, RuntimeError as soon as its writer has died.
         rows, width, format: what it must have, ValueError otherwise; scale, the table's own, too unless None.
-        scales: as for :meth:`empty`; each process has its own copy.
+        scales: "device" keeps this process's own copy of the scales of groups in GPU memory.
         """
         where = "EngramTable.attach"
         fmt = _checked_geometry(where, rows, width, format)
@@ -234,7 +237,7 @@ class EngramTable(EditableRows):
         cls,
         paths: Paths,
         *,
-        placement: str,
+        placement: Placement,
         config: EngramConfig | None = None,
         layer: int | None = None,
         prefix: str | None = None,
@@ -254,7 +257,7 @@ class EngramTable(EditableRows):
         it, ``threads`` chunks of the files at once, with progress(bytes done, bytes in all). ValueError names the file
         and tensor that does not fit; on any error the memory is released.
         mapped: True reads rows where they lie in the file instead, for placement "cpu" and "staged"; nothing is loaded.
-        options: as for :meth:`empty`, such as ``device``.
+        options: of :meth:`empty`: scales, device, name.
         """
         where = "EngramTable.from_safetensors"
         check_threads(threads, where)
@@ -281,7 +284,7 @@ class EngramTable(EditableRows):
             return cls._filled(read, stored.rows, stored.width, stored.format.name, placement=placement, **options)
 
     @classmethod
-    def _filled(cls, fill: Callable[["EngramTable"], None], *shape, placement: str, **options) -> "EngramTable":
+    def _filled(cls, fill: Callable[["EngramTable"], None], *shape, placement: Placement, **options) -> "EngramTable":
         """A new table that ``fill`` has written to, published where it is shared; closed again where that fails."""
         table = cls.empty(*shape, placement=placement, **options)
         try:

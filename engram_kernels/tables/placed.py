@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from engram_kernels.geometry.choices import Placement, ScalePlacement
 from engram_kernels.geometry.kinds import Instance, Number, OneOf, Optional, Tensor, describe, takes
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
 from engram_kernels.launching.registry import Registry
@@ -89,9 +90,9 @@ class PlacedRows:
         weight: torch.Tensor,
         scale: torch.Tensor | None,
         format: RowFormat,
-        placement: str,
+        placement: Placement,
         mapping: Mapping | None = None,
-        scales: str | None = None,
+        scales: ScalePlacement | None = None,
         own_scale: float | None = None,
     ):
         _check_storage(weight, scale, format, own_scale)
@@ -241,7 +242,10 @@ class PlacedRows:
         return asked | staged | dict(rows=self.rows, nbytes=self.nbytes)
 
     def discard(self) -> None:
-        """Give the pages of an unregistered host table back: all rows read as zero afterwards."""
+        """Give the pages of an unregistered host table back: all rows read as zero afterwards.
+
+        ValueError for another placement, and for a table that is registered.
+        """
         self.check_usable("EngramTable.discard")
         if self.placement != "host":
             raise ValueError(f"EngramTable.discard: only placement 'host' can give pages back, got {self.placement!r}")

@@ -9,19 +9,19 @@ schedulers, GradScaler and clip_grad_norm_ work as they do for parameters; docs/
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 from weakref import ref
 
 import torch
 import torch.distributed as dist
 
 from engram_kernels.checkpoints.parallel import spans
-from engram_kernels.geometry.choices import Placement, Reduce
+from engram_kernels.geometry.choices import Reduce, StatePlacement
 from engram_kernels.geometry.kinds import Function, OneOf, Optional, takes
 from engram_kernels.tables.engram import EngramTable
 
 from .replicas import ALONE
-from .row_optimizer import OPTIONS, RATES, RowOptimizer
+from .row_optimizer import OPTIONS, RATES, Loss, RowOptimizer
 from .sinkhorn import sinkhorn_rule, take_moves
 from .update import ADAGRAD, ADAM
 
@@ -29,7 +29,7 @@ from .update import ADAGRAD, ADAM
 class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: a row's rate falls with the sum, over its own steps, of its gradient's mean square.
 
-        s += mean(g ** 2)                                        one float32 a row
+        s += mean(g ** 2)                                        float32 [rows]: "sums" in states()
         row = (1 - lr * weight_decay) * row - lr * g / (sqrt(s) + eps)
 
     tables: one or more trainable tables, or parameter groups, as torch has them: dicts with tables as "params" and the
@@ -46,7 +46,7 @@ class RowAdagrad(RowOptimizer):
     :class:`ShardedTable` reduce as that says.
 
     TypeError for what is no :class:`EngramTable`. ValueError for tables that are not trainable, that were attached or
-    are given twice, and with ``reduce`` where copies on the ranks differ.
+    are given twice, for a ``group`` that is not to reduce, and with ``reduce`` where copies on the ranks differ.
     """
 
     _rule = ADAGRAD
@@ -59,7 +59,7 @@ class RowAdagrad(RowOptimizer):
         lr: float = 1e-2,
         eps: float = 1e-10,
         weight_decay: float = 0.0,
-        state_placement: Placement | None = None,
+        state_placement: StatePlacement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
         reduce: Reduce | None = ALONE,
@@ -72,10 +72,11 @@ class RowAdagrad(RowOptimizer):
 class RowAdam(RowOptimizer):
     """Adam with two moments per element, corrected for bias by the number of steps that a row has taken itself.
 
-        t += 1;  m += (1 - b1) * (g - m);  v += (1 - b2) * (g ** 2 - v)      two float32 an element, t one int32 a row
+        t += 1;  m += (1 - b1) * (g - m);  v += (1 - b2) * (g ** 2 - v)
         row = (1 - lr * weight_decay) * row - lr * (m / (1 - b1 ** t)) / (sqrt(v / (1 - b2 ** t)) + eps)
 
-    A row that has no gradient keeps its moments as they are.
+    A row that has no gradient keeps its moments as they are. m and v are float32 ``[rows, R]``, t is int32 ``[rows]``:
+    "first", "second" and "steps" in :meth:`states`.
 
     tables: one or more trainable tables, or parameter groups: dicts with tables as "params" and the options in which a
     group differs (lr, betas, eps, weight_decay).
@@ -88,7 +89,7 @@ class RowAdam(RowOptimizer):
     tables in a job of more than one rank.
 
     TypeError for what is no :class:`EngramTable`. ValueError for tables that are not trainable, that were attached or
-    are given twice, and with ``reduce`` where copies on the ranks differ.
+    are given twice, for a ``group`` that is not to reduce, and with ``reduce`` where copies on the ranks differ.
     """
 
     _rule = ADAM
@@ -102,7 +103,7 @@ class RowAdam(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        state_placement: Placement | None = None,
+        state_placement: StatePlacement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
         reduce: Reduce | None = ALONE,
@@ -118,8 +119,9 @@ class RowSinkhorn(RowOptimizer):
     A row that moves does so by ``lr * update_rms``, root mean square. There is no weight decay. Rows that momentum
     alone moves take these moves before they are next read, by :meth:`EngramTable.take_moves`, so that a step costs
     what its distinct rows cost; the columns' scales come from these rows. Where a table was passed over, as one
-    without a gradient, its clock stands. Formulas, sources, and what differs from a step over all rows:
-    reference/training/sinkhorn.py.
+    without a gradient, its clock stands. Formulas, sources, and what differs from a step over all rows are in
+    reference/training/sinkhorn.py. Of the :meth:`states` "momentum" is float32 ``[rows, R]`` and "taken", the last step
+    that each row has taken, int32 ``[rows]``; the others are of the steps gone by.
 
     tables: one or more trainable tables, or parameter groups: dicts with tables as "params" and options.
     lr, update_rms: their product is how far a row moves.
@@ -150,7 +152,7 @@ class RowSinkhorn(RowOptimizer):
         threshold: float = 1e-3,
         balancings: int = 11,
         eps: float = 1e-20,
-        state_placement: Placement | None = None,
+        state_placement: StatePlacement | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
         reduce: Literal["alone"] | None = ALONE,
@@ -160,11 +162,19 @@ class RowSinkhorn(RowOptimizer):
         self._momentum, self._rule, self._put_off = momentum, sinkhorn_rule(momentum), []
         super().__init__(tables, defaults, state_placement, seed if stochastic_rounding else None, reduce)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @takes(closure=Optional(Function()))
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Move the rows that have a gradient; those that momentum alone moves take their moves when they are next read.
 
-        closure: as for torch optimizers, or None; its result is returned. ValueError where momentum was changed.
+        closure: computes the loss again, with gradients, and returns it; the step returns what it returned, else None.
+        ValueError, and none has moved, where momentum was changed, the optimizer or a table is closed, an option is out
+        of bounds, or a gradient was changed other than by a factor.
         """
         for group in self.param_groups:
             self._check_momentum("RowSinkhorn.step", group["momentum"])

@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
 
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
 from engram_kernels.geometry import kinds
-from engram_kernels.geometry.choices import Placement, Reduce
+from engram_kernels.geometry.choices import Reduce, StatePlacement
 from engram_kernels.geometry.kinds import Flag, Function, Instance, Keyed, Number, Optional, Whole, check_all, takes
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.tables.engram import EngramTable
@@ -69,6 +69,8 @@ RATES = dict(
     threshold=Number(0),
     balancings=_Odd(1),
 )
+#: What a step's closure returns.
+Loss = TypeVar("Loss")
 #: Parameters of every optimizer of rows.
 OPTIONS = dict(
     tables=kinds.AnyOf(Instance(EngramTable), kinds.Many()),
@@ -92,7 +94,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self,
         tables: EngramTable | Sequence[EngramTable] | Sequence[dict[str, Any]],
         defaults: dict[str, Any],
-        state_placement: Placement | None,
+        state_placement: StatePlacement | None,
         seed: int | None,
         reduce: Reduce | None = ALONE,
         ranks: "dist.ProcessGroup | None" = None,
@@ -121,15 +123,22 @@ class RowOptimizer(torch.optim.Optimizer):
             self.close()
             raise
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
     @takes(closure=Optional(Function()))
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Move every row that has a gradient; the rest of the tables is not touched. Waits for nothing.
 
-        A table that is not trainable at the moment is passed over. On an error, such as a table that is closed, none
-        has moved.
-
-        closure: as for torch optimizers. A gradient that was scaled through the table's anchor counts as scaled.
+        A table that is not trainable at the moment is passed over. A gradient that was scaled through the table's
+        anchor counts as scaled.
+        closure: computes the loss again, with gradients, and returns it; the step returns what it returned, else None.
+        ValueError, and none has moved, where the optimizer or a table is closed, an option is out of bounds, or a
+        gradient was changed other than by a factor.
         """
         loss = None
         if closure is not None:
@@ -172,7 +181,10 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @takes(index=Whole(0))
     def states(self, index: int = 0) -> dict[str, torch.Tensor]:
-        """The state of table number ``index`` by name, where it lives; ValueError for a number that there is not."""
+        """The state of table number ``index`` by name, where it lives; shapes are in the docstring of the class.
+
+        ValueError for a number that there is not, and where the optimizer is closed.
+        """
         where = self._open("states")
         if index >= len(self._states):
             raise ValueError(f"{where}: index must be within 0..{len(self._states) - 1}, got {index}")
@@ -181,7 +193,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of torch optimizers: states by table number, options, and :meth:`facts` under "row_optimizer".
 
-        Waits for steps that a GPU has yet to take. The tensors are no copies: later steps change them.
+        Waits for steps that a GPU has yet to take. The tensors are no copies: later steps change them. ValueError where
+        the optimizer is closed.
         """
         self._open("state_dict")
         self.wait_for_steps()
@@ -259,7 +272,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add tables: a dict with them as "params", one or several, and the options in which they differ.
 
-        The other options are those of the constructor, as for torch optimizers. On an error none is added.
+        The other options are those of the constructor, as for torch optimizers. TypeError and ValueError for what the
+        constructor would refuse; none is added then.
         """
         # The first comes from the constructor.
         where = self._open("add_param_group") if self.param_groups else type(self).__name__

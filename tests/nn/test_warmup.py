@@ -11,7 +11,7 @@ import triton
 from engram_kernels import EngramState, EngramTable, NgramCache, Prefetcher, warmup
 from engram_kernels.nn.warmup import variant_lengths
 from engram_kernels.ops.row_kernels import order as read_order
-from engram_kernels.serving import prefetch
+from engram_kernels.serving import policy
 from tests.conftest import package_kernels
 from tests.support.launches import forget_launches
 
@@ -98,7 +98,7 @@ def test_no_variant_is_left_to_compile(form, device, monkeypatch):
         monkeypatch.setattr(read_order, "_REACH", 0)
         monkeypatch.setattr(read_order, "_IN_FLIGHT", 40)
         monkeypatch.setattr(read_order, "_SORTED_FROM", 700)
-        monkeypatch.setitem(prefetch._LAUNCH_BYTES, "host", 3000)
+        monkeypatch.setitem(policy._LAUNCH_BYTES, "host", 3000)
     parts = parts_of(form, device, "host" if device.type == "cpu" else None)
     seen = record(monkeypatch)
     warmup([parts[0]], MAX_TOKENS, prefetcher=parts[1], state=parts[2])

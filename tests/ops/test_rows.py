@@ -81,6 +81,16 @@ def test_reference_storage(name, width):
         assert scales.item() == pytest.approx(tables.TABLE_SCALE)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_rows_are_read(name):
+    """As of a step without tokens."""
+    table = EngramTable.empty(ROWS, 32, name, placement="cpu")
+    for shape in ((0,), (0, 4), (2, 0)):
+        ids = torch.zeros(shape, dtype=torch.int64)
+        assert lookup(table, ids).shape == (*shape, 32)
+        assert lookup(table, ids, out_format="storage")[0].shape == (*shape, table.format.row_items(32))
+
+
 def test_every_e4m3_byte_and_every_scale():
     """All 256 x 256 products, float32 exact: 2^-136 is subnormal, 448 * 2^127 infinite, 255 and 0x7F are NaN."""
     weight = torch.arange(256, dtype=torch.uint8).repeat(256, 1).view(torch.float8_e4m3fn)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import engram_kernels
 from engram_kernels import reference
 from engram_kernels.ops.call import Op
-from tests.reports.api import RETURNED, entries
+from tests.reports.api import RETURNED, candidates, entries
 from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]
@@ -107,9 +107,9 @@ def test_docstrings_stand_on_their_own():
     """What an argument is stands where it is taken: no docstring sends its reader on to a third one."""
     sends = {}
     for name, (_, function) in entries().items():
-        found = re.findall(r"(?:as (?:for|in|of)|(?:are )?those of)\s+:\w+:`~?([\w.]+)`", function.__doc__)
-        owner = name.split(".")[0]
-        sends[name] = {f"{owner}.{each}" if f"{owner}.{each}" in entries() else each for each in found}
+        found = re.findall(r"(?:as (?:for|in|of)|(?:are )?those of|see)\s+:(\w+):`~?([\w.]+)`", function.__doc__)
+        meant = (candidates(*each, name.split(".")[0]) for each in found)
+        sends[name] = {next((each for each in names if each in entries()), names[-1]) for names in meant}
     chains = [(name, to) for name, targets in sends.items() for to in targets if sends.get(to, set()) - {name, to}]
     assert not chains
 
@@ -271,6 +271,7 @@ print([name for name in ("torch", "triton", "numpy", "sympy") if name in sys.mod
 
 CONFIG = pickle.dumps(engram_kernels.EngramConfig.deepseek_demo())
 FIRST_USES = {
+    "a room alone": "import engram_kernels.nn\nengram_kernels.nn.warmup.warmup",
     "a room": "import engram_kernels\nengram_kernels.nn.warmup.warmup",
     "a module": "import engram_kernels.ops.rows, engram_kernels.nn.warmup\nengram_kernels.nn.warmup.warmup",
     "all names": "from engram_kernels import *\nlookup, EngramTable",
@@ -294,6 +295,21 @@ assert engram_kernels.warmup is engram_kernels.nn.warmup.warmup and engram_kerne
 print(torch.ops.engram.hash_lookup, engram_kernels.reference.lookup.__module__)
 """
     assert run(code) == "engram.hash_lookup engram_kernels.reference.ops.rows"
+
+
+def test_rooms_find_their_modules():
+    """Of each room one that nothing has imported, or that the room has forgotten; and the rooms alone are light."""
+    rooms = [path for path in Path(engram_kernels.__file__).parent.glob("[a-z]*/") if path.name != "reference"]
+    chosen = {room.name: sorted(room.glob("[a-z]*.py"))[-1].stem for room in rooms}
+    code = f"""
+import importlib, sys
+rooms = {{name: importlib.import_module(f"engram_kernels.{{name}}") for name in {sorted(chosen)}}}
+print("torch" in sys.modules, hasattr(rooms["nn"], "warmups"), hasattr(rooms["nn"], "warm.up"))
+for name, module in {chosen}.items():
+    vars(rooms[name]).pop(module, None)
+    assert getattr(rooms[name], module).__name__ == f"engram_kernels.{{name}}.{{module}}"
+"""
+    assert len(chosen) == 11 and run(code) == "False False False"
 
 
 def test_names_are_where_type_checkers_find_them():

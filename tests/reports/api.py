@@ -6,6 +6,8 @@ python -m tests.reports.api
 import dataclasses
 import inspect
 import re
+import types
+import typing
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +36,8 @@ INDEX = """# Public names
 Each page has signatures, shapes, dtypes and errors, from the docstrings. What users import is in `engram_kernels`; a
 deeper path may change without notice. [arguments.md](../arguments.md) has what every argument takes,
 [glossary.md](../glossary.md) the letters.
+
+Where a result depends on arguments, further signatures say how; `...` are the arguments of the first.
 
 Token ids are `[T]` with `cu_seqlens [B + 1]`, or `[B, S]` with each row a sequence. The same functions in
 `engram_kernels.reference` are the specification, in plain PyTorch.
@@ -82,34 +86,82 @@ def anchor(name: str) -> str:
     return name.lower().replace(".", "")
 
 
+def shown(annotation) -> str:
+    """A type as it is written; one that others decide as all that it may be, and modules' names are left out."""
+    if isinstance(annotation, typing.TypeVar):
+        return " | ".join(map(shown, annotation.__constraints__)) or annotation.__name__
+    if annotation is None or annotation is type(None) or isinstance(annotation, str):
+        return str(annotation).replace("<class 'NoneType'>", "None")
+    if isinstance(annotation, list):  # parameters of a callable
+        return f"[{', '.join(map(shown, annotation))}]"
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(shown, args))
+    if origin is typing.Literal:
+        return f"Literal[{', '.join(map(repr, args))}]"
+    own = [each for each in args if not isinstance(each, typing.TypeVar) and each is not typing.Any]
+    text = inspect.formatannotation(annotation if origin is None or annotation is typing.Any else origin)
+    text = re.sub(r"\b(?:engram_kernels|collections|typing|pathlib|os|torch\.\w+)(?:\.\w+)*\.(\w+)", r"\1", text)
+    return f"{text}[{', '.join('...' if each is ... else shown(each) for each in args)}]" if own else text
+
+
+def parameter(given: inspect.Parameter) -> str:
+    """``name: type = default``."""
+    stars = {given.VAR_POSITIONAL: "*", given.VAR_KEYWORD: "**"}.get(given.kind, "")
+    kind = "" if given.annotation is given.empty else f": {shown(given.annotation)}"
+    default = "" if given.default is given.empty else f"{' = ' if kind else '='}{given.default!r}"
+    return stars + given.name + kind + default
+
+
 def signature(name: str, function) -> str:
-    """``name(parameters) -> result``, one parameter a line where one line has no room; modules' names are left out."""
+    """``name(parameters) -> result``, one parameter a line where one line has no room, and what overloads say."""
     given = inspect.signature(function)
-    parts = [str(each) for each in given.parameters.values() if each.name != "self"]
+    parts = [parameter(each) for each in given.parameters.values() if each.name != "self"]
     kinds = [each.kind for each in given.parameters.values() if each.name != "self"]
     if inspect.Parameter.KEYWORD_ONLY in kinds:
         parts.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
     result = given.return_annotation
-    returns = "" if inspect.isclass(function) or result is given.empty else f" -> {inspect.formatannotation(result)}"
+    returns = "" if inspect.isclass(function) or result is given.empty else f" -> {shown(result)}"
+    return "\n\n".join([laid_out(name, parts, returns), *overloads(name, function)])
+
+
+def laid_out(name: str, parts: list[str], returns: str) -> str:
     text = f"{name}({', '.join(parts)}){returns}"
-    if len(text) > 100:
-        text = "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){returns}"])
-    text = re.sub(r"\b(?:engram_kernels|collections|typing|pathlib|os|torch\.\w+)(?:\.\w+)*\.(\w+)", r"\1", text)
-    return re.sub(r"(?<=: |> )'([^'\n]+)'", r"\1", text)  # annotations that are texts
+    return text if len(text) <= 100 else "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){returns}"])
+
+
+def overloads(name: str, function) -> list[str]:
+    """For each of them the parameters that differ from the function's own, and the result."""
+    texts, it = [], inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
+    ours = inspect.signature(it).parameters
+    for each in typing.get_overloads(it):
+        differ = [
+            f"{p.name}: {shown(p.annotation)}"
+            for p in inspect.signature(each).parameters.values()
+            if p.annotation != ours[p.name].annotation and p.name != "self"
+        ]
+        result = typing.get_type_hints(each)["self" if inspect.isclass(function) else "return"]
+        texts.append(laid_out(name, ["...", *differ], f" -> {shown(result)}"))
+    return texts
 
 
 def linked(text: str, owner: str, here: str) -> str:
     """Roles of Sphinx as links to where the name stands."""
 
     def link(found: re.Match) -> str:
-        name = found[1]
-        full = next((each for each in (f"{owner}.{name}", name) if each in entries()), None)
+        role, name = found[1], found[2]
+        full = next((each for each in candidates(role, name, owner) if each in entries()), None)
         if full is None:
             return f"`{name}`"
         page = entries()[full][0]
         return f"[`{name}`]({'' if page == here else page + '.md'}#{anchor(full)})"
 
-    return re.sub(r":\w+:`~?([\w.]+)`", link, text)
+    return re.sub(r":(\w+):`~?([\w.]+)`", link, text)
+
+
+def candidates(role: str, name: str, owner: str) -> tuple[str, ...]:
+    """What a role of Sphinx in the docstring of ``owner`` may mean: a function is none of the class's methods."""
+    return (name,) if role == "func" else (f"{owner}.{name}", name)
 
 
 def prose(doc: str, names: set[str]) -> str:

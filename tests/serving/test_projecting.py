@@ -6,7 +6,7 @@ import torch
 from engram_kernels import EngramState, NgramCache, Prefetcher, hash_lookup
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.reference.ops.rows import dequantise
-from engram_kernels.serving import prefetch
+from engram_kernels.serving import policy, prefetch
 from tests.nn.test_engram import FORMS, built
 from tests.ops.test_hashing import ragged
 from tests.ops.test_registration import same
@@ -208,12 +208,13 @@ def test_projections_are_inference_and_of_tokens():
 
 
 def test_the_rule():
-    assert prefetch.projects_ahead(1) and prefetch.projects_ahead(128) and not prefetch.projects_ahead(129)
+    assert policy.projects_ahead(1) and policy.projects_ahead(128) and not policy.projects_ahead(129)
 
 
 def test_the_rule_chooses_the_stream_and_the_user_overrides_it(monkeypatch):
     """Where work was given, by streams whose work has not run yet; and the room that each choice takes."""
-    monkeypatch.setattr(prefetch, "AHEAD_TOKENS", 4)
+    for module in (policy, prefetch):
+        monkeypatch.setattr(module, "AHEAD_TOKENS", 4)
     for ahead, tokens, stream in ((None, 4, "side"), (None, 5, "model"), (True, 5, "side"), (False, 4, "model")):
         model, on = Projecting(ahead=ahead), []
         projecting = model.prefetcher._side.project

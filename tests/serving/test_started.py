@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engram_kernels import Prefetcher, hash_lookup
-from engram_kernels.serving import prefetch
+from engram_kernels.serving import policy, prefetch
 from tests.ops.test_registration import same
 from tests.serving.test_prefetch import BLOCKS
 from tests.support.gpu.prefetching import KINDS, ORDERS, SCHEDULES, batches, in_flight, replayed, setting
@@ -139,7 +139,8 @@ def follow(streams, later, earlier):
 
 def test_starts_of_both_kinds_in_turn(apart, monkeypatch):
     """A start waits for the last work of the one before, whether that projected or not."""
-    monkeypatch.setattr(prefetch, "AHEAD_TOKENS", 4)
+    for module in (policy, prefetch):
+        monkeypatch.setattr(module, "AHEAD_TOKENS", 4)
     for schedule in SCHEDULES:
         model, given = KINDS["kv"](), [ids[: 4 + 2 * (number % 2)] for number, ids in enumerate(batches(6))]
         buffer = model.ids

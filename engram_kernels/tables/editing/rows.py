@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from engram_kernels.checkpoints.convert import check_pair
+from engram_kernels.geometry.choices import FormatName
 from engram_kernels.geometry.kinds import Flag, Instance, Keyed, Number, OneOf, Optional, Text, Whole, takes
 from engram_kernels.geometry.kinds import Path as PathKind
 from engram_kernels.geometry.row_format import FORMATS, checked_scale
@@ -131,7 +132,7 @@ class EditableRows(TrainableRows):
         path: str | os.PathLike,
         since: int,
         *,
-        format: str,
+        format: FormatName,
         scale: float | None = None,
         clip: bool = False,
         metadata: Mapping[str, str] | None = None,
