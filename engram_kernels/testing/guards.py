@@ -20,11 +20,12 @@ class Guarded:
         return self._buffer.view(torch.uint8)
 
     def check(self):
-        """The tensor, once its margins are found untouched and no element is still poison."""
+        """The tensor, once its margins are found untouched and no element is still poison; AssertionError where not."""
         size = self._buffer.element_size()
         raw = self._raw().view(-1, size) == self._poison
         margins = torch.cat([raw[:MARGIN], raw[-MARGIN:]])
-        assert margins.all(), "wrote outside the output"
-        if size > 1:
-            assert not raw[MARGIN:-MARGIN].all(1).any(), "left elements unwritten"
+        if not margins.all():
+            raise AssertionError("wrote outside the output")
+        if size > 1 and raw[MARGIN:-MARGIN].all(1).any():
+            raise AssertionError("left elements unwritten")
         return self.tensor
