@@ -53,7 +53,7 @@ def conv_bound(exact, hidden, value, gate, gate_error, size, hidden_size, taps, 
     """Bound on ``hidden + v + silu(conv)``. A term's relative error is that of its gate plus the sum over D in its
     scale; silu stretches an error by at most 1.1. ``size`` is the sum of the terms' magnitudes.
     """
-    relative = float((gate_error / gate).max()) + (chain(hidden_size) + taps + 8) * U32
+    relative = float((gate_error / gate).max(initial=0)) + (chain(hidden_size) + taps + 8) * U32
     return gated_bound(exact, hidden, value, gate_error, dtype) + 1.1 * relative * size
 
 
