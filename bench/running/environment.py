@@ -14,6 +14,7 @@ _CLOCK_QUERY = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "p
 _THROTTLE_QUERY = ("clocks_throttle_reasons.active", "temperature.gpu")
 #: What must be equal for a run to go on where another one stopped.
 IDENTITY = ("gpu", "driver", "torch", "triton", "python", "engram_kernels", "commit", "host_table_bytes", "text")
+IDENTITY += ("implementations",)
 
 
 def describe_gpu(device) -> dict:

@@ -259,7 +259,7 @@ def gather(table, row_ids):
 
 
 def test_suite_in_an_installed_wheel(environment, tmp_path):
-    """``pytest --pyargs`` in any folder tests a module that lies there; of other runs the entry point changes nothing."""
+    """``pytest --pyargs`` in any folder tests a module that lies there; other runs of pytest stay as they are."""
     pytest_folder, mine = tmp_path / "pytest", tmp_path / "mine"
     pytest_folder.mkdir(), mine.mkdir()
     for distribution in declared(["pytest"]).values():
