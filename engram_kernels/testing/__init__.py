@@ -9,10 +9,14 @@
 import importlib
 
 
+class Untested(Exception):
+    """A case says nothing of a function, which does not take an option, or raised NotImplementedError."""
+
+
 def cases(op: str | None = None) -> list:
     """The cases of one op, or of all, each with ``name``, ``op`` and ``check(function, device, placement)``.
 
-    A check raises AssertionError where the function's result is wrong, and ``cases.call.Untested`` where the function
+    A check raises AssertionError where the function's result is wrong, and :class:`Untested` where the function
     lacks an option that the case sets or raises NotImplementedError. ValueError for what is no op.
     """
     # Here, since a start of pytest imports this file.
@@ -22,4 +26,4 @@ def cases(op: str | None = None) -> list:
     if op is not None and op not in files:
         raise ValueError(f"cases: op must be one of {', '.join(OPS)}, got {op!r}")
     chosen = files.values() if op is None else (files[op],)
-    return [case for file in chosen for case in importlib.import_module(f".cases.{file}", __name__).cases()]
+    return [case for file in chosen for case in importlib.import_module(f".ops.{file}", __name__).cases()]

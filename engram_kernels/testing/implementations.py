@@ -110,7 +110,7 @@ def _names_in(module, op: str, text: str) -> dict[str, str]:
             f"--implementation {text}: {module.__name__} must have a function with one of the names {names}, "
             "and has none; another one is given as OP=MODULE:NAME"
         )
-    return found
+    return {each: found[each] for each in OPS if each in found}
 
 
 def _imported(name: str, text: str):

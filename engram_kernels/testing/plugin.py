@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from . import cases
-from .cases.call import Case, Untested
+from . import Untested, cases
 from .implementations import Implementation, find_implementations, our_ops
+from .ops.call import Case
 
 PLACEMENTS = {"cpu": ("cpu", "host"), "cuda": ("device", "host")}
 CHOSEN = pytest.StashKey()
