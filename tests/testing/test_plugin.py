@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from engram_kernels import lookup, reference
 from engram_kernels.testing import cases
 from engram_kernels.testing.implementations import Implementation, find_implementations, our_ops
+from tests.support.documents import Document
 
 MINE = """
 import torch
@@ -45,7 +47,7 @@ def mine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    for name in ("mine", "broken_module"):
+    for name in ("mine", "broken_module", "my_module"):
         sys.modules.pop(name, None)
 
 
@@ -63,6 +65,15 @@ def run(mine, capsys):
 
 
 SUITE = ("--pyargs", "engram_kernels.testing")
+
+
+def test_the_page_shows_what_is_printed(run, mine):
+    text = Document("docs/testing_your_kernel.md").text
+    (module,) = re.findall(r"^```python\n(# my_module\.py\n.*?)^```", text, re.S | re.M)
+    (mine / "my_module.py").write_text(module)
+    (shown,) = re.findall(r"^```text\n(lookup=my_module:gather: .*) \.\.\.\n", text, re.M)
+    code, printed = run(*SUITE, "--implementation", "my_module")
+    assert code == 0 and shown in printed
 
 
 def test_our_own_ops_pass(run):
