@@ -4,11 +4,11 @@ Options of a suite inside a package are unknown to pytest before it collects: it
 advance. For every other run this does nothing, and no option is added.
 """
 
-SUITE = __name__.rpartition(".")[0]
+PACKAGE, SUITE = "engram_kernels", "engram_kernels.testing"
 
 
 def pytest_load_initial_conftests(early_config, args):
     """Options are still open here, and the command line is known."""
-    asked = any(str(arg).split("::")[0].startswith(SUITE) for arg in args)
+    asked = any(str(arg) == PACKAGE or str(arg).startswith(SUITE) for arg in args)
     if asked and early_config.known_args_namespace.pyargs:
         early_config.pluginmanager.import_plugin(f"{SUITE}.plugin")

@@ -70,6 +70,7 @@ def entry_of(function, bench, monkeypatch, name="lookup/v41/host/uniform/T8", op
         (lambda table, ids: None, "its result is NoneType, and ours bfloat16 [8, 24, 256] on cpu"),
         (lambda table, ids: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
+    ids=["unwritten", "dtype", "nothing", "error"],
 )
 def test_a_wrong_one_has_no_time(function, message, bench, monkeypatch):
     entry = entry_of(function, bench, monkeypatch)
