@@ -28,7 +28,7 @@ def lookup(table, row_ids, *, out=None, out_dtype=None, out_format="values", pro
         rows = stored.view(torch.uint8).index_select(0, ids)
         words = rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows
         words.masked_fill_(outside[:, None], 0)
-        return rows.view(*row_ids.shape, -1)
+        return rows.view(*row_ids.shape, rows.shape[1])
 
     rows = gather(table.weight).view(table.format.dtype)
     scales = gather(table.scale) if table.format.group else table.scale

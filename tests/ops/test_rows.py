@@ -58,6 +58,13 @@ def test_every_e4m3_byte_and_every_scale():
     assert tables.same_bits(reference.lookup(table, ids, out_dtype=torch.float32), expected, truncated=False)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "e4m3_ue8m0"])
+def test_no_ids_give_no_rows(name):
+    table, none = tables.cpu_table(ROWS, 64, name), torch.empty(0, 3, dtype=torch.int64)
+    assert lookup(table, none).shape == (0, 3, 64)
+    assert lookup(table, none, out_format="storage")[0].shape == (0, 3, 64)
+
+
 def test_missing_row_is_zero_where_others_overflow():
     table = EngramTable.from_tensors(torch.full((2, 16), 448.0).to(torch.float8_e4m3fn), 3e38, placement="cpu")
     values = reference.lookup(table, torch.tensor([-1, 1]))
