@@ -99,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{arguments[0]!r} is none of {', '.join(COMMANDS)}; without a name the cases are measured"
             )
         chosen = parse(arguments)
+        if chosen.report is not None and chosen.implementations:
+            raise UsageError("--report makes tables from a run's JSON, and runs no --implementation")
         if chosen.report is not None:
             report_again(chosen.report)
             return 0
@@ -115,8 +117,9 @@ def run_without_gpu(chosen: argparse.Namespace) -> int:
 
     Exit code 1 where an implementation that was named is wrong.
     """
-    if chosen.on_gpu:
-        options = ", ".join(chosen.on_gpu)
+    refused = [option for option in chosen.on_gpu if option != "--out" or not chosen.implementations]
+    if refused:
+        options = ", ".join(refused)
         raise UsageError(
             f"{options}: only on a GPU, and torch finds none; here are --only, --seconds, --text, "
             "--implementation, --report"
@@ -128,8 +131,14 @@ def run_without_gpu(chosen: argparse.Namespace) -> int:
         few = [case for case in cases if case.tokens <= MOST_TOKENS and (chosen.only or case.variant in PLAIN)]
         if not few:
             raise UsageError(f"--only {chosen.only!r}: only on a GPU; a CPU has cases of at most {MOST_TOKENS} tokens")
-        wrong = print_cpu_times(chosen.seconds, few, ids, chosen.implementations)
-        return 1 if wrong else 0
+        records = print_cpu_times(chosen.seconds, few, ids, chosen.implementations)
+        if "--out" in chosen.on_gpu:
+            environment = describe_software() | found | dict(gpu="no GPU", implementations=asked_for(chosen))
+            results = open_results(chosen, environment)
+            results.content.update(cases=records, finished=True)
+            results.save()
+            print(f"Wrote {results.path}")
+        return 1 if tell_faults(records, chosen) else 0
     print_without_gpu(min(SECONDS, chosen.seconds))
     print("\n5. A hot n-gram cache: simulated, not measured.")
     print_prediction(load_token_ids() if ids is None else ids, found["text"])
@@ -155,7 +164,7 @@ def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, en
     """What :func:`run` does once machine and timer are known."""
     host, on_device = environment["host_table_bytes"], environment["device_table_bytes"]
     cases, steps, pairs = chosen_cases(chosen)
-    environment["implementations"] = [f"{each.op}={each.name}" for each in chosen.implementations] or None
+    environment["implementations"] = asked_for(chosen)
     text = read_text(chosen.text, max((case.tokens for case in cases), default=1), environment)
     results = open_results(chosen, environment)
     content = results.content
@@ -184,10 +193,7 @@ def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, en
         content["finished"] = True
         results.save()
     report_again(results.path)
-    wrong = faults(content["cases"], given, NO_TIME)
-    for fault in wrong:
-        say(f"FAILED: {fault}")
-    return 1 if results.failed or wrong else 0
+    return 1 if tell_faults(content["cases"], chosen) or results.failed else 0
 
 
 def measure_table(bench: Workbench, timer, full: bool, wide: list[dict], budget: Budget, results: ResultFile) -> None:
@@ -200,6 +206,19 @@ def measure_table(bench: Workbench, timer, full: bool, wide: list[dict], budget:
         results.content["roofs"] = all_roofs(timer, bench.device, table, full, wide, budget, say)
         environment["under_load"] = clocks_under(copying(bench.device), bench.device)
         results.save()
+
+
+def asked_for(chosen: argparse.Namespace) -> list[str] | None:
+    """Implementations by op and name, for a result's environment."""
+    return [f"{each.op}={each.name}" for each in chosen.implementations] or None
+
+
+def tell_faults(records: list[dict], chosen: argparse.Namespace) -> list[str]:
+    """What is wrong with implementations, a line each."""
+    found = faults(records, chosen.implementations, NO_TIME)
+    for fault in found:
+        say(f"FAILED: {fault}")
+    return found
 
 
 def copying(device: torch.device) -> Callable[[], None]:

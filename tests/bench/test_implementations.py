@@ -131,7 +131,19 @@ def test_without_a_gpu_it_is_timed_too(mine, capsys):
     (line,) = [line for line in printed.splitlines() if "lookup/v41/host/uniform/T1 " in line]
     assert f"{mine}:gather " in line and "; embedding " in line and "failed" not in line
     assert command.main(["--implementation", f"lookup={mine}:wrong", *words]) == 1
-    assert f"FAILED: {mine}:wrong, lookup/v41/host/uniform/T1: ValueError" in capsys.readouterr().out
+    assert f"FAILED: {mine}:wrong, lookup/v41/host/uniform/T1: ValueError" in capsys.readouterr().err
+
+
+def test_without_a_gpu_its_json_is_asked_for(mine, tmp_path, capsys):
+    words = ["--seconds", "3", "--only", "*v41/host/uniform/T1", "--out", str(tmp_path)]
+    assert command.main(["--implementation", f"{mine}:gather", *words]) == 0
+    (path,) = tmp_path.glob("no-gpu-*.json")
+    content = json.loads(path.read_text())
+    (record,) = content["cases"]
+    assert record["timer"] == "CPU" and record["baselines"][f"{mine}:gather"]["median"] > 0
+    assert content["environment"]["implementations"] == [f"lookup={mine}:gather"]
+    assert f"Wrote {path}" in capsys.readouterr().out
+    assert command.main(["--out", str(tmp_path)]) == 2, "without an implementation there is none"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +161,7 @@ def test_without_a_gpu_it_is_timed_too(mine, capsys):
             ["--implementation", "mine_of_bench:gather", "--only", "gate"],
             "no case matches --only 'gate'; there are lookup",
         ),
+        (["--implementation", "mine_of_bench:gather", "--report", "x"], "--report makes tables from a run's JSON, and"),
         (["--implementation", "mine_of_bench:gather", "--full"], "--full: only on a GPU, and torch finds none"),
     ],
 )
