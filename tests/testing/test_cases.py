@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 
+import engram_kernels
 from engram_kernels import reference
 from engram_kernels.testing import Untested, cases
 
@@ -29,6 +30,23 @@ def test_a_broken_implementation_is_found(op, name):
     function = getattr(BROKEN[op], name)
     found = (outcome(case, function) for case in cases_of(op))
     assert next(each for each in found if each not in (None, "untested"))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ngram_hash/map/wrapping/sequences",
+        "lookup/bfloat16/given_out",
+        "hash_lookup/batch",
+        "gate_residual/float32/mask",
+        "gate_conv_residual/float32/state",
+    ],
+)
+def test_our_kernels_pass(device, name):
+    """One case of each op, where lanes have kernels; ``pytest --pyargs engram_kernels.testing`` runs all of them."""
+    (case,) = [case for case in cases_of(name.split("/")[0]) if case.name == name]
+    case.check(getattr(engram_kernels, case.op), device)
 
 
 def test_names_can_be_chosen_by_k():
