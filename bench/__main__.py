@@ -14,20 +14,22 @@ import torch
 
 from bench.cache.prediction import print_prediction
 from bench.peers.adapters import Peers
+from bench.peers.implementations import cases_of, faults
 from bench.serving.interference import FIRST_PAIR, Interference, interference_names
 from bench.serving.step import FIRST_STEP, Steps, step_names
 from bench.serving.step_report import record_text
 from engram_kernels.tables.memory.report import available_host_memory
+from engram_kernels.testing.implementations import find_implementations
 
 from .running.cases import Case, Workbench, load_cases
 from .running.environment import clocks, clocks_under, describe_gpu, describe_software, huge_share, slug
 from .running.footprints import SLOWEST_MAPPING, all_roofs, wide_footprints
 from .running.plots import write_plots
-from .running.report import COLUMNS, cells, markdown, print_report
+from .running.report import COLUMNS, NO_TIME, cells, markdown, print_report
 from .running.suite import ResultFile, UsageError, read_result, run_cases, run_each
 from .running.text import load_token_ids, statistics_line, tokenize
 from .running.timing import Budget, GpuTimer
-from .running.without_gpu import MOST_TOKENS, SECONDS, print_cpu_times, print_without_gpu
+from .running.without_gpu import MOST_TOKENS, PLAIN, SECONDS, print_cpu_times, print_without_gpu
 
 RESULTS = Path(__file__).parent / "results"
 #: Seconds kept for starting up, giving memory back, tables, Markdown and plots.
@@ -65,6 +67,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host-gib", type=int, metavar="N", help="size of the host table; default 16, with --full 64")
     parser.add_argument("--device-gib", type=int, metavar="N", help="size of the device table; default 8")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="vLLM's and SGLang's kernels; see CONTRIBUTING.md")
+    parser.add_argument(
+        "--implementation",
+        action="append",
+        metavar="[OP=]MODULE[:NAME]",
+        help="time a function of yours beside an op, in the op's cases; may be repeated; docs/testing_your_kernel.md",
+    )
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text in place of the novels in bench/data")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where results go")
     parser.add_argument("--report", type=Path, metavar="FILE", help="make tables and plots from a run's JSON, and end")
@@ -74,6 +82,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ]
     if chosen.seconds is None:
         chosen.seconds = float("inf") if chosen.full else 270.0
+    try:
+        chosen.implementations = find_implementations(chosen.implementation or ())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return chosen
 
 
@@ -87,39 +99,52 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{arguments[0]!r} is none of {', '.join(COMMANDS)}; without a name the cases are measured"
             )
         chosen = parse(arguments)
+        if chosen.report is not None and chosen.implementations:
+            raise UsageError("--report makes tables from a run's JSON, and runs no --implementation")
         if chosen.report is not None:
             report_again(chosen.report)
             return 0
         if not torch.cuda.is_available():
-            run_without_gpu(chosen)
-            return 0
+            return run_without_gpu(chosen)
         return run(chosen, Budget(chosen.seconds - REPORTING))
     except UsageError as error:
         say(f"bench: {error}")
         return 2
 
 
-def run_without_gpu(chosen: argparse.Namespace) -> None:
-    """What can be said without one; of chosen cases the times of their references. UsageError for what needs a GPU."""
-    if chosen.on_gpu:
-        options = ", ".join(chosen.on_gpu)
+def run_without_gpu(chosen: argparse.Namespace) -> int:
+    """What can be said without one; of chosen cases the times of their references. UsageError for what needs a GPU.
+
+    Exit code 1 where an implementation that was named is wrong.
+    """
+    refused = [option for option in chosen.on_gpu if option != "--out" or not chosen.implementations]
+    if refused:
+        options = ", ".join(refused)
         raise UsageError(
-            f"{options}: only on a GPU, and torch finds none; here are --only, --seconds, --text, --report"
+            f"{options}: only on a GPU, and torch finds none; here are --only, --seconds, --text, "
+            "--implementation, --report"
         )
     found: dict = {}
     ids = read_text(chosen.text, 1, found)
-    if chosen.only:
-        cases, *_ = select(load_cases(), step_names(False), interference_names(), chosen.only)
-        few = [case for case in cases if case.tokens <= MOST_TOKENS]
+    if chosen.only or chosen.implementations:
+        cases, *_ = chosen_cases(chosen)
+        few = [case for case in cases if case.tokens <= MOST_TOKENS and (chosen.only or case.variant in PLAIN)]
         if not few:
             raise UsageError(f"--only {chosen.only!r}: only on a GPU; a CPU has cases of at most {MOST_TOKENS} tokens")
-        print_cpu_times(chosen.seconds, few, ids)
-        return
+        records = print_cpu_times(chosen.seconds, few, ids, chosen.implementations)
+        if "--out" in chosen.on_gpu:
+            environment = describe_software() | found | dict(gpu="no GPU", implementations=asked_for(chosen))
+            results = open_results(chosen, environment)
+            results.content.update(cases=records, finished=True)
+            results.save()
+            print(f"Wrote {results.path}")
+        return 1 if tell_faults(records, chosen) else 0
     print_without_gpu(min(SECONDS, chosen.seconds))
     print("\n5. A hot n-gram cache: simulated, not measured.")
     print_prediction(load_token_ids() if ids is None else ids, found["text"])
     if ids is not None:
         print(f"\n6. Text: {found['text']}. Distinct n-grams: {found['text_distinct']}.")
+    return 0
 
 
 def run(chosen: argparse.Namespace, budget: Budget) -> int:
@@ -138,7 +163,8 @@ def run(chosen: argparse.Namespace, budget: Budget) -> int:
 def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, environment: dict, timer) -> int:
     """What :func:`run` does once machine and timer are known."""
     host, on_device = environment["host_table_bytes"], environment["device_table_bytes"]
-    cases, steps, pairs = select(load_cases(chosen.full), step_names(chosen.full), interference_names(), chosen.only)
+    cases, steps, pairs = chosen_cases(chosen)
+    environment["implementations"] = asked_for(chosen)
     text = read_text(chosen.text, max((case.tokens for case in cases), default=1), environment)
     results = open_results(chosen, environment)
     content = results.content
@@ -150,7 +176,8 @@ def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, en
     wide = []
     if chosen.full and content["roofs"] is None:
         wide = wide_footprints(timer, device, wide_bytes(environment, budget), say)
-    with Workbench(device, host, on_device, environment["l2_bytes"] or 0, say, peers, text, room) as bench:
+    cache_bytes, given = environment["l2_bytes"] or 0, chosen.implementations
+    with Workbench(device, host, on_device, cache_bytes, say, peers, text, room, given) as bench:
         measure_table(bench, timer, chosen.full, wide, budget.part(ROOFS), results)
         for_pairs = PAIRS if pairs else 0
         for_cases, for_steps = budget.but(for_pairs + (STEPS if steps else 0)), budget.but(for_pairs)
@@ -166,7 +193,7 @@ def measure(chosen: argparse.Namespace, budget: Budget, device: torch.device, en
         content["finished"] = True
         results.save()
     report_again(results.path)
-    return 1 if results.failed else 0
+    return 1 if tell_faults(content["cases"], chosen) or results.failed else 0
 
 
 def measure_table(bench: Workbench, timer, full: bool, wide: list[dict], budget: Budget, results: ResultFile) -> None:
@@ -179,6 +206,19 @@ def measure_table(bench: Workbench, timer, full: bool, wide: list[dict], budget:
         results.content["roofs"] = all_roofs(timer, bench.device, table, full, wide, budget, say)
         environment["under_load"] = clocks_under(copying(bench.device), bench.device)
         results.save()
+
+
+def asked_for(chosen: argparse.Namespace) -> list[str] | None:
+    """Implementations by op and name, for a result's environment."""
+    return [f"{each.op}={each.name}" for each in chosen.implementations] or None
+
+
+def tell_faults(records: list[dict], chosen: argparse.Namespace) -> list[str]:
+    """What is wrong with implementations, a line each."""
+    found = faults(records, chosen.implementations, NO_TIME)
+    for fault in found:
+        say(f"FAILED: {fault}")
+    return found
 
 
 def copying(device: torch.device) -> Callable[[], None]:
@@ -214,6 +254,14 @@ def tell_small_tables(free: tuple[int, int], wanted: tuple[int, int], given: tup
             )
 
 
+def chosen_cases(chosen: argparse.Namespace) -> tuple[list[Case], list[str], list[str]]:
+    """Cases, steps and matmuls beside a lookup that were chosen; with implementations the cases of their ops alone."""
+    given = chosen.implementations
+    if not given:
+        return select(load_cases(chosen.full), step_names(chosen.full), interference_names(), chosen.only)
+    return select(cases_of(given, load_cases(chosen.full)), [], [], chosen.only)
+
+
 def select(
     cases: list[Case], steps: list[str], pairs: list[str], pattern: str | None
 ) -> tuple[list[Case], list[str], list[str]]:
@@ -228,8 +276,9 @@ def select(
     kept = [case for case in cases if fits(case.name)], list(filter(fits, steps)), list(filter(fits, pairs))
     if not any(kept):
         ops = ", ".join(dict.fromkeys(case.op for case in cases))
-        like = ", ".join((cases[0].name, steps[0], pairs[0]))
-        raise UsageError(f"no case matches --only {pattern!r}; there are {ops}, step and interference, as in {like}")
+        ops = f"{ops}, step and interference" if steps else ops
+        like = ", ".join((cases[0].name, *steps[:1], *pairs[:1]))
+        raise UsageError(f"no case matches --only {pattern!r}; there are {ops}, as in {like}")
     return kept
 
 

@@ -22,20 +22,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import triton
 
-from engram_kernels import EngramConfig, HashPlan
 from engram_kernels.launching.launch import Launch
+from engram_kernels.testing import golden
 from tests.support.cases import chosen as chosen_cases
 from tests.support.gpu import results as gpu_results
 from tests.support.gpu.watch import PATIENCE, Watch
 from tests.support.processes import sharing
 from tests.support.processes.peers import Peer
 
-DATA = Path(__file__).parent / "data"
 TIMES = Path(__file__).parents[1] / "build" / "lane_times.json"
 LANES = {
     "cpu": (),
@@ -279,12 +277,12 @@ def _same_numbers_every_run():
 @pytest.fixture(scope="session")
 def v41_token_map():
     """The token map of the V4-series tokenizer, kept as data so that a GPU machine needs no tokenizer."""
-    return torch.from_numpy(np.load(DATA / "deepseek_v4_token_map.npz")["token_map"].astype(np.int32))
+    return golden.v41_token_map()
 
 
 @pytest.fixture(scope="session")
-def v41_plan(v41_token_map):
-    return HashPlan.build(EngramConfig.deepseek_v41_flash(), v41_token_map)
+def v41_plan():
+    return golden.v41_plan()
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def copy_whole(folder: Path) -> None:
         else:
             folder.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for data in ("engram_kernels/commands/data", "tests/data"):
+    for data in ("engram_kernels/commands/data", "engram_kernels/testing/data", "tests/data"):
         (folder / data).symlink_to(ROOT / data)
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -23,6 +23,7 @@ import bench
 from bench.peers.adapters import Peers
 from engram_kernels import EngramConfig, EngramTable, HashPlan, reference
 from engram_kernels.geometry.row_format import FORMATS
+from engram_kernels.testing.implementations import Implementation
 
 from .text import load_token_ids, load_token_map
 
@@ -160,6 +161,7 @@ class Workbench:
 
     host_limit, device_limit: most bytes of a table. cache_bytes: size of the cache that inputs must not fit in. peers:
     other libraries' kernels, None where there are none. text: raw ids of real text, by default those in ``data/``.
+    implementations: of the user's, to be timed beside ours.
     room: placement -> most bytes of all its tables; older ones are closed for a new one. Without it they all stay.
     """
 
@@ -173,8 +175,10 @@ class Workbench:
         peers: Peers | None = None,
         text: np.ndarray | None = None,
         room: dict[str, int] | None = None,
+        implementations: Sequence[Implementation] = (),
     ):
         self.device, self.cache_bytes, self._say, self.peers = device, cache_bytes, say, peers
+        self.implementations = implementations
         self._limits, self._room = {"host": host_limit, "device": device_limit}, room or {}
         self._given_text = text
         self._tables: dict[tuple, EngramTable] = {}

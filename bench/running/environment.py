@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[2]
 _LINK_QUERY = ("pcie.link.gen.current", "pcie.link.gen.max", "pcie.link.width.current", "pcie.link.width.max")
 _CLOCK_QUERY = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.draw", "power.limit")
 _THROTTLE_QUERY = ("clocks_throttle_reasons.active", "temperature.gpu")
+_VERSIONS = ("driver", "torch", "triton", "python", "engram_kernels", "commit")
 #: What must be equal for a run to go on where another one stopped.
-IDENTITY = ("gpu", "driver", "torch", "triton", "python", "engram_kernels", "commit", "host_table_bytes", "text")
+IDENTITY = ("gpu", *_VERSIONS, "host_table_bytes", "text", "implementations")
 
 
 def describe_gpu(device) -> dict:

@@ -86,8 +86,9 @@ def cells(record: dict, roofs: dict | None) -> list[str]:
 
 
 def baseline_text(name: str, entry: dict, record: dict) -> str:
-    if "failed" in entry:
-        return f"{name} failed ({entry['failed'][:60]})"
+    for kind in ("failed", "skipped"):
+        if kind in entry:
+            return f"{name} {kind} ({entry[kind][:60]})"
     own, ours = entry.get("graph"), record.get("graph")
     in_graphs = f" ({own / ours:.3g}x in a graph)" if own and ours else ""
     return f"{name} {entry['median'] / record['median']:.3g}x{in_graphs}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.peers.adapters import NAMES as PEERS
+from bench.peers.implementations import Skipped, baselines
 
 from .cases import Case, Prepared, Workbench
 from .environment import IDENTITY
@@ -163,7 +164,9 @@ def run_case(case: Case, bench: Workbench, timer, budget: Budget, most_baselines
                 if case.tokens <= GRAPH_TOKENS:
                     record["graph"] = _graph(timer, prepared.calls, record["facts"])
             record["status"] = "ok"
-            for name in _chosen(prepared.baselines, most_baselines):
+            named = baselines(bench, case, prepared)
+            prepared.baselines = named | prepared.baselines
+            for name in _chosen(prepared.baselines, most_baselines, (*PEERS, *named)):
                 record["baselines"][name] = _baseline(name, case, prepared, timer, budget)
         else:
             record["reason"] = problem
@@ -211,11 +214,10 @@ def _graph(timer: GpuTimer, calls: list, facts: dict) -> float | None:
         return None
 
 
-def _chosen(names: Iterable[str], most: int) -> list[str]:
-    """Every peer, which is there because it was asked for, and the first ``most`` of the others."""
-    names = list(names)
-    peers = [name for name in names if name in PEERS]
-    return peers + [name for name in names if name not in PEERS][:most]
+def _chosen(names: Iterable[str], most: int, wanted: Iterable[str]) -> list[str]:
+    """Those that are there because they were asked for, and the first ``most`` of the others."""
+    asked = [name for name in names if name in wanted]
+    return asked + [name for name in names if name not in asked][:most]
 
 
 def _baseline(name: str, case: Case, prepared: Prepared, timer, budget: Budget) -> dict:
@@ -233,6 +235,8 @@ def _baseline(name: str, case: Case, prepared: Prepared, timer, budget: Budget) 
         if isinstance(timer, GpuTimer) and case.tokens <= GRAPH_TOKENS and name not in ON_CPU:
             entry["graph"] = _graph(timer, calls, entry)
         return entry
+    except Skipped as why:
+        return {"skipped": str(why)}
     except Exception as error:  # what it needs may be missing here; the case itself stands
         return {"failed": _one_line(error)}
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from engram_kernels.testing.golden import v41_token_map
+
 DATA = Path(__file__).parents[1] / "data"
 IDS = DATA / "austen_ids.npz"
-TOKEN_MAP = Path(__file__).parents[2] / "tests" / "data" / "deepseek_v4_token_map.npz"
 WINDOWS, ORDERS = (2048, 8192), (2, 3, 4)
 
 
@@ -25,8 +26,7 @@ def load_token_ids() -> np.ndarray:
 
 def load_token_map() -> np.ndarray:
     """The V4-series token map, raw id -> compressed id, int32 ``[129,280]``."""
-    with np.load(TOKEN_MAP) as data:
-        return data["token_map"].astype(np.int32)
+    return v41_token_map().numpy()
 
 
 def distinct_share(ids: np.ndarray, window: int, order: int) -> float:

@@ -10,10 +10,11 @@ import torch
 from bench.ops.host_cost import print_host_costs
 from engram_kernels.commands.console import print_sections
 from engram_kernels.commands.size import size_sections
+from engram_kernels.testing.implementations import Implementation
 
 from .cases import MODELS, Case, Workbench, load_cases
 from .environment import ROOT, cpu_name
-from .report import print_table
+from .report import baseline_text, print_table
 from .suite import run_case
 from .timing import Budget, CpuTimer
 
@@ -21,6 +22,8 @@ COMPILE_REPORT = ROOT / "tests" / "data" / "compile_report.json"
 EXECUTED_REPORT = ROOT / "tests" / "data" / "executed_report.json"
 TARGET = "sm_90"
 TOKENS = (1, 128)
+#: Variants of cases that are alike on a CPU to all the others of their op.
+PLAIN = ("", "uniform", "host/uniform")
 #: Of cases that are asked for by name: what a reference does in a moment.
 MOST_TOKENS = 128
 #: Tables small enough to be filled at once. CPU times are no statement about large ones.
@@ -40,8 +43,7 @@ def print_without_gpu(seconds: float = SECONDS) -> None:
     print("\n3. Host time of calls beside bare Triton launches of the same kernels, up to the driver's own.")
     print_host_costs()
     print("\n4. CPU times of the references.")
-    plain = ("", "uniform", "host/uniform")
-    print_cpu_times(seconds, [case for case in load_cases() if case.tokens in TOKENS and case.variant in plain])
+    print_cpu_times(seconds, [case for case in load_cases() if case.tokens in TOKENS and case.variant in PLAIN])
 
 
 def print_compile_summary() -> None:
@@ -80,21 +82,35 @@ def _newest(path) -> tuple[str, dict]:
     return version, report[version]
 
 
-def print_cpu_times(seconds: float, cases: Sequence[Case], text: np.ndarray | None = None) -> None:
-    """Times of the references, which is what a CPU tensor runs, on small tables. text: token ids of the user's."""
+def print_cpu_times(
+    seconds: float,
+    cases: Sequence[Case],
+    text: np.ndarray | None = None,
+    implementations: Sequence[Implementation] = (),
+) -> list[dict]:
+    """Times of the references, which is what a CPU tensor runs, on small tables; the records. text: the user's ids.
+
+    implementations: timed beside them once their results are checked, and torch's own ways too.
+    """
     print(f"On {cpu_name()}, {torch.get_num_threads()} threads, {platform.machine()}, with tables of", end=" ")
     print(f"{TABLE_BYTES >> 20} MiB: nothing here ran on a GPU, and the times say nothing about the kernels.")
-    budget, timer, rows, left_out = Budget(seconds), CpuTimer(), [], 0
-    with Workbench(torch.device("cpu"), TABLE_BYTES, TABLE_BYTES, say=lambda line: None, text=text) as bench:
+    budget, timer, rows, records, left_out = Budget(seconds), CpuTimer(), [], [], 0
+    device, given = torch.device("cpu"), dict(text=text, implementations=implementations)
+    with Workbench(device, TABLE_BYTES, TABLE_BYTES, say=lambda line: None, **given) as bench:
         for case in cases:
             if budget.left() < 0:
                 left_out += 1
                 continue
-            record = run_case(case, bench, timer, budget, most_baselines=0)
+            record = run_case(case, bench, timer, budget, most_baselines=2 if implementations else 0)
+            records.append(record)
             if record["status"] == "ok":
-                rows.append((case.name, "CPU", f"{record['median'] * 1e6:,.0f}", record["samples"]))
+                beside = (baseline_text(name, entry, record) for name, entry in record["baselines"].items())
+                rows.append((case.name, "CPU", f"{record['median'] * 1e6:,.0f}", record["samples"], "; ".join(beside)))
             else:
-                rows.append((case.name, "CPU", f"FAILED: {record['reason']}", ""))
-    print_table(("reference of", "on", "median us", "samples"), sorted(rows))
+                rows.append((case.name, "CPU", f"FAILED: {record['reason']}", "", ""))
+    columns = ("reference of", "on", "median us", "samples", "times as long")
+    shown = len(columns) if implementations else len(columns) - 1
+    print_table(columns[:shown], [row[:shown] for row in sorted(rows)])
     if left_out:
         print(f"{left_out} cases left out for time.")
+    return records

@@ -19,7 +19,7 @@ from engram_kernels import ngram_hash, reference
 from engram_kernels.commands.presets import PRESETS
 from engram_kernels.commands.traffic import layer_traffic, link_seconds
 from engram_kernels.ops.row_kernels.order import ORDERS
-from tests.support import oracles
+from engram_kernels.testing import oracles
 
 from .toys import CPU, LIMIT, Clock, FakeTimer
 

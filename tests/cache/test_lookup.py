@@ -9,10 +9,10 @@ from engram_kernels.cache import lookup as cache_lookup
 from engram_kernels.cache.store import COUNTS
 from engram_kernels.ops import hash_rows
 from engram_kernels.reference.cache.simulator import CacheSimulator, ngram_keys, scramble
+from engram_kernels.testing import tables
+from engram_kernels.testing.guards import Guarded
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import ragged, small_plan
-from tests.support import tables
-from tests.support.guards import Guarded
 
 CPU = torch.device("cpu")
 

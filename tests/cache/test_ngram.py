@@ -12,8 +12,8 @@ import torch
 from engram_kernels import HashPlan, NgramCache, Prefetcher, RowAdagrad, hash_lookup, reference
 from engram_kernels.cache.policy import fewest_tokens
 from engram_kernels.reference.cache.simulator import ngram_keys
+from engram_kernels.testing import tables
 from tests.ops.test_hashing import ragged, small_plan
-from tests.support import tables
 from tests.support.gpu.fake_streams import FakeStreams
 from tests.support.gpu.ordering import ordered_by
 

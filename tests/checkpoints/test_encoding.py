@@ -9,8 +9,8 @@ import torch
 from engram_kernels import reference
 from engram_kernels.checkpoints.encoding import decode_rows, encode_rows, table_scale
 from engram_kernels.geometry.row_format import FORMATS
-from tests.support import tables
-from tests.support.oracles import e4m3_value, ue8m0_value
+from engram_kernels.testing import tables
+from engram_kernels.testing.oracles import e4m3_value, ue8m0_value
 
 MAGNITUDES = np.array([e4m3_value(byte) for byte in range(127)])
 E4M3, UE8M0 = FORMATS["e4m3"], FORMATS["e4m3_ue8m0"]

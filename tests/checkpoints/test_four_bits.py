@@ -9,7 +9,7 @@ import torch
 from engram_kernels.checkpoints import encoding
 from engram_kernels.checkpoints.encoding import decode_rows, encode_rows
 from engram_kernels.geometry.row_format import FORMATS
-from tests.support.oracles import e2m1_value, e4m3_value, ue8m0_value
+from engram_kernels.testing.oracles import e2m1_value, e4m3_value, ue8m0_value
 
 SCALE = 0.0123
 LEVELS = np.array([e2m1_value(code) for code in range(16)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engram_kernels import EngramConfig
+from engram_kernels.testing.golden import golden
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "deepseek_v41_layout.json").read_text())
@@ -102,7 +103,7 @@ def test_primes_agree_with_golden_layouts():
     v41 = EngramConfig.deepseek_v41_flash()
     assert [list(layer) for layer in v41.primes] == [sum(layer, []) for layer in GOLDEN["primes"]]
     assert list(v41.rows_per_layer) == GOLDEN["rows_per_layer"]
-    qwen = np.load(DATA / "qwen_ple_hash.npz")["primes"]
+    qwen = golden("qwen_ple_hash")["primes"]
     assert EngramConfig.qwen38_flash_next().primes == (tuple(qwen.ravel().tolist()),)
 
 

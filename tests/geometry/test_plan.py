@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_kernels import EngramConfig, HashPlan, ngram_hash
+from engram_kernels.testing.golden import golden
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "deepseek_v41_layout.json").read_text())
-QWEN = dict(np.load(DATA / "qwen_ple_hash.npz"))
+QWEN = {name: part.numpy() for name, part in golden("qwen_ple_hash").items()}
 TENSORS = ("multipliers", "primes", "offsets", "reciprocals", "orders", "token_map")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, lookup
-from tests.support import tables
+from engram_kernels.testing import tables
 
 pytestmark = pytest.mark.gpu
 

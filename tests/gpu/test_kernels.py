@@ -10,13 +10,13 @@ import torch
 
 from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_residual, hash_lookup, lookup, ngram_hash
 from engram_kernels import reference as cpu
+from engram_kernels.testing import tables, tolerances
 from tests.ops.test_gate import EPS, check, inputs
 from tests.ops.test_gate_conv import CONV_EPS, conv_inputs, exact_and_bound, state
 from tests.ops.test_hash_rows import parts_of, wanted
 from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_registration import same
 from tests.ops.test_rows import CASES, ROWS, ids_around
-from tests.support import tables, tolerances
 from tests.support.gpu.room import need_host_memory
 
 pytestmark = pytest.mark.gpu

@@ -6,10 +6,10 @@ import torch
 from engram_kernels import EngramTable, hash_lookup, lookup
 from engram_kernels.tables.memory.host import HostMapping, RuntimeDriver
 from engram_kernels.tables.staging import stage
+from engram_kernels.testing import tables
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
-from tests.support import tables
 from tests.support.gpu.room import GIB, need_host_memory
 from tests.support.processes.forks import in_a_fork
 from tests.support.processes.peers import Peer

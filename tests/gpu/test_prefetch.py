@@ -9,11 +9,11 @@ import torch
 from engram_kernels import Engram, EngramConfig, HashPlan, Prefetcher, hash_lookup, lookup, ngram_hash
 from engram_kernels.launching.streams import CudaStreams
 from engram_kernels.serving import prefetch
+from engram_kernels.testing import tables
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
 from tests.serving.test_prefetch import GRAPHS
-from tests.support import tables
 from tests.support.gpu.ordering import ordered_by
 
 from .test_kernels import graph_of

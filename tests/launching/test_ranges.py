@@ -23,9 +23,9 @@ from engram_kernels.ops import hash_rows, hashing, rows
 from engram_kernels.ops.gate import GATE
 from engram_kernels.tables.staging import StagingRing, stage
 from engram_kernels.tables.view import view_tables
+from engram_kernels.testing import tables
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
-from tests.support import tables
 from tests.tables.test_staging import LateRuntime
 
 STEP = {"ngram_hash", "lookup", "hash_lookup", "cached_lookup", "gate_residual", "gate_conv_residual"}

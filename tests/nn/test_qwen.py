@@ -9,7 +9,7 @@ from torch.nn import functional as F
 transformers = pytest.importorskip("transformers")
 
 from engram_kernels import RowAdam, replace_engram  # noqa: E402
-from tests.support import oracles, tolerances  # noqa: E402
+from engram_kernels.testing import oracles, tolerances  # noqa: E402
 from tests.support.qwen import CACHES, CLOSE, EOS, config, layers, pair, tiny_model, token_ids  # noqa: E402
 
 

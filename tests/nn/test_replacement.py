@@ -12,6 +12,7 @@ from torch import nn
 
 from engram_kernels import replace_engram
 from engram_kernels.nn.demo import DemoEngram
+from engram_kernels.testing.golden import golden
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ demo = stand_in()
 
 def golden_model():
     """The stand-in's modules with the golden weights of layers 1 and 15, float64."""
-    data = dict(np.load(ROOT / "tests/data/deepseek_demo.npz"))
+    data = {name: part.numpy() for name, part in golden("deepseek_demo").items()}
     primes = {}
     for layer in (1, 15):
         ends = [*data[f"layer{layer}_offsets"], len(data[f"layer{layer}_table"])]

@@ -9,13 +9,13 @@ from engram_kernels import EngramTable, HashPlan, gate_conv_residual, gate_resid
 from engram_kernels.ops.conv_kernels.slots import ConvSlots
 from engram_kernels.ops.conv_kernels.state import launch_advance_state
 from engram_kernels.tables.memory.host import HostMapping
+from engram_kernels.testing.guards import Guarded
+from engram_kernels.testing.tolerances import assert_within
 from tests.ops.conv_kernels.test_backward import ALL
 from tests.ops.conv_kernels.test_backward import check_gradients as check_conv_gradients
 from tests.ops.conv_kernels.test_backward import exact_gradients as exact_conv_gradients
 from tests.ops.gate_kernels.test_backward import backward, check_gradients, gradient_of
-from tests.support.guards import Guarded
 from tests.support.launches import launch_gate_scale
-from tests.support.tolerances import assert_within
 
 from .test_gate import EPS, check, inputs
 from .test_gate_conv import CONV_EPS, conv_inputs, exact_and_bound, state

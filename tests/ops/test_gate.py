@@ -9,36 +9,12 @@ import torch
 from engram_kernels import gate_residual, reference
 from engram_kernels.ops.gate_kernels.arguments import rows_aligned
 from engram_kernels.ops.gate_kernels.branch import gate_config
+from engram_kernels.testing import oracles
+from engram_kernels.testing.guards import Guarded
+from engram_kernels.testing.inputs import EPS, doubles
+from engram_kernels.testing.inputs import check_gate as check
+from engram_kernels.testing.inputs import gate_inputs as inputs
 from tests.conftest import recent
-from tests.support import oracles, tolerances
-from tests.support.guards import Guarded
-
-EPS = 1e-6
-
-
-def inputs(tokens, branches, width, dtype=torch.float32, norm_dtype=torch.float32, seed=0):
-    """hidden, key, value, query_norm, key_norm on the CPU; the first keys oppose, repeat or ignore the hidden state."""
-    generator = torch.Generator().manual_seed(seed + tokens * 100 + branches * 10 + width)
-    hidden, key = torch.randn(2, tokens, branches, width, generator=generator)
-    query_norm, key_norm = torch.rand(2, branches, width, generator=generator) + 0.5
-    if tokens > 3:
-        key[0], key[1], key[2] = hidden[0], -3 * hidden[1], 0  # saturation on both sides, and d = 0
-    value = torch.randn(tokens, width, generator=generator)
-    return *(x.to(dtype) for x in (hidden, key, value)), *(x.to(norm_dtype) for x in (query_norm, key_norm))
-
-
-def doubles(tensors):
-    return [x.double().cpu().numpy() for x in tensors]
-
-
-def check(result, tensors, dtype, *, zero_gate="copysign", clamp=1e-6, residual=True, eps=EPS):
-    """Within the derived bound of the float64 oracle."""
-    hidden, key, value, query_norm, key_norm = doubles(tensors)
-    d, magnitude = oracles.gate_parts(hidden, key, query_norm, key_norm, eps)
-    exact = oracles.gate_of(d, clamp, zero_gate)[..., None] * value[:, None]
-    base = hidden if residual else np.zeros_like(hidden)
-    error = tolerances.gate_bound(d, magnitude, hidden.shape[-1], clamp, zero_gate)
-    tolerances.assert_within(result, base + exact, tolerances.gated_bound(base + exact, base, value, error, dtype))
 
 
 @pytest.mark.parametrize(("zero_gate", "clamp"), [("copysign", 1e-6), ("sign", 1e-6), ("copysign", 0.5)])

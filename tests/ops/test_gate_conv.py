@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,79 +9,12 @@ import torch
 
 from engram_kernels import gate_conv_residual, reference, split_kv
 from engram_kernels.ops.conv_kernels.residual import conv_config
-from tests.support import oracles, tolerances
-from tests.support.guards import Guarded
+from engram_kernels.testing import tolerances
+from engram_kernels.testing.golden import demo_kv, demo_layer
+from engram_kernels.testing.guards import Guarded
+from engram_kernels.testing.inputs import CONV_EPS, conv_inputs, exact_and_bound, packed, state
 
-from .test_gate import EPS, doubles, inputs
-
-CONV_EPS = 1e-5
-
-
-def conv_inputs(tokens, branches, width, taps, dtype=torch.float32, norm_dtype=torch.float32):
-    tensors = inputs(tokens, branches, width, dtype, norm_dtype)
-    generator = torch.Generator().manual_seed(tokens + width)
-    conv_norm = torch.rand(branches, width, generator=generator) + 0.5
-    weight = torch.randn(branches, width, taps, generator=generator)
-    return *tensors, conv_norm.to(norm_dtype), weight.to(norm_dtype)
-
-
-def state(batch, branches, width, span, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(batch + width)
-    value = torch.randn(batch, span, width, generator=generator).to(dtype)
-    scale = torch.rand(batch, span, branches, generator=generator)
-    return value, scale.double() if dtype == torch.float64 else scale
-
-
-def starts_of(tokens, cu):
-    if cu is None:
-        return [0] * tokens
-    ends = cu.tolist()
-    return [
-        max(start for start in ends[:-1] if start <= t and t < ends[-1]) if t < ends[-1] else None
-        for t in range(tokens)
-    ]
-
-
-def owners(tokens, cu):
-    """Sequence of each token that has one."""
-    ends = [0, tokens] if cu is None else cu.tolist()
-    return [next(b for b in range(len(ends) - 1) if ends[b] <= t < ends[b + 1]) for t in range(min(tokens, ends[-1]))]
-
-
-def exact_and_bound(
-    tensors,
-    dtype,
-    *,
-    dilation,
-    cu=None,
-    conv_state=None,
-    mask=None,
-    residual=True,
-    eps=EPS,
-    conv_eps=CONV_EPS,
-    clamp=1e-6,
-    zero_gate="copysign",
-):
-    """float64 oracle of the tokens that are no padding, and the bound on a kernel's error there."""
-    hidden, key, value, query_norm, key_norm, conv_norm, weight = doubles(tensors)
-    live = len(hidden) if cu is None else int(cu[-1])
-    hidden, key, value = hidden[:live], key[:live], value[:live]
-    on = np.ones(live, bool) if mask is None else mask.numpy()[:live]
-    key, value = np.where(on[:, None, None], key, 1.0), np.where(on[:, None], value, 0.0)
-    d, magnitude = oracles.gate_parts(hidden, key, query_norm, key_norm, eps)
-    gate = oracles.gate_of(d, clamp, zero_gate)
-    base = hidden if residual else np.zeros_like(hidden)
-    past = None if conv_state is None else [part.double().numpy()[owners(len(tensors[0]), cu)] for part in conv_state]
-    options = dict(dilation=dilation, conv_eps=conv_eps, starts=starts_of(live, cu), state=past, magnitude=True)
-    exact, size = oracles.gate_conv(base, gate, value, conv_norm, weight, **options)
-    error = tolerances.gate_bound(d, magnitude, hidden.shape[-1], clamp, zero_gate)
-    bound = tolerances.conv_bound(exact, base, value, gate, error, size, hidden.shape[-1], weight.shape[-1], dtype)
-    return exact, bound
-
-
-def packed():
-    """Twelve tokens: sequences of 5, 0, 1 and 4, then two of padding."""
-    return torch.tensor([0, 5, 5, 6, 10], dtype=torch.int32)
+from .test_gate import EPS
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -137,13 +69,10 @@ def test_reference_batch_with_state():
 @pytest.mark.parametrize("layer", [1, 15])
 def test_reference_equals_golden_demo(layer):
     """Rows to output through the demo's own weights, float64 rounding apart."""
-    data = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parents[1] / "data/deepseek_demo.npz").items()}
-    part = {k.removeprefix(f"layer{layer}_"): v for k, v in data.items() if k.startswith(f"layer{layer}_")}
-    rows = part["table"][part["hash_without_offsets"] + part["offsets"]].flatten(-2)
-    value = rows @ part["value_weight"].T + part["value_bias"]
-    key = torch.einsum("bsi,hoi->bsho", rows, part["key_weight"]) + part["key_bias"]
+    part = demo_layer(layer)
+    key, value = demo_kv(layer)
     output = reference.gate_conv_residual(
-        data["hidden"],
+        part["hidden"],
         key,
         value,
         part["query_norm"],

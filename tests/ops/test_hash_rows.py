@@ -7,9 +7,9 @@ import triton
 from engram_kernels import HashPlan, hash_lookup, lookup, ngram_hash, reference
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
 from engram_kernels.tables.view import view_tables
+from engram_kernels.testing import tables
+from engram_kernels.testing.guards import Guarded
 from tests.conftest import recent
-from tests.support import tables
-from tests.support.guards import Guarded
 from tests.support.launches import launch_hash_lookup
 
 from .test_hashing import oracle, ragged, small_plan

@@ -1,72 +1,14 @@
 """ngram_hash: the reference against the scalar oracle and golden data, the kernel against the reference."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 from engram_kernels import EngramConfig, HashPlan, ngram_hash, reference
 from engram_kernels.ops.hash_kernels.row_ids import HashConfig, hash_config
-from tests.support import oracles
-from tests.support.guards import Guarded
+from engram_kernels.testing.golden import demo_layer, demo_plan, golden, qwen_wrapping_plan
+from engram_kernels.testing.guards import Guarded
+from engram_kernels.testing.inputs import oracle, ragged, small_plan
 from tests.support.launches import launch_ngram_hash
-
-DATA = Path(__file__).parents[1] / "data"
-WRAPPING = [2**61 + 5, 2**60 + 7, 2**62 + 9]
-
-
-def golden(name):
-    return {key: torch.from_numpy(value) for key, value in np.load(DATA / f"{name}.npz").items()}
-
-
-def small_plan(layers=2, max_ngram=3, heads=2, vocab=40, dialect="map", wrapping=False):
-    """A plan of odd primes that fit no tile, with or without a token map, in either dialect."""
-    generator = torch.Generator().manual_seed(layers * 100 + max_ngram)
-    primes = torch.tensor([101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157][: (max_ngram - 1) * heads])
-    primes = primes + 100 * torch.arange(layers)[:, None]  # layers differ, as models' do; any divisor will do
-    multipliers = torch.randint(1, 2**40, (layers, max_ngram), generator=generator) * 2 + 1
-    if wrapping:
-        multipliers = torch.tensor(WRAPPING[:max_ngram]).expand(layers, -1)
-    options = dict(pad=7, vocab_size=vocab)
-    if dialect == "map":
-        options = dict(pad=3, token_map=torch.randint(0, vocab // 2, (vocab,), generator=generator))
-    elif dialect == "eos":
-        options = dict(pad=7, eos=7, vocab_size=vocab)
-    return HashPlan.from_parts(multipliers, primes, **options)
-
-
-def oracle(ids, plan, cu=None, history=None, dead=None):
-    rows = oracles.hash_rows(
-        ids.tolist(),
-        plan.multipliers.tolist(),
-        plan.primes.tolist(),
-        pad=plan.pad,
-        token_map=None if plan.token_map is None else plan.token_map.tolist(),
-        eos=plan.eos,
-        vocab=plan.vocab_size,
-        cu=None if cu is None else cu.tolist(),
-        history=None if history is None else history.tolist(),
-        dead=None if dead is None else dead.tolist(),
-    )
-    return torch.tensor(rows, dtype=plan.index_dtype).view(len(ids), *plan.primes.shape)
-
-
-def ragged(vocab=40, invalid=False):
-    """19 tokens: sequences of 1, 0, 9, 2 and 3, four of padding; history, dead tokens, and EOS 7 here and there."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, vocab, (19,), generator=generator)
-    ids[[2, 5, 10]] = 7
-    cu = torch.tensor([0, 1, 1, 10, 12, 15], dtype=torch.int32)
-    history = torch.randint(-1, vocab, (5, 2), generator=generator)
-    history[0], history[3] = torch.tensor([4, 7]), torch.tensor([-1, 9])
-    dead = torch.zeros(19, dtype=torch.bool)
-    dead[[4, 11]] = True
-    if invalid:
-        # Read at once, one place back, and by 3-grams alone two places back.
-        ids[3], ids[6], ids[9], ids[13], history[3, 1] = -1, -1, vocab, 2**30, -5
-        ids[4] = -77  # dead: may hold anything
-    return ids, cu, history, dead
 
 
 def test_reference_equals_golden_v41(v41_plan):
@@ -84,33 +26,17 @@ def test_reference_equals_golden_qwen():
     assert torch.equal(reference.ngram_hash(data["token_ids"], plan)[:, 0].long(), data["row_ids"].long())
 
 
-def qwen_overflow_plan():
-    data = golden("qwen_ple_hash")
-    eos = int(data["eos"])
-    parts = data["overflow_multipliers"][None], data["primes"].reshape(1, -1)
-    return HashPlan.from_parts(*parts, pad=eos, eos=eos, vocab_size=248_320), data
-
-
 def test_reference_equals_golden_overflow():
-    plan, data = qwen_overflow_plan()
+    plan, data = qwen_wrapping_plan(), golden("qwen_ple_hash")
     assert not plan.non_negative
     assert torch.equal(reference.ngram_hash(data["token_ids"], plan)[:, 0].long(), data["overflow_row_ids"].long())
 
 
 @pytest.mark.parametrize("layer", [1, 15])
 def test_reference_equals_golden_demo(layer):
-    data = golden("deepseek_demo")
-    offsets = data[f"layer{layer}_offsets"]
-    total = data[f"layer{layer}_table"].shape[0]
-    primes = torch.cat([offsets, torch.tensor([total])]).diff()
-    plan = HashPlan.from_parts(
-        data[f"layer{layer}_multipliers"][None],
-        primes[None],
-        pad=int(data["token_map"][2]),
-        token_map=data["token_map"],
-    )
-    rows = reference.ngram_hash(data["token_ids"], plan)[:, :, 0].long()
-    assert torch.equal(rows, data[f"layer{layer}_hash_without_offsets"] + offsets)
+    data = demo_layer(layer)
+    rows = reference.ngram_hash(data["token_ids"], demo_plan(layer))[:, :, 0].long()
+    assert torch.equal(rows, data["hash_without_offsets"] + data["offsets"])
 
 
 @pytest.mark.parametrize("dialect", ["map", "raw", "eos"])
@@ -190,7 +116,7 @@ def test_kernel_golden_v41(device, v41_plan):
 
 @pytest.mark.kernel
 def test_kernel_golden_overflow(device):
-    plan, data = qwen_overflow_plan()
+    plan, data = qwen_wrapping_plan(), golden("qwen_ple_hash")
     rows = launched(data["token_ids"], plan, device)
     assert torch.equal(rows[:, 0].long(), data["overflow_row_ids"].long())
 

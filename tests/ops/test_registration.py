@@ -20,8 +20,8 @@ from engram_kernels import (
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.ops.row_kernels import order as read_order
 from engram_kernels.tables.view import view_tables
+from engram_kernels.testing import tables
 from tests.nn.test_engram import FORMS, built
-from tests.support import tables
 
 from .test_gate import inputs
 from .test_gate_conv import conv_inputs, state

@@ -9,46 +9,13 @@ from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.ops.row_kernels.copy import rows_config
 from engram_kernels.tables.view import view_tables
+from engram_kernels.testing import tables
+from engram_kernels.testing.guards import Guarded
+from engram_kernels.testing.inputs import ROW_CASES as CASES
+from engram_kernels.testing.inputs import ROWS, ids_around
+from engram_kernels.testing.oracles import e2m1_value, e4m3_value, ue8m0_value
 from tests.conftest import recent
-from tests.support import tables
-from tests.support.guards import Guarded
 from tests.support.launches import launch_lookup
-from tests.support.oracles import e2m1_value, e4m3_value, ue8m0_value
-
-# Widths: no power of two, more than one chunk, odd numbers of scale groups, one scale word of each size.
-CASES = [
-    ("float32", 4),
-    ("float32", 1024),
-    ("bfloat16", 80),
-    ("bfloat16", 1024),
-    ("float16", 160),
-    ("e4m3", 16),
-    ("e4m3", 160),
-    ("e4m3", 1024),
-    ("e4m3_ue8m0", 32),
-    ("e4m3_ue8m0", 64),
-    ("e4m3_ue8m0", 128),
-    ("e4m3_ue8m0", 160),
-    ("e4m3_ue8m0", 256),
-    ("e4m3_ue8m0", 288),
-    ("e4m3_ue8m0", 1024),
-    ("mxfp4", 32),
-    ("mxfp4", 160),
-    ("mxfp4", 256),
-    ("nvfp4", 32),
-    ("nvfp4", 160),
-    ("nvfp4", 256),
-    ("nvfp4", 1024),
-]
-ROWS = 23
-
-
-def ids_around(rows, shape=(5, 7), dtype=torch.int64):
-    """Ids within the table, on both edges, just outside, and far outside."""
-    ids = torch.randint(0, rows, shape, dtype=dtype)
-    far = 2**40 if dtype == torch.int64 else 2**31 - 1
-    ids.view(-1)[:8] = torch.tensor([-1, 0, rows - 1, rows, -2, far, -far, 1], dtype=dtype)
-    return ids
 
 
 def truncating(dtype):
@@ -99,6 +66,13 @@ def test_every_e4m3_byte_and_every_scale():
     ids = torch.arange(256)
     expected = tables.rounded(tables.expected_values(weight, scale, ids), torch.float32)
     assert tables.same_bits(reference.lookup(table, ids, out_dtype=torch.float32), expected, truncated=False)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "e4m3_ue8m0"])
+def test_no_ids_give_no_rows(name):
+    table, none = tables.cpu_table(ROWS, 64, name), torch.empty(0, 3, dtype=torch.int64)
+    assert lookup(table, none).shape == (0, 3, 64)
+    assert lookup(table, none, out_format="storage")[0].shape == (0, 3, 64)
 
 
 def test_missing_row_is_zero_where_others_overflow():

@@ -6,8 +6,8 @@ import torch
 from engram_kernels import EngramTable, NgramCache, hash_lookup, ngram_hash, reference
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.tables.view import view_tables
-from tests.support import tables
-from tests.support.guards import Guarded
+from engram_kernels.testing import tables
+from engram_kernels.testing.guards import Guarded
 from tests.support.launches import launch_hash_lookup, launch_ngram_hash
 
 from .test_hash_rows import parts_of

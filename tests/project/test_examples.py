@@ -11,7 +11,7 @@ import torch
 
 from engram_kernels import EngramState
 from engram_kernels.serving.state import EngramStep
-from tests.support import oracles
+from engram_kernels.testing import oracles
 from tests.support.documents import ROOT, Document
 from tests.support.patience import HANG
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import engram_kernels
 from engram_kernels import EngramTable, HashPlan, gate_residual, lookup
-from tests.support import oracles
+from engram_kernels.testing import oracles
 from tests.support.documents import ROOT, Document
 
 MIGRATE = Document("docs/migrate.md")

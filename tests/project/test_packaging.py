@@ -236,7 +236,7 @@ for module in (engram_kernels, engram_kernels.reference):
     assert site in file.resolve().parents, file
     assert not file.is_symlink() and not file.parent.is_symlink(), file
 for module in pkgutil.walk_packages(engram_kernels.__path__, "engram_kernels."):
-    if not module.name.endswith("__main__"):
+    if not module.name.endswith("__main__") and module.name != "engram_kernels.testing.plugin":  # pytest imports it
         importlib.import_module(module.name)
 """
     run(environment, "-c", everything, cwd=tmp_path)
@@ -244,6 +244,38 @@ for module in pkgutil.walk_packages(engram_kernels.__path__, "engram_kernels."):
     facts = run(environment.with_name("engram-kernels"), "size", "--json", cwd=tmp_path)
     assert facts == run(environment, "-m", "engram_kernels", "size", "--json", cwd=tmp_path)
     assert json.loads(facts)["config"] == "deepseek_v41_flash"
+
+
+MY_MODULE = """
+import torch
+
+def gather(table, row_ids):
+    if table.scale is not None:
+        raise NotImplementedError("rows with scales")
+    inside = (row_ids >= 0) & (row_ids < table.rows)
+    rows = torch.nn.functional.embedding(torch.where(inside, row_ids, 0), table.weight)
+    return rows.masked_fill(~inside[..., None], 0)
+"""
+
+
+def test_suite_in_an_installed_wheel(environment, tmp_path):
+    """``pytest --pyargs`` in any folder tests a module that lies there; other runs of pytest stay as they are."""
+    pytest_folder, mine = tmp_path / "pytest", tmp_path / "mine"
+    pytest_folder.mkdir(), mine.mkdir()
+    for distribution in declared(["pytest"]).values():
+        link(distribution, pytest_folder)
+    (mine / "my_module.py").write_text(MY_MODULE)
+    (mine / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--implementation')\n")
+    (mine / "test_mine.py").write_text("def test_mine():\n    import sys\n    assert 'torch' not in sys.modules\n")
+    # -P: without this folder on sys.path, as the command `pytest` starts.
+    start = (environment, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    suite = ("--pyargs", "engram_kernels.testing", "-k", "bfloat16 and not out_")
+    told = run(*start, cwd=mine, PYTHONPATH=str(pytest_folder))
+    assert "1 passed" in told and "warning" not in told
+    (mine / "conftest.py").unlink()
+    told = run(*start, *suite, "--implementation", "my_module", cwd=mine, PYTHONPATH=str(pytest_folder))
+    assert re.search(r"^lookup=my_module:gather: \d+ cases ran, \d+ skipped: ", told, re.M)
+    assert " passed" in told and "failed" not in told and "warning" not in told
 
 
 def test_checkout_reaches_the_reference_by_both_names(tmp_path):

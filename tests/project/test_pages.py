@@ -5,6 +5,7 @@ marked are commands of this package, and run in this process too: one process pe
 this.
 """
 
+import os
 import re
 import runpy
 import shlex
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bench.__main__ import main as bench
 from tests.reports.site import documents
 from tests.support.documents import ROOT, Document
 
@@ -40,8 +42,21 @@ def blocks_of(text: str) -> list[Block]:
     return [Block(needs or None, language, code) for needs, language, code in FENCE.findall(text)]
 
 
-def run_command(line: str, monkeypatch) -> None:
-    """``python -m engram_kernels ...`` or ``engram-kernels ...``, in this process."""
+def run_command(line: str, folder, monkeypatch) -> None:
+    """``python -m engram_kernels ...`` or ``engram-kernels ...``, in this process.
+
+    Of a user's module, in the page's folder: ``python -m bench ...`` and ``pytest ...``.
+    """
+    if found := re.match(r"python -m bench |pytest ", line):
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(folder)
+        words = shlex.split(line[found.end() :])
+        if found[0] == "pytest ":
+            apart = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull, "--rootdir", str(folder))
+            assert pytest.main([*apart, "-p", "engram_kernels.testing.plugin", *words]) == 0, line
+        else:
+            assert bench(words) == 0, line
+        return
     found = re.match(r"(?:python -m engram_kernels|engram-kernels)(?: |$)", line)
     if found is None:
         raise ValueError(f"a block with {line!r} needs a marker")
@@ -61,12 +76,14 @@ def run_page(page: str, text: str, folder, monkeypatch) -> dict:
         if block.language == "python":
             code = compile(block.code, page, "exec")
             monkeypatch.chdir(folder)
+            if file := re.match(r"# (\w+\.py)\n", block.code):  # a module that the page's commands name
+                (folder / file[1]).write_text(block.code)
             if block.needs is None:
                 exec(code, space)
         elif block.language == "sh" and block.needs is None:
             monkeypatch.chdir(ROOT)
             for line in block.code.splitlines():
-                run_command(line, monkeypatch)
+                run_command(line, folder, monkeypatch)
     return space
 
 

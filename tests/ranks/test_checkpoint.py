@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable
-from tests.support import rank_cases, tables
+from engram_kernels.testing import tables
+from tests.support import rank_cases
 from tests.support.patience import HANG, TIMEOUT
 from tests.support.ranks import Each, World
 

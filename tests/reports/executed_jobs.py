@@ -33,7 +33,7 @@ from engram_kernels.serving.history import commit_history
 from engram_kernels.serving.inputs import TokenBuffers, copying
 from engram_kernels.tables.editing.exchange import StoredRows, exchange_rows
 from engram_kernels.tables.gradient import row_gradient
-from tests.support.tables import place
+from engram_kernels.testing.tables import place
 
 CPU = torch.device("cpu")
 TABLE_BYTES = 24 << 20

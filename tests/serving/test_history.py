@@ -6,7 +6,7 @@ import torch
 from engram_kernels import reference
 from engram_kernels.reference.ops.sequences import slot_history
 from engram_kernels.serving.history import commit_history
-from tests.support.guards import Guarded
+from engram_kernels.testing.guards import Guarded
 
 RING, SPAN = 14, 6
 

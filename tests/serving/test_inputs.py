@@ -7,7 +7,7 @@ import torch
 
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.serving.inputs import TokenBuffers, copying
-from tests.support.guards import Guarded
+from engram_kernels.testing.guards import Guarded
 from tests.support.launches import launch_copy_tokens
 
 DEPTH = 3

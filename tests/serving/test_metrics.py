@@ -11,9 +11,9 @@ import torch
 from engram_kernels import EngramTable, MetricsCollector, NgramCache, Prefetcher, hash_lookup, lookup
 from engram_kernels.serving.prometheus import METRICS
 from engram_kernels.tables.staging import StagingRing, stage
+from engram_kernels.testing import tables
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
-from tests.support import tables
 from tests.support.documents import Document
 from tests.tables.test_staging import LateRuntime
 

@@ -7,11 +7,11 @@ from engram_kernels import EngramState, NgramCache, Prefetcher, hash_lookup
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.reference.ops.rows import dequantise
 from engram_kernels.serving import policy, prefetch
+from engram_kernels.testing import tables
 from tests.nn.test_engram import FORMS, built
 from tests.ops.test_hashing import ragged
 from tests.ops.test_registration import same
 from tests.serving.test_prefetch import BLOCKS
-from tests.support import tables
 from tests.support.gpu.prefetching import (
     ORDERS,
     SCHEDULES,

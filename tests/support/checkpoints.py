@@ -6,8 +6,7 @@ import torch
 
 from engram_kernels import EngramConfig, EngramTable
 from engram_kernels.geometry.row_format import FORMATS
-
-from . import tables
+from engram_kernels.testing import tables
 
 SMALL = dict(max_ngram=3, heads=2, hidden_size=16, branches=2, raw_vocab_size=40, eps=1e-6)
 V41 = EngramConfig(layers=(1, 4), table_sizes=(100, 100), row_width=64, vocab_size=40, format="e4m3_ue8m0", **SMALL)

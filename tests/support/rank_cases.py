@@ -24,8 +24,7 @@ from engram_kernels import (
     ngram_hash,
 )
 from engram_kernels.checkpoints import table_writer
-
-from . import tables
+from engram_kernels.testing import tables
 
 OPTIMIZERS = {"adagrad": RowAdagrad, "adam": RowAdam, "sinkhorn": RowSinkhorn}
 WIDTH, HIDDEN = 64, 16

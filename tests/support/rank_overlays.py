@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 
 from engram_kernels import ShardedTable, lookup, ngram_hash
+from engram_kernels.testing import tables
 
-from . import tables
 from .rank_cases import WIDTH, batches, config_of, in_one_piece, plan_of, same, sharded, whole
 
 

@@ -21,8 +21,7 @@ from engram_kernels import (
     ngram_hash,
 )
 from engram_kernels.launching.device import is_kernel_device
-
-from . import tables
+from engram_kernels.testing import tables
 
 VOCAB, MAX_DRAFTS = 20, 2
 SIZES = dict(max_ngram=3, heads=2, row_width=8, table_sizes=(30, 50), hidden_size=8, branches=2, raw_vocab_size=VOCAB)

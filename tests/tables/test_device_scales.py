@@ -11,10 +11,10 @@ from engram_kernels.ops.row_kernels.output import make_view_out
 from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import host
 from engram_kernels.tables.view import view_tables
+from engram_kernels.testing import tables
 from tests.ops.test_hash_rows import parts_of, wanted
 from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_rows import ids_around
-from tests.support import tables
 from tests.support.gpu.drivers import FakeDriver
 from tests.support.launches import launch_lookup
 from tests.support.processes.sharing import attach, made

@@ -11,7 +11,7 @@ from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.tables.memory.access import HostAccess
 from engram_kernels.tables.view import view_tables
-from tests.support.oracles import e4m3_value, ue8m0_value
+from engram_kernels.testing.oracles import e4m3_value, ue8m0_value
 
 NAMES, OWN = [*FORMATS], {"nvfp4": dict(own_scale=0.25)}
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu

@@ -7,8 +7,9 @@ import torch
 
 from engram_kernels import EngramTable, lookup
 from engram_kernels.tables.view import view_tables
+from engram_kernels.testing import tables
 from tests.commands.test_table import run
-from tests.support import checkpoints, tables
+from tests.support import checkpoints
 from tests.support.checkpoints import QWEN_TABLE
 
 E4M3, E8M0, FP4 = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2

@@ -7,10 +7,10 @@ import torch
 from engram_kernels import EngramTable, HashPlan, hash_lookup, lookup, ngram_hash
 from engram_kernels.reference.tables import gradient as reference
 from engram_kernels.tables.gradient import RowGradient, launch_row_gradient, row_gradient, segments
+from engram_kernels.testing import tolerances
+from engram_kernels.testing.guards import Guarded
+from engram_kernels.testing.tables import place
 from tests.ops.test_hashing import ragged, small_plan
-from tests.support import tolerances
-from tests.support.guards import Guarded
-from tests.support.tables import place
 
 ROWS = 23
 

@@ -14,7 +14,8 @@ from engram_kernels.checkpoints import reading
 from engram_kernels.checkpoints.files import CheckpointError
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.tables import files as table_files
-from tests.support import checkpoints, tables
+from engram_kernels.testing import tables
+from tests.support import checkpoints
 from tests.support.checkpoints import E8M0, QWEN, QWEN_SCALE, V41, by_hand, raw, save
 
 load = EngramTable.from_safetensors

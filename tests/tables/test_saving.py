@@ -15,7 +15,7 @@ from engram_kernels import EngramTable, lookup
 from engram_kernels.checkpoints import writing as file_writing
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.tables import files as table_files
-from tests.support import tables
+from engram_kernels.testing import tables
 from tests.support.checkpoints import raw, save, v41_tensors
 
 ROOT = Path(__file__).parents[2]

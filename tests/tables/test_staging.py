@@ -13,10 +13,10 @@ from engram_kernels import EngramTable, hash_lookup, lookup, ngram_hash
 from engram_kernels.ops.row_kernels.output import make_view_out
 from engram_kernels.tables import staging
 from engram_kernels.tables.staging import StagingRing, StreamRuntime, stage
+from engram_kernels.testing import tables
 from tests.ops.test_hash_rows import parts_of, wanted
 from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_rows import ids_around, truncating
-from tests.support import tables
 from tests.support.launches import launch_layers, launch_lookup
 
 ROWS = 301

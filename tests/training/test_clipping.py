@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from engram_kernels import RowAdagrad, RowAdam, lookup
-from tests.support.tables import place
+from engram_kernels.testing.tables import place
 
 ROWS, WIDTH = 20, 16
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, RowAdagrad, RowAdam, lookup
-from tests.support.tables import place
+from engram_kernels.testing.tables import place
 
 ROWS, WIDTH = 11, 8
 #: Of three tables, the last of which has the options of all.

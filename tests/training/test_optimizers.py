@@ -13,8 +13,8 @@ import torch
 from engram_kernels import EngramTable, RowAdagrad, RowAdam, lookup
 from engram_kernels.reference.training import update as reference
 from engram_kernels.tables.gradient import row_gradient
-from tests.support import tolerances
-from tests.support.tables import place
+from engram_kernels.testing import tolerances
+from engram_kernels.testing.tables import place
 
 ROWS, WIDTH, STEPS = 13, 8, 4
 # An eps that shows where it is added.

@@ -10,8 +10,8 @@ import torch
 from engram_kernels import EngramTable, RowSinkhorn, lookup
 from engram_kernels.reference.training import sinkhorn as reference
 from engram_kernels.tables.gradient import RowGradient, row_gradient
-from tests.support import tolerances
-from tests.support.tables import place
+from engram_kernels.testing import tolerances
+from engram_kernels.testing.tables import place
 
 ROWS, WIDTH = 23, 8
 OPTIONS = dict(lr=0.1, momentum=0.8, update_rms=0.2, threshold=0.05, balancings=5, eps=1e-20)

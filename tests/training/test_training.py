@@ -8,9 +8,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engram_kernels import RowAdagrad, RowAdam, lookup
+from engram_kernels.testing.tables import place
 from tests.nn.test_engram import built
 from tests.ops.test_registration import same
-from tests.support.tables import place
 
 
 def trainable(device, form="paper"):

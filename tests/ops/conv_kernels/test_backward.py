@@ -10,12 +10,13 @@ from engram_kernels import gate_conv_residual, reference, split_kv
 from engram_kernels.ops.conv_kernels import backward as gate_conv_backward
 from engram_kernels.ops.conv_kernels.backward import conv_backward_config, make_conv_gradients
 from engram_kernels.ops.gate_kernels.gradients import split_gradient
+from engram_kernels.testing import oracles, tolerances
+from engram_kernels.testing.guards import Guarded
+from engram_kernels.testing.inputs import starts_of
 from tests.ops.gate_kernels.test_backward import backward, gradient_of
 from tests.ops.test_gate import EPS, doubles
-from tests.ops.test_gate_conv import CONV_EPS, conv_inputs, packed, starts_of, state
+from tests.ops.test_gate_conv import CONV_EPS, conv_inputs, packed, state
 from tests.ops.test_registration import same
-from tests.support import oracles, tolerances
-from tests.support.guards import Guarded
 from tests.support.launches import launch_gate_conv_backward
 
 NAMES = ("hidden", "key", "value", "query_norm", "key_norm", "conv_norm", "conv_weight")

@@ -6,9 +6,9 @@ import torch
 from engram_kernels import gate_conv_residual, reference
 from engram_kernels.ops.conv_kernels.slots import ConvSlots, launch_store_conv
 from engram_kernels.reference.ops import conv_slots
+from engram_kernels.testing.guards import Guarded
 from tests.ops.test_gate import EPS
 from tests.ops.test_gate_conv import CONV_EPS, conv_inputs
-from tests.support.guards import Guarded
 
 TAPS, DILATION = 4, 2
 SPAN, RING, SLOTS = 6, 14, 5

@@ -9,10 +9,10 @@ from engram_kernels import gate_residual, reference, split_kv
 from engram_kernels.ops.gate_kernels import backward as gate_backward
 from engram_kernels.ops.gate_kernels.backward import gate_backward_config
 from engram_kernels.ops.gate_kernels.gradients import split_gradient
+from engram_kernels.testing import tolerances
+from engram_kernels.testing.guards import Guarded
 from tests.ops.test_gate import EPS, doubles, inputs
 from tests.ops.test_registration import same
-from tests.support import tolerances
-from tests.support.guards import Guarded
 from tests.support.launches import launch_gate_backward
 
 NAMES = ("hidden", "key", "value", "query_norm", "key_norm")

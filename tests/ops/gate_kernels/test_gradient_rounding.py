@@ -15,9 +15,9 @@ import torch
 import triton
 
 from engram_kernels import gate_conv_residual, gate_residual, reference
+from engram_kernels.testing.tolerances import U32, UNIT
 from tests.ops.test_gate import EPS
 from tests.ops.test_gate_conv import CONV_EPS, conv_inputs, packed, state
-from tests.support.tolerances import U32, UNIT
 
 from .test_backward import backward, gradient_of
 

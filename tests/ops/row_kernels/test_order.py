@@ -24,11 +24,11 @@ from engram_kernels.ops.row_kernels.order import (
 )
 from engram_kernels.tables.memory.pages import HUGE_PAGE
 from engram_kernels.tables.view import TableView, view_tables
+from engram_kernels.testing import tables
+from engram_kernels.testing.guards import Guarded
 from tests.ops.test_hash_rows import parts_of, wanted
 from tests.ops.test_hashing import oracle, ragged, small_plan
 from tests.ops.test_rows import truncating
-from tests.support import tables
-from tests.support.guards import Guarded
 from tests.support.launches import launch_hash_lookup, launch_lookup
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench.running.cases import Workbench
-from tests.support.guards import Guarded
-from tests.support.tolerances import U32, rounding
+from engram_kernels.testing.guards import Guarded
+from engram_kernels.testing.tolerances import U32, rounding
 
 from . import reference
 from .bench_template import cases

@@ -5,10 +5,10 @@ import itertools
 import torch
 
 from engram_kernels import Prefetcher, hash_lookup
+from engram_kernels.testing import tables
 from tests.ops.test_hash_rows import parts_of
 from tests.ops.test_hashing import small_plan
 from tests.ops.test_registration import same
-from tests.support import tables
 
 from .fake_streams import FakeStreams
 from .ordering import ordered_by

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, RowAdagrad, RowAdam, RowSinkhorn, lookup
-from tests.support.tables import place
+from engram_kernels.testing.tables import place
 
 ROWS, WIDTH = 23, 16
 

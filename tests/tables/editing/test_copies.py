@@ -11,8 +11,8 @@ from engram_kernels.checkpoints.convert import convert_table
 from engram_kernels.checkpoints.encoding import encode_rows
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.tables.editing import conversion
+from engram_kernels.testing.tables import place
 from tests.ops.test_hashing import small_plan
-from tests.support.tables import place
 
 from .test_overlay import bits, same
 

@@ -6,7 +6,7 @@ import torch
 from engram_kernels import EngramTable, lookup
 from engram_kernels.reference.tables.editing import exchange as reference
 from engram_kernels.tables.editing.exchange import StoredRows, exchange_config, exchange_rows, launch_exchange_rows
-from tests.support import tables
+from engram_kernels.testing import tables
 
 
 def parts(rows, name, width, seed=0):

@@ -12,10 +12,10 @@ import torch
 from engram_kernels import EngramTable, Prefetcher, RowAdagrad, RowSinkhorn, hash_lookup, lookup
 from engram_kernels.checkpoints.encoding import encode_rows
 from engram_kernels.geometry.row_format import FORMATS
+from engram_kernels.testing import tables
 from tests.cache.test_lookup import Pair
 from tests.ops.test_hashing import small_plan
 from tests.serving.test_prefetch import setting
-from tests.support import tables
 from tests.support.gpu.fake_streams import FakeStreams
 from tests.support.gpu.ordering import ordered_by
 

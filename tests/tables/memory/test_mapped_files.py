@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from engram_kernels import EngramTable, lookup, reference
 from engram_kernels.tables.memory.mapped_files import MappedFile
-from tests.support import tables
+from engram_kernels.testing import tables
 
 ROWS = 4000
 

@@ -11,7 +11,7 @@ from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import shared as shared_memory
 from engram_kernels.tables.memory import shared_protocol
 from engram_kernels.tables.memory.pages import HUGE_PAGE, Pages
-from tests.support import tables
+from engram_kernels.testing import tables
 from tests.support.documents import Document
 from tests.support.gpu.drivers import Accountant, FakeDriver, mapped_ranges
 from tests.support.processes.forks import in_a_fork

@@ -11,12 +11,13 @@ from . import oracles
 TABLE_SCALE = 0.37
 
 
-def place(weight, scale, device, placement=None):
-    """A table that ops on ``device`` can read: on it, or where ``placement`` says."""
+def place(weight, scale, device, placement=None, own_scale=None):
+    """A table that ops on ``device`` can read: on it, or where ``placement`` says. own_scale: TABLE_SCALE of nvfp4."""
     placement = placement or ("cpu" if device.type == "cpu" else "device")
     if placement == "device":
         weight, scale = weight.to(device), scale.to(device) if isinstance(scale, torch.Tensor) else scale
-    return EngramTable.from_tensors(weight, scale, placement=placement, **own_scale_of(weight, scale))
+    own = own_scale_of(weight, scale) if own_scale is None else dict(own_scale=own_scale)
+    return EngramTable.from_tensors(weight, scale, placement=placement, **own)
 
 
 def cpu_table(rows, width, form, seed=0, **options):

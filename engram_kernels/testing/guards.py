@@ -19,12 +19,16 @@ class Guarded:
     def _raw(self):
         return self._buffer.view(torch.uint8)
 
-    def check(self):
-        """The tensor, once its margins are found untouched and no element is still poison."""
+    def check(self, poisonous=False):
+        """The tensor, once its margins are found untouched and no element is still poison; AssertionError where not.
+
+        poisonous: NaN of the poison's bits may be among the results, as the CPU converts to bfloat16.
+        """
         size = self._buffer.element_size()
         raw = self._raw().view(-1, size) == self._poison
         margins = torch.cat([raw[:MARGIN], raw[-MARGIN:]])
-        assert margins.all(), "wrote outside the output"
-        if size > 1:
-            assert not raw[MARGIN:-MARGIN].all(1).any(), "left elements unwritten"
+        if not margins.all():
+            raise AssertionError("wrote outside the output")
+        if size > 1 and not poisonous and raw[MARGIN:-MARGIN].all(1).any():
+            raise AssertionError("left elements unwritten")
         return self.tensor

@@ -53,7 +53,7 @@ def conv_bound(exact, hidden, value, gate, gate_error, size, hidden_size, taps, 
     """Bound on ``hidden + v + silu(conv)``. A term's relative error is that of its gate plus the sum over D in its
     scale; silu stretches an error by at most 1.1. ``size`` is the sum of the terms' magnitudes.
     """
-    relative = float((gate_error / gate).max()) + (chain(hidden_size) + taps + 8) * U32
+    relative = float((gate_error / gate).max(initial=0)) + (chain(hidden_size) + taps + 8) * U32
     return gated_bound(exact, hidden, value, gate_error, dtype) + 1.1 * relative * size
 
 
@@ -199,13 +199,17 @@ def conv_gradient_bounds(tensors, grad, gate, gate_error, *, dilation, conv_eps,
 def assert_within(result, exact, bound, spread=True):
     """Every element within its bound, and the root mean square well within theirs: no bound is met by all at once.
 
-    ``spread=False`` leaves the second out, for bounds that few roundings can reach.
+    ``spread=False`` leaves the second out, for bounds that few roundings can reach. AssertionError where not.
     """
     result = result.detach().to(torch.float64).cpu().numpy()
-    assert result.shape == exact.shape, f"shape {result.shape}, expected {exact.shape}"
+    if result.shape != exact.shape:
+        raise AssertionError(f"shape {list(result.shape)}, expected {list(exact.shape)}")
     error = np.abs(result - exact)
-    worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else None
-    assert (error <= bound).all(), f"error {error[worst]:.3e} above {bound[worst]:.3e} at {worst}; value {exact[worst]}"
+    if not (error <= bound).all():
+        worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error - bound)), error.shape)
+        at = [int(index) for index in worst]
+        raise AssertionError(f"error {error[worst]:.3e} above {bound[worst]:.3e} at {at}; value {exact[worst]}")
     if error.size and spread:
         rms, limit = np.sqrt((error**2).mean()), np.sqrt((bound**2).mean())
-        assert rms <= 0.75 * limit, f"RMS error {rms:.3e} above 0.75 of its bound {limit:.3e}"
+        if not rms <= 0.75 * limit:
+            raise AssertionError(f"RMS error {rms:.3e} above 0.75 of its bound {limit:.3e}")
