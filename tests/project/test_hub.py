@@ -18,7 +18,7 @@ from tests.reports import hub
 from tests.support.patience import HANG
 
 SCRIPT = """
-import importlib, json, sys
+import importlib, json, re, sys
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ torch.manual_seed(0)
 token_ids = torch.randint(0, 100, (7,))
 hidden, key, value = torch.randn(7, 4, 24), torch.randn(7, 4, 24), torch.randn(7, 24)
 norms = torch.rand(4, 24) + 0.5, torch.rand(4, 24) + 0.5
-weights = [torch.randn(rows, 32) for rows in geometry(get_local_kernel(folder)).rows_per_layer]
+weights = [torch.randn(rows, 32) for rows in geometry(get_local_kernel(folder, backend="cpu")).rows_per_layer]
 
 def results(kernel):
     plan = geometry(kernel)
@@ -65,7 +65,7 @@ def on_kernels(kernel, chosen):
     importlib.import_module(".launching.device", kernel.__name__).CPU_TAKES_KERNELS = chosen
 
 # The reference of the checkout, which the copy does not hold, on what the copy made.
-kernel = get_local_kernel(folder)
+kernel = get_local_kernel(folder, backend="cpu")
 assert kernel.__name__ == ids[0] and len(modules(kernel)) > 100
 on_kernels(kernel, False)
 *found, plan, tables = results(kernel)
@@ -89,8 +89,14 @@ compiled = torch.compile(kernel.gate_residual, backend=keep, fullgraph=True)
 assert torch.equal(compiled(hidden, key, value, *norms, eps=1e-6), gate)
 assert len(graphs) == 1 and "torch.ops." + ids[0] + ".gate_residual" in graphs[0], graphs
 
+# The page's block, where a build of torch for a GPU takes another variant.
+page = (Path(reference.__file__).parents[1] / "docs/hub.md").read_text()
+space = {}
+exec(re.search(r"^```python\\n(.*?)^```$", page, re.S | re.M)[1], space)
+assert space["rows"].shape == (1, 6, 8, 32)
+
 # Beside it another version, and the package.
-other = get_local_kernel(changed)
+other = get_local_kernel(changed, backend="cpu")
 assert other.__name__ == ids[1] and other is not kernel
 assert not [name for name in sys.modules if name.partition(".")[0] == "engram_kernels"]
 sys.meta_path.remove(Hidden)
@@ -115,16 +121,16 @@ def built(tmp_path_factory):
     shutil.copytree(hub.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "commands"))
     text = (package / "__init__.py").read_text()
     (package / "__init__.py").write_text(text.replace('__version__ = "', '__version__ = "1!'))
-    hub.build(folder / "hub")
+    hub.build(folder / "build" / "hub")
     hub.build(folder / "changed", package)
-    return folder / "hub", folder / "changed"
+    return folder / "build" / "hub", folder / "changed"
 
 
 def test_the_kernel_loads_beside_another_and_the_package(built):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     env.update(PYTHONPATH=str(hub.ROOT), TRITON_INTERPRET="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     command = [sys.executable, "-c", SCRIPT, *map(str, built)]
-    done = subprocess.run(command, env=env, cwd=built[0], capture_output=True, text=True, timeout=HANG)
+    done = subprocess.run(command, env=env, cwd=built[0].parents[1], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0 and done.stdout == "all 3\n", done.stdout + done.stderr
 
 
