@@ -39,7 +39,7 @@ OLDEST := $(CURDIR)/build/triton-3.6.0
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-cpu test-interpret test-machine test-compile mutation test-oldest test-oldest-machine test-oldest-torch \
-	test-simulated-gpu simulated-gpu docs compile-report peers-report gpu commit-file bench lint check-python
+	test-simulated-gpu simulated-gpu docs hub compile-report peers-report gpu commit-file bench lint check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,9 @@ test-machine: $(call ready,test) ## the kernels' machine code (PTX), executed on
 
 docs: $(call ready,test) ## the documents as a site, build/site; a link that leads nowhere ends it
 	$(PY) -m tests.reports.site
+
+hub: $(call ready,test) ## the package as a kernel of the Hugging Face Hub, build/hub: see docs/hub.md
+	$(PY) -m tests.reports.hub
 
 mutation: $(call ready,test) ## each kernel broken in one way at a time: does a test notice?
 	$(PY) -m tests.mutation $(if $(filter all,$(CASES)),,--few )--jobs $(JOBS)

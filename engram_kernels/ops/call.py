@@ -29,7 +29,10 @@ from engram_kernels.launching.overlap import Apart
 from engram_kernels.launching.ranges import ranged
 
 MOST_KEPT = Kept.MOST  #: launches for one owner
-_LIBRARY = torch.library.Library("engram", "FRAGMENT")
+_PACKAGE = __name__.partition(".")[0]
+#: Of registered ops. A copy of the package by another name, as Hugging Face's `kernels` loads one, has its own: that name.
+NAMESPACE = "engram" if _PACKAGE == "engram_kernels" else _PACKAGE
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 #: A launch of (call, out), and where there is an out the check of its address.
 _Kept = tuple[Callable, Apart | None]
 
@@ -214,14 +217,14 @@ def registered(
 
     def register(function):
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        op = getattr(torch.ops.engram, name).default
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
         arguments = enumerate(op._schema.arguments)
         written = [place for place, argument in arguments if argument.alias_info and argument.alias_info.is_write]
         run = _noting_writes(function, written) if written else function
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"engram::{name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         if backward is not None:
-            torch.library.register_autograd(f"engram::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+            torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
         return op
 
     return register

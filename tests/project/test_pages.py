@@ -25,6 +25,8 @@ NEEDS = {
     "a download",
     "a clean checkout",
     "several processes",
+    "a repository",  # of the Hub, with the right to write to it
+    "the kernel in build/hub",  # tests/project/test_hub.py runs it with one that it builds
     "the engine's tensors",  # tests/project/test_engines.py runs these with stand-ins
     "the other library's tensors",  # and tests/project/test_migrate.py these
 }
