@@ -30,7 +30,7 @@ from engram_kernels.launching.ranges import ranged
 
 MOST_KEPT = Kept.MOST  #: launches for one owner
 _PACKAGE = __name__.partition(".")[0]
-#: Of registered ops. A copy of the package by another name, as Hugging Face's `kernels` loads one, has its own: that name.
+#: Of registered ops. A copy of the package by another name, as Hugging Face's ``kernels`` loads one, has that name.
 NAMESPACE = "engram" if _PACKAGE == "engram_kernels" else _PACKAGE
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 #: A launch of (call, out), and where there is an out the check of its address.

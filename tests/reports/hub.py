@@ -34,7 +34,7 @@ license: apache-2.0
 
 {about}.
 
-It needs Python 3.11 or later, torch 2.11 or later, Triton 3.6 to 3.9, numpy and sympy, which the loader does not install.
+It needs Python 3.11 or later, torch 2.11 or later, Triton 3.6 to 3.9, numpy and sympy; the loader installs nothing.
 
 ```python
 from kernels import get_kernel
@@ -50,7 +50,7 @@ rows = engram.hash_lookup(token_ids, plan, tables)
 
 
 def relative(source: str, place: Path) -> str:
-    """The source of a file, ``place`` in the package, with imports of the package made relative; ValueError if none can."""
+    """The source of ``place``, a file of the package, with relative imports of it; ValueError where one cannot be."""
     lines = source.encode().splitlines(keepends=True)  # columns of a tree are bytes
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import) and any(name.name.split(".")[0] == PACKAGE.name for name in node.names):
