@@ -18,7 +18,9 @@ import torch
 
 from engram_kernels import EngramTable, HashPlan
 
-from . import sglang as sglang_peer, tile_kernels as tile_kernels_peer, vllm as vllm_peer
+from . import sglang as sglang_peer
+from . import tile_kernels as tile_kernels_peer
+from . import vllm as vllm_peer
 from .files import MissingPeer, load_functions
 from .inputs import Requests
 

@@ -1,7 +1,7 @@
 """Implementations that ``--implementation`` names, as baselines of the cases of their op.
 
-They get the inputs that ours gets, options by name where they take them, and an ``out`` of their own. Their results must
-be ours before they are timed: equal where the op is exact, and otherwise within the bounds that ours is checked by.
+They get the inputs that ours gets, options by name where they take them, and an ``out`` of their own. Their results
+must be ours before they are timed: equal where the op is exact, else within the bounds that ours is checked by.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,8 +45,8 @@ def _baseline(implementation: Implementation, prepared: Prepared) -> Callable[[i
             raise Skipped(f"raised NotImplementedError: {error}") from None
         if (got := _described(found)) != (wanted := _described(ours)):
             raise ValueError(f"its result is {got}, and ours {wanted}")
-        if False:
-            raise ValueError(f"{int((found != ours).sum())} of {ours.numel()} elements differ from ours")
+        if implementation.op in EXACT and isinstance(ours, torch.Tensor) and (wrong := _differing(found, ours)):
+            raise ValueError(f"{wrong} of {ours.numel()} elements differ from ours")
         if (problem := prepared.check(found, index)) is not None:
             raise ValueError(problem)
     return lambda index: calls[index]()
@@ -68,6 +68,12 @@ def _in_place_of(call: partial, implementation: Implementation) -> Callable[[], 
     return partial(implementation, *call.args, **{name: options[name] for name in options if name not in lacking})
 
 
+def _differing(found: torch.Tensor, ours: torch.Tensor) -> int:
+    """Elements of which a bit differs."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.itemsize]
+    return int((found.contiguous().view(bits) != ours.contiguous().view(bits)).sum())
+
+
 def _described(result) -> str:
     if not isinstance(result, torch.Tensor):
         return type(result).__name__
@@ -80,7 +86,9 @@ def faults(records: Iterable[dict], implementations: Iterable[Implementation], n
     for name in dict.fromkeys(each.name for each in implementations):
         entries = [(record["name"], record["baselines"].get(name)) for record in records if record["status"] == "ok"]
         entries = [(case, entry) for case, entry in entries if entry is not None]
-        found += [f"{name}, {case}: {why}" for case, entry in entries if (why := entry.get("failed")) not in (None, no_time)]
+        found += [
+            f"{name}, {case}: {why}" for case, entry in entries if (why := entry.get("failed")) not in (None, no_time)
+        ]
         if not any("median" in entry for _, entry in entries):
             found.append(f"{name} was never timed")
     return found

@@ -8,9 +8,9 @@ Outputs are allocated once, like ours.
 import torch
 import triton
 
+from bench.ops.baselines import device_view
 from engram_kernels import EngramTable, HashPlan
 
-from bench.ops.baselines import device_view
 from .inputs import CLAMP, SCALE_GROUP, Requests, check_format, rows_like, whole_kv
 
 #: File in the package -> names that are taken from it.

@@ -8,6 +8,10 @@
 
 import importlib
 
+from engram_kernels.geometry.rooms import find_modules
+
+find_modules(globals())
+
 
 class Untested(Exception):
     """A case says nothing of a function, which does not take an option, or raised NotImplementedError."""

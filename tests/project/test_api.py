@@ -309,7 +309,7 @@ for name, module in {chosen}.items():
     vars(rooms[name]).pop(module, None)
     assert getattr(rooms[name], module).__name__ == f"engram_kernels.{{name}}.{{module}}"
 """
-    assert len(chosen) == 11 and run(code) == "False False False"
+    assert len(chosen) == 12 and run(code) == "False False False"
 
 
 def test_names_are_where_type_checkers_find_them():
