@@ -45,6 +45,7 @@ COMMANDS = {
     "updates": "bench.training.updates",
     "formats": "bench.training.formats",
     "cache": "bench.cache.prediction",
+    "files": "bench.serving.files",
     "step_model": "bench.serving.step_model",
     "sweep": "bench.ops.sweep",
 }

@@ -43,6 +43,7 @@ from engram_kernels.geometry.row_format import (
 from .editing.rows import EditableRows
 from .files import check_room, fill_table, map_table, save_table
 from .memory import allocation as table_memory
+from .memory.direct import LEAST, DirectRows
 from .memory.mapped_files import MappedFile
 from .placement import PLACEMENTS, REGISTERED, check_placement, check_scales
 
@@ -231,6 +232,7 @@ class EngramTable(EditableRows):
         config=Optional(Instance(EngramConfig)),
         layer=Optional(Whole(0)),
         mapped=Flag(),
+        memory_bytes=Optional(Whole(LEAST)),
         **LOAD_KINDS,
     )
     def from_safetensors(
@@ -242,6 +244,7 @@ class EngramTable(EditableRows):
         layer: int | None = None,
         prefix: str | None = None,
         mapped: bool = False,
+        memory_bytes: int | None = None,
         threads: int = THREADS,
         progress: Progress | None = None,
         **options,
@@ -257,9 +260,14 @@ class EngramTable(EditableRows):
         it, ``threads`` chunks of the files at once, with progress(bytes done, bytes in all). ValueError names the file
         and tensor that does not fit; on any error the memory is released.
         mapped: True reads rows where they lie in the file instead, for placement "cpu" and "staged"; nothing is loaded.
+        memory_bytes: with mapped=True, what rows may take of memory, 64 MiB at least besides the scales, which are
+        loaded: rows are read past the page cache as they are asked for, many at once, and those asked for most are
+        kept (docs/larger_than_memory.md). Such a table is not written to.
         options: of :meth:`empty`: scales, device, name.
         """
         where = "EngramTable.from_safetensors"
+        if memory_bytes is not None and not mapped:
+            raise ValueError(f"{where}: memory_bytes is for mapped=True, got {memory_bytes} without it")
         check_threads(threads, where)
         with Checkpoint(paths, where) as checkpoint:
             stored = select_table(checkpoint, config, layer, prefix)
@@ -271,6 +279,8 @@ class EngramTable(EditableRows):
                     )
                 table = cls.from_tensors(**map_table(checkpoint, stored), placement=placement, **options)
                 table.token_map = stored.token_map
+                if memory_bytes is not None:
+                    table._bound(memory_bytes, stored.weights[0].offset, where)
                 return table
             way_out = "free memory, or read it where it lies (placement='cpu', mapped=True)"
             check_room(stored.name, stored.nbytes, placement, where, way_out)
@@ -282,6 +292,22 @@ class EngramTable(EditableRows):
                 fill_table(table, checkpoint, stored, threads=threads, progress=progress)
 
             return cls._filled(read, stored.rows, stored.width, stored.format.name, placement=placement, **options)
+
+    def _bound(self, memory_bytes: int, offset: int, where: str) -> None:
+        """Read rows from byte ``offset`` of the file on, past the page cache, with so much memory."""
+        if not self.files:
+            raise ValueError(f"{where}: memory_bytes needs a file that can be opened again, got one that has gone")
+        scale_bytes = self.rows * self.format.scale_bytes(self.width)
+        if memory_bytes < scale_bytes + LEAST:
+            raise ValueError(
+                f"{where}: memory_bytes must be at least {scale_bytes + LEAST:,}, {scale_bytes:,} of them for scales, "
+                f"got {memory_bytes:,}"
+            )
+        if scale_bytes:
+            self._scale = self._scale.clone()
+            self._describe()
+        row_bytes = self.format.row_bytes(self.width)
+        self.direct = DirectRows(self.files[0], offset, self.rows, row_bytes, memory_bytes - scale_bytes)
 
     @classmethod
     def _filled(cls, fill: Callable[["EngramTable"], None], *shape, placement: Placement, **options) -> "EngramTable":

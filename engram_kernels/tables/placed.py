@@ -12,6 +12,7 @@ from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
 from engram_kernels.launching.registry import Registry
 
 from .memory.allocation import page_bytes, report
+from .memory.direct import COUNTS, DirectRows
 from .memory.host import Mapping
 from .memory.mapped_files import MappedFile
 from .memory.report import MemoryReport, size
@@ -106,6 +107,8 @@ class PlacedRows:
         self.files: list[MappedFile] = []
         #: What launches know of this table and those read with it, by value (tables/view.py).
         self.kept_views: dict[tuple, NamedTuple] = {}
+        #: What reads the rows of such a file past the page cache, where memory is bounded (tables/memory/direct.py).
+        self.direct: DirectRows | None = None
         #: Overlays that are applied now (tables/editing/overlay.py).
         self.overlays: list = []
         #: Rows asked of this table and those read with it, and how often it is among these (:func:`rows_asked`).
@@ -229,6 +232,8 @@ class PlacedRows:
         link_bytes: of what these have asked for over PCIe or NVLink, and what was copied for placement "staged".
         staged_calls, staged_rows, staged_bytes, staged_waits: gathers of placement "staged", and how often one found
         that the buffer whose turn it was had still to be copied. rows, nbytes: of the table.
+        file_rows, file_distinct, file_hits, file_pages: rows asked of a file that is read with bounded memory, distinct
+        ones of each gather, of these found in memory, and pages read for the others.
         docs/metrics.md says what is not counted.
         """
         rings, counts = list(self.rings.values()), list(self.counts.values())  # another thread may add to them
@@ -239,7 +244,8 @@ class PlacedRows:
             width, scales = self.width, 0 if self.scales_on_device else self.format.scale_bytes(self.width)
             link_bytes += kernel_rows * (self.format.row_bytes(width) + scales)
         asked = dict(rows_asked=kernel_rows + self.cpu_rows, link_bytes=link_bytes)
-        return asked | staged | dict(rows=self.rows, nbytes=self.nbytes)
+        direct = {f"file_{name}": getattr(self.direct, name, 0) for name in COUNTS}
+        return asked | staged | direct | dict(rows=self.rows, nbytes=self.nbytes)
 
     def discard(self) -> None:
         """Give the pages of an unregistered host table back: all rows read as zero afterwards.
@@ -261,11 +267,11 @@ class PlacedRows:
         self._weight = self._scale = None
         self.overlays.clear()
         self.kept_views.clear()
-        for owned in (*self.rings.values(), *self.files, self._mapping):
+        for owned in (*self.rings.values(), self.direct, *self.files, self._mapping):
             if owned is not None:
                 owned.close()
         self.rings.clear()
-        self.files, self._mapping = [], None
+        self.files, self.direct, self._mapping = [], None, None
 
     def __reduce_ex__(self, protocol):
         # Its memory may be 100 GB that a driver holds, and kernels know it by address.

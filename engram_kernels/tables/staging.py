@@ -13,6 +13,7 @@ again only after the event behind its last copy. (Slots of sequences, in serving
 import itertools
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
@@ -21,6 +22,7 @@ import torch
 
 from engram_kernels.launching.ranges import ranged
 
+from .memory.direct import DirectRows
 from .memory.host import degrade
 from .placed import PlacedRows, TableDescriptor
 from .view import TableView
@@ -83,9 +85,14 @@ class StagingRing:
         self.calls = self.rows = self.bytes = self.waits = 0
 
     def fetch(
-        self, sources: list[np.ndarray], ids: np.ndarray, num_rows: int, scale_bits: int, rows_per_task: int
+        self,
+        sources: Sequence[np.ndarray | DirectRows],
+        ids: np.ndarray,
+        num_rows: int,
+        scale_bits: int,
+        rows_per_task: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(descriptor ``[1, 4]``, local ids ``[n]``) on the device for ids ``[n]`` of arrays ``[num_rows, bytes]``."""
+        """(descriptor ``[1, 4]``, local ids ``[n]``) on the device for ids ``[n]`` of sources ``[num_rows, bytes]``."""
         n = len(ids)
         inside = (ids >= 0) & (ids < num_rows)
         local = np.where(inside, np.arange(n, dtype=np.int32), np.int32(-1)).view(np.uint8).reshape(n, 4)
@@ -143,7 +150,13 @@ class StagingRing:
 
     def _gather(self, sources, ids: np.ndarray, targets, rows_per_task: int) -> None:
         """Rows ``ids`` of each source into its target. An id outside takes any row, which its local id then hides."""
-        pairs = [(source, target.reshape(-1, source.shape[1])) for source, target in zip(sources, targets, strict=True)]
+        pairs = []
+        for source, target in zip(sources, targets, strict=True):
+            rows = target.reshape(-1, source.shape[1])
+            if isinstance(source, DirectRows):  # whose reads are under way together without threads
+                source.gather(ids.clip(0, source.shape[0] - 1), rows)
+            else:
+                pairs.append((source, rows))
 
         def gather(first: int, end: int) -> None:
             for source, target in pairs:
@@ -175,13 +188,13 @@ def stage(
         check_stageable(where)
         host_ids = row_ids.cpu()
     ids = host_ids.reshape(-1).numpy()
-    sources = [table.weight.view(torch.uint8).numpy()]
+    sources: list[np.ndarray | DirectRows] = [table.direct or table.weight.view(torch.uint8).numpy()]
     if table.format.group:
         sources.append(table.scale.numpy())
     ring = table.rings.get(row_ids.device)
     if ring is None:
         ring = table.rings.setdefault(row_ids.device, StagingRing(StreamRuntime(row_ids.device)))
-    rows_per_task = _FILE_ROWS_PER_TASK if table.files else _ROWS_PER_TASK
+    rows_per_task = _FILE_ROWS_PER_TASK if table.files and not table.direct else _ROWS_PER_TASK
     fetch = ranged("stage", ring.fetch)
     descriptor, local = fetch(sources, ids, table.rows, table.descriptor.scale_bits, rows_per_task)
     return local.view(row_ids.shape), TableView(descriptor, table.format.name, table.width, "device")

@@ -77,6 +77,8 @@ class TrainableRows(PlacedRows):
             raise ValueError(
                 f"{where}: kernels cannot write to placement 'staged'; use 'host' or 'device', got {self!r}"
             )
+        if requires and self.direct is not None:
+            raise ValueError(f"{where}: rows that are read from a file (memory_bytes=) are not written to; load them")
         if requires and self.overlays:
             raise ValueError(
                 f"{where}: {len(self.overlays)} overlays are applied, and steps that move rows under them would be "

@@ -87,21 +87,23 @@ class CacheSimulator:
         found = np.zeros(keys.shape, dtype=bool)
         for group, of_group in enumerate(keys):
             distinct, occurrences = np.unique(of_group, return_inverse=True)
-            is_hit = self._probe(group, distinct)
+            is_hit = self.find(group, distinct) >= 0
             found[group] = is_hit[occurrences]
-            self._insert(group, distinct[~is_hit & (distinct != 0)])
+            self.keep(group, distinct[~is_hit & (distinct != 0)])
             self.asked[group] += np.count_nonzero(of_group)
             self.hits[group] += np.count_nonzero(found[group])
         return found
 
-    def _probe(self, group: int, keys: np.ndarray) -> np.ndarray:
+    def find(self, group: int, keys: np.ndarray) -> np.ndarray:
+        """Where each of ``keys [n]`` is kept, as set * W + way; -1 where it is not. What is found is a hit."""
         sets = set_of(keys, self.keys.shape[1])
         same = (self.keys[group, sets] == keys[:, None]) & (self.stamps[group, sets] > 0)
-        is_hit = same.any(axis=1)  # key 0 is never kept
-        self.stamps[group, sets[is_hit], same[is_hit].argmax(axis=1)] = self.clock
-        return is_hit
+        is_hit, ways = same.any(axis=1), same.argmax(axis=1)  # key 0 is never kept
+        self.stamps[group, sets[is_hit], ways[is_hit]] = self.clock
+        return np.where(is_hit, sets * self.keys.shape[2] + ways, -1)
 
-    def _insert(self, group: int, missed: np.ndarray) -> None:
+    def keep(self, group: int, missed: np.ndarray) -> np.ndarray:
+        """Keep ``missed [n]``, distinct and ascending; where, as set * W + way, or -1 for what found no way."""
         sets = set_of(missed, self.keys.shape[1])
         rank = np.arange(len(missed)) - np.searchsorted(sets, sets)  # among the missed keys of its set
         stamps = self.stamps[group, sets]
@@ -113,3 +115,6 @@ class CacheSimulator:
         self.stamps[group, sets, ways] = self.clock - self.lag
         self.read[group] += len(missed)
         self.inserted[group] += len(missed_in)
+        kept = np.full(len(missed), -1)
+        kept[fits] = sets * self.keys.shape[2] + ways
+        return kept

@@ -32,9 +32,14 @@ def hash_lookup(
     row_ids = ngram_hash(token_ids, plan, **options)
     if cache is not None:
         cache.look_up_tokens(token_ids, plan, **options)
+    return lookup_layers(tables, row_ids.unbind(-2), out, out_dtype, out_format)
+
+
+def lookup_layers(tables, row_ids, out=None, out_dtype=None, out_format="values"):
+    """Rows ``[L, ..., C, R]`` of each table for its ids ``[..., C]``."""
     per_layer = [
-        lookup(table, row_ids[..., layer, :], out_dtype=out_dtype, out_format=out_format)
-        for layer, table in enumerate(tables)
+        lookup(table, ids, out_dtype=out_dtype, out_format=out_format)
+        for table, ids in zip(tables, row_ids, strict=True)
     ]
     if out_format == "values":
         return torch.stack(per_layer) if out is None else torch.stack(per_layer, out=out)

@@ -30,6 +30,11 @@ def check_writable(table: PlacedRows, where: str) -> None:
             f"{where}: {table!r} is shared and its scales are on the device, where every process has a copy of its own "
             "that a write here would not reach; share it with its scales in the file (scales=None)"
         )
+    if table.direct is not None:
+        raise ValueError(
+            f"{where}: {table!r} is read from its file as rows are asked for (memory_bytes=), and not to be written; "
+            "load it, or map it without memory_bytes"
+        )
     parts = [table.weight, table.scale if table.format.group else None]
     for part in parts if table.placement in ("cpu", "staged") else ():
         if part is not None and part.numel() and (reason := refuses_writes(part)):

@@ -5,6 +5,7 @@ A file that is renamed or replaced stays what was mapped. One that shrinks takes
 ends the process that reads them (SIGBUS): a table looks at the length of its files before every use.
 """
 
+import io
 import mmap
 import os
 import re
@@ -60,6 +61,10 @@ def refuses_writes(tensor: torch.Tensor) -> str | None:
     return f"a write would change {name}, of which they are a shared mapping" if shared else None
 
 
+def _past_the_cache(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_DIRECT)
+
+
 class MappedFile:
     """A regular file, held open, and the length that a tensor mapped from it needs."""
 
@@ -90,6 +95,17 @@ class MappedFile:
             os.close(fd)
             return None
         return cls(fd, path, need)
+
+    def reopened(self) -> tuple[io.FileIO, bool]:
+        """The same file once more, for reads past the page cache, and whether the file system has these.
+
+        Where it has not, it is for ordinary reads.
+        """
+        name = f"/proc/self/fd/{self._fd}"
+        try:
+            return open(name, "rb", buffering=0, opener=_past_the_cache), True
+        except OSError:
+            return open(name, "rb", buffering=0), False
 
     def check(self, where: str) -> None:
         """Raise ValueError where the file is shorter than the tensor needs."""
