@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def drive_rates(path: Path, random: np.random.Generator) -> dict[str, float]:
     with opened as file:
         pages = os.fstat(file.fileno()).st_size // PAGE
 
-        def some(reader, count):
+        def some(reader: Ring | Threads, count: int, _: int) -> int:
             offsets = np.sort(random.integers(0, pages, count)) * PAGE
             if (reader.read(file.fileno(), offsets, buffer, places[:count], PAGE) != PAGE).any():
                 raise OSError(f"{path}: a read of a page did not return one")
@@ -66,11 +67,11 @@ def drive_rates(path: Path, random: np.random.Generator) -> dict[str, float]:
 
         for depth in DEPTHS:
             try:
-                reader = Ring(depth)
+                reader: Ring | Threads = Ring(depth)
             except OSError as error:
                 print(f"io_uring is refused here ({error.strerror}): threads read")
                 reader = Threads(depth)
-            found[f"depth {depth}"] = rate(lambda _, reader=reader, depth=depth: some(reader, 16 * depth))
+            found[f"depth {depth}"] = rate(partial(some, reader, 16 * depth))
             reader.close()
     return found
 

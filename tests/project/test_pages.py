@@ -7,15 +7,14 @@ this.
 
 import os
 import re
-import runpy
 import shlex
-import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from bench.__main__ import main as bench
+from engram_kernels.__main__ import main as command_line
 from tests.reports.site import documents
 from tests.support.documents import ROOT, Document
 
@@ -62,10 +61,7 @@ def run_command(line: str, folder, monkeypatch) -> None:
     found = re.match(r"(?:python -m engram_kernels|engram-kernels)(?: |$)", line)
     if found is None:
         raise ValueError(f"a block with {line!r} needs a marker")
-    monkeypatch.setattr(sys, "argv", ["engram_kernels", *shlex.split(line[found.end() :], comments=True)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("engram_kernels", run_name="__main__", alter_sys=True)
-    assert not end.value.code, line
+    assert command_line(shlex.split(line[found.end() :], comments=True)) == 0, line
 
 
 def run_page(page: str, text: str, folder, monkeypatch) -> dict:
