@@ -56,11 +56,15 @@ class DirectRows:
         with self._lock:
             if self._process != os.getpid():  # a fork shares its parent's queue, and may not use it
                 self._open()
-            for begin in range(0, len(ids), self._most_ids):
-                some = slice(begin, begin + self._most_ids)
-                distinct, occurrences = np.unique(ids[some], return_inverse=True)
-                self.rows += len(ids[some])
-                np.take(self._distinct_rows(distinct), occurrences, axis=0, out=out[some])
+            try:
+                for begin in range(0, len(ids), self._most_ids):
+                    some = slice(begin, begin + self._most_ids)
+                    distinct, occurrences = np.unique(ids[some], return_inverse=True)
+                    self.rows += len(ids[some])
+                    np.take(self._distinct_rows(distinct), occurrences, axis=0, out=out[some])
+            except BaseException:
+                self._cache.stamps[:] = 0  # empty: an interrupt may have come between a key and its row
+                raise
 
     def close(self) -> None:
         """Let the queue, its threads and the cache go."""

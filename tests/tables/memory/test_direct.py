@@ -239,6 +239,25 @@ def test_a_disk_that_fails_is_an_error(way, saved, monkeypatch):
         assert same(lookup(table, torch.tensor([[1, 2]])), lookup(whole, torch.tensor([[1, 2]])))
 
 
+def test_an_interrupt_leaves_no_key_without_its_row(way, saved, monkeypatch):
+    """Ctrl-C when rows are known by their keys and not yet kept: the next lookup has the right ones."""
+    path, whole = saved("e4m3", 256)
+    ids = torch.arange(100)[:, None]
+    with opened(path, whole) as table:
+        cache = table.direct._cache
+        keep = cache.keep
+
+        def interrupted(group, keys):
+            keep(group, keys)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cache, "keep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lookup(table, ids)
+        monkeypatch.setattr(cache, "keep", keep)
+        assert same(lookup(table, ids), lookup(whole, ids))
+
+
 def test_reads_report_each_for_itself(tmp_path):
     """Errors and short reads by the number of the read, in whichever order they come back."""
     (tmp_path / "file").write_bytes(bytes(range(256)) * 32)
