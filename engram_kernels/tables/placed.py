@@ -4,6 +4,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 
 from engram_kernels.geometry.choices import Placement, ScalePlacement
@@ -218,6 +219,12 @@ class PlacedRows:
         scales = self.rows * self.format.scale_bytes(self.width)
         rows = (f"{name}.weight", self.descriptor.weight_address, self.nbytes - scales)
         return [rows, (f"{name}.scale", self.descriptor.scale_address, scales)]
+
+    def read_ahead(self, row_ids: np.ndarray) -> None:
+        """Let the kernel begin to read rows, int64 ids ``[n]``, of the files that they are mapped from."""
+        ids = row_ids[(row_ids >= 0) & (row_ids < self.rows)]
+        for file in self.files if len(ids) else ():
+            file.read_ahead(ids)
 
     def memory_report(self) -> MemoryReport:
         """Where the bytes are, and what the machine granted: huge pages, registration, NUMA node; printable."""

@@ -9,7 +9,7 @@ page cache, many at once and in the order of the file. The cache's policy is tha
 import mmap
 import os
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -148,11 +148,16 @@ class LocalRows(NamedTuple):
     default_out_dtype: torch.dtype
 
 
-def local_rows(table, row_ids: torch.Tensor, where: str) -> tuple[LocalRows, torch.Tensor]:
-    """The rows of a table with a ``direct`` that ``row_ids`` ask for, and their numbers there, of the shape of row_ids.
+def rows_at_hand(table, row_ids: torch.Tensor, where: str) -> tuple[Any, torch.Tensor]:
+    """What the reference is to read instead of a table whose rows lie in a file, and the ids to read there.
 
-    An id outside the table is -1. ValueError under torch.compile, which cannot hold what is done here.
+    That is the table itself, once the kernel has begun to read its pages, or where it has a ``direct`` the rows that
+    were asked for; an id outside the table is -1 then. ValueError for these under torch.compile, which cannot hold it.
     """
+    if table.direct is None:
+        if table.mapped and not torch.compiler.is_compiling():
+            table.read_ahead(row_ids.reshape(-1).long().numpy())
+        return table, row_ids
     if torch.compiler.is_compiling():
         raise ValueError(
             f"{where}: rows are read from a file as they are asked for (memory_bytes=), which torch.compile cannot "

@@ -173,7 +173,7 @@ def test_without_direct_io_the_page_cache_is_given_back(way, saved, monkeypatch)
     ids = ids_around(ROWS, (70, 9))
     with opened(path, whole) as table:
         assert same(lookup(table, ids), lookup(whole, ids))
-    assert given_back and set(given_back) == {os.POSIX_FADV_DONTNEED}
+    assert os.POSIX_FADV_DONTNEED in given_back
 
 
 def test_memory_is_bounded(way, saved):
