@@ -30,6 +30,7 @@ METRICS: dict[type, tuple[str, dict[str, str], dict[str, str]]] = {
             file_distinct="Distinct rows of each gather from such a file",
             file_hits="Distinct rows that were found in memory",
             file_pages="Pages of 4096 bytes read from such a file",
+            file_prefetched="Rows read from such a file ahead of their lookup",
         ),
         dict(rows="Rows of the table", nbytes="Bytes of rows and scales"),
     ),

@@ -104,11 +104,13 @@ class PlacedRows:
         self.own_scale = float(scale) if format.table_scale and not format.group else own_scale
         self.format, self.placement = format, placement
         self.rows, self.width = len(weight), format.width_of(weight)
-        #: Files that the tensors of placement "cpu" and "staged" are mapped from.
+        #: Files that rows and scales of placement "cpu" and "staged" are mapped from, or read from as they are asked
+        #: for.
         self.files: list[MappedFile] = []
         #: What launches know of this table and those read with it, by value (tables/view.py).
         self.kept_views: dict[tuple, NamedTuple] = {}
-        #: What reads the rows of such a file past the page cache, where memory is bounded (tables/memory/direct.py).
+        #: What reads rows of such files past the page cache, where memory is bounded (tables/memory/direct.py); the
+        #: tensor of rows is one without memory then, on torch's device "meta".
         self.direct: DirectRows | None = None
         #: Overlays that are applied now (tables/editing/overlay.py).
         self.overlays: list = []
@@ -145,7 +147,16 @@ class PlacedRows:
 
     @property
     def weight(self) -> torch.Tensor:
+        return self.tensor_of_rows()
+
+    def tensor_of_rows(self) -> torch.Tensor:
+        """What ``weight`` is; ValueError where the table is closed, or has no such tensor."""
         self.check_usable("EngramTable")
+        if self.direct is not None:
+            raise ValueError(
+                f"EngramTable.weight: expected rows in memory, and those of {self!r} are read from files as they are "
+                "asked for (memory_bytes=): look them up; table convert copies files and joins them"
+            )
         # Another tensor over the same memory: what in-place operations make of its shape stays out of the table.
         return self._weight.detach()
 
@@ -217,19 +228,32 @@ class PlacedRows:
     def memory(self, name: str) -> list[tuple[str, int, int]]:
         """(name, address, bytes) of rows and of scales of groups, as errors call them."""
         scales = self.rows * self.format.scale_bytes(self.width)
-        rows = (f"{name}.weight", self.descriptor.weight_address, self.nbytes - scales)
+        rows = (f"{name}.weight", self.descriptor.weight_address, 0 if self.direct else self.nbytes - scales)
         return [rows, (f"{name}.scale", self.descriptor.scale_address, scales)]
 
-    def read_ahead(self, row_ids: np.ndarray) -> None:
-        """Let the kernel begin to read rows, int64 ids ``[n]``, of the files that they are mapped from."""
-        ids = row_ids[(row_ids >= 0) & (row_ids < self.rows)]
-        for file in self.files if len(ids) else ():
+    @takes(row_ids=Tensor(torch.int32, torch.int64))
+    def prefetch(self, row_ids: torch.Tensor) -> None:
+        """Begin to read rows of a table that is read from files; returns at once, and a lookup waits for what is left.
+
+        row_ids: int32 or int64, of any shape, best on the CPU; ids outside the table are none. A table in memory has
+        nothing to read. What fails is left to the lookup, which reads again. ValueError where the table is closed.
+        """
+        self.check_usable("EngramTable.prefetch")
+        ids = row_ids.detach().reshape(-1).cpu().long().numpy() if self.files else np.empty(0, dtype=np.int64)
+        ids = ids[(ids >= 0) & (ids < self.rows)]
+        if not len(ids):
+            return
+        if self.direct is not None:
+            self.direct.prefetch(ids)
+            return
+        for file in self.files:
             file.read_ahead(ids)
 
     def memory_report(self) -> MemoryReport:
         """Where the bytes are, and what the machine granted: huge pages, registration, NUMA node; printable."""
         self.check_usable("EngramTable.memory_report")
-        tensors = [self._weight, self._scale] if self.format.group else [self._weight]
+        tensors = [self._weight] if self.direct is None else []
+        tensors += [self._scale] if self.format.group else []
         return report(self.placement, self.nbytes, tensors, self._mapping)
 
     def metrics(self) -> dict[str, int]:
@@ -239,8 +263,8 @@ class PlacedRows:
         link_bytes: of what these have asked for over PCIe or NVLink, and what was copied for placement "staged".
         staged_calls, staged_rows, staged_bytes, staged_waits: gathers of placement "staged", and how often one found
         that the buffer whose turn it was had still to be copied. rows, nbytes: of the table.
-        file_rows, file_distinct, file_hits, file_pages: rows asked of a file that is read with bounded memory, distinct
-        ones of each gather, of these found in memory, and pages read for the others.
+        file_rows, file_distinct, file_hits, file_pages, file_prefetched: rows asked of files that are read with bounded
+        memory, distinct ones of each gather, of these found in memory, pages read, and rows read by :meth:`prefetch`.
         docs/metrics.md says what is not counted.
         """
         rings, counts = list(self.rings.values()), list(self.counts.values())  # another thread may add to them
@@ -305,7 +329,7 @@ class PlacedRows:
         self.check_usable(where)
         scale_device = self._scale.device if self.format.group else device
         if device.type == "cpu":
-            readable = self._weight.device.type == scale_device.type == "cpu"
+            readable = self._weight.device.type in ("cpu", "meta") and scale_device.type == "cpu"
             need = "a table in CPU memory, with its scales"
         elif self.placement == "staged":
             readable, need = True, ""

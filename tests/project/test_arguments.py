@@ -250,6 +250,7 @@ CALLS = {
         table().write_rows, dict(ids=torch.tensor([1, 2]), rows=torch.ones(2, 32), scales=None)
     ),
     "EngramTable.load_overlay": lambda: (table().load_overlay, dict(path=overlay().save_safetensors("r.safetensors"))),
+    "EngramTable.prefetch": lambda: (table().prefetch, dict(row_ids=torch.tensor([1]))),
     "EngramTable.rows_changed": lambda: (table().rows_changed, dict(ids=torch.tensor([1]))),
     "EngramTable.record_changes": lambda: (table().record_changes, dict(on=True)),
     "EngramTable.changed_since": lambda: (recording().changed_since, dict(version=0)),

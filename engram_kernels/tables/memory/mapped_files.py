@@ -70,12 +70,12 @@ def _past_the_cache(path: str, flags: int) -> int:
 
 
 class MappedFile:
-    """A regular file, held open, and the rows of a tensor that is mapped from it.
+    """A regular file, held open, of which a table reads ``need`` bytes at least.
 
-    need: length that the file must have. begin: address of the first row; nbytes: of one.
+    begin: address of the first row of a tensor that is mapped from it; nbytes: of one row; end: address behind all.
     """
 
-    def __init__(self, fd: int, path: str, need: int, begin: int, nbytes: int, end: int):
+    def __init__(self, fd: int, path: str, need: int, begin: int = 0, nbytes: int = 0, end: int = 0):
         self._fd, self.path, self._need = fd, path, need
         self._begin, self._nbytes, self._shift = begin, nbytes, need - end
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # a page that is looked at is read, and no others with it

@@ -155,7 +155,7 @@ def test_pages_of_rows_are_asked_for_ahead(tmp_path, monkeypatch, refused):
         edges = [offset + row * 320 + at for row in (3999, 700, 12, 13, 2000) for at in (0, 319)]
         wanted = {edge // PAGE for edge in edges}
         assert len(wanted) > 4  # some rows cross the border of two pages
-        table.read_ahead(ids)
+        table.prefetch(torch.from_numpy(ids))
         waited = time.monotonic() + 60
         while not wanted <= pages_in_memory(file):
             assert time.monotonic() < waited
