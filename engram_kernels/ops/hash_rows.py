@@ -219,7 +219,7 @@ def launch_layers(row_ids: torch.Tensor, tables: Sequence[EngramTable], out, rea
     for layer, table in enumerate(tables):
         ids = row_ids[..., layer, :]
         rows_asked((table,)).rows += ids.numel()
-        if table.placement == "staged":
+        if is_staged(table, ids.device):
             ids, view = stage(table, ids, "hash_lookup", host_ids[..., layer, :])
         else:
             view = view_tables((table,), ids.device)

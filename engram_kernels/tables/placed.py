@@ -2,22 +2,24 @@
 
 import struct
 from collections.abc import Callable, Sequence
+from mmap import PAGESIZE
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 
 from engram_kernels.geometry.choices import Placement, ScalePlacement
-from engram_kernels.geometry.kinds import Instance, Number, OneOf, Optional, Tensor, describe, takes
+from engram_kernels.geometry.kinds import Instance, Number, OneOf, Optional, Tensor, takes
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
 from engram_kernels.launching.registry import Registry
 
+from .memory.access import host_access
 from .memory.allocation import page_bytes, report
 from .memory.direct import COUNTS, DirectRows
 from .memory.host import Mapping
 from .memory.mapped_files import MappedFile
 from .memory.report import MemoryReport, size
-from .placement import PLACEMENTS, REGISTERED
+from .placement import PLACEMENTS, REGISTERED, check_storage
 
 
 class TableDescriptor(NamedTuple):
@@ -97,7 +99,7 @@ class PlacedRows:
         scales: ScalePlacement | None = None,
         own_scale: float | None = None,
     ):
-        _check_storage(weight, scale, format, own_scale)
+        check_storage(weight, scale, format, own_scale)
         self._weight, self._scale, self._mapping = weight, scale, mapping
         self._scales = scales
         #: The one scale of a whole table, of formats "e4m3" and "nvfp4"; else None.
@@ -135,6 +137,7 @@ class PlacedRows:
         #: start anywhere: their copies do.
         aligned = self.descriptor.weight_address % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
         self.aligned = aligned or self.placement == "staged"
+        self._in_place = aligned and self.placement == "staged"
         #: Bytes of the pages that a GPU reads over PCIe or NVLink; read back from the kernel once, since
         #: ops/row_kernels/order.py asks in every call.
         self.page_bytes = page_bytes(self._mapping)
@@ -224,6 +227,20 @@ class PlacedRows:
     def scales_on_device(self) -> bool:
         """Whether rows are on the host and their scales in GPU memory."""
         return self._scales == "device"
+
+    def read_in_place(self, device: torch.device) -> bool:
+        """Whether kernels on a GPU read the rows of placement "staged" where they are, by the host's page tables."""
+        return (
+            self._in_place and self.direct is None and device.type == "cuda" and host_access(device.index or 0).pageable
+        )
+
+    def over_link(self, device: torch.device) -> tuple[int, int, str]:
+        """(bytes of all rows and scales, of their pages, link) where a GPU reads them on the host; (0, 0, "pcie")."""
+        if self.placement in REGISTERED:
+            return self.nbytes, self.page_bytes, self.link
+        if self.read_in_place(device):
+            return self.nbytes, PAGESIZE, host_access(device.index or 0).link
+        return 0, 0, "pcie"
 
     def memory(self, name: str) -> list[tuple[str, int, int]]:
         """(name, address, bytes) of rows and of scales of groups, as errors call them."""
@@ -362,24 +379,3 @@ class PlacedRows:
             for owned in (self._mapping, *self.files):
                 if owned is not None:
                     owned.check(where)
-
-
-def _check_storage(
-    weight: torch.Tensor, scale: torch.Tensor | None, format: RowFormat, own_scale: float | None
-) -> None:
-    """Raise ValueError unless these are rows and scales of ``format``."""
-    if weight.dim() != 2 or weight.dtype != format.dtype or not weight.is_contiguous() or not weight.numel():
-        raise ValueError(
-            f"EngramTable: weight must be contiguous {format.dtype} [rows, width], not empty, got {describe(weight)}"
-        )
-    width = format.width_of(weight)
-    format.check_width(width, "EngramTable")
-    expected = (torch.float32, []) if format.table_scale else None
-    if format.group:
-        expected = torch.uint8, [len(weight), format.scale_bytes(width)]
-    if expected != (None if scale is None else (scale.dtype, list(scale.shape))):
-        kind = "None" if expected is None else f"{expected[0]} {expected[1]}"
-        raise ValueError(f"EngramTable: scale must be {kind} for {format.name}, got {describe(scale)}")
-    if (own_scale is not None) != (format.group > 0 and format.table_scale):
-        kind = "None" if own_scale is not None else "a number"
-        raise ValueError(f"EngramTable: own_scale must be {kind} for {format.name}, got {own_scale}")

@@ -60,7 +60,7 @@ def identities(tables: Sequence[EngramTable]) -> tuple | None:
 
 def is_staged(table: EngramTable, device: torch.device) -> bool:
     """Whether rows for ``device`` are gathered by CPU threads."""
-    return table.placement == "staged" and device.type != "cpu"
+    return table.placement == "staged" and device.type != "cpu" and not table.read_in_place(device)
 
 
 def view_rows(table: EngramTable, row_ids: torch.Tensor, where: str) -> tuple[torch.Tensor, TableView]:

@@ -18,17 +18,11 @@ from engram_kernels.tables.memory.mapped_files import MappedFile
 from engram_kernels.testing import tables
 from tests.ops.test_hashing import ragged, small_plan
 from tests.ops.test_rows import ids_around
+from tests.tables.memory.test_reads import ring_or_skip
 from tests.tables.test_staging import ROWS as STAGED_ROWS
 from tests.tables.test_staging import LateRuntime, fetched, right
 
 ROWS = 5000
-
-
-def ring_or_skip():
-    try:
-        return reads.Ring(8)
-    except OSError as error:
-        pytest.skip(f"this machine refuses io_uring: {error.strerror}")
 
 
 @pytest.fixture(params=["io_uring", "threads"])
@@ -330,51 +324,6 @@ def test_an_interrupt_leaves_no_key_without_its_row(way, saved, monkeypatch):
             lookup(table, ids)
         monkeypatch.setattr(cache, "keep", keep)
         assert same(lookup(table, ids), lookup(whole, ids))
-
-
-def test_reads_report_each_for_itself(tmp_path):
-    """Errors and short reads by the number of the read, in whichever order they come back."""
-    (tmp_path / "file").write_bytes(bytes(range(256)) * 32)
-    buffer = np.zeros(64 * 512, dtype=np.uint8)
-    offsets = np.array([0, 8000, 512, 9000, 4096])
-    with open(tmp_path / "file", "rb") as file, open(tmp_path / "file", "ab") as closed_to_reading:
-        for each in (ring_or_skip(), reads.Threads(2)):
-            found = each.read(file.fileno(), offsets, buffer, np.arange(5) * 512, 512)
-            assert found.tolist() == [512, 192, 512, 0, 512]
-            assert bytes(buffer[:512]) == bytes(range(256)) * 2 == bytes(buffer[2048:2560])
-            found = each.read(closed_to_reading.fileno(), offsets, buffer, np.arange(5) * 512, 512)
-            assert found.tolist() == [-errno.EBADF] * 5
-            each.close()
-
-
-def test_an_interrupt_leaves_no_read_under_way(tmp_path, monkeypatch):
-    """Ctrl-C as results are taken: the buffer is nobody else's afterwards, and the queue goes on."""
-    (tmp_path / "file").write_bytes(os.urandom(1 << 20))
-    ring, buffer = ring_or_skip(), np.zeros(1 << 20, dtype=np.uint8)
-    take, calls = ring._take, []
-
-    def interrupted(found):
-        take(found)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ring, "_take", interrupted)
-    places = np.arange(256) * 4096
-    with open(tmp_path / "file", "rb") as file:
-        with pytest.raises(KeyboardInterrupt):
-            ring.read(file.fileno(), places, buffer, places, 4096)
-        assert ring._under_way() == 0
-        assert (ring.read(file.fileno(), places, buffer, places, 4096) == 4096).all()
-    assert bytes(buffer) == (tmp_path / "file").read_bytes()
-
-
-def test_where_the_kernel_refuses_a_ring_threads_read(monkeypatch):
-    def refuse(*_):
-        raise PermissionError(errno.EPERM, "refused")
-
-    monkeypatch.setattr(reads.Ring, "_call", refuse)
-    assert isinstance(reads.reader(), reads.Threads)
 
 
 def test_what_does_not_go_together_is_an_error(saved):
