@@ -11,6 +11,7 @@ A table over W ranks, beside one copy per rank or node; bytes that one rank send
 as many on average:
 
     lookup      8 B a rank of counts, ids [a] to owners, rows [g] back: a = g = share * T * C * (W - 1) / W
+    cached      the same of what a cache missed, with 16 B a rank of counts and versions
     fixed       (W - 1) * (K + 1) ids, (W - 1) * K rows, whatever is asked for
     gradients   8 B a rank of counts, ids and entries [e]: e = T * C * (W - 1) / W; every rank's when tables are copies
 
@@ -110,9 +111,14 @@ def floor_seconds(
     }
 
 
-def lookup_exchange(ranks: int, asked: float, given: float, row_bytes: int, id_bytes: int) -> tuple[float, ...]:
-    """Bytes to other ranks in a lookup's exchanges: counts, ids of ``asked`` rows, ``given`` rows with their scales."""
-    return COUNT_BYTES * (ranks - 1), asked * id_bytes, given * row_bytes
+def lookup_exchange(
+    ranks: int, asked: float, given: float, row_bytes: int, id_bytes: int, cached: bool = False
+) -> tuple[float, ...]:
+    """Bytes to other ranks in a lookup's exchanges: counts, ids of ``asked`` rows, ``given`` rows with their scales.
+
+    cached: asked and given are what caches of rows missed, and versions go with the counts.
+    """
+    return COUNT_BYTES * (ranks - 1) * (1 + cached), asked * id_bytes, given * row_bytes
 
 
 def fixed_exchange(ranks: int, capacity: int, row_bytes: int, id_bytes: int) -> tuple[int, ...]:

@@ -29,12 +29,12 @@ def both(config, device, **options):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("capacity", [None, 300])
+@pytest.mark.parametrize("options", [{}, dict(capacity=300), dict(cache_bytes=10_000)], ids=str)
 @pytest.mark.parametrize("format", ["e4m3_ue8m0", "e4m3", "bfloat16", "nvfp4"])
-def test_lookups_have_the_bits_of_one_piece(group, device, format, capacity):
+def test_lookups_have_the_bits_of_one_piece(group, device, format, options):
     config = config_of("wide", format)
     plan, ids = plan_of(config).to(device), torch.randint(0, 50, (6,), device=device)
-    table, alone = both(config, device, capacity=capacity)
+    table, alone = both(config, device, **options)
     with table, alone:
         expected = hash_lookup(ids, plan.select(layers=[1]), [alone])[0]
         assert same(table.hash_lookup(ids, plan), expected)

@@ -1,0 +1,122 @@
+"""What ranks of a world do in tests of rows that they keep of others (ranks.py calls them by name)."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engram_kernels import lookup
+from engram_kernels.reference.cache.simulator import WAYS, CacheSimulator, scramble
+
+from .rank_cases import WIDTH, _by_owner, config_of, counted_bytes, in_one_piece, same, sharded
+
+
+def ids_of(step, rows, some=40):
+    """Row ids of this rank in a step: often the same ones, some outside the table, in some steps none or all known."""
+    rank, generator = dist.get_rank(), torch.Generator()
+    if (step + rank) % 4 == 3:
+        return torch.empty(0, 2, dtype=torch.int64)
+    generator.manual_seed(0 if (step + rank) % 4 == 2 else 1 + 100 * step + rank)
+    ids = (torch.rand(some, 2, generator=generator) ** 3 * (rows + 2)).long() - 1
+    return ids
+
+
+def kept(kind, format, split, entries, steps=12):
+    """Steps of lookups: what has the bits of one process, what was exchanged, and what the specification says."""
+    config = config_of(kind, format)
+    alone, rank = in_one_piece(config), dist.get_rank()
+    row_bytes = alone.format.stored_bytes(WIDTH)
+    cache_bytes = (entries + 1) * (row_bytes + 16)
+    found, moved, missed = [], [], []
+    with sharded(config, split=split, cache_bytes=cache_bytes) as table:
+        cache = table.cache.on(torch.device("cpu"))
+        simulator = CacheSimulator(1, cache.sets, WAYS)
+        for step in range(steps):
+            ids = ids_of(step, alone.rows)
+            with counted_bytes() as calls:
+                rows = table.lookup(ids)
+            found.append(same(rows, lookup(alone, ids)))
+            by_owner = [set(part.tolist()) for part in _by_owner(table, ids)]
+            others = torch.tensor(sorted(set().union(*by_owner) - by_owner[rank]), dtype=torch.int64)
+            keys = table.map(others.device).keys(others, -1).numpy()
+            hits = predicted(simulator, keys, sum(map(len, by_owner)))
+            by_owner = [len(part & set(others[~hits].tolist())) for part in by_owner]
+            missed.append(by_owner)
+            moved.append([there for there, _ in calls])
+        found.append(np.array_equal(simulator.stamps.reshape(-1), cache.stamps[:-1].numpy()))
+        found.append(np.array_equal(simulator.keys.reshape(-1), cache.keys[:-1].numpy()))
+        for options in (dict(out_dtype=torch.float32), dict(out_format="storage")):
+            ours, theirs = table.lookup(ids, **options), lookup(alone, ids, **options)
+            pairs = [(ours, theirs)] if isinstance(ours, torch.Tensor) else zip(ours, theirs, strict=True)
+            found.append(all(a is b is None or same(a, b) for a, b in pairs))
+        return found, moved, missed, table.metrics(), cache_bytes
+
+
+def predicted(simulator, keys, distinct):
+    """Which of ascending row ``keys`` hit, in a call of ``distinct`` rows, this rank's own among them."""
+    simulator.clock += distinct
+    tags = np.sort(scramble(keys))
+    hits = simulator.find(0, tags) >= 0
+    simulator.keep(0, tags[~hits])
+    return np.isin(scramble(keys), tags[hits])
+
+
+def changed_alone(how):
+    """One rank changes rows of its shard, with no word to others: what all read before, and after."""
+    config = config_of("wide", "bfloat16")
+    ids = torch.arange(config.rows_per_layer[1])[:, None]
+    with sharded(config, cache_bytes=1 << 20) as table:
+        before = [table.lookup(ids) for _ in range(2)]
+        hits = table.metrics()["hits"]
+        begin, end = table.sharding.ranges(1)[0]
+        if dist.get_rank() == 1:
+            rows = torch.full((end - begin, WIDTH), 7.0, dtype=torch.bfloat16)
+            if how == "write_rows":
+                table.part.write_rows(torch.arange(end - begin), rows)
+            elif how == "torch":
+                table.part.weight[: end - begin] = rows
+            else:
+                table.part.weight.view(torch.uint8).numpy()[: end - begin] = rows.view(torch.uint8).numpy()
+                table.part.rows_changed()
+        after, expected = table.lookup(ids), before[0].clone()
+        expected[begin:end] = 7.0
+        again = table.lookup(ids)
+        others = table.rows - table.sharding.part_rows[dist.get_rank()]
+        return (
+            hits > 0.9 * others,
+            same(*before),
+            same(after, expected),
+            same(again, expected),
+            not same(after, before[0]),
+        )
+
+
+def trained():
+    """The texts of errors where rows are to be trained and kept."""
+    texts = []
+    with sharded(config_of("wide", "bfloat16"), cache_bytes=1 << 20) as table:
+        table.requires_row_grad_(False)
+        try:
+            table.requires_row_grad_()
+        except ValueError as error:
+            texts.append(str(error))
+        table.part.requires_row_grad_()
+        try:
+            table.lookup(torch.arange(4)[:, None])
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
+
+
+def refused(change):
+    """A lookup whose arguments ``change`` spoils on this rank, then the next one; bits, and the error's text."""
+    config = config_of("wide", "bfloat16")
+    ids, text = torch.arange(50)[:, None], None
+    with sharded(config, cache_bytes=1 << 20) as table:
+        table.lookup(ids)
+        if dist.get_rank() == 1:
+            table.part.rows_changed()
+        try:
+            table.lookup(**dict(row_ids=ids) | change)
+        except (ValueError, RuntimeError) as error:
+            text = str(error)
+        return same(table.lookup(ids), lookup(in_one_piece(config), ids)), text
