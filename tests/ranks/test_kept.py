@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_kernels.commands.traffic import lookup_exchange
+from engram_kernels.commands.traffic import exchange_a_token, lookup_exchange
 from engram_kernels.ranks.kept import KeptRows, least_bytes
 from engram_kernels.reference.cache.simulator import WAYS, CacheSimulator, scramble, scramble_tensor
 from tests.support.rank_cases import WIDTH
@@ -42,6 +42,17 @@ def test_only_misses_are_exchanged(world, kind, format, split, entries, evicts):
         assert metrics["hits"] + metrics["received"] == metrics["distinct"] and metrics["hits"] > 0
         assert metrics["received"] >= sum(map(sum, missed))
         assert evicts is None or evicts == (metrics["received"] > metrics["entries"])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_bytes_of_a_token_are_those_of_the_plan(world, cached):
+    """With the share of rows that one stream misses, of all ranks' rows: counted bytes are within 5 %."""
+    answers = world.run("rank_caches.modelled", 20, 5, cached)
+    sent = sum(sent for sent, *_ in answers) / world.size
+    share = sum(share for _, share, _ in answers) / world.size
+    size, tokens, columns, row = answers[0][2]
+    assert size == world.size and 0.3 < share < (0.7 if cached else 0.95)
+    assert sent == pytest.approx(exchange_a_token(size, tokens, share * columns, row, 4, cached), rel=0.05)
 
 
 @pytest.mark.parametrize("how", ["write_rows", "torch", "rows_changed"])

@@ -120,3 +120,23 @@ def refused(change):
         except (ValueError, RuntimeError) as error:
             text = str(error)
         return same(table.lookup(ids), lookup(in_one_piece(config), ids)), text
+
+
+def modelled(tokens, steps, cached):
+    """Bytes to others a token, and what the traffic model needs for them: a share by simulation of one stream."""
+    config = config_of("wide", "bfloat16")
+    size, generator = dist.get_world_size(), torch.Generator().manual_seed(dist.get_rank())
+    simulator, read, sent = CacheSimulator(1, 2000, WAYS), 0, 0
+    with sharded(config, cache_bytes=1 << 20 if cached else None) as table:
+        for _ in range(steps):
+            ids = (torch.rand(tokens, config.columns, generator=generator) * table.rows).long()
+            distinct = np.unique(scramble(ids.numpy()))
+            simulator.clock += len(distinct)
+            missed = distinct[simulator.find(0, distinct) < 0]
+            simulator.keep(0, missed)
+            read += len(missed) if cached else len(distinct)
+            with counted_bytes() as calls:
+                table.lookup(ids)
+            sent += sum(others for others, _ in calls)
+    asked = steps * tokens * config.columns
+    return sent / (steps * tokens), read / asked, (size, tokens, config.columns, 2 * WIDTH)
