@@ -25,6 +25,7 @@ from engram_kernels.geometry.kinds import (
 from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.geometry.row_format import FORMATS, RowFormat, row_format
 from engram_kernels.launching.exchange import Groups
+from engram_kernels.ops.row_kernels.arguments import TableOverRanks
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import RowGradient, row_gradient
 from engram_kernels.tables.placement import PLACEMENTS
@@ -54,7 +55,7 @@ _KINDS = TABLE_KINDS | dict(
 )
 
 
-class ShardedRows:
+class ShardedRows(TableOverRanks):
     """The rows of a :class:`ShardedTable`, made from its arguments.
 
     ranks, replicas: the groups, as this rank sees them. sharding: which rows are whose. part: this rank's shard. rows,

@@ -219,7 +219,7 @@ class ShardedTable(ShardedRows):
         out, out_dtype, out_format: where to write, and as what, as for :func:`lookup`, whose bits the result has.
         Where the table is trainable autograd follows values, and the backward pass is collective too.
         """
-        with self._refusing(row_ids):
+        with self.refusing(row_ids):
             self._check_lookup("ShardedTable.lookup", row_ids, out, out_dtype, out_format)
         if records_rows((self,), out_format):
             with torch.no_grad():
@@ -287,13 +287,17 @@ class ShardedTable(ShardedRows):
         """
         where = "ShardedTable.hash_lookup"
         tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
-        with self._refusing(token_ids):
+        with self.refusing(token_ids):
             check_tokens(where, tokens, plan)
             plan = self._own_plan(plan, where)
             check_token_values(where, tokens, plan)
             row_ids = ngram_hash(token_ids, plan, **tokens.options)[..., 0, :]
             self._check_lookup(where, row_ids, out, out_dtype, out_format)
         return self.lookup(row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
+
+    def look_up(self, tokens: Tokens, plan: HashPlan, out, **options) -> None:
+        """What a :class:`Prefetcher` calls."""
+        self.hash_lookup(tokens.token_ids, plan, **tokens.options, out=out, **options)
 
     def check_capacity(self) -> None:
         """Raise ValueError where lookups since the last call needed more than ``capacity``; waits for the device.
@@ -380,7 +384,7 @@ class ShardedTable(ShardedRows):
             check_recordable(where, out)
 
     @contextlib.contextmanager
-    def _refusing(self, ids) -> Iterator[None]:
+    def refusing(self, ids) -> Iterator[None]:
         """Where the block raises, the peers of a lookup of ``ids`` are told, which wait for numbers of rows."""
         try:
             yield

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engram_kernels import lookup
+from engram_kernels import Prefetcher, hash_lookup, lookup
 from engram_kernels.reference.cache.simulator import WAYS, CacheSimulator, scramble
 
-from .rank_cases import WIDTH, _by_owner, config_of, counted_bytes, in_one_piece, same, sharded
+from .rank_cases import WIDTH, _by_owner, config_of, counted_bytes, in_one_piece, plan_of, same, sharded
 
 
 def ids_of(step, rows, some=40):
@@ -140,3 +140,85 @@ def modelled(tokens, steps, cached):
             sent += sum(others for others, _ in calls)
     asked = steps * tokens * config.columns
     return sent / (steps * tokens), read / asked, (size, tokens, config.columns, 2 * WIDTH)
+
+
+def both_layers(config, make, **options):
+    return [make(config, layer, **options) for layer in config.layers]
+
+
+def prefetched(format, options, depth, out_format="values"):
+    """Starts ahead of what reads them, several in flight: which have the bits of whole tables; rows that were kept."""
+    config, rank = config_of("wide", format), dist.get_rank()
+    plan, found = plan_of(config), []
+    alone = both_layers(config, in_one_piece)
+    tables = both_layers(config, sharded, **options)
+    given = dict(max_sequences=3, layers=config.layers, depth=depth, out_format=out_format)
+    projections = None
+    if out_format == "values":
+        projections = [lambda rows, out: out.copy_(rows.float().sum((-2, -1))[..., None].expand(out.shape))] * 2
+        given |= dict(projections=projections, kv_width=3, kv_dtype=torch.float32)
+    prefetcher = Prefetcher(plan, tables, 40, **given)
+    in_flight = []
+
+    def read():
+        started, expected = in_flight.pop(0)
+        for layer, wanted in zip(config.layers, expected, strict=True):
+            rows = started.rows(layer)
+            pairs = zip(rows, wanted, strict=True) if isinstance(rows, tuple) else [(rows, wanted)]
+            found.append(all(ours is theirs is None or same(ours, theirs) for ours, theirs in pairs))
+            if projections:
+                kv = wanted.float().sum((-2, -1))[..., None].expand(*wanted.shape[:-2], 3)
+                found.append(same(started.kv(layer), kv.contiguous()))
+        started.release()
+
+    for step in range(7):
+        generator = torch.Generator().manual_seed(10 * (step % 3) + rank)
+        lengths = [[12], [3, 5], [0], [1, 0, 9]][(step + rank) % 4]  # ranks differ, and some have no tokens
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        ids = torch.randint(0, 50, (int(ends[-1]),), generator=generator)
+        history = torch.randint(0, 50, (len(lengths), config.max_ngram - 1), generator=generator)
+        packed = dict(cu_seqlens=ends, history=history)
+        if len(in_flight) == depth:
+            read()
+        started = prefetcher.start(ids, **packed)
+        wanted = [
+            hash_lookup(ids, plan.select(layers=[place]), [table], out_format=out_format, **packed)
+            for place, table in enumerate(alone)
+        ]
+        each = [it[0] if isinstance(it, torch.Tensor) else [None if x is None else x[0] for x in it] for it in wanted]
+        in_flight.append((started, each))
+        ids.fill_(0)  # which start() has copied
+    while in_flight:
+        read()
+    metrics = prefetcher.metrics()
+    return found, (metrics["starts"], metrics["in_flight"]), [table.metrics()["hits"] for table in tables]
+
+
+def refused_start(change):
+    """Starts, one of which this rank may spoil; then all read the next one: its bits, and the error's text."""
+    config, text = config_of("wide", "bfloat16"), None
+    plan, ids = plan_of(config), torch.arange(9)
+    prefetcher = Prefetcher(plan, both_layers(config, sharded, cache_bytes=1 << 20), 20, layers=config.layers, depth=2)
+    first = prefetcher.start(ids)
+    try:
+        prefetcher.start(**dict(token_ids=ids) | change)
+    except (ValueError, RuntimeError, TypeError) as error:
+        text = str(error)
+    second = prefetcher.start(ids + 1)
+    expected = [hash_lookup(each, plan, both_layers(config, in_one_piece)) for each in (ids, ids + 1)]
+    found = [
+        same(started.rows(layer), rows[place])
+        for started, rows in zip((first, second), expected, strict=True)
+        for place, layer in enumerate(config.layers)
+    ]
+    return found, text
+
+
+def mixed_tables(what):
+    """A Prefetcher of arguments that do not go together."""
+    config = config_of("wide", "bfloat16")
+    tables = both_layers(config, sharded)
+    if what == "mixed":
+        tables[1] = in_one_piece(config)
+    options = {"order": dict(order="direct"), "programs": dict(programs=3)}.get(what, {})
+    Prefetcher(plan_of(config), tables[:1] if what == "one" else tables, 20, **options)
