@@ -1,5 +1,7 @@
 """Rows of other ranks that a rank keeps: the bits of one process, the specified policy, and only misses exchanged."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from engram_kernels.commands.traffic import exchange_a_token, lookup_exchange
 from engram_kernels.ranks.kept import KeptRows, least_bytes
 from engram_kernels.reference.cache.simulator import WAYS, CacheSimulator, scramble, scramble_tensor
+from tests.support.documents import Document
 from tests.support.rank_cases import WIDTH
 from tests.support.ranks import Each, World
 
@@ -74,6 +77,19 @@ def test_rows_that_are_trained_are_not_kept(world):
         assert texts == [f"ShardedTable.requires_row_grad_: {wrong}", f"ShardedTable.lookup: {wrong}"]
 
 
+def test_prometheus_is_shown_what_is_counted(world):
+    """By docs/metrics.md too, in the order of metrics()."""
+    pytest.importorskip("prometheus_client", reason="of the extra metrics")
+    written = Document("docs/metrics.md").text.split("\n## `ShardedTable.metrics()`")[1].split("\n## ")[0]
+    names = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", written, re.M))
+    answers = world.run("rank_caches.collected")
+    for metrics, samples in answers:
+        assert list(names) == list(metrics)
+        assert samples == {names[key]: ({"name": "rows", "layer": "4"}, value) for key, value in metrics.items()}
+        assert metrics["lookups"] == 2 and metrics["distinct"] == 2 * metrics["received"] == 2 * metrics["hits"] > 0
+    assert sum(metrics["given"] for metrics, _ in answers) == sum(metrics["received"] for metrics, _ in answers)
+
+
 @pytest.mark.parametrize("change", [dict(out_format="rows"), dict(row_ids=torch.tensor(1))])
 def test_what_one_rank_asks_wrongly(world, change):
     """An error on all, in a lookup where a rank has changed its rows too; the next one is right."""
@@ -81,6 +97,17 @@ def test_what_one_rank_asks_wrongly(world, change):
     assert all(right for right, _ in answers)
     assert "must" in answers[1][1]
     assert all("rank 1 of" in text and "refused its arguments" in text for _, text in (answers[0], *answers[2:]))
+
+
+def test_a_rank_that_dies(tmp_path):
+    """Its peers, which need none of its rows, learn of it all the same."""
+    world = World(3, tmp_path)
+    try:
+        world.start("rank_caches.die", Each([False, False, True]))
+        for worked, text in world.answers(ranks=(0, 1)):
+            assert not worked and "ShardedTable.lookup: the number of rows asked for failed on rank" in text, text
+    finally:
+        world.close()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What ranks of a world do in tests of rows that they keep of others (ranks.py calls them by name)."""
 
+import os
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from engram_kernels import Prefetcher, hash_lookup, lookup
+from engram_kernels import MetricsCollector, Prefetcher, hash_lookup, lookup
 from engram_kernels.reference.cache.simulator import WAYS, CacheSimulator, scramble
 
 from .rank_cases import WIDTH, _by_owner, config_of, counted_bytes, in_one_piece, plan_of, same, sharded
@@ -222,3 +224,23 @@ def mixed_tables(what):
         tables[1] = in_one_piece(config)
     options = {"order": dict(order="direct"), "programs": dict(programs=3)}.get(what, {})
     Prefetcher(plan_of(config), tables[:1] if what == "one" else tables, 20, **options)
+
+
+def collected():
+    """What a table counts, and what Prometheus is shown of it."""
+    with sharded(config_of("wide", "bfloat16"), cache_bytes=1 << 20) as table:
+        for _ in range(2):
+            table.lookup(torch.arange(80)[:, None])
+        families = MetricsCollector({"rows": {4: table}}).collect()
+        samples = {sample.name: (sample.labels, sample.value) for family in families for sample in family.samples}
+        return table.metrics(), samples
+
+
+def die(dies):
+    """A lookup of rows that are kept, in which one rank ends."""
+    with sharded(config_of("wide", "bfloat16"), cache_bytes=1 << 20) as table:
+        for _ in range(2):
+            table.lookup(torch.arange(80)[:, None])
+        if dies:
+            os._exit(9)
+        table.lookup(torch.arange(80)[:, None])

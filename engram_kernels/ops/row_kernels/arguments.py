@@ -25,6 +25,10 @@ class TableOverRanks(ABC):
     rows: int
 
     @abstractmethod
+    def metrics(self) -> dict[str, int]:
+        """What its lookups exchanged so far."""
+
+    @abstractmethod
     def look_up(self, tokens: Tokens, plan: HashPlan, out, **options) -> None:
         """Rows of a plan of this layer alone into ``out``; options: out_dtype and out_format of :func:`hash_lookup`."""
 
