@@ -18,12 +18,12 @@ from .traffic import (
     MEMORY,
     SHARES,
     LayerTraffic,
+    exchange_a_token,
     fetched_share,
     floor_seconds,
     gradient_exchange,
     layer_traffic,
     link_seconds,
-    lookup_exchange,
     most_ranks,
     replica_exchange,
 )
@@ -154,7 +154,7 @@ def rank_facts(model: Model, ranks: int, tokens: int = 8192, link: float = LINK,
         shares[f"hit rate {hit_rate:g}"] = 1 - hit_rate
     lookups = []
     for label, share in shares.items():
-        moved = sum(lookup_exchange(ranks, share * rows * others, share * rows * others, row, id_bytes))
+        moved = tokens * exchange_a_token(ranks, tokens, share * config.columns, row, id_bytes, label != "no cache")
         over_host = {"host_bytes": share * rows * row, "host_seconds": share * rows * host}
         lookups.append({"rows_fetched": label, "share": share, **over_host, **_exchange(moved)})
     entry = config.row_width * 2

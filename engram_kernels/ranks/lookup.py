@@ -60,7 +60,7 @@ def _through_cache(table: ShardedRows, keys: torch.Tensor, counts: torch.Tensor)
     _count(table, len(keys), wanted, asked)
     misses = hits.byte().argsort(stable=True)[: sum(wanted)]
     keys, packed = keys[misses], _exchanged(table, keys[misses], wanted, asked)
-    rows = kept.rows.index_select(0, places).index_copy_(0, misses, packed)
+    rows = kept.rows.index_select(0, places).index_copy_(0, misses, packed.view(kept.rows.dtype)).view(torch.uint8)
     begin = sum(wanted[: ranks.rank])
     end = begin + wanted[ranks.rank]  # its own rows are not kept
     kept.keep(torch.cat([keys[:begin], keys[end:]]), torch.cat([packed[:begin], packed[end:]]))
