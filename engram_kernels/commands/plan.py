@@ -1,12 +1,13 @@
 """``engram-kernels size --plan``: whether to replicate a layer's table on every node, shard it, or read it from disk.
 
 A way to hold a layer takes memory of a node, and seconds a token of the host's link, of a link between ranks, or of the
-drive (traffic.py has the formulas). Layers choose one after the other: each takes the way with the fewest seconds of
-those that leave the least that the layers behind it need. Nothing here is measured, but what a caller gives.
+drive (traffic.py has the formulas). Of all that fit together the ways are chosen whose busiest resource, which serves
+one layer after the other, is done first. Nothing here is measured, but what a caller gives.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engram_kernels.cache.prediction import cache_bytes
 from engram_kernels.geometry.config import EngramConfig
@@ -106,28 +107,51 @@ def layer_ways(config: EngramConfig, index: int, job: Job, hit_rate: float = 0.0
 def choose(config: EngramConfig, job: Job, link: str, hit_rate: float = 0.0) -> list[tuple[Way | None, str]]:
     """The way of each layer and the reason, where ranks of nodes are joined by ``link``; None where nothing fits.
 
-    Of ways that are as fast the one that exchanges less is taken: no exchange's fixed cost is in these figures.
+    Of ways that are as fast the ones are taken that do less in all: no exchange's fixed cost is in these figures.
     """
-    ways = [layer_ways(config, index, job, hit_rate) for index in range(len(config.layers))]
-    least = [min(way.ram for way in each) for each in ways]
-    cache, left, chosen = job.cache // len(ways), job.ram, []
-    for index, each in enumerate(ways):
-        free = left - sum(least[index + 1 :])
-        each = sorted(each, key=lambda way: (way.slowest(link), way.exchange_bytes, way.ram))
-        fitting = [way for way in each if way.ram <= free and way.cache_bytes <= cache]
-        if not fitting:
-            chosen.append((None, f"the least is {gib(least[index])} of memory, and {gib(max(0, free))} are free"))
-            continue
-        way = fitting[0]
-        left -= way.ram
-        before = [it for it in each[: each.index(way)] if it.cache_bytes <= cache]
-        chosen.append((way, _reason(way, before, free, link)))
-    return chosen
+    every = [layer_ways(config, index, job, hit_rate) for index in range(len(config.layers))]
+    every = [[way for way in ways if way.cache_bytes <= job.cache // len(every)] for ways in every]
+    plans = [_Plan(0, (0.0, 0.0, 0.0), ())]
+    for ways in every:
+        longer = [plan.beside(way, link) for plan in plans for way in ways if plan.ram + way.ram <= job.ram]
+        plans = _undominated(longer) or [plan._replace(ways=(*plan.ways, None)) for plan in plans]
+    best = min(plans, key=lambda plan: (max(plan.seconds), sum(plan.seconds), plan.ram))
+    return [
+        (way, _reason(way, ways, job.ram - best.ram + (0 if way is None else way.ram), link))
+        for way, ways in zip(best.ways, every, strict=True)
+    ]
 
 
-def _reason(way: Way, faster: list[Way], free: int, link: str) -> str:
+class _Plan(NamedTuple):
+    """Ways of the first layers; memory and seconds of host, link and drive are sums."""
+
+    ram: int
+    seconds: tuple[float, ...]
+    ways: tuple[Way | None, ...]
+
+    def beside(self, way: Way, link: str) -> "_Plan":
+        # A drive of unknown rate is slower than any other way: one read a second.
+        more = (way.seconds["host"], way.seconds[link], min(way.seconds["drive"], way.reads))
+        seconds = tuple(old + new for old, new in zip(self.seconds, more, strict=True))
+        return _Plan(self.ram + way.ram, seconds, (*self.ways, way))
+
+
+def _undominated(plans: list[_Plan]) -> list[_Plan]:
+    """Those that no other one beats in memory and seconds alike; of many equal layers few are left."""
+    kept: list[_Plan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.ram, plan.seconds)):
+        if not any(all(a <= b for a, b in zip(other.seconds, plan.seconds, strict=True)) for other in kept):
+            kept.append(plan)
+    return kept
+
+
+def _reason(way: Way | None, ways: list[Way], free: int, link: str) -> str:
+    """Why a layer takes ``way`` of ``ways``, where the others leave it ``free`` bytes of memory."""
+    if way is None:
+        return f"the least is {gib(min(it.ram for it in ways))} of memory, and {gib(free)} are free"
     rate = _rate(way.slowest(link))
     known = "at a rate that --reads would tell" if rate is None else f"{rate:,.0f} tokens/s"
+    faster = [it for it in ways if it.slowest(link) < way.slowest(link) and it.ram > free]
     if not faster:
         return f"{known}, the fastest of all"
     needed = min(faster, key=lambda it: it.ram)

@@ -1,5 +1,6 @@
 """``size --plan``: numbers by hand, bytes and pages as real tables count them, and what is chosen."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -89,9 +90,11 @@ def test_memory_of_a_file_is_what_it_needs(tmp_path):
         (Job(128 * GIB, nodes=4), ["replicate", "shard"]),  # one copy and a quarter
         (Job(64 * GIB, nodes=4), ["shard", "shard"]),
         (Job(128 * GIB, reads=1e6), ["replicate", "disk"]),
+        (Job(128 * GIB), ["replicate", "disk"]),  # at an unknown rate
         (Job(64 * GIB, reads=1e6), ["disk", "disk"]),
-        (Job(20 * GIB, nodes=4), ["disk", "disk"]),  # at an unknown rate
-        (Job(4 * GIB, nodes=4), [None, "disk"]),
+        (Job(20 * GIB, nodes=4), ["disk", "disk"]),
+        (Job(128 * GIB, nodes=2, reads=1e6), ["shard", "shard"]),  # not a copy, which leaves a file for the other
+        (Job(4 * GIB, nodes=4), ["disk", None]),
     ],
 )
 @pytest.mark.parametrize("link", LINKS)
@@ -101,10 +104,29 @@ def test_choices(job, expected, link):
     assert [way and way.way for way, _ in chosen] == expected
     assert sum(way.ram for way, _ in chosen if way) <= job.ram
     assert all(way is None or way.cache_bytes <= job.cache / 2 for way, _ in chosen)
-    if expected[0] is None:
-        assert chosen[0][1].startswith("the least is 2.9 GiB of memory, and 1.1 GiB are free")
-    elif job.ram == 128 * GIB:
+    if expected[-1] is None:
+        assert chosen[-1][1] == "the least is 2.9 GiB of memory, and 1.1 GiB are free"
+    elif job.ram == 128 * GIB and job.nodes != 2:
         assert "replicate would need 94.4 GiB of 33.6 GiB" in chosen[1][1] or "disk" in expected
+
+
+@pytest.mark.parametrize("ram", [30, 60, 100, 128, 200])
+@pytest.mark.parametrize("nodes, ranks", [(1, 1), (2, 8), (4, 1)])
+@pytest.mark.parametrize("reads", [3e5, 3e8])  # the latter are as fast as the host's link, beside which they go
+def test_no_other_ways_are_faster(ram, nodes, ranks, reads):
+    """Of all pairs of ways that fit, by the resource that is busy longest."""
+    job, link = Job(ram * GIB, nodes=nodes, ranks=ranks, reads=reads), "InfiniBand"
+    ways = [[way for way in layer_ways(V41, index, job) if way.cache_bytes <= job.cache // 2] for index in (0, 1)]
+    pairs = [pair for pair in itertools.product(*ways) if sum(way.ram for way in pair) <= job.ram]
+
+    def seconds(pair):
+        return max(sum(way.seconds[resource] for way in pair) for resource in ("host", link, "drive"))
+
+    chosen = [way for way, _ in choose(V41, job, link)]
+    if pairs:
+        assert seconds(chosen) == pytest.approx(min(map(seconds, pairs)), rel=1e-12)
+    else:
+        assert None in chosen
 
 
 def test_more_memory_is_never_slower():
