@@ -121,9 +121,8 @@ def sharded(**options):
     return ek.ShardedTable.from_tensors(weight, config=config(), layer=1, placement="cpu", **options)
 
 
-SHARDING = dict(
-    split="rows", format=None, scale=1.0, fill=None, capacity=None, cache_bytes=None, node=None, replicas=None
-)
+SHARDING = dict(split="rows", format=None, scale=1.0, fill=None, capacity=None, cache_bytes=None)
+SHARDING |= dict(node=None, replicas=None)
 OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
 OPTIMIZER |= dict(reduce="alone", group=None)
 NEW = dict(device=None, name=None, scales=None, progress=None, placement="cpu")
