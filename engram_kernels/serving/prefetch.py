@@ -36,7 +36,7 @@ from engram_kernels.tables.view import view_tables
 
 from .inputs import TokenBuffers, copying
 from .policy import AHEAD_TOKENS, default_programs, layers_apart, projects_ahead
-from .started import Projection, Side, StartBuffers, Started, Work
+from .started import Projection, Side, StartBuffers, Started, Work, reading_thread
 
 
 class Prefetcher(Generic[Read]):
@@ -202,6 +202,7 @@ class Prefetcher(Generic[Read]):
         self._taken = [buffers() for _ in range(depth)]
         memory = [part for each in self._taken for part in each.memory]
         self._side = Side(streams, memory, names, projections, kv_width, kv_dtype or values_dtype)
+        self._thread = None if over_ranks else reading_thread(tables, plan.device)
         self._starts = self._tokens = self._cached_tokens = 0
         self._last: Started[Read] | None = None
         # A launch in a capture must not be the first to copy these to the device.
@@ -252,7 +253,8 @@ class Prefetcher(Generic[Read]):
         """Begin to look up the rows of ``token_ids`` in all layers.
 
         token_ids: ``[T]`` with cu_seqlens, or ``[B, S]``; history, dead and slots belong to them, as for
-        :func:`ngram_hash`. The arguments are copied on the current stream, by one launch, and may be overwritten by
+        :func:`ngram_hash`. Rows that the CPU reads from files or gathers come by a thread, whose errors :meth:`rows`
+        raises. The arguments are copied on the current stream, by one launch, and may be overwritten by
         what follows on it. The :class:`Started` that is returned is needed only where another start comes before it is
         read. ValueError for more tokens or sequences than there are buffers for, or more starts in flight than
         ``depth``.
@@ -291,7 +293,7 @@ class Prefetcher(Generic[Read]):
             taken.wait_for_readers(current, captured)
             taken.number, taken.in_flight = self._starts + 1, False
             taken.capture = self._side.captures if captured else None
-            self._look_up(taken, work, captured)
+            taken.begin(None if captured else self._thread, partial(self._look_up, taken, work, captured))
         self._starts, self._tokens = taken.number, self._tokens + work.tokens
         self._cached_tokens += work.cached_tokens
         self._last, taken.in_flight = Started(self._side, taken, work), True

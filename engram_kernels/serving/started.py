@@ -5,6 +5,7 @@ and who reads a buffer is known stream by stream. docs/prefetch.md has the argum
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from engram_kernels.geometry.kinds import Instance, declares, short
 from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.launch import Kept
 from engram_kernels.launching.ranges import ranged
+from engram_kernels.ops.row_kernels.arguments import is_staged
 
 from .inputs import TokenBuffers
 
@@ -43,6 +45,12 @@ class Mark:
     def wait(self, stream: Hashable, inside: bool) -> None:
         """Let ``stream`` wait for it; inside: whether within the capture that it was set in."""
         self._streams.wait(stream, self._captured if inside else self._external)
+
+
+def reading_thread(tables: Sequence[EngramTable], device: torch.device) -> ThreadPoolExecutor | None:
+    """A thread for lookups where the CPU reads some table for ``device``, from files or for copies; else None."""
+    read = [is_staged(table, device) or (device.type == "cpu" and table.mapped) for table in tables]
+    return ThreadPoolExecutor(1, "engram_prefetcher") if any(read) else None
 
 
 class Work(NamedTuple):
@@ -82,6 +90,8 @@ class StartBuffers:
         self.readers: dict[bool, dict] = {False: {}, True: {}}
         self._events: dict[tuple, object] = {}
         self.works = Kept()  # by form of tokens
+        #: The thread's work for the last start, where the CPU reads its rows.
+        self._reading: Future | None = None
 
     @property
     def memory(self) -> list[torch.Tensor]:
@@ -90,8 +100,27 @@ class StartBuffers:
 
     @property
     def last(self) -> Mark:
-        """The end of a start's work on the side stream."""
+        """The end of a start's work on the side stream, all of which has been given to it by then."""
+        if self._reading is not None:
+            wait([self._reading])  # what it raised is for its readers
         return self.projected[-1]
+
+    def begin(self, thread: ThreadPoolExecutor | None, work: Callable[[], None]) -> None:
+        """Do ``work``, in the thread if there is one."""
+        inference = torch.is_inference_mode_enabled()  # of the calling thread alone
+
+        def in_thread() -> None:
+            with torch.inference_mode(inference):
+                work()
+
+        self._reading = None if thread is None else thread.submit(in_thread)
+        if thread is None:
+            work()
+
+    def finish(self) -> None:
+        """Wait until the thread has given all lookups to the side stream, and raise what it raised."""
+        if self._reading is not None:
+            self._reading.result()
 
     def begin_capture(self) -> None:
         """Forget readers of captures that have ended. Those of the one that begins may have read before its start."""
@@ -238,6 +267,7 @@ class Started(Generic[Read]):
 
     def _wait(self, mark: Mark) -> None:
         """Let the current stream wait for ``mark``, and be one of the readers."""
+        self._taken.finish()
         self._side.waits += 1
         current, captured, inside = self._where()
         mark.wait(current, inside)
