@@ -16,6 +16,7 @@ from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.launch import Kept
 from engram_kernels.launching.ranges import ranged
 from engram_kernels.ops.row_kernels.arguments import is_staged
+from engram_kernels.tables.engram import EngramTable
 
 from .inputs import TokenBuffers
 

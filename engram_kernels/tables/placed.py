@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Callable, Sequence
-from mmap import PAGESIZE
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -13,7 +12,6 @@ from engram_kernels.geometry.kinds import Instance, Number, OneOf, Optional, Ten
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
 from engram_kernels.launching.registry import Registry
 
-from .memory.access import host_access
 from .memory.allocation import page_bytes, report
 from .memory.direct import COUNTS, DirectRows
 from .memory.host import Mapping
@@ -137,7 +135,8 @@ class PlacedRows:
         #: start anywhere: their copies do.
         aligned = self.descriptor.weight_address % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
         self.aligned = aligned or self.placement == "staged"
-        self._in_place = aligned and self.placement == "staged"
+        #: Whether kernels can load rows of placement "staged" where they are, on a GPU that reads all memory.
+        self.loadable = aligned and self.placement == "staged"
         #: Bytes of the pages that a GPU reads over PCIe or NVLink; read back from the kernel once, since
         #: ops/row_kernels/order.py asks in every call.
         self.page_bytes = page_bytes(self._mapping)
@@ -227,20 +226,6 @@ class PlacedRows:
     def scales_on_device(self) -> bool:
         """Whether rows are on the host and their scales in GPU memory."""
         return self._scales == "device"
-
-    def read_in_place(self, device: torch.device) -> bool:
-        """Whether kernels on a GPU read the rows of placement "staged" where they are, by the host's page tables."""
-        return (
-            self._in_place and self.direct is None and device.type == "cuda" and host_access(device.index or 0).pageable
-        )
-
-    def over_link(self, device: torch.device) -> tuple[int, int, str]:
-        """(bytes of all rows and scales, of their pages, link) where a GPU reads them on the host; (0, 0, "pcie")."""
-        if self.placement in REGISTERED:
-            return self.nbytes, self.page_bytes, self.link
-        if self.read_in_place(device):
-            return self.nbytes, PAGESIZE, host_access(device.index or 0).link
-        return 0, 0, "pcie"
 
     def memory(self, name: str) -> list[tuple[str, int, int]]:
         """(name, address, bytes) of rows and of scales of groups, as errors call them."""

@@ -1,12 +1,15 @@
 """What a launch knows of the tables that it reads: their descriptors on the device, and constants."""
 
+import mmap
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from .memory.access import host_access
 from .placed import PlacedRows
+from .placement import REGISTERED
 
 
 class TableView(NamedTuple):
@@ -33,6 +36,22 @@ class TableView(NamedTuple):
         return self.descriptors.data_ptr(), self.descriptors.shape, *self[1:]
 
 
+def read_in_place(table: PlacedRows, device: torch.device) -> bool:
+    """Whether kernels read a table of placement "staged" where its rows are, by the host's page tables."""
+    if device.type != "cuda" or not table.loadable or table.direct is not None:
+        return False
+    return host_access(device.index or 0).pageable
+
+
+def over_link(table: PlacedRows, device: torch.device) -> tuple[int, int, str]:
+    """(bytes of all rows and scales, of their pages, link) where a GPU reads them on the host; else (0, 0, "pcie")."""
+    if table.placement in REGISTERED:
+        return table.nbytes, table.page_bytes, table.link
+    if read_in_place(table, device):
+        return table.nbytes, mmap.PAGESIZE, host_access(device.index or 0).link
+    return 0, 0, "pcie"
+
+
 def view_tables(tables: Sequence[PlacedRows], device: torch.device) -> TableView:
     """The view of tables of one format and width, for launches on ``device``.
 
@@ -47,6 +66,6 @@ def view_tables(tables: Sequence[PlacedRows], device: torch.device) -> TableView
         numbers = [[operator.index(number) for number in table.descriptor] for table in tables]
         descriptors = torch.tensor(numbers, dtype=torch.int64).to(device)
         layout = first.format.name, first.width, first.placement
-        largest = max((table.over_link(device) for table in tables), key=lambda found: found[0])
+        largest = max((over_link(table, device) for table in tables), key=lambda found: found[0])
         first.kept_views[key] = TableView(descriptors, *layout, *largest)
     return first.kept_views[key]

@@ -12,7 +12,7 @@ from engram_kernels.geometry.row_format import ROW_ALIGNMENT
 from engram_kernels.launching.tokens import Tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.staging import stage
-from engram_kernels.tables.view import TableView, view_tables
+from engram_kernels.tables.view import TableView, read_in_place, view_tables
 
 
 class TableOverRanks(ABC):
@@ -90,7 +90,7 @@ def identities(tables: Sequence[EngramTable]) -> tuple | None:
 
 def is_staged(table: EngramTable, device: torch.device) -> bool:
     """Whether rows for ``device`` are gathered by CPU threads."""
-    return table.placement == "staged" and device.type != "cpu" and not table.read_in_place(device)
+    return table.placement == "staged" and device.type != "cpu" and not read_in_place(table, device)
 
 
 def view_rows(table: EngramTable, row_ids: torch.Tensor, where: str) -> tuple[torch.Tensor, TableView]:

@@ -11,7 +11,7 @@ from engram_kernels.ops.row_kernels.arguments import is_staged
 from engram_kernels.ops.row_kernels.copy import rows_config
 from engram_kernels.ops.row_kernels.order import choose_order
 from engram_kernels.serving import prefetch
-from engram_kernels.tables import placed
+from engram_kernels.tables import view
 from engram_kernels.tables.memory import access, allocation, host
 from engram_kernels.tables.memory.access import HostAccess, host_access
 from engram_kernels.tables.memory.pages import HUGE_PAGE
@@ -210,8 +210,10 @@ def test_mapped_rows_are_read_in_place_where_a_gpu_reads_all_memory(monkeypatch,
         EngramTable.empty(64, 32, "e4m3_ue8m0", placement="cpu") as other,
     ):  # fmt: skip
         for reached in (CARD, HostAccess("unified", False), COHERENT, UNIFIED):
-            monkeypatch.setattr(placed, "host_access", {2: reached}.__getitem__)
+            monkeypatch.setattr(view, "host_access", {2: reached}.__getitem__)
             assert is_staged(made, gpu) is not reached.pageable and not is_staged(made, cpu)
-            assert made.over_link(gpu) == ((made.nbytes, 4096, reached.link) if reached.pageable else (0, 0, "pcie"))
+            assert view.over_link(made, gpu) == (
+                (made.nbytes, 4096, reached.link) if reached.pageable else (0, 0, "pcie")
+            )
             assert is_staged(direct, gpu) and is_staged(crooked, gpu) and not is_staged(other, gpu)
             made.check_readable_on(gpu, "lookup")
