@@ -76,9 +76,7 @@ def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress 
 
     def count(chunk: RowChunk) -> int:
         rows, scales = read_chunk(checkpoint, chunk)
-        zero, *runs = _zero_rows(rows, chunk.first)
-        counts = *_not_finite(rows, table.format), *_scale_bytes(scales, table.format), zero
-        tallies[chunk.first] = _Tally(len(rows), counts, *runs)
+        tallies[chunk.first] = tally(rows, scales, chunk.first, table.format)
         return rows.nbytes + scales.nbytes
 
     chunks = row_chunks(table, max(1, CHUNK // table.format.row_bytes(table.width)))
@@ -97,6 +95,13 @@ def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress 
     if faults:
         raise checkpoint.error(f"{'; '.join(faults)} ({notes})")
     return f"no NaN, no infinity; {notes}"
+
+
+def tally(rows: torch.Tensor, scales: torch.Tensor, first: int, format: RowFormat) -> _Tally:
+    """Of rows and their scales as bytes, ``[rows, bytes]``; ``first`` is row 0."""
+    zero, *runs = _zero_rows(rows, first)
+    counts = *_not_finite(rows, format), *_scale_bytes(scales, format), zero
+    return _Tally(len(rows), counts, *runs)
 
 
 def _not_finite(rows: torch.Tensor, format: RowFormat) -> tuple[int, int]:
