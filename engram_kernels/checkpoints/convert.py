@@ -15,7 +15,7 @@ from engram_kernels.geometry.row_format import RowFormat, checked_scale, row_for
 
 from .encoding import decode_rows, encode_rows, greatest, overflows, table_scale
 from .files import Checkpoint, Paths
-from .parallel import CHUNK, Progress, run_chunks
+from .parallel import CHUNK, THREADS, Buffers, Progress, block_rows, run_chunks
 from .reading import RowChunk, read_chunk, row_chunks
 from .table_writer import TableWriter
 from .validate import StoredTable, select_table
@@ -80,12 +80,13 @@ def convert_table(
         target.check_width(stored.width, where)
         check_pair(stored.format, target, scale, where)
         same = target == stored.format and scale in (None, stored.scale)
-        size = stored.format.row_bytes(stored.width)
-        chunks = row_chunks(stored, max(1, CHUNK // size if same else DECODED // stored.width))
+        rows = block_rows(CHUNK, [stored.format.row_bytes(stored.width)]) if same else max(1, DECODED // stored.width)
+        chunks, buffers = row_chunks(stored, rows), Buffers()
         measures = target.table_scale and not same and scale is None
         total, done = (1 + measures) * stored.nbytes, 0
         report = None if progress is None else lambda count, _: progress(done + count, total)
-        options = dict(threads=min(16, os.cpu_count() or 1), progress=report, total=stored.nbytes)
+        # More than processors, so that these have work while chunks are on their way.
+        options = dict(threads=max(THREADS, min(16, os.cpu_count() or 1)), progress=report, total=stored.nbytes)
         if measures:
             scale, done = _measured_scale(checkpoint, stored, chunks, target, options), stored.nbytes
         elif same:
@@ -96,7 +97,7 @@ def convert_table(
         with TableWriter(out, where, format=target, rows=stored.rows, width=stored.width, **names) as writer:
 
             def copy(chunk: RowChunk) -> int:
-                rows, scales = read_chunk(checkpoint, chunk)
+                rows, scales = read_chunk(checkpoint, chunk, buffers)
                 return writer.write(chunk.first, rows.view(target.dtype), scales)
 
             def convert(chunk: RowChunk) -> int:

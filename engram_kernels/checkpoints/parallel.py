@@ -1,9 +1,18 @@
 """Chunks of files, read or written by several threads, with progress, until all are done or one fails."""
 
+import ctypes
+import errno
+import io
 import itertools
+import math
+import mmap
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TypeVar
+
+import numpy as np
 
 Progress = Callable[[int, int], object]
 Chunk = TypeVar("Chunk")
@@ -11,6 +20,10 @@ Chunk = TypeVar("Chunk")
 #: Bytes of a file that a thread reads or writes at once: eight threads with a buffer each stay below 256 MB, reading
 #: and writing both counted.
 CHUNK = 16 << 20
+#: Addresses, offsets and sizes of direct I/O are multiples of a disk's blocks, which are 512 or 4,096 bytes.
+BLOCK = 4096
+_LEAST_DIRECT = 256 << 10  # bytes of a read, below which the page cache is as fast
+_PIECE = 1 << 20  # bytes that come by way of a buffer at once: they are still in the processor's cache when copied on
 #: Reads under way at once, what a drive of several GB/s needs; each waits in the kernel and not for Python.
 THREADS = 8
 
@@ -58,3 +71,109 @@ def interleave(queues: Iterable[Iterable[Chunk]]) -> Iterator[Chunk]:
 def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     """``[begin, end)`` pairs of at most ``step`` that cover ``[0, total)``."""
     return ((begin, min(total, begin + step)) for begin in range(0, total, step))
+
+
+def block_rows(nbytes: int, sizes: Iterable[int]) -> int:
+    """Rows of about ``nbytes`` bytes, one at least: where there are enough, of whole blocks in each of ``sizes`` bytes."""
+    sizes = [size for size in sizes if size]
+    rows, unit = max(1, nbytes // sum(sizes)), math.lcm(*(BLOCK // math.gcd(BLOCK, size) for size in sizes))
+    return rows - rows % unit if rows >= unit else rows
+
+
+class Buffers(threading.local):
+    """Memory of each thread's own that begins at a page, kept for the thread's next chunk."""
+
+    def __init__(self):
+        self._memory: dict[str, np.ndarray] = {}
+
+    def take(self, nbytes: int, name: str = "") -> np.ndarray:
+        """uint8 ``[nbytes]``, with whatever is in it; a thread's buffers of several names are apart."""
+        memory = self._memory.get(name)
+        if memory is None or len(memory) < nbytes:
+            memory = self._memory[name] = np.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=np.uint8)
+        return memory[:nbytes]
+
+
+class FileReads:
+    """Reads of an open file by any number of threads: what the page cache has from there, the rest past it.
+
+    100 GB of a table gain nothing from the page cache, push all else out of it, and cost the processor a copy. What is
+    there already comes many times as fast.
+    """
+
+    def __init__(self, fd: int):
+        self._fd, self._buffers, self._lock = fd, Buffers(), threading.Lock()
+        self._direct: io.FileIO | None = None
+        self._refused = False  # by a file system without direct I/O, or one with larger blocks
+
+    def fill(self, view: memoryview, offset: int) -> int:
+        """Fill ``view`` from byte ``offset`` on; returns the bytes read, fewer only where the file ends."""
+        direct = len(view) >= _LEAST_DIRECT and self._opened() and not _cached(self._fd, offset, len(view))
+        target, done = np.frombuffer(view, dtype=np.uint8), 0
+        while done < len(target):
+            read = self._past_the_cache if direct and not self._refused else self._through_the_cache
+            count = read(target[done:], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
+
+    def _through_the_cache(self, target: np.ndarray, offset: int) -> int:
+        return os.preadv(self._fd, [memoryview(target)], offset)
+
+    def _past_the_cache(self, target: np.ndarray, offset: int) -> int:
+        """Whole blocks straight to memory that begins at one, all else by way of a buffer."""
+        head, fd = offset % BLOCK, self._direct.fileno()
+        together = target.ctypes.data % BLOCK == head
+        try:
+            if together and head == 0 and len(target) >= BLOCK:
+                return os.preadv(fd, [memoryview(target[: len(target) // BLOCK * BLOCK])], offset)
+            room = BLOCK if together else min(_PIECE, -(-(head + len(target)) // BLOCK) * BLOCK)
+            buffer = self._buffers.take(room)
+            count = min(os.preadv(fd, [memoryview(buffer)], offset - head) - head, len(target))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._refused, count = True, 0
+        if count <= 0:  # refused, or so few that none is wanted, as behind the end of the file
+            return self._through_the_cache(target, offset)
+        target[:count] = buffer[head : head + count]
+        return count
+
+    def _opened(self) -> bool:
+        """Whether the file can be read past the page cache."""
+        with self._lock:
+            if self._direct is None and not self._refused:
+                try:
+                    self._direct = open(f"/proc/self/fd/{self._fd}", "rb", buffering=0, opener=direct_opener)
+                except OSError:  # a file system without it, or no /proc
+                    self._refused = True
+        return not self._refused
+
+
+def direct_opener(path: str, flags: int) -> int:
+    """Opens a file for direct I/O, for :func:`open`."""
+    return os.open(path, flags | os.O_DIRECT)
+
+
+def _cached(fd: int, offset: int, nbytes: int) -> bool:
+    """Whether the page cache holds at least half of these bytes of a file, or the kernel does not say.
+
+    It says so of files that are this user's own, or that this user may write to, and claims to hold all of any other.
+    """
+    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        mapping = mmap.mmap(fd, offset + nbytes - begin, prot=mmap.PROT_READ, offset=begin)
+    except (OSError, ValueError):  # the file has shrunk, or cannot be mapped
+        return True
+    mapped = np.frombuffer(mapping, dtype=np.uint8)
+    pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), dtype=np.uint8)
+    address, vector = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_void_p(pages.ctypes.data)
+    if ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(mapped)), vector):
+        return True
+    return 2 * np.count_nonzero(pages & 1) >= len(pages)

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from engram_kernels.geometry.row_format import RowFormat
 from .files import INDEX_SUFFIX, PART, SUFFIX, TABLE_KEY, weight_map
 from .names import FILE_SCALES, SCALE_NAMES, TABLE_SCALE_NAME, as_prefix, file_dtype, find_tables, part_of
 from .opening import CheckpointError, naming
-from .parallel import spans
+from .parallel import block_rows, interleave, spans
 from .writing import (
     DirectFile,
     NewTensor,
+    allocate,
     check_disk,
     checked_metadata,
     file_path,
@@ -69,6 +70,14 @@ class RowsFiles:
     def row_bytes(self) -> int:
         """Bytes of a row with its scales."""
         return sum(self.sizes)
+
+    def chunks(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        """``[begin, end)`` of all rows, of about ``nbytes`` bytes each, in whole blocks of one file, files in turn."""
+        rows = block_rows(nbytes, self.sizes)
+        return interleave(
+            [(shard.begin + begin, shard.begin + end) for begin, end in spans(shard.end - shard.begin, rows)]
+            for shard in self.shards
+        )
 
     def open(self) -> None:
         """Open the files, in a process that did not make them; all or none."""
@@ -148,7 +157,7 @@ class TableWriter(RowsFiles):
             for shard in self.shards:
                 with naming(shard.partial):
                     shard.opened(locked_file(shard.partial, mode))
-                    os.ftruncate(shard.file.fileno(), shard.nbytes)
+                    allocate(shard.file.fileno(), shard.nbytes)
                     write_all(shard.file.fileno(), shard.header, 0)
                     if "table" in shard.offsets:
                         value = torch.tensor([scale], dtype=torch.float32, device="cpu")

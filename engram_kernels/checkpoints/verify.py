@@ -10,12 +10,13 @@ from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import RowFormat
 
 from .files import Checkpoint
-from .parallel import Progress, run_chunks
+from .parallel import Buffers, Progress, block_rows, run_chunks, spans
 from .reading import RowChunk, read_chunk, row_chunks
 from .validate import StoredTable
 
 #: Bytes of rows that are looked at together: in a core's cache that takes a third of the time it takes for 16 MiB.
 CHUNK = 1 << 20
+_READ = 4 << 20  # bytes of rows that are read together
 #: A longer run of zero rows, as a share of all, is taken for what was never written: hashing leaves no such hole.
 _ZERO_RUN = 0.01
 
@@ -73,14 +74,15 @@ class _Tally(NamedTuple):
 def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress | None) -> str:
     """One pass over all rows and scales: NaN, infinities, scale bytes of 255, and what was never written."""
     tallies: dict[int, _Tally] = {}
+    buffers, size = Buffers(), table.format.row_bytes(table.width)
 
     def count(chunk: RowChunk) -> int:
-        rows, scales = read_chunk(checkpoint, chunk)
-        tallies[chunk.first] = tally(rows, scales, chunk.first, table.format)
+        rows, scales = read_chunk(checkpoint, chunk, buffers)
+        for begin, end in spans(len(rows), max(1, CHUNK // size)):
+            tallies[chunk.first + begin] = tally(rows[begin:end], scales[begin:end], chunk.first + begin, table.format)
         return rows.nbytes + scales.nbytes
 
-    chunks = row_chunks(table, max(1, CHUNK // table.format.row_bytes(table.width)))
-    run_chunks(chunks, count, progress=progress, total=table.nbytes)
+    run_chunks(row_chunks(table, block_rows(_READ, [size])), count, progress=progress, total=table.nbytes)
     nan, infinite, nan_scales, least_scales, zero = map(sum, zip(*(t.counts for t in tallies.values()), strict=True))
     notes = f"{table.rows:,} rows read, {zero:,} of them zero"
     notes += f", {least_scales:,} scale bytes are 0" if least_scales else ""
@@ -113,23 +115,33 @@ def _not_finite(rows: torch.Tensor, format: RowFormat) -> tuple[int, int]:
         if torch.isfinite(found).all():
             return 0, 0
         return int(torch.isnan(found).sum()), int(torch.isinf(found).sum())
-    # Eight bytes at once: adding 1 to seven bits carries into the eighth from 0x7F alone, which is NaN.
-    words = (rows.view(torch.int64) & 0x7F7F7F7F7F7F7F7F) + 0x0101010101010101
-    if not (words & -0x7F7F7F7F7F7F7F80).any():
+    codes = rows & 0x7F
+    if int(codes.max()) < 0x7F:  # which is NaN; no code is infinite
         return 0, 0
-    return int(((rows & 0x7F) == 0x7F).sum()), 0
+    return int((codes == 0x7F).sum()), 0
 
 
 def _scale_bytes(scales: torch.Tensor, format: RowFormat) -> tuple[int, int]:
     """(NaN, zero) scale bytes. A byte 0 of ue8m0 is 2^-127, which some readers take for 0."""
+    if not scales.numel():
+        return 0, 0
     if format.group_scale == "e4m3":
         scales = scales & 0x7F  # of either sign
-    return int((scales == (0x7F if format.group_scale == "e4m3" else 0xFF)).sum()), int((scales == 0).sum())
+    nan = 0x7F if format.group_scale == "e4m3" else 0xFF
+    least, most = torch.aminmax(scales)
+    if 0 < int(least) and int(most) < nan:
+        return 0, 0
+    return int((scales == nan).sum()), int((scales == 0).sum())
 
 
 def _zero_rows(rows: torch.Tensor, first: int) -> tuple[int, int, int, tuple[int, int]]:
     """(zero rows, those at the beginning, those at the end, (longest run, its first row)); ``first`` is row 0."""
-    filled = rows.view(torch.int64).any(1).nonzero().flatten()
+    words = rows.view(torch.int64)
+    suspects = (words[:, 0] == 0).nonzero().flatten()  # few, as a rule: the others' words need no look
+    zero = suspects[~words[suspects].any(1)]
+    if not len(zero):
+        return 0, 0, 0, (0, first)
+    filled = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, zero, False).nonzero().flatten()
     # Filled rows, with one before the first and one behind the last: what lies between two is a run of zero rows.
     marks = torch.cat([filled.new_tensor([-1]), filled, filled.new_tensor([len(rows)])])
     gaps = marks.diff() - 1

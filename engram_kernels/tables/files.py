@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engram_kernels.checkpoints.files import Checkpoint, StoredTensor
-from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
+from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks
 from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.table_writer import TableWriter
 from engram_kernels.checkpoints.validate import StoredTable
@@ -74,6 +74,6 @@ def save_table(table: PlacedRows, path: str | os.PathLike, where: str, progress:
             begin, end = chunk
             return writer.write(begin, weight[begin:end], scale[begin:end] if fmt.group else None)
 
-        chunks = spans(table.rows, max(1, CHUNK // writer.row_bytes))
-        run_chunks(chunks, write, threads=THREADS, progress=progress, total=table.rows * writer.row_bytes)
+        total = table.rows * writer.row_bytes
+        run_chunks(writer.chunks(CHUNK), write, threads=THREADS, progress=progress, total=total)
         return writer.commit()

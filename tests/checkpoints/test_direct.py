@@ -77,7 +77,7 @@ def test_a_file_system_without_direct_io(written, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EINVAL, "no direct I/O")
 
-    monkeypatch.setattr(writing, "_direct", refuse)
+    monkeypatch.setattr(writing, "direct_opener", refuse)
     assert written(5, 0) == []
 
 
