@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -138,8 +139,8 @@ def measure(title: str, ways: list[Way], nbytes: int, before: Callable[[], None]
     """Print each way's rate, the median, its share of the roof, and by how much memory grew besides the table."""
     rates: dict[str, list[float]] = {way.name: [] for way in ways}
     grown = dict.fromkeys(rates, 0.0)
-    for _ in range(rounds):
-        for way in ways:
+    for number in range(rounds):
+        for way in random.Random(number).sample(ways, len(ways)):
             before()
             with disk_roofs.memory_peak() as peak:
                 began = time.perf_counter()

@@ -15,9 +15,9 @@ from engram_kernels.geometry.row_format import RowFormat, checked_scale, row_for
 
 from .encoding import decode_rows, encode_rows, greatest, overflows, table_scale
 from .files import Checkpoint, Paths
-from .parallel import CHUNK, THREADS, Buffers, Progress, block_rows, run_chunks
-from .reading import RowChunk, read_chunk, row_chunks
-from .table_writer import TableWriter
+from .parallel import CHUNK, THREADS, Buffers, Progress, run_chunks
+from .reading import RowChunk, read_bytes, read_chunk, row_chunks
+from .table_writer import Piece, TableWriter
 from .validate import StoredTable, select_table
 
 #: Elements of a chunk that is decoded: float32 of it stay in a core's cache, which makes it several times faster than
@@ -80,8 +80,7 @@ def convert_table(
         target.check_width(stored.width, where)
         check_pair(stored.format, target, scale, where)
         same = target == stored.format and scale in (None, stored.scale)
-        rows = block_rows(CHUNK, [stored.format.row_bytes(stored.width)]) if same else max(1, DECODED // stored.width)
-        chunks, buffers = row_chunks(stored, rows), Buffers()
+        chunks, buffers = row_chunks(stored, max(1, DECODED // stored.width)), Buffers()
         measures = target.table_scale and not same and scale is None
         total, done = (1 + measures) * stored.nbytes, 0
         report = None if progress is None else lambda count, _: progress(done + count, total)
@@ -96,9 +95,11 @@ def convert_table(
         names |= dict(scale=scale, token_map=stored.token_map)
         with TableWriter(out, where, format=target, rows=stored.rows, width=stored.width, **names) as writer:
 
-            def copy(chunk: RowChunk) -> int:
-                rows, scales = read_chunk(checkpoint, chunk, buffers)
-                return writer.write(chunk.first, rows.view(target.dtype), scales)
+            def copy(piece: Piece) -> int:
+                content = buffers.take(piece.end - piece.begin)
+                tensors = stored.weights if piece.key == "weight" else stored.scales
+                read_bytes(checkpoint, tensors, piece.begin, memoryview(content))
+                return writer.write_piece(piece, torch.from_numpy(content))
 
             def convert(chunk: RowChunk) -> int:
                 values, nbytes = _decoded(checkpoint, stored, chunk)
@@ -108,7 +109,10 @@ def convert_table(
                 writer.write(chunk.first, rows, scales)
                 return nbytes
 
-            run_chunks(chunks, copy if same else convert, **options)
+            if same:
+                run_chunks(writer.pieces(CHUNK), copy, **options)
+            else:
+                run_chunks(chunks, convert, **options)
             path = writer.commit()
         loss = None if same else _loss(errors, stored.rows, bound)
         return Conversion(path, target, stored.rows, stored.width, scale, sum(lost), loss)

@@ -4,7 +4,6 @@ import ctypes
 import errno
 import io
 import itertools
-import math
 import mmap
 import os
 import threading
@@ -71,13 +70,6 @@ def interleave(queues: Iterable[Iterable[Chunk]]) -> Iterator[Chunk]:
 def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     """``[begin, end)`` pairs of at most ``step`` that cover ``[0, total)``."""
     return ((begin, min(total, begin + step)) for begin in range(0, total, step))
-
-
-def block_rows(nbytes: int, sizes: Iterable[int]) -> int:
-    """Rows of about ``nbytes`` bytes, one at least: where there are enough, of whole blocks in each of ``sizes`` bytes."""
-    sizes = [size for size in sizes if size]
-    rows, unit = max(1, nbytes // sum(sizes)), math.lcm(*(BLOCK // math.gcd(BLOCK, size) for size in sizes))
-    return rows - rows % unit if rows >= unit else rows
 
 
 class Buffers(threading.local):

@@ -94,6 +94,16 @@ def read_chunk(
     return read(chunk.weight, "rows"), read(chunk.scales, "scales")
 
 
+def read_bytes(checkpoint: Checkpoint, tensors: Sequence[StoredTensor], begin: int, view: memoryview) -> None:
+    """Fill ``view`` from byte ``begin`` of stored tensors on, which follow each other."""
+    end, first = begin + len(view), 0
+    for tensor in tensors:
+        low, high = max(begin, first), min(end, first + tensor.nbytes)
+        if low < high:
+            checkpoint.read_into(tensor, low - first, view[low - begin : high - begin])
+        first += tensor.nbytes
+
+
 def _byte_ranges(
     tensors: Sequence[StoredTensor], ranges: Sequence[tuple[int, int]] | None
 ) -> Iterator[tuple[StoredTensor, int, int]]:

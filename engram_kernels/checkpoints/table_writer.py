@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,7 @@ from engram_kernels.geometry.row_format import RowFormat
 from .files import INDEX_SUFFIX, PART, SUFFIX, TABLE_KEY, weight_map
 from .names import FILE_SCALES, SCALE_NAMES, TABLE_SCALE_NAME, as_prefix, file_dtype, find_tables, part_of
 from .opening import CheckpointError, naming
-from .parallel import block_rows, interleave, spans
+from .parallel import Buffers, interleave, spans
 from .writing import (
     DirectFile,
     NewTensor,
@@ -54,9 +55,19 @@ class _Shard:
     file: io.FileIO | None = None  #: while it is open here, and what large writes go through
     direct: DirectFile | None = None
 
-    def opened(self, file: io.FileIO) -> None:
+    def opened(self, file: io.FileIO, buffers: Buffers) -> None:
         """Write to ``file`` from here on."""
-        self.file, self.direct = file, DirectFile(file.fileno())
+        self.file, self.direct = file, DirectFile(file.fileno(), buffers)
+
+
+class Piece(NamedTuple):
+    """Bytes ``[begin, end)`` of a table's rows ("weight") or scales ("scale"), and the byte of a file they go to."""
+
+    shard: _Shard
+    key: str
+    begin: int
+    end: int
+    offset: int
 
 
 @dataclass
@@ -71,19 +82,27 @@ class RowsFiles:
         """Bytes of a row with its scales."""
         return sum(self.sizes)
 
-    def chunks(self, nbytes: int) -> Iterator[tuple[int, int]]:
-        """``[begin, end)`` of all rows, of about ``nbytes`` bytes each, in whole blocks of one file, files in turn."""
-        rows = block_rows(nbytes, self.sizes)
-        return interleave(
-            [(shard.begin + begin, shard.begin + end) for begin, end in spans(shard.end - shard.begin, rows)]
-            for shard in self.shards
-        )
+    def pieces(self, nbytes: int) -> Iterator[Piece]:
+        """All bytes of rows and scales, at most ``nbytes`` in a piece, in whole blocks of their file, files in turn.
+
+        What is no whole block goes through the page cache, and such a write waits until no other is under way.
+        """
+        return interleave(self._pieces_of(shard, nbytes) for shard in self.shards)
+
+    def _pieces_of(self, shard: _Shard, nbytes: int) -> Iterator[Piece]:
+        for key, size in zip(("weight", "scale"), self.sizes, strict=True):
+            start, end = shard.offsets.get(key, 0), shard.offsets.get(key, 0) + (shard.end - shard.begin) * size
+            first = shard.begin * size - start  # from a place in the file to one among the table's bytes
+            for at in range(start - start % nbytes, end, nbytes):
+                low, high = max(at, start), min(at + nbytes, end)
+                yield Piece(shard, key, first + low, first + high, low)
 
     def open(self) -> None:
         """Open the files, in a process that did not make them; all or none."""
+        buffers = Buffers()
         try:
             for shard in self.shards:
-                shard.opened(open(shard.partial, "r+b", buffering=0))
+                shard.opened(open(shard.partial, "r+b", buffering=0), buffers)
         except BaseException:
             self.close()
             raise
@@ -101,6 +120,12 @@ class RowsFiles:
                     with naming(shard.partial):
                         shard.direct.write(rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
         return len(weight) * self.row_bytes
+
+    def write_piece(self, piece: Piece, content: torch.Tensor) -> int:
+        """Write the bytes of a piece, uint8 ``[bytes]``; returns their number."""
+        with naming(piece.shard.partial):
+            piece.shard.direct.write(content.cpu().numpy(), piece.offset)
+        return len(content)
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
@@ -153,10 +178,13 @@ class TableWriter(RowsFiles):
         self.shards = self._layout(rows, shard_bytes)
         check_disk(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
         try:
-            mode = mode_of(self._index, self._path)  # files under new names are as private as what they replace
+            buffers, mode = (
+                Buffers(),
+                mode_of(self._index, self._path),
+            )  # files under new names are as private as what they replace
             for shard in self.shards:
                 with naming(shard.partial):
-                    shard.opened(locked_file(shard.partial, mode))
+                    shard.opened(locked_file(shard.partial, mode), buffers)
                     allocate(shard.file.fileno(), shard.nbytes)
                     write_all(shard.file.fileno(), shard.header, 0)
                     if "table" in shard.offsets:

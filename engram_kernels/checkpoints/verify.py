@@ -10,7 +10,7 @@ from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import RowFormat
 
 from .files import Checkpoint
-from .parallel import Buffers, Progress, block_rows, run_chunks, spans
+from .parallel import Buffers, Progress, run_chunks, spans
 from .reading import RowChunk, read_chunk, row_chunks
 from .validate import StoredTable
 
@@ -82,7 +82,7 @@ def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress 
             tallies[chunk.first + begin] = tally(rows[begin:end], scales[begin:end], chunk.first + begin, table.format)
         return rows.nbytes + scales.nbytes
 
-    run_chunks(row_chunks(table, block_rows(_READ, [size])), count, progress=progress, total=table.nbytes)
+    run_chunks(row_chunks(table, max(1, _READ // size)), count, progress=progress, total=table.nbytes)
     nan, infinite, nan_scales, least_scales, zero = map(sum, zip(*(t.counts for t in tallies.values()), strict=True))
     notes = f"{table.rows:,} rows read, {zero:,} of them zero"
     notes += f", {least_scales:,} scale bytes are 0" if least_scales else ""

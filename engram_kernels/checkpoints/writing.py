@@ -31,7 +31,7 @@ from .parallel import BLOCK, Buffers, direct_opener
 Found = TypeVar("Found")
 
 _PIECE = 4 << 20  # bytes of a direct write
-_LEAST_DIRECT = 1 << 20  # bytes, below which the page cache is as fast
+_LEAST_DIRECT = 256 << 10  # bytes of a write, below which the page cache is as fast
 #: Data begins at a multiple of a page, so that a mapped table's rows start at multiples of 16 bytes.
 _PAGE = 4096
 
@@ -221,8 +221,8 @@ class DirectFile:
     for what the kernel then begins to write; straight to the disk all threads write from the first chunk on.
     """
 
-    def __init__(self, fd: int):
-        self._fd, self._buffers = fd, Buffers()
+    def __init__(self, fd: int, buffers: Buffers | None = None):
+        self._fd, self._buffers = fd, buffers or Buffers()
         self._direct: io.FileIO | None = None
         try:
             self._direct = open(f"/proc/self/fd/{fd}", "r+b", buffering=0, opener=direct_opener)

@@ -10,7 +10,7 @@ import torch
 from engram_kernels.checkpoints.files import Checkpoint, StoredTensor
 from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks
 from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
-from engram_kernels.checkpoints.table_writer import TableWriter
+from engram_kernels.checkpoints.table_writer import Piece, TableWriter
 from engram_kernels.checkpoints.validate import StoredTable
 from engram_kernels.geometry.row_format import SCALE_DTYPES
 
@@ -69,11 +69,11 @@ def save_table(table: PlacedRows, path: str | os.PathLike, where: str, progress:
     weight, scale, fmt = table.weight, table.scale, table.format
     shape = dict(format=fmt, rows=table.rows, width=table.width)
     with TableWriter(path, where, **shape, scale=table.own_scale, token_map=table.token_map, **writing) as writer:
+        sources = {"weight": flat_bytes(weight)} | ({"scale": flat_bytes(scale)} if fmt.group else {})
 
-        def write(chunk: tuple[int, int]) -> int:
-            begin, end = chunk
-            return writer.write(begin, weight[begin:end], scale[begin:end] if fmt.group else None)
+        def write(piece: Piece) -> int:
+            return writer.write_piece(piece, sources[piece.key][piece.begin : piece.end])
 
         total = table.rows * writer.row_bytes
-        run_chunks(writer.chunks(CHUNK), write, threads=THREADS, progress=progress, total=total)
+        run_chunks(writer.pieces(CHUNK), write, threads=THREADS, progress=progress, total=total)
         return writer.commit()

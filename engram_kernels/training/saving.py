@@ -153,7 +153,7 @@ def save_states(
             direct.write(content.cpu().numpy(), place)
             return len(content)
 
-        os.ftruncate(fd, places[-1])
+        allocate(fd, places[-1])
         write_all(fd, header, 0)
         run_chunks(chunks, write, threads=THREADS, progress=progress, total=places[-1] - len(header))
     return path
