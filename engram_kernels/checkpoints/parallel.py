@@ -22,6 +22,7 @@ CHUNK = 16 << 20
 #: Addresses, offsets and sizes of direct I/O are multiples of a disk's blocks, which are 512 or 4,096 bytes.
 BLOCK = 4096
 _LEAST_DIRECT = 256 << 10  # bytes of a read, below which the page cache is as fast
+_SAMPLES = 16  # pages of a read, by which it is told whether the page cache holds it
 _PIECE = 1 << 20  # bytes that come by way of a buffer at once: they are still in the processor's cache when copied on
 #: Reads under way at once, what a drive of several GB/s needs; each waits in the kernel and not for Python.
 THREADS = 8
@@ -96,11 +97,12 @@ class FileReads:
     def __init__(self, fd: int):
         self._fd, self._buffers, self._lock = fd, Buffers(), threading.Lock()
         self._direct: io.FileIO | None = None
+        self._mapped = np.empty(0, dtype=np.uint8)
         self._refused = False  # by a file system without direct I/O, or one with larger blocks
 
     def fill(self, view: memoryview, offset: int) -> int:
         """Fill ``view`` from byte ``offset`` on; returns the bytes read, fewer only where the file ends."""
-        direct = len(view) >= _LEAST_DIRECT and self._opened() and not _cached(self._fd, offset, len(view))
+        direct = len(view) >= _LEAST_DIRECT and self._opened() and not self._cached(offset, len(view))
         target, done = np.frombuffer(view, dtype=np.uint8), 0
         while done < len(target):
             read = self._past_the_cache if direct and not self._refused else self._through_the_cache
@@ -113,7 +115,7 @@ class FileReads:
     def close(self) -> None:
         if self._direct is not None:
             self._direct.close()
-            self._direct = None
+            self._direct, self._mapped = None, np.empty(0, dtype=np.uint8)
 
     def _through_the_cache(self, target: np.ndarray, offset: int) -> int:
         return os.preadv(self._fd, [memoryview(target)], offset)
@@ -142,30 +144,27 @@ class FileReads:
         with self._lock:
             if self._direct is None and not self._refused:
                 try:
+                    mapping = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)  # of addresses alone; nothing is read by it
+                    self._mapped = np.frombuffer(mapping, dtype=np.uint8)
                     self._direct = open(f"/proc/self/fd/{self._fd}", "rb", buffering=0, opener=direct_opener)
-                except OSError:  # a file system without it, or no /proc
+                except (OSError, ValueError):  # a file system without it, no /proc, or an empty file
                     self._refused = True
         return not self._refused
+
+    def _cached(self, offset: int, nbytes: int) -> bool:
+        """Whether the page cache holds at least half of some pages among these bytes, or the kernel does not say.
+
+        It says so of files that are this user's own, or that this user may write to, and claims to hold all of others.
+        """
+        found, mincore = np.zeros(1, dtype=np.uint8), ctypes.CDLL(None).mincore
+        vector, held, asked = ctypes.c_void_p(found.ctypes.data), 0, 0
+        for at in range(offset, min(offset + nbytes, len(self._mapped)), max(mmap.PAGESIZE, nbytes // _SAMPLES)):
+            address = self._mapped.ctypes.data + at - at % mmap.PAGESIZE
+            failed = mincore(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), vector)
+            held, asked = held + bool(failed or found[0] & 1), asked + 1
+        return 2 * held >= asked
 
 
 def direct_opener(path: str, flags: int) -> int:
     """Opens a file for direct I/O, for :func:`open`."""
     return os.open(path, flags | os.O_DIRECT)
-
-
-def _cached(fd: int, offset: int, nbytes: int) -> bool:
-    """Whether the page cache holds at least half of these bytes of a file, or the kernel does not say.
-
-    It says so of files that are this user's own, or that this user may write to, and claims to hold all of any other.
-    """
-    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-    try:
-        mapping = mmap.mmap(fd, offset + nbytes - begin, prot=mmap.PROT_READ, offset=begin)
-    except (OSError, ValueError):  # the file has shrunk, or cannot be mapped
-        return True
-    mapped = np.frombuffer(mapping, dtype=np.uint8)
-    pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), dtype=np.uint8)
-    address, vector = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_void_p(pages.ctypes.data)
-    if ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(mapped)), vector):
-        return True
-    return 2 * np.count_nonzero(pages & 1) >= len(pages)

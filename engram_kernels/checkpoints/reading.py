@@ -5,7 +5,7 @@ takes a buffer per thread on the way.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,17 +22,22 @@ def fill_tensors(
     threads: int = THREADS,
     progress: Progress | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
+    before: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
     """Fill each dense uint8 tensor with the bytes of the stored tensors beside it, one after the other.
 
     ranges: ``[begin, end)`` of the rows wanted, counted over the stored tensors of a target; None is all of them.
+    before: called with each part of a target on the CPU ahead of its bytes, by the thread that reads them.
     """
     buffers = Buffers()
 
     def copy(chunk) -> int:
         tensor, begin, end, target, at = chunk
         if target.is_cpu:
-            checkpoint.read_into(tensor, begin, memoryview(target[at : at + end - begin].numpy()))
+            part = target[at : at + end - begin]
+            if before is not None:
+                before(part)
+            checkpoint.read_into(tensor, begin, memoryview(part.numpy()))
         else:
             buffer = buffers.take(end - begin)
             checkpoint.read_into(tensor, begin, memoryview(buffer))

@@ -15,19 +15,25 @@ from engram_kernels.checkpoints.validate import StoredTable
 from engram_kernels.geometry.row_format import SCALE_DTYPES
 
 from .memory.mapped_files import map_file
+from .memory.pages import prefer_huge
 from .memory.report import available_host_memory
+from .memory.shared import SharedMapping
 from .placed import PlacedRows
 
 
-def fill_table(table: PlacedRows, checkpoint: Checkpoint, stored: StoredTable, **options) -> None:
+def fill_table(table: PlacedRows, checkpoint: Checkpoint, stored: StoredTable, *, new: bool = False, **options) -> None:
     """Write what is stored into a table of its rows, width and format.
 
+    new: nothing was written to the table's memory yet, which comes while it is filled.
     options: of :func:`fill_tensors`; ranges ``[begin, end)`` of the stored rows that the table is to hold, in order.
     """
     targets = [(flat_bytes(table.weight), stored.weights)]
     if stored.scales:
         targets.append((flat_bytes(table.scale), stored.scales))
-    fill_tensors(targets, checkpoint, **options)
+    for target in (target for target, _ in targets if new and target.is_cpu):
+        prefer_huge(target)
+    back = table._mapping.back if new and isinstance(table._mapping, SharedMapping) else None
+    fill_tensors(targets, checkpoint, before=back, **options)
 
 
 def check_room(name: str, nbytes: int, placement: str, where: str, way_out: str) -> None:

@@ -21,6 +21,7 @@ from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.writing import (
     DirectFile,
     NewTensor,
+    allocate,
     check_disk,
     checked_metadata,
     file_path,

@@ -269,7 +269,7 @@ def test_mapped_rows_have_to_lie_together(tmp_path):
 def test_a_table_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "a.safetensors", {"weight": torch.ones(1000, 64)})
     monkeypatch.setattr(table_files, "available_host_memory", lambda: 255_999)
-    monkeypatch.setattr(EngramTable, "empty", lambda *_, **__: pytest.fail("asked for memory"))
+    monkeypatch.setattr(EngramTable, "_new", lambda *_, **__: pytest.fail("asked for memory"))
     for placement in ("cpu", "host"):
         with pytest.raises(MemoryError, match=r"takes 256,000 bytes and 255,999 are available; .*mapped=True\)$"):
             load(path, placement=placement)

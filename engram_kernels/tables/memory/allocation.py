@@ -36,11 +36,15 @@ def allocate(
     device: torch.device,
     name: str | None,
     progress: Progress | None,
+    backed: bool,
 ) -> TableMemory:
-    """Memory for a new table; arguments checked, as for ``EngramTable.empty``."""
+    """Memory for a new table; arguments checked, as for ``EngramTable.empty``.
+
+    backed: False leaves that of a shared table to ``SharedMapping.back``.
+    """
     if placement == "shared":
         nbytes, geometry = _mapped_bytes(rows, width, fmt), _geometry(rows, width, fmt, scale)
-        mapping = SharedMapping.create(name, nbytes, geometry, _driver(), progress)
+        mapping = SharedMapping.create(name, nbytes, geometry, _driver(), progress, backed)
         return _divide(mapping, rows, width, fmt, scale)  # scales move to the GPU when all of them are there
     if placement == "host":
         mapping = HostMapping(_mapped_bytes(rows, width, fmt, scales), _driver(), progress=progress)
