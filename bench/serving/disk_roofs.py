@@ -1,12 +1,10 @@
 """What a drive, memory and arithmetic give to reads and writes of whole files: roofs of tables into and out of them.
 
 Files are read and written in pieces, several at once. Buffers are reused, as dd reuses its own, but for copies out of
-the page cache into memory that is new, as a table's is. With direct I/O what is behind the last whole block is left out.
+the page cache into memory that is new, as a table's is. Direct I/O leaves out what is behind the last whole block.
 """
 
-import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,7 +15,7 @@ import numpy as np
 from engram_kernels.checkpoints.convert import DECODED, encoded
 from engram_kernels.checkpoints.encoding import decode_rows
 from engram_kernels.checkpoints.files import Checkpoint
-from engram_kernels.checkpoints.parallel import THREADS, run_chunks, spans
+from engram_kernels.checkpoints.parallel import THREADS, Buffers, run_chunks, spans
 from engram_kernels.checkpoints.reading import read_chunk, row_chunks
 from engram_kernels.checkpoints.validate import select_table
 from engram_kernels.checkpoints.verify import CHUNK, tally
@@ -49,12 +47,10 @@ def by_pieces(
     path: Path, threads: int, piece: int, work: Callable[[int, int, int, memoryview], object], flags: int = 0
 ) -> None:
     """``work(descriptor, offset, bytes, buffer)`` on all pieces of a file, by threads with a buffer each."""
-    local, unit = threading.local(), BLOCK if flags else 1
+    buffers, unit = Buffers(), BLOCK if flags else 1
 
     def call(span: tuple[int, int]) -> None:
-        if not hasattr(local, "buffer"):
-            local.buffer = memoryview(mmap.mmap(-1, piece))
-        work(fd, span[0], span[1] - span[0], local.buffer)
+        work(fd, span[0], span[1] - span[0], memoryview(buffers.take(piece)))
 
     fd = os.open(path, os.O_RDONLY | flags)
     try:
@@ -83,10 +79,16 @@ def cache_copies(path: Path, threads: int, piece: int, *, new: bool) -> np.ndarr
     return memory if new else None
 
 
+def filled(nbytes: int) -> np.ndarray:
+    """A buffer that is not zero, which some drives do not store."""
+    buffer = Buffers().take(nbytes)
+    buffer[:] = 1
+    return buffer
+
+
 def writes(folder: Path, nbytes: int, threads: int, piece: int, *, direct: bool) -> Path:
     """A new file of so many bytes that has reached the disk, in a new folder, which is returned."""
-    source = memoryview(mmap.mmap(-1, piece))
-    np.frombuffer(source, dtype=np.uint8)[:] = 1
+    source = memoryview(filled(piece))
     nbytes -= nbytes % BLOCK
     with _new_file(folder, nbytes, direct) as (made, fd), ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda span: os.pwrite(fd, source[: span[1] - span[0]], span[0]), spans(nbytes, piece)))
@@ -95,7 +97,7 @@ def writes(folder: Path, nbytes: int, threads: int, piece: int, *, direct: bool)
 
 def copies(path: Path, folder: Path, threads: int, piece: int, *, written: float, direct: bool) -> Path:
     """A file read, and ``written`` times as many bytes written to a new one, in a new folder, which is returned."""
-    source = memoryview(mmap.mmap(-1, int(piece * written) + BLOCK))
+    source = memoryview(filled(int(piece * written) + BLOCK))
 
     def copy(fd: int, at: int, size: int, buffer: memoryview) -> None:
         read(fd, at, size, buffer)

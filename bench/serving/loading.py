@@ -3,8 +3,9 @@
     python -m bench loading [--folder DIR] [--gib 2] [--rounds 5] [--only GROUP ...]
 
 Writes tables of V4.1's rows to DIR, which should be on the drive in question, and removes them. Roofs and ways take
-turns, since a drive's rate changes by the minute; medians are compared. Cold: what the page cache has of the files is
-given back before each measurement. Warm: it holds them all.
+turns, in another order each time, since a drive's rate changes by the minute; medians are compared with medians, and
+the best with the best. Cold: what the page cache has of the files is given back before each measurement. Warm: it has
+them all.
 """
 
 import argparse
@@ -37,8 +38,8 @@ from .files import FORMAT, ROW_BYTES, WIDTH
 PROCESSES = 2  # of a node, that share a table
 SHARDS = 8
 #: Threads and bytes of a piece of the roofs: the best of these is the roof.
-DEPTHS = ((2, 16 * MIB), (4, 4 * MIB), (8, 4 * MIB))
-COLUMNS = "{:50} {:>8} {:>9} {:>9}"
+DEPTHS = ((8, 4 * MIB), (8, 16 * MIB), (16, 4 * MIB))
+COLUMNS = "{:50} {:>6} {:>8} {:>6} {:>8} {:>9}"
 
 
 class Way(NamedTuple):
@@ -136,7 +137,7 @@ def let_go(made: object) -> None:
 
 
 def measure(title: str, ways: list[Way], nbytes: int, before: Callable[[], None], rounds: int) -> None:
-    """Print each way's rate, the median, its share of the roof, and by how much memory grew besides the table."""
+    """Print each way's rate, median and best, its share of the roof, and by how much memory grew besides the table."""
     rates: dict[str, list[float]] = {way.name: [] for way in ways}
     grown = dict.fromkeys(rates, 0.0)
     for number in range(rounds):
@@ -150,15 +151,22 @@ def measure(title: str, ways: list[Way], nbytes: int, before: Callable[[], None]
                 grown[way.name] = max(grown[way.name], peak() - held)
             let_go(made)
             del made
-    median = {name: statistics.median(each) for name, each in rates.items()}
-    best: dict[str, float] = {}
+    median, best = ({way: each(found) for way, found in rates.items()} for each in (statistics.median, max))
+    print(COLUMNS.format(title, "GB/s", "of roof", "best", "of roof", "MiB more"))
+    roofs = [roof_of(ways, found) for found in (median, best)]
     for way in ways:
-        best[way.roof] = max(best.get(way.roof, 0.0), median[way.name])
-    roof = min(rate for kind, rate in best.items() if kind)
-    print(COLUMNS.format(title, "GB/s", "of roof", "MiB more"))
-    for way in ways:
-        rate, more = median[way.name], "" if way.roof else f"{grown[way.name]:,.0f}"
-        print(COLUMNS.format(f"  {'roof: ' * bool(way.roof)}{way.name}", f"{rate:.2f}", f"{rate / roof:.2f}", more))
+        cells = [
+            f"{value:.2f}"
+            for found, roof in zip((median, best), roofs, strict=True)
+            for value in (found[way.name], found[way.name] / roof)
+        ]
+        more = "" if way.roof else f"{grown[way.name]:,.0f}"
+        print(COLUMNS.format(f"  {'roof: ' * bool(way.roof)}{way.name}", *cells, more), flush=True)
+
+
+def roof_of(ways: list[Way], rates: dict[str, float]) -> float:
+    """The lowest of what limits a group, each the best of its ways."""
+    return min(max(rates[way.name] for way in ways if way.roof == kind) for kind in {way.roof for way in ways} - {""})
 
 
 def loads(files: Files, node: Node) -> list[Way]:

@@ -84,8 +84,9 @@ def convert_table(
         measures = target.table_scale and not same and scale is None
         total, done = (1 + measures) * stored.nbytes, 0
         report = None if progress is None else lambda count, _: progress(done + count, total)
-        # More than processors, so that these have work while chunks are on their way.
-        options = dict(threads=max(THREADS, min(16, os.cpu_count() or 1)), progress=report, total=stored.nbytes)
+        # Of arithmetic a few more than processors, which have work then while chunks are on their way.
+        threads = THREADS if same else min(THREADS, (os.cpu_count() or 1) + 2)
+        options = dict(threads=threads, progress=report, total=stored.nbytes)
         if measures:
             scale, done = _measured_scale(checkpoint, stored, chunks, target, options), stored.nbytes
         elif same:

@@ -6,9 +6,10 @@ import io
 import itertools
 import mmap
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
@@ -16,16 +17,16 @@ import numpy as np
 Progress = Callable[[int, int], object]
 Chunk = TypeVar("Chunk")
 
-#: Bytes of a file that a thread reads or writes at once: eight threads with a buffer each stay below 256 MB, reading
-#: and writing both counted.
-CHUNK = 16 << 20
+#: Bytes of a file that a thread reads or writes at once: as much as a drive takes in one request, or a few.
+CHUNK = 4 << 20
 #: Addresses, offsets and sizes of direct I/O are multiples of a disk's blocks, which are 512 or 4,096 bytes.
 BLOCK = 4096
 _LEAST_DIRECT = 256 << 10  # bytes of a read, below which the page cache is as fast
 _SAMPLES = 16  # pages of a read, by which it is told whether the page cache holds it
-_PIECE = 1 << 20  # bytes that come by way of a buffer at once: they are still in the processor's cache when copied on
-#: Reads under way at once, what a drive of several GB/s needs; each waits in the kernel and not for Python.
-THREADS = 8
+_HUGE_PAGE = _PIECE = 2 << 20  # bytes that come by way of a buffer at once: still in a cache when they are copied on
+#: Chunks under way at once, what a drive of several GB/s needs, and threads that wait for the processor to zero new
+#: memory besides; with a buffer each they stay below 128 MB, reading and writing both counted twice.
+THREADS = 16
 
 
 def run_chunks(
@@ -38,21 +39,50 @@ def run_chunks(
 ) -> None:
     """``work`` on every chunk; it returns the bytes done. progress(done, total) runs on the caller's thread.
 
-    The first exception, one raised by progress included, ends it: of what is left no more than two chunks a thread are
-    worked on, and waited for, so that nobody touches the memory afterwards.
+    The first exception, one raised by progress included, ends it: what is being worked on is waited for, so that nobody
+    touches the memory afterwards, and nothing else is begun.
     """
-    done, left = 0, iter(chunks)
+    left, taking, stop = iter(chunks), threading.Lock(), threading.Event()
+    finished: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()  # None: one of the threads has ended
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                with taking:
+                    chunk = next(left, None)
+                if chunk is None:
+                    break
+                finished.put(work(chunk))
+        except BaseException as error:
+            stop.set()
+            finished.put(error)
+        finally:
+            finished.put(None)
+
+    done, running = 0, [threading.Thread(target=run, name=f"engram_chunks_{number}") for number in range(threads)]
     if progress is not None:
         progress(0, total)
-    with ThreadPoolExecutor(threads, "engram_chunks") as pool:
-        # Two for each thread: one at work, one that keeps it busy while this thread reports.
-        waiting = {pool.submit(work, chunk) for chunk in itertools.islice(left, 2 * threads)}
+    started: list[threading.Thread] = []
+    try:
+        for thread in running:
+            started.append(thread)
+            thread.start()
+        waiting = len(running)
         while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            waiting |= {pool.submit(work, chunk) for chunk in itertools.islice(left, len(finished))}
-            done += sum(future.result() for future in finished)
+            result = finished.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                waiting -= 1
+                continue
+            done += result
             if progress is not None:
                 progress(done, total)
+    finally:
+        stop.set()
+        for thread in started:
+            if thread.ident is not None:
+                thread.join()
 
 
 def check_threads(threads: int, where: str) -> None:
@@ -74,7 +104,10 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 class Buffers(threading.local):
-    """Memory of each thread's own that begins at a page, kept for the thread's next chunk."""
+    """Memory of each thread's own that begins at a page, kept for the thread's next chunk.
+
+    Large ones are of huge pages: a direct read or write of small ones becomes several times as many requests.
+    """
 
     def __init__(self):
         self._memory: dict[str, np.ndarray] = {}
@@ -83,8 +116,18 @@ class Buffers(threading.local):
         """uint8 ``[nbytes]``, with whatever is in it; a thread's buffers of several names are apart."""
         memory = self._memory.get(name)
         if memory is None or len(memory) < nbytes:
-            memory = self._memory[name] = np.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=np.uint8)
+            memory = self._memory[name] = _buffer(nbytes)
         return memory[:nbytes]
+
+
+def _buffer(nbytes: int) -> np.ndarray:
+    huge = nbytes >= _HUGE_PAGE
+    mapping = mmap.mmap(-1, max(1, nbytes) + huge * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge:
+        with suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(mapping, dtype=np.uint8)
+    return memory[-memory.ctypes.data % _HUGE_PAGE if huge else 0 :][:nbytes]
 
 
 class FileReads:

@@ -6,6 +6,7 @@ checkpoint, and their names are new every time, so that the files of the old ind
 
 import io
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from engram_kernels.geometry.row_format import RowFormat
 from .files import INDEX_SUFFIX, PART, SUFFIX, TABLE_KEY, weight_map
 from .names import FILE_SCALES, SCALE_NAMES, TABLE_SCALE_NAME, as_prefix, file_dtype, find_tables, part_of
 from .opening import CheckpointError, naming
-from .parallel import Buffers, interleave, spans
+from .parallel import BLOCK, CHUNK, Buffers, interleave, spans
 from .writing import (
     DirectFile,
     NewTensor,
@@ -234,7 +235,10 @@ class TableWriter(RowsFiles):
 
     def _layout(self, rows: int, shard_bytes: int | None) -> list[_Shard]:
         count = 1 if shard_bytes is None else min(rows, -(-rows * self.row_bytes // shard_bytes))
-        pieces = list(spans(rows, -(-rows // count)))
+        each = -(-rows // count)
+        if each * self.sizes[0] >= CHUNK:  # whole blocks of rows, so that they are read straight to the table's memory
+            each += -each % (BLOCK // math.gcd(BLOCK, self.sizes[0]))
+        pieces = list(spans(rows, each))
         # Of a file or two that are missing, the rest tells.
         metadata = self._metadata | {TABLE_KEY: json.dumps(self._said | dict(parts=len(pieces)))}
         stem, token, shards = self._path.name.removesuffix(SUFFIX), secrets.token_hex(4), []

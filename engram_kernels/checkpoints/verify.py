@@ -10,13 +10,13 @@ from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import RowFormat
 
 from .files import Checkpoint
+from .parallel import CHUNK as READ
 from .parallel import Buffers, Progress, run_chunks, spans
 from .reading import RowChunk, read_chunk, row_chunks
 from .validate import StoredTable
 
 #: Bytes of rows that are looked at together: in a core's cache that takes a third of the time it takes for 16 MiB.
 CHUNK = 1 << 20
-_READ = 4 << 20  # bytes of rows that are read together
 #: A longer run of zero rows, as a share of all, is taken for what was never written: hashing leaves no such hole.
 _ZERO_RUN = 0.01
 
@@ -82,7 +82,7 @@ def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress 
             tallies[chunk.first + begin] = tally(rows[begin:end], scales[begin:end], chunk.first + begin, table.format)
         return rows.nbytes + scales.nbytes
 
-    run_chunks(row_chunks(table, max(1, _READ // size)), count, progress=progress, total=table.nbytes)
+    run_chunks(row_chunks(table, max(1, READ // size)), count, progress=progress, total=table.nbytes)
     nan, infinite, nan_scales, least_scales, zero = map(sum, zip(*(t.counts for t in tallies.values()), strict=True))
     notes = f"{table.rows:,} rows read, {zero:,} of them zero"
     notes += f", {least_scales:,} scale bytes are 0" if least_scales else ""

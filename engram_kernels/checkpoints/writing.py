@@ -26,11 +26,10 @@ import numpy as np
 from .files import SUFFIX, Checkpoint
 from .names import check_text
 from .opening import CheckpointError, check_regular, naming, open_regular
-from .parallel import BLOCK, Buffers, direct_opener
+from .parallel import BLOCK, CHUNK, Buffers, direct_opener
 
 Found = TypeVar("Found")
 
-_PIECE = 4 << 20  # bytes of a direct write
 _LEAST_DIRECT = 256 << 10  # bytes of a write, below which the page cache is as fast
 #: Data begins at a multiple of a page, so that a mapped table's rows start at multiples of 16 bytes.
 _PAGE = 4096
@@ -236,8 +235,8 @@ class DirectFile:
             write_all(self._fd, content, offset)
             return
         write_all(self._fd, content[: begin - offset], offset)
-        for at in range(begin, end, _PIECE):
-            self._write_blocks(content[at - offset : min(at + _PIECE, end) - offset], at)
+        for at in range(begin, end, CHUNK):
+            self._write_blocks(content[at - offset : min(at + CHUNK, end) - offset], at)
         write_all(self._fd, content[end - offset :], end)
 
     def close(self) -> None:
