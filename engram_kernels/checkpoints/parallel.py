@@ -140,7 +140,7 @@ class FileReads:
     def __init__(self, fd: int):
         self._fd, self._buffers, self._lock = fd, Buffers(), threading.Lock()
         self._direct: io.FileIO | None = None
-        self._mapped = np.empty(0, dtype=np.uint8)
+        self._mapped, self._address = np.empty(0, dtype=np.uint8), 0
         self._refused = False  # by a file system without direct I/O, or one with larger blocks
 
     def fill(self, view: memoryview, offset: int) -> int:
@@ -189,7 +189,10 @@ class FileReads:
                 try:
                     mapping = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)  # of addresses alone; nothing is read by it
                     self._mapped = np.frombuffer(mapping, dtype=np.uint8)
+                    self._address = self._mapped.ctypes.data
                     self._direct = open(f"/proc/self/fd/{self._fd}", "rb", buffering=0, opener=direct_opener)
+                    # Reads of what is cached would have the kernel read ahead into the cache, again and again.
+                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
                 except (OSError, ValueError):  # a file system without it, no /proc, or an empty file
                     self._refused = True
         return not self._refused
@@ -199,12 +202,13 @@ class FileReads:
 
         It says so of files that are this user's own, or that this user may write to, and claims to hold all of others.
         """
-        found, mincore = np.zeros(1, dtype=np.uint8), ctypes.CDLL(None).mincore
-        vector, held, asked = ctypes.c_void_p(found.ctypes.data), 0, 0
+        found = ctypes.c_ubyte()
+        # Without letting other threads run: taking turns 16 times would cost more than the answers.
+        mincore, held, asked = ctypes.PyDLL(None).mincore, 0, 0
         for at in range(offset, min(offset + nbytes, len(self._mapped)), max(mmap.PAGESIZE, nbytes // _SAMPLES)):
-            address = self._mapped.ctypes.data + at - at % mmap.PAGESIZE
-            failed = mincore(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), vector)
-            held, asked = held + bool(failed or found[0] & 1), asked + 1
+            page = ctypes.c_void_p(self._address + at - at % mmap.PAGESIZE)
+            failed = mincore(page, ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(found))
+            held, asked = held + bool(failed or found.value & 1), asked + 1
         return 2 * held >= asked
 
 
