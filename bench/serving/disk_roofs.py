@@ -5,6 +5,7 @@ the page cache into memory that is new, as a table's is. Direct I/O leaves out w
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,10 +16,10 @@ import numpy as np
 from engram_kernels.checkpoints.convert import DECODED, encoded
 from engram_kernels.checkpoints.encoding import decode_rows
 from engram_kernels.checkpoints.files import Checkpoint
-from engram_kernels.checkpoints.parallel import THREADS, Buffers, run_chunks, spans
+from engram_kernels.checkpoints.parallel import CHUNK, Buffers, run_chunks, spans
 from engram_kernels.checkpoints.reading import read_chunk, row_chunks
 from engram_kernels.checkpoints.validate import select_table
-from engram_kernels.checkpoints.verify import CHUNK, tally
+from engram_kernels.checkpoints.verify import scale_bytes, tally
 from engram_kernels.geometry.row_format import FORMATS
 
 BLOCK, MIB = 4096, 1 << 20
@@ -128,13 +129,18 @@ def checks(path: Path) -> None:
     with Checkpoint(path, "bench") as checkpoint:
         table = select_table(checkpoint)
         chunks = row_chunks(table, CHUNK // table.format.row_bytes(table.width) or 1)
-        content = read_chunk(checkpoint, chunks[0])
+        content, threads = read_chunk(checkpoint, chunks[0]), os.cpu_count() or 1
+        copies = iter([[each.clone() for each in content] for _ in range(threads)])
+        local = threading.local()
 
         def work(chunk) -> int:
-            tally(*content, 0, table.format)
+            if not hasattr(local, "content"):
+                local.content = next(copies)
+            tally(local.content[0], 0, table.format)
+            scale_bytes(local.content[1], table.format)
             return 0
 
-        run_chunks(chunks, work, threads=THREADS, total=0)
+        run_chunks(chunks, work, threads=threads, total=0)
 
 
 def conversions(path: Path, format: str) -> None:

@@ -54,8 +54,11 @@ def run_chunks(
                     break
                 finished.put(work(chunk))
         except BaseException as error:
-            stop.set()
-            finished.put(error)
+            with taking:  # of several the first: others would keep the memory that their frames hold
+                first = not stop.is_set()
+                stop.set()
+            if first:
+                finished.put(error)
         finally:
             finished.put(None)
 
@@ -83,6 +86,8 @@ def run_chunks(
         for thread in started:
             if thread.ident is not None:
                 thread.join()
+        # An error's frames may hold the function above, and with it the memory that chunks are of.
+        left = work = chunks = None
 
 
 def check_threads(threads: int, where: str) -> None:
