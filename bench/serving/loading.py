@@ -315,7 +315,8 @@ def verify_groups(files: Files, direct: bool, rounds: int) -> None:
     reads = each_depth("direct reads", "drive", disk_roofs.direct_reads, files.one) if direct else []
     ways = [alone, Way("one file", partial(verify, files.one)), Way(f"{SHARDS} files", partial(verify, files.index))]
     measure("verify, cold", reads + ways, files.nbytes, partial(disk_roofs.give_back, everything), rounds)
-    measure("verify, warm", ways, files.nbytes, partial(disk_roofs.warm_up, everything), rounds)
+    copies = each_depth("page cache to buffers", "memory", disk_roofs.cache_copies, files.one, new=False)
+    measure("verify, warm", copies + ways, files.nbytes, partial(disk_roofs.warm_up, everything), rounds)
 
 
 GROUPS = {"load": load_groups, "save": save_groups, "convert": convert_groups, "verify": verify_groups}

@@ -1,6 +1,8 @@
 """Whether a checkpoint's table is whole. A check returns what it saw, or raises CheckpointError with what is wrong."""
 
+import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -92,16 +94,18 @@ def check_values(checkpoint: Checkpoint, table: StoredTable, progress: Progress 
     """One pass over all rows and scales: NaN, infinities, scale bytes of 255, and what was never written."""
     tallies: dict[int, Tally] = {}
     scale_counts, buffers, fmt = [], Buffers(), table.format
+    computing = threading.Semaphore(os.cpu_count() or 1)  # more would take turns in Python at every step
 
     def count(chunk: _Chunk) -> int:
         size = chunk.tensor.nbytes // chunk.tensor.shape[0]
         content = buffers.take((chunk.end - chunk.begin) * size)
         checkpoint.read_into(chunk.tensor, chunk.begin * size, memoryview(content))
         rows = torch.from_numpy(content).view(-1, size)
-        if chunk.scales:
-            scale_counts.append(scale_bytes(rows, fmt))
-        else:
-            tallies[chunk.first] = tally(rows, chunk.first, fmt)
+        with computing:
+            if chunk.scales:
+                scale_counts.append(scale_bytes(rows, fmt))
+            else:
+                tallies[chunk.first] = tally(rows, chunk.first, fmt)
         return rows.nbytes
 
     # Rows and scales apart: the small reads of a chunk's scales would wait behind the large ones of others' rows.
