@@ -67,9 +67,12 @@ def read(fd: int, at: int, size: int, buffer: memoryview) -> None:
         raise OSError(f"a read of {size:,} bytes at {at:,} returned {got:,}")
 
 
-def direct_reads(path: Path, threads: int, piece: int) -> None:
-    """All of a file past the page cache, into buffers."""
-    by_pieces(path, threads, piece, read, os.O_DIRECT)
+def direct_reads(path: Path, threads: int, piece: int, *, new: bool = False) -> np.ndarray | None:
+    """All of a file past the page cache, into buffers, or into new memory, which is returned."""
+    memory = Buffers().take(path.stat().st_size if new else 0)
+    view = memoryview(memory)
+    by_pieces(path, threads, piece, lambda *task: read(*task[:3], view[task[1] :] if new else task[3]), os.O_DIRECT)
+    return memory if new else None
 
 
 def cache_copies(path: Path, threads: int, piece: int, *, new: bool) -> np.ndarray | None:

@@ -238,6 +238,9 @@ def load_groups(files: Files, direct: bool, rounds: int) -> None:
             partial(disk_roofs.give_back, everything),
             partial(disk_roofs.warm_up, everything),
         )
+        if direct:
+            new = partial(disk_roofs.direct_reads, files.one, *DEPTHS[-1], new=True)
+            reads.append(Way("direct reads into new memory, no roof of a drive", new))
         measure("load, cold", [*reads, copies[-1], *ways], files.nbytes, cold, rounds)
         buffers = Way(
             "page cache to a buffer: what no new memory takes",

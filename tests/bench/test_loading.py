@@ -9,7 +9,7 @@ from bench.__main__ import main
 from bench.serving import loading
 
 WAYS = {
-    "load, cold": 5,
+    "load, cold": 6,
     "load, warm": 6,
     "save": 3,
     "convert, same format, cold": 2,
