@@ -71,7 +71,9 @@ def direct_reads(path: Path, threads: int, piece: int, *, new: bool = False) -> 
     """All of a file past the page cache, into buffers, or into new memory, which is returned."""
     memory = Buffers().take(path.stat().st_size if new else 0)
     view = memoryview(memory)
-    by_pieces(path, threads, piece, lambda *task: read(*task[:3], view[task[1] :] if new else task[3]), os.O_DIRECT)
+    by_pieces(
+        path, threads, piece, lambda fd, at, size, buffer: read(fd, at, size, view[at:] if new else buffer), os.O_DIRECT
+    )
     return memory if new else None
 
 
@@ -79,7 +81,7 @@ def cache_copies(path: Path, threads: int, piece: int, *, new: bool) -> np.ndarr
     """All of a file through the page cache, into buffers, or into new memory, which is returned."""
     memory = np.empty(path.stat().st_size if new else 0, dtype=np.uint8)
     view = memoryview(memory)
-    by_pieces(path, threads, piece, lambda *task: read(*task[:3], view[task[1] :] if new else task[3]))
+    by_pieces(path, threads, piece, lambda fd, at, size, buffer: read(fd, at, size, view[at:] if new else buffer))
     return memory if new else None
 
 

@@ -53,7 +53,13 @@ class Way(NamedTuple):
 class Closed(NamedTuple):
     """What another loader made, and how it is closed."""
 
-    close: Callable[[], object]
+    tensors: list[torch.Tensor]
+    calls: list[Callable[[], object]]
+
+    def close(self) -> None:
+        self.tensors.clear()
+        for call in self.calls:
+            call()
 
 
 class Files(NamedTuple):
@@ -61,12 +67,12 @@ class Files(NamedTuple):
 
     folder: Path
     one: Path
-    index: Path
+    several: Path  #: their index
     rows: int
 
     @property
     def shards(self) -> list[Path]:
-        return sorted(set(weight_map(self.index, "bench").values()))
+        return sorted(set(weight_map(self.several, "bench").values()))
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +124,9 @@ def _member(number: int, pipe) -> None:
             return
         try:
             if what == "close":
-                table = table.close()
+                if table is not None:
+                    table.close()
+                table = None
             elif number == 0:
                 table = EngramTable.from_safetensors(path, placement="shared", name=name)
             else:
@@ -178,9 +186,9 @@ def loads(files: Files, node: Node) -> list[Way]:
     return [
         Way("one file, cpu", partial(load, files.one, "cpu")),
         Way("one file, host", partial(load, files.one, "host")),
-        Way(f"{SHARDS} files, cpu", partial(load, files.index, "cpu")),
+        Way(f"{SHARDS} files, cpu", partial(load, files.several, "cpu")),
         Way(f"one file, shared by {PROCESSES} processes", partial(node.load, files.one, files.rows)),
-        Way(f"{SHARDS} files, shared by {PROCESSES} processes", partial(node.load, files.index, files.rows)),
+        Way(f"{SHARDS} files, shared by {PROCESSES} processes", partial(node.load, files.several, files.rows)),
         *others(files),
     ]
 
@@ -200,7 +208,7 @@ def others(files: Files) -> list[Way]:
         loader.add_filenames({0: [str(files.one)]})
         buffers = loader.copy_files_to_device()
         tensors = [buffers.get_tensor(name) for name in loader.get_keys()]
-        return Closed(lambda: (tensors.clear(), buffers.close(), loader.close()))
+        return Closed(tensors, [buffers.close, loader.close])
 
     def with_runai() -> object:
         from runai_model_streamer import SafetensorsStreamer
@@ -208,7 +216,7 @@ def others(files: Files) -> list[Way]:
         streamer = SafetensorsStreamer().__enter__()
         streamer.stream_file(str(files.one))
         tensors = [tensor for _, tensor in streamer.get_tensors()]
-        return Closed(lambda: (tensors.clear(), streamer.__exit__(None, None, None)))
+        return Closed(tensors, [partial(streamer.__exit__, None, None, None)])
 
     calls = {
         "safetensors": with_safetensors,
@@ -268,7 +276,7 @@ def save_groups(files: Files, direct: bool, rounds: int) -> None:
             from safetensors.torch import save_file
 
             out = new_folder(files.folder)
-            save_file({"weight": table.weight, "scale": table.scale}, out / "model.safetensors")
+            save_file({"weight": table.weight, "scale": torch.as_tensor(table.scale)}, out / "model.safetensors")
             disk_roofs.sync(out / "model.safetensors")
             return out
 
@@ -292,7 +300,7 @@ def convert_groups(files: Files, direct: bool, rounds: int) -> None:
     copies = partial(each_depth, f"{name} reads and writes", "drive", disk_roofs.copies, files.one, files.folder)
     ways = [
         Way("one file", partial(convert, files.one, None)),
-        Way(f"{SHARDS} files", partial(convert, files.index, None)),
+        Way(f"{SHARDS} files", partial(convert, files.several, None)),
     ]
     measure("convert, same format, cold", copies(written=1.0, direct=direct) + ways, files.nbytes, cold, rounds)
     alone = Way("the arithmetic alone", partial(disk_roofs.conversions, files.one, "bfloat16"), "arithmetic")
@@ -316,7 +324,7 @@ def verify_groups(files: Files, direct: bool, rounds: int) -> None:
     everything = [files.one, *files.shards]
     alone = Way("the checks alone", partial(disk_roofs.checks, files.one), "checks")
     reads = each_depth("direct reads", "drive", disk_roofs.direct_reads, files.one) if direct else []
-    ways = [alone, Way("one file", partial(verify, files.one)), Way(f"{SHARDS} files", partial(verify, files.index))]
+    ways = [alone, Way("one file", partial(verify, files.one)), Way(f"{SHARDS} files", partial(verify, files.several))]
     measure("verify, cold", reads + ways, files.nbytes, partial(disk_roofs.give_back, everything), rounds)
     copies = each_depth("page cache to buffers", "memory", disk_roofs.cache_copies, files.one, new=False)
     measure("verify, warm", copies + ways, files.nbytes, partial(disk_roofs.warm_up, everything), rounds)
