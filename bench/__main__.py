@@ -47,6 +47,7 @@ COMMANDS = {
     "cache": "bench.cache.prediction",
     "files": "bench.serving.files",
     "loading": "bench.serving.loading",
+    "layouts": "bench.cache.layouts",
     "step_model": "bench.serving.step_model",
     "sweep": "bench.ops.sweep",
 }

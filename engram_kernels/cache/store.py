@@ -19,7 +19,7 @@ from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.device import takes_kernels
 from engram_kernels.launching.streams import streams_of
-from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
+from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan, is_staged
 from engram_kernels.ops.row_kernels.caching import RowCache
 from engram_kernels.reference.cache.simulator import LAG, TAG_BYTES, WAYS, CacheSimulator
 from engram_kernels.tables.engram import EngramTable
@@ -71,7 +71,7 @@ class CacheStore(RowCache):
         row_format, width = tables[0].format, tables[0].width
         if row_format.dtype == torch.float64:
             raise ValueError(f"{where}: rows must be of a format that kernels read, got {tables[0]!r}")
-        if plan.device.type != "cpu" and any(table.placement == "staged" for table in tables):
+        if any(is_staged(table, plan.device) for table in tables):
             raise ValueError(
                 f"{where}: tables must be read by kernels; those of placement 'staged' are gathered by CPU threads, "
                 "before a GPU could say which rows it has"

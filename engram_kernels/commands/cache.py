@@ -23,8 +23,8 @@ from engram_kernels.geometry.token_map import build_token_map
 
 from .arguments import CommandError, errors_in_one_line
 from .console import busy, print_json, print_sections, track
+from .demo.tokenizer import encode, load_tokenizer
 from .presets import read_config
-from .tokenizer import encode, load_tokenizer
 from .traffic import LINK, layer_traffic, link_seconds
 
 #: Of each order in each layer: 0.2 to 13 GB of DeepSeek-V4.1.

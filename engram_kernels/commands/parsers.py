@@ -2,7 +2,17 @@
 
 import argparse
 
-from .arguments import bandwidth, byte_count, entry_count, existing, fraction, new_file, positive_int, rank_count
+from .arguments import (
+    bandwidth,
+    byte_count,
+    entry_count,
+    existing,
+    fraction,
+    new_file,
+    positive_float,
+    positive_int,
+    rank_count,
+)
 from .presets import FORMATS, PRESETS, model_name
 
 _CONFIG = dict(metavar="MODEL", type=model_name, default=PRESETS[0])
@@ -52,6 +62,16 @@ def add_size(command: argparse.ArgumentParser) -> None:
     add("--memory", metavar="GB/s", type=bandwidth, help="of device memory; default an H200")
     add("--hit-rate", metavar="SHARE", type=fraction, default=0.0, help="rows that come from device memory; default 0")
     add("--ranks", metavar="N", type=rank_count, help="what a table over N ranks costs, beside copies")
+    plan = command.add_argument_group("--plan", "whether to replicate, shard or read from disk, per layer and link")
+    add = plan.add_argument
+    add("--plan", action="store_true", help="say so, by what follows")
+    add("--nodes", metavar="N", type=positive_int, help="default 1")
+    add("--node-ranks", metavar="N", type=positive_int, help="GPUs or processes of a node; default 1")
+    add("--ram-gib", metavar="GIB", type=positive_float, help="of a node, for tables; default: all of this machine's")
+    add("--cache-gib", metavar="GIB", type=positive_float, help="of a rank, for caches of all layers; default 4")
+    reads = "random reads of 4,096 B a second of a node's drive, which python -m bench files measures"
+    add("--reads", metavar="N", type=positive_float, help=reads)
+    add("--tokens-per-second", metavar="N", type=positive_float, help="that a node is to reach")
     add_json(command)
 
 

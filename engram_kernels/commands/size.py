@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.row_format import row_format
 from engram_kernels.ranks.sharding import shard_rows
+from engram_kernels.tables.memory.report import total_host_memory
 
+from .arguments import CommandError
 from .console import gib, print_json, print_sections
+from .plan import Job, plan_facts, plan_sections
 from .presets import PRESETS, layer_bytes, read_config, row_bytes
 from .traffic import (
     LINK,
@@ -15,12 +18,12 @@ from .traffic import (
     MEMORY,
     SHARES,
     LayerTraffic,
+    exchange_a_token,
     fetched_share,
     floor_seconds,
     gradient_exchange,
     layer_traffic,
     link_seconds,
-    lookup_exchange,
     most_ranks,
     replica_exchange,
 )
@@ -32,19 +35,41 @@ Model = str | tuple[str, EngramConfig]
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code, 0."""
+    _check_plan(arguments)
     model = read_config(arguments.config, arguments.format)
     tokens, hit_rate = arguments.tokens or TOKENS, arguments.hit_rate
     link, memory = arguments.link or LINK, arguments.memory or MEMORY
     ranks, rank_tokens = arguments.ranks, max(arguments.tokens or (8192,))
     if arguments.json:
         of_ranks = None if ranks is None else rank_facts(model, ranks, rank_tokens, link, hit_rate)
-        print_json(size_facts(model, tokens, link, memory, hit_rate) | {"ranks": of_ranks})
+        plan = plan_facts(model[1], _job(arguments), hit_rate) if arguments.plan else None
+        print_json(size_facts(model, tokens, link, memory, hit_rate) | {"ranks": of_ranks, "plan": plan})
         return 0
     sections = size_sections(model, tokens, link, memory, hit_rate)
     if ranks is not None:
         sections += rank_sections(model, ranks, rank_tokens, link, hit_rate)
+    if arguments.plan:
+        sections += plan_sections(model[1], _job(arguments), hit_rate)
     print_sections(sections)
     return 0
+
+
+def _check_plan(arguments: argparse.Namespace) -> None:
+    """Raise CommandError where something is said of a plan that nobody asked for."""
+    for name in ("nodes", "node_ranks", "ram_gib", "cache_gib", "reads", "tokens_per_second"):
+        if getattr(arguments, name) is not None and not arguments.plan:
+            raise CommandError(f"--{name.replace('_', '-')}: expected --plan with it")
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    """What the arguments behind ``--plan`` say; the rest is this machine's, or what :class:`Job` has."""
+    given = dict(nodes=arguments.nodes, ranks=arguments.node_ranks, link=arguments.link, reads=arguments.reads)
+    given |= dict(tokens=max(arguments.tokens or (8192,)), wanted=arguments.tokens_per_second)
+    given |= {
+        name: None if size is None else int(size * 2**30)
+        for name, size in (("ram", arguments.ram_gib), ("cache", arguments.cache_gib))
+    }
+    return Job(**dict(ram=total_host_memory()) | {name: each for name, each in given.items() if each is not None})
 
 
 def size_facts(
@@ -129,7 +154,7 @@ def rank_facts(model: Model, ranks: int, tokens: int = 8192, link: float = LINK,
         shares[f"hit rate {hit_rate:g}"] = 1 - hit_rate
     lookups = []
     for label, share in shares.items():
-        moved = sum(lookup_exchange(ranks, share * rows * others, share * rows * others, row, id_bytes))
+        moved = tokens * exchange_a_token(ranks, tokens, share * config.columns, row, id_bytes, label != "no cache")
         over_host = {"host_bytes": share * rows * row, "host_seconds": share * rows * host}
         lookups.append({"rows_fetched": label, "share": share, **over_host, **_exchange(moved)})
     entry = config.row_width * 2

@@ -11,8 +11,15 @@ A table over W ranks, beside one copy per rank or node; bytes that one rank send
 as many on average:
 
     lookup      8 B a rank of counts, ids [a] to owners, rows [g] back: a = g = share * T * C * (W - 1) / W
+    cached      the same of what a cache missed, with 16 B a rank of counts and versions
     fixed       (W - 1) * (K + 1) ids, (W - 1) * K rows, whatever is asked for
     gradients   8 B a rank of counts, ids and entries [e]: e = T * C * (W - 1) / W; every rank's when tables are copies
+
+Where a layer's rows may lie, for one token that fetches ``share`` of its C rows (what a cache before them missed):
+
+    replicate   share * C rows over the host's link, from the node's memory
+    shard       the same, of one shard per node, and a lookup's exchange between the ranks of one number on N nodes
+    disk        share * C * spans(row bytes, 4,096) reads of a page, of a file whose rows begin at a page's start
 
 T tokens of a rank, K capacity; share: of a batch's rows, those that are fetched. The functions that are given numbers
 of rows are exact, and tests compare them with what real processes exchange.
@@ -24,6 +31,8 @@ from dataclasses import dataclass
 
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.row_format import row_format
+from engram_kernels.reference.cache.simulator import TAG_BYTES
+from engram_kernels.tables.memory.direct import PAGE
 
 #: Payload of PCIe Gen5 x16 in requests of 128 B, and what a copy reaches of an H200's memory; both in GB/s.
 LINK, MEMORY = 54.5, 4300.0
@@ -40,6 +49,8 @@ SHARES = {
     "cache of 262,144": (0.18, 0.54, 0.69),
     "cache of 1,048,576": (0.11, 0.39, 0.59),
 }
+#: N-grams of an order that the caches of SHARES keep.
+ENTRIES = {"no cache": 0, "cache of 262,144": 262_144, "cache of 1,048,576": 1_048_576}
 COUNT_BYTES = 8
 
 
@@ -110,9 +121,32 @@ def floor_seconds(
     }
 
 
-def lookup_exchange(ranks: int, asked: float, given: float, row_bytes: int, id_bytes: int) -> tuple[float, ...]:
-    """Bytes to other ranks in a lookup's exchanges: counts, ids of ``asked`` rows, ``given`` rows with their scales."""
-    return COUNT_BYTES * (ranks - 1), asked * id_bytes, given * row_bytes
+def lookup_exchange(
+    ranks: int, asked: float, given: float, row_bytes: int, id_bytes: int, cached: bool = False
+) -> tuple[float, ...]:
+    """Bytes to other ranks in a lookup's exchanges: counts, ids of ``asked`` rows, ``given`` rows with their scales.
+
+    cached: asked and given are what caches of rows missed, and versions go with the counts.
+    """
+    return COUNT_BYTES * (ranks - 1) * (1 + cached), asked * id_bytes, given * row_bytes
+
+
+def exchange_a_token(
+    ranks: int, tokens: int, rows: float, row_bytes: int, id_bytes: int, cached: bool = False
+) -> float:
+    """Bytes that a rank sends to others for one of its ``tokens``, which fetches ``rows`` rows, its own among them."""
+    others = tokens * rows * (ranks - 1) / ranks
+    return sum(lookup_exchange(ranks, others, others, row_bytes, id_bytes, cached)) / tokens
+
+
+def page_reads(rows: float, row_bytes: int) -> float:
+    """Reads of a page from a file for ``rows`` rows; those that share a page, which are few, count each for itself."""
+    return rows * spans(row_bytes, PAGE)
+
+
+def row_cache_bytes(config: EngramConfig, entries: int, row_bytes: int) -> int:
+    """Of a cache of the rows of ``entries`` n-grams of each order, one by one: ``row_bytes`` of each, and its tag."""
+    return entries * config.columns * (row_bytes + TAG_BYTES)
 
 
 def fixed_exchange(ranks: int, capacity: int, row_bytes: int, id_bytes: int) -> tuple[int, ...]:

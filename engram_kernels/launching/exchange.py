@@ -72,21 +72,23 @@ class Ranks:
     def exchange_counts(self, counts: torch.Tensor, where: str, what: str) -> tuple[list[int], list[int]]:
         """Both as lists: int64 ``counts [W]`` of entries for each rank, and what they have for this one. Waits.
 
-        RankError where a rank has none to give, since it refuses its arguments (:meth:`refuse`).
+        Of counts ``[W * n]`` each rank gets n. RankError where a rank has none to give, since it refuses its arguments
+        (:meth:`refuse`).
         """
         theirs = self.exchange_into(torch.empty_like(counts), counts, where, f"the number of {what}").tolist()
         if _REFUSED in theirs:
-            rank = theirs.index(_REFUSED)
+            rank = theirs.index(_REFUSED) * self.size // len(theirs)
             raise RankError(f"{where}: rank {rank} of {self.size} refused its arguments; its own error says why")
         return counts.tolist(), theirs
 
-    def refuse(self, device: torch.device, where: str, what: str) -> None:
+    def refuse(self, device: torch.device, where: str, what: str, each: int = 1) -> None:
         """Take part in :meth:`exchange_counts` for a rank whose arguments are wrong, so that its peers need not wait.
 
-        device: one that the group moves tensors of. Where peers are gone there is nobody to tell.
+        device: one that the group moves tensors of. each: numbers that a rank gets. Where peers are gone there is
+        nobody to tell.
         """
         with contextlib.suppress(RankError):
-            counts = torch.full((self.size,), _REFUSED, device=device)
+            counts = torch.full((self.size * each,), _REFUSED, device=device)
             self.exchange_into(torch.empty_like(counts), counts, where, f"the number of {what}")
 
     def sum(self, value: torch.Tensor, where: str, what: str) -> torch.Tensor:

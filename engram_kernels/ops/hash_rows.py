@@ -21,7 +21,7 @@ from engram_kernels.launching.tokens import TOKEN_KINDS, TOKENS_SCHEMA, Tokens, 
 from engram_kernels.reference.ops.hash_rows import lookup_layers
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.memory.direct import local_rows
+from engram_kernels.tables.memory.direct import rows_at_hand
 from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.staging import check_stageable, stage
 from engram_kernels.tables.trainable import moves_taken
@@ -152,7 +152,7 @@ class HashLookup(Op):
             for table in call.tables:
                 table.cpu_rows += prod(call.ids_shape[1:])
         options = dict(out=out, out_dtype=call.out_dtype, out_format=call.out_format)
-        if any(table.direct is not None for table in call.tables):
+        if any(table.direct is not None or (table.mapped and not is_compiling()) for table in call.tables):
             return self._from_files(call, **options)
         options |= dict(cache=None if call.cache is None else call.cache.simulator, **call.tokens.options)
         return reference.hash_lookup(call.tokens.token_ids, call.plan, call.tables, **options)
@@ -165,7 +165,7 @@ class HashLookup(Op):
             sequences = dict(cu_seqlens=tokens.cu_seqlens, history=tokens.history, dead=tokens.dead)
             call.cache.simulator.look_up_tokens(tokens.token_ids, call.plan, **sequences)
         pairs = zip(call.tables, row_ids, strict=True)
-        some = [local_rows(table, ids, self.name) if table.direct else (table, ids) for table, ids in pairs]
+        some = [rows_at_hand(table, ids, self.name) for table, ids in pairs]
         return lookup_layers(*zip(*some, strict=True), **options)
 
     def compiled(self, call, out):
@@ -219,7 +219,7 @@ def launch_layers(row_ids: torch.Tensor, tables: Sequence[EngramTable], out, rea
     for layer, table in enumerate(tables):
         ids = row_ids[..., layer, :]
         rows_asked((table,)).rows += ids.numel()
-        if table.placement == "staged":
+        if is_staged(table, ids.device):
             ids, view = stage(table, ids, "hash_lookup", host_ids[..., layer, :])
         else:
             view = view_tables((table,), ids.device)

@@ -21,7 +21,7 @@ from engram_kernels.launching.checks import check_tensor
 from engram_kernels.launching.device import is_kernel_device
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import check_recordable, record_rows, records_rows
-from engram_kernels.tables.memory.direct import local_rows
+from engram_kernels.tables.memory.direct import rows_at_hand
 from engram_kernels.tables.placed import TABLES, counting, rows_asked
 from engram_kernels.tables.trainable import moves_taken
 
@@ -111,9 +111,7 @@ class Lookup(Op):
     def reference(self, call, out):
         if not is_compiling():
             call.table.cpu_rows += call.row_ids.numel()
-        table, row_ids = call.table, call.row_ids
-        if table.direct is not None:
-            table, row_ids = local_rows(table, row_ids, self.name)
+        table, row_ids = rows_at_hand(call.table, call.row_ids, self.name)
         return reference.lookup(table, row_ids, out=out, out_dtype=call.out_dtype, out_format=call.out_format)
 
     def compiled(self, call, out):

@@ -6,6 +6,11 @@
 
 The last step is the lookup that one rank alone would have done, on the same stored bytes: the same bits come out.
 
+With ``cache_bytes`` rows of other ranks that this one asked for before are in its own memory (kept.py), and only what
+was missed is exchanged. With the number of rows each rank then tells the version of its shard's rows: where one is not
+what it was in the last lookup every rank forgets what it kept, and the numbers are told once more. So a rank may change
+its rows by itself between two lookups, and the second one reads them.
+
 Exact sizes need the number of rows that each rank asks of each other; these numbers go first, and the host waits for
 them. With a fixed ``capacity`` of K rows from one rank to another all sizes are fixed, and a call can be captured in a
 CUDA graph. Each request then carries, behind its K positions, the most rows that its sender asked of any rank, so that
@@ -31,13 +36,62 @@ def received_rows(table: ShardedRows, row_ids: torch.Tensor) -> tuple[EngramTabl
     if len(keys) and int(keys[0]) < 0:  # ids outside the table sort first, and are -1 then
         keys, found = keys[1:], found - 1
     counts = torch.searchsorted(keys, rows_of.bounds).diff()
+    if table.cache is not None:
+        return _received(table, _through_cache(table, keys, counts)), found
     wanted, asked = ranks.exchange_counts(counts, _WHERE, ROWS_ASKED)
-    positions = (keys % rows_of.stride).to(table.sharding.id_dtype)
-    positions = ranks.exchange(positions, wanted, asked, _WHERE, _IDS)
-    packed = ranks.exchange(_stored(table.part, positions), asked, wanted, _WHERE, _ROWS)
+    _count(table, len(keys), wanted, asked)
+    return _received(table, _exchanged(table, keys, wanted, asked)), found
+
+
+def _through_cache(table: ShardedRows, keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Rows as bytes of distinct, ascending ``keys``, of which ``counts [W]`` are each rank's."""
+    ranks, kept = table.ranks, table.cache.on(keys.device)
+    bounds, version = _before(counts), counts.new_full((), table.part.version)
+    while True:
+        places = kept.find(keys)
+        hits = places < kept.entries
+        missed = _before(~hits)[bounds].diff()
+        told = torch.stack([missed, version.expand_as(missed)], 1).view(-1)
+        mine, theirs = ranks.exchange_counts(told, _WHERE, ROWS_ASKED)
+        if theirs[1::2] == table.cache.versions:
+            break
+        table.cache.forget(theirs[1::2])  # on all ranks, which have been told the same
+    wanted, asked = mine[::2], theirs[::2]
+    _count(table, len(keys), wanted, asked)
+    misses = hits.byte().argsort(stable=True)[: sum(wanted)]
+    keys, packed = keys[misses], _exchanged(table, keys[misses], wanted, asked)
+    rows = kept.rows.index_select(0, places).index_copy_(0, misses, packed.view(kept.rows.dtype)).view(torch.uint8)
+    begin = sum(wanted[: ranks.rank])
+    end = begin + wanted[ranks.rank]  # its own rows are not kept
+    kept.keep(torch.cat([keys[:begin], keys[end:]]), torch.cat([packed[:begin], packed[end:]]))
+    return rows
+
+
+def _before(numbers: torch.Tensor) -> torch.Tensor:
+    """int64 ``[n + 1]``: how much there is before each of ``numbers [n]``, and in all."""
+    return torch.cat([numbers.new_zeros(1, dtype=torch.int64), numbers.cumsum(0)])
+
+
+def _exchanged(table: ShardedRows, keys: torch.Tensor, wanted: list[int], asked: list[int]) -> torch.Tensor:
+    """Rows as bytes of ascending ``keys``, from the ranks that hold them."""
+    positions = (keys % table.map(keys.device).stride).to(table.sharding.id_dtype)
+    positions = table.ranks.exchange(positions, wanted, asked, _WHERE, _IDS)
+    return table.ranks.exchange(_stored(table.part, positions), asked, wanted, _WHERE, _ROWS)
+
+
+def _count(table: ShardedRows, distinct: int, wanted: list[int], asked: list[int]) -> None:
+    rank, counts = table.ranks.rank, table.counts
+    counts["lookups"] += 1
+    counts["distinct"] += distinct - wanted[rank]
+    counts["hits"] += distinct - sum(wanted)
+    counts["received"] += sum(wanted) - wanted[rank]
+    counts["given"] += sum(asked) - asked[rank]
+
+
+def _received(table: ShardedRows, packed: torch.Tensor) -> EngramTable:
     received = _empty(table, max(1, len(packed)), packed.device)
     _unpack(packed, received)
-    return received, found
+    return received
 
 
 class FixedExchange:
@@ -65,7 +119,7 @@ class FixedExchange:
         first = inside.clone()
         first[1:] &= keys[1:] != keys[:-1]
         # distinct[i]: how many distinct rows there are among the first i entries.
-        distinct = torch.cat([first.new_zeros(1, dtype=torch.int64), first.cumsum(0)])
+        distinct = _before(first)
         before = distinct[torch.searchsorted(keys, rows_of.bounds)]
         owner = torch.div(keys, rows_of.stride, rounding_mode="floor").clamp_(max=rows_of.ranks - 1)
         slot = distinct[1:] - 1 - before[owner]

@@ -3,23 +3,38 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from engram_kernels.geometry.choices import FormatName, Mean, Placement, Split
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.kinds import Function, Instance, Number, OneOf, Optional, Whole, check_all, declares
+from engram_kernels.geometry.kinds import (
+    Flag,
+    Function,
+    Instance,
+    Number,
+    OneOf,
+    Optional,
+    Whole,
+    check_all,
+    declares,
+    takes,
+)
 from engram_kernels.geometry.plan import HashPlan, layer_plan
 from engram_kernels.geometry.row_format import FORMATS, RowFormat, row_format
 from engram_kernels.launching.exchange import Groups
+from engram_kernels.ops.row_kernels.arguments import TableOverRanks
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import RowGradient, row_gradient
 from engram_kernels.tables.placement import PLACEMENTS
 from engram_kernels.tables.shard import Shard
 
+from .kept import RankCache, check_cache
 from .sharding import SPLITS, ShardMap, shard_rows
 
+_COUNTS = ("lookups", "distinct", "hits", "received", "given")
 Fill = Callable[[EngramTable, Sequence[tuple[int, int]]], object]
 _WHERE = "ShardedTable"
 #: How the gradients of ranks meet: the mean is what DistributedDataParallel makes of those of dense parameters.
@@ -33,13 +48,14 @@ _KINDS = TABLE_KINDS | dict(
     scale=Number(),
     fill=Optional(Function()),
     capacity=Optional(Whole(1)),
+    cache_bytes=Optional(Whole(1)),
     node=GROUP,
     replicas=GROUP,
     reduce=OneOf(*REDUCES),
 )
 
 
-class ShardedRows:
+class ShardedRows(TableOverRanks):
     """The rows of a :class:`ShardedTable`, made from its arguments.
 
     ranks, replicas: the groups, as this rank sees them. sharding: which rows are whose. part: this rank's shard. rows,
@@ -62,6 +78,7 @@ class ShardedRows:
         scale: float = 1.0,
         fill: Fill | None = None,
         capacity: int | None = None,
+        cache_bytes: int | None = None,
         node: "dist.ProcessGroup | None" = None,
         replicas: "dist.ProcessGroup | None" = None,
         reduce: Mean = "mean",
@@ -71,15 +88,19 @@ class ShardedRows:
         self.groups, self.ranks, self.replicas = groups, groups.ranks, groups.replicas
 
         given = dict(config=config, layer=layer, placement=placement, split=split, format=format, scale=scale)
-        given |= dict(fill=fill, capacity=capacity, reduce=reduce)
+        given |= dict(fill=fill, capacity=capacity, cache_bytes=cache_bytes, reduce=reduce)
 
         def check() -> int:
             check_all(_WHERE, _KINDS, given)
+            if cache_bytes is not None:
+                fmt = row_format(format or config.format, _WHERE)
+                check_cache(_WHERE, cache_bytes, capacity, fmt.stored_bytes(config.row_width))
             return layer_index(config, layer, _WHERE)
 
         index = groups.attempt(_WHERE, "checking its arguments", check)
         facts = {f"config's {name}": value for name, value in dataclasses.asdict(config).items()}
         facts |= {"layer": layer, "format": format or config.format, "capacity": capacity, "split": split}
+        facts |= {"cache_bytes": cache_bytes}
         facts |= {"table's scale": scale, "shared by a node": node is not None, "reduce": reduce}
         groups.attempt(_WHERE, "comparing arguments", lambda: self.ranks.check_equal(facts, _WHERE))
         if self.replicas is not None:
@@ -89,6 +110,7 @@ class ShardedRows:
             #: Rank of the world behind each (replica, rank of its group).
             self.source_ranks = [rank for members in sources for rank in members]
         self.config, self.layer, self.capacity, self.reduce = config, layer, capacity, reduce
+        self.counts, self.cache = dict.fromkeys(_COUNTS, 0), None
         self.format: RowFormat = row_format(format or config.format, _WHERE)
         self.placement, self.rows, self.width = placement, config.rows_per_layer[index], config.row_width
         self.sharding = shard_rows(config.primes[index], self.rows, self.ranks.size, split)
@@ -96,6 +118,10 @@ class ShardedRows:
         self.part = self._make_shard(groups, scale, fill, options)
         copies = 1 if self.replicas is None else self.replicas.size
         self.part.shard = Shard(self.ranks, self.rows, copies, self.sharding.ranges(self.ranks.rank))
+        if cache_bytes is not None:
+            versions = self.ranks.gather(self.part.version, _WHERE, "the versions of shards")
+            others = self.rows - self.sharding.part_rows[self.ranks.rank]
+            self.cache = RankCache(others, self.format.stored_bytes(self.width), cache_bytes, versions)
         contributors = self.ranks.size * copies
         self.part.gradient_of = partial(_scaled_gradient, factor=1 / contributors if reduce == "mean" else 1.0)
 
@@ -104,6 +130,16 @@ class ShardedRows:
         if device not in self._maps:
             self._maps[device] = ShardMap(self.sharding, device)
         return self._maps[device]
+
+    def metrics(self) -> dict[str, int]:
+        """What lookups without ``capacity`` exchanged so far, for a scraper; those of the shard are ``part.metrics()``.
+
+        lookups: calls. distinct: rows of other ranks that these asked for, each distinct one of a call once. hits: of
+        these, found in the cache. received: of these, from other ranks. given: rows to other ranks. entries: rows that
+        the cache has room for, and nbytes, its bytes; both are 0 before the first lookup.
+        """
+        kept = [] if self.cache is None else [*self.cache.kept.values()]
+        return self.counts | dict(entries=sum(it.entries for it in kept), nbytes=sum(it.nbytes for it in kept))
 
     @property
     def closed(self) -> bool:
@@ -138,6 +174,17 @@ class ShardedRows:
     def token_map(self, digest: str | None) -> None:
         self.part.token_map = digest
 
+    @takes(requires=Flag())
+    def requires_row_grad_(self, requires: bool = True) -> Self:
+        """Make the rows trainable, on every rank, or with ``requires=False`` no longer so; optimizers take ``part``.
+
+        Returns the table. ValueError for formats that are not dense, with overlays, and with ``cache_bytes``.
+        """
+        if requires:
+            self._check_trainable("ShardedTable.requires_row_grad_")
+        self.part.requires_row_grad_(requires)
+        return self
+
     def zero_row_grad(self) -> None:
         """Forget the gradient of this rank's rows."""
         self.part.zero_row_grad()
@@ -154,6 +201,10 @@ class ShardedRows:
                 raise ValueError(f"{where}: plan must fit {self.rows} rows, got {own.rows_per_layer[0]}")
             self._plan = (plan, own)
         return self._plan[1]
+
+    def _check_trainable(self, where: str) -> None:
+        if self.cache is not None:
+            raise ValueError(f"{where}: rows that are trained are not kept; make the table without cache_bytes")
 
     def _make_shard(self, groups: Groups, scale: float, fill: Fill | None, options: dict) -> EngramTable:
         # A rank without rows keeps one that nobody asks for, so that every rank has a table.

@@ -3,6 +3,7 @@
     ranks/sharding.py     which rows are whose
     ranks/rows.py         what one rank knows of the table, and its shard
     ranks/lookup.py       distinct ids to the ranks that hold them, stored rows back
+    ranks/kept.py         rows of other ranks that this one keeps
     ranks/gradient.py     gradients to the ranks that hold the rows, in the order of the global batch
     ranks/checkpoint.py   one checkpoint whatever the number of ranks
     ranks/nodes.py        groups of the ranks of a node, and across nodes
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from engram_kernels.checkpoints.files import Paths
 from engram_kernels.geometry.choices import OutFormat, Placement, RowsAndScales
 from engram_kernels.geometry.config import EngramConfig
-from engram_kernels.geometry.kinds import AnyOf, Flag, Number, Optional, Tensor, check_all, declares, takes
+from engram_kernels.geometry.kinds import AnyOf, Number, Optional, Tensor, check_all, declares
 from engram_kernels.geometry.kinds import Path as PathKind
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import check_content, format_of
@@ -62,6 +63,9 @@ class ShardedTable(ShardedRows):
     other, to write them. Without it the rows are what ``empty`` leaves.
     capacity: distinct rows that a rank may ask of another in one lookup. Sizes are fixed then, and a lookup can be
     captured in a CUDA graph; see :meth:`check_capacity`. None exchanges exact sizes, for which the host waits.
+    cache_bytes: memory for rows of other ranks that this rank asked for before, on the device of its lookups (each one
+    that there are lookups from): only others are exchanged, for the same bits. For tables that are not trained. Rows
+    that change are forgotten by their :attr:`EngramTable.version`. None keeps none.
     node: group of the ranks that share one shard, with placement "shared": its first rank makes it, the others attach
     (:meth:`node_groups`). replicas: group of the ranks that hold the same shard in other groups, whose row gradients
     are added as well; None is ``node``.
@@ -215,7 +219,7 @@ class ShardedTable(ShardedRows):
         out, out_dtype, out_format: where to write, and as what, as for :func:`lookup`, whose bits the result has.
         Where the table is trainable autograd follows values, and the backward pass is collective too.
         """
-        with self._refusing(row_ids):
+        with self.refusing(row_ids):
             self._check_lookup("ShardedTable.lookup", row_ids, out, out_dtype, out_format)
         if records_rows((self,), out_format):
             with torch.no_grad():
@@ -283,13 +287,17 @@ class ShardedTable(ShardedRows):
         """
         where = "ShardedTable.hash_lookup"
         tokens = Tokens(token_ids, cu_seqlens, history, dead, slots)
-        with self._refusing(token_ids):
+        with self.refusing(token_ids):
             check_tokens(where, tokens, plan)
             plan = self._own_plan(plan, where)
             check_token_values(where, tokens, plan)
             row_ids = ngram_hash(token_ids, plan, **tokens.options)[..., 0, :]
             self._check_lookup(where, row_ids, out, out_dtype, out_format)
         return self.lookup(row_ids, out=out, out_dtype=out_dtype, out_format=out_format)
+
+    def look_up(self, tokens: Tokens, plan: HashPlan, out, **options) -> None:
+        """What a :class:`Prefetcher` calls."""
+        self.hash_lookup(tokens.token_ids, plan, **tokens.options, out=out, **options)
 
     def check_capacity(self) -> None:
         """Raise ValueError where lookups since the last call needed more than ``capacity``; waits for the device.
@@ -329,15 +337,6 @@ class ShardedTable(ShardedRows):
         stored = self.groups.attempt(where, "reading the file", read)
         return ShardedOverlay(self, *stored, where).apply()
 
-    @takes(requires=Flag())
-    def requires_row_grad_(self, requires: bool = True) -> "ShardedTable":
-        """Make the rows trainable, on every rank, or with ``requires=False`` no longer so; optimizers take ``part``.
-
-        Returns the table. ValueError for formats that are not dense, and with overlays.
-        """
-        self.part.requires_row_grad_(requires)
-        return self
-
     @declares(row_ids=Tensor(*ID_DTYPES), grad=Tensor(*GRAD_DTYPES))
     def accumulate_row_grad(self, row_ids: torch.Tensor, grad: torch.Tensor) -> None:
         """Add the gradient ``grad [..., R]`` of rows ``row_ids [...]`` where these live; collective.
@@ -357,6 +356,8 @@ class ShardedTable(ShardedRows):
     def close(self) -> None:
         """Release this rank's shard; not collective."""
         self._fixed.clear()
+        if self.cache is not None:
+            self.cache.kept.clear()
         self.part.close()
 
     def __enter__(self) -> "ShardedTable":
@@ -376,12 +377,14 @@ class ShardedTable(ShardedRows):
         if row_ids.dim() == 0 or row_ids.numel() >= 2**31:
             raise ValueError(f"{where}: row_ids must have shape [..., C], below 2^31 ids, got {list(row_ids.shape)}")
         self.part.check_readable_on(row_ids.device, where)
+        if self.requires_row_grad:
+            self._check_trainable(where)
         check_row_out(where, self.part, (*row_ids.shape, self.width), row_ids.device, out, out_dtype, out_format)
         if records_rows((self,), out_format):
             check_recordable(where, out)
 
     @contextlib.contextmanager
-    def _refusing(self, ids) -> Iterator[None]:
+    def refusing(self, ids) -> Iterator[None]:
         """Where the block raises, the peers of a lookup of ``ids`` are told, which wait for numbers of rows."""
         try:
             yield
@@ -389,5 +392,6 @@ class ShardedTable(ShardedRows):
             if self.capacity is None:
                 kind = ids.device.type if isinstance(ids, torch.Tensor) else self.placement
                 device = "cpu" if kind == "cpu" or not torch.cuda.is_available() else "cuda"
-                self.ranks.refuse(torch.device(device), "ShardedTable.lookup", ROWS_ASKED)
+                each = 1 if self.cache is None else 2
+                self.ranks.refuse(torch.device(device), "ShardedTable.lookup", ROWS_ASKED, each)
             raise

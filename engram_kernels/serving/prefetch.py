@@ -11,23 +11,14 @@ for CUDA graphs.
 """
 
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Generic, Literal, overload
 
 import torch
 
 from engram_kernels.geometry.choices import OutFormat, Read, ReadOrder, RowsAndScales
-from engram_kernels.geometry.kinds import (
-    Dtype,
-    Each,
-    Flag,
-    Function,
-    Instance,
-    OneOf,
-    Optional,
-    Whole,
-    declares,
-    takes,
-)
+from engram_kernels.geometry.kinds import Dtype, Each, Flag, Function, Instance, OneOf, Optional, Whole, declares, takes
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.launching.device import on_device_of, processors
 from engram_kernels.launching.streams import streams_of
@@ -35,7 +26,7 @@ from engram_kernels.launching.tokens import TOKEN_KINDS, Tokens, check_token_val
 from engram_kernels.ops.call import form_of
 from engram_kernels.ops.gate_kernels.arguments import FLOAT_DTYPES
 from engram_kernels.ops.hash_rows import HASH_LOOKUP, HashLookupCall
-from engram_kernels.ops.row_kernels.arguments import check_tables_of_plan
+from engram_kernels.ops.row_kernels.arguments import TableOverRanks, parts_of_plan
 from engram_kernels.ops.row_kernels.caching import CACHE, RowCache, check_cache
 from engram_kernels.ops.row_kernels.hashed import hash_rows_config
 from engram_kernels.ops.row_kernels.order import ORDERS, check_order, choose_order
@@ -55,7 +46,8 @@ class Prefetcher(Generic[Read]):
         ...                                                embedding, the layers before
         hidden = engram(hidden, rows=prefetcher.rows(layer))
 
-    plan, tables: as for :func:`hash_lookup`, one table per layer of the plan. Buffers of ``L * max_tokens * C`` rows
+    plan, tables: as for :func:`hash_lookup`, one table per layer of the plan; or a :class:`ShardedTable` for each,
+    without programs, order and cache, where starts are collective. Buffers of ``L * max_tokens * C`` rows
     are allocated here, once (``nbytes`` are all of them); :meth:`start` overwrites them, once those that read them are
     done.
     programs: size of the lookup's persistent grid; None is half the multiprocessors, which leaves the others to the
@@ -82,7 +74,7 @@ class Prefetcher(Generic[Read]):
     def __init__(
         self: "Prefetcher[torch.Tensor]",
         plan: HashPlan,
-        tables: Sequence[EngramTable],
+        tables: Sequence[EngramTable] | Sequence[TableOverRanks],
         max_tokens: int,
         *,
         programs: int | None = None,
@@ -103,7 +95,7 @@ class Prefetcher(Generic[Read]):
     def __init__(
         self: "Prefetcher[RowsAndScales]",
         plan: HashPlan,
-        tables: Sequence[EngramTable],
+        tables: Sequence[EngramTable] | Sequence[TableOverRanks],
         max_tokens: int,
         *,
         programs: int | None = None,
@@ -122,7 +114,7 @@ class Prefetcher(Generic[Read]):
 
     @takes(
         plan=Instance(HashPlan),
-        tables=Each(Instance(EngramTable)),
+        tables=Each(Instance(EngramTable, "ShardedTable")),
         max_tokens=Whole(1),
         programs=Optional(Whole(1)),
         order=Optional(OneOf(*ORDERS)),
@@ -140,7 +132,7 @@ class Prefetcher(Generic[Read]):
     def __init__(
         self,
         plan: HashPlan,
-        tables: Sequence[EngramTable],
+        tables: Sequence[EngramTable] | Sequence[TableOverRanks],
         max_tokens: int,
         *,
         programs: int | None = None,
@@ -157,7 +149,11 @@ class Prefetcher(Generic[Read]):
         out_format: OutFormat = "values",
     ):
         where = "Prefetcher"
-        tables = check_tables_of_plan(where, plan, tables)
+        over_ranks = [table for table in tables if isinstance(table, TableOverRanks)]
+        if over_ranks and (len(over_ranks) != len(tables) or (programs, order, cache) != (None, None, None)):
+            raise ValueError(f"{where}: a ShardedTable takes no programs, order or cache, nor other tables beside it")
+        self._over_ranks, self._refusing = over_ranks, over_ranks[0].refusing if over_ranks else nullcontext
+        tables = parts_of_plan(where, plan, tables, over_ranks)
         num_layers, num_columns = plan.primes.shape
         if max_tokens * num_columns >= 2**31:
             raise ValueError(f"{where}: max_tokens * C must be below 2^31, got {max_tokens} * {num_columns}")
@@ -235,9 +231,8 @@ class Prefetcher(Generic[Read]):
     def launches(self, num_tokens: int) -> tuple[bool, bool, str, int]:
         """What a start of ``num_tokens`` tokens launches: through the cache, layers apart, order, rows a hash."""
         cached = self._cache is not None and num_tokens >= self._cache.min_tokens
-        apart = not cached and layers_apart(
-            num_tokens * self._layer_bytes, view_tables(self._tables, self._plan.device).memory
-        )
+        memory = view_tables(self._tables, self._plan.device).memory
+        apart = not cached and (bool(self._over_ranks) or layers_apart(num_tokens * self._layer_bytes, memory))
         tables = self._tables[:1] if apart else self._tables
         num_rows = len(tables) * num_tokens * self._plan.primes.shape[1]
         view = view_tables(tables, self._plan.device)
@@ -263,18 +258,18 @@ class Prefetcher(Generic[Read]):
         ``depth``.
         """
         where = "Prefetcher.start"
-        self._side.buffers.check(where)
-        taken = self._taken[self._starts % self.depth]
-        if self.depth > 1 and taken.in_flight:
-            raise ValueError(
-                f"{where}: expected at most depth = {self.depth} starts in flight, got one more; release() the oldest"
-            )
-        sources = Tokens(token_ids, cu_seqlens, history, dead, slots)
-        form = form_of(*sources)
-        if form is None or form not in taken.works:
-            taken.inputs.check(where, sources, self._plan)
-        self._plan.check_memory(where)
-        check_token_values(where, sources, self._plan)
+        with self._refusing(token_ids):
+            self._side.buffers.check(where)
+            taken = self._taken[self._starts % self.depth]
+            if self.depth > 1 and taken.in_flight:
+                most = f"at most depth = {self.depth} starts in flight"
+                raise ValueError(f"{where}: expected {most}, got one more; release() the oldest")
+            sources = Tokens(token_ids, cu_seqlens, history, dead, slots)
+            form = form_of(*sources)
+            if form is None or form not in taken.works:
+                taken.inputs.check(where, sources, self._plan)
+            self._plan.check_memory(where)
+            check_token_values(where, sources, self._plan)
         work = taken.works.get(form, lambda: self._work(taken, sources))
         streams, side = self._streams, self._streams.side
         current = streams.current()
@@ -291,16 +286,15 @@ class Prefetcher(Generic[Read]):
             self._side.keep(current)
         streams.run(current, lambda: self._copy(work, sources))
         streams.record(self._copied, current)
-        self._starts += 1
-        self._tokens += work.tokens
-        self._cached_tokens += work.cached_tokens
         with streams.on(side):
             streams.wait(side, self._copied)
             taken.wait_for_readers(current, captured)
-            taken.number, taken.in_flight = self._starts, True
+            taken.number, taken.in_flight = self._starts + 1, False
             taken.capture = self._side.captures if captured else None
-            self._last = Started(self._side, taken, work)
             self._look_up(taken, work, captured)
+        self._starts, self._tokens = taken.number, self._tokens + work.tokens
+        self._cached_tokens += work.cached_tokens
+        self._last, taken.in_flight = Started(self._side, taken, work), True
         return self._last
 
     @declares(layer=Instance(Hashable))
@@ -366,9 +360,14 @@ class Prefetcher(Generic[Read]):
         options = self._options | dict(cache=self._cache if cached else None)
         lookups = []
         for plan, part in parts:
+            here = part.start if self._over_ranks else part  # the rows of one layer, or of some
+            out = (rows[here], None if scales is None else scales[here]) if self._storage else rows[here]
             call = HashLookupCall(inputs, plan, self._tables[part], **options)
-            out = (rows[part], None if scales is None else scales[part]) if self._storage else rows[part]
-            lookups.append((range(num_layers)[part], (call, out, HASH_LOOKUP.signature(call, out))))
+            lookup = partial(HASH_LOOKUP, call, out, HASH_LOOKUP.signature(call, out))
+            if self._over_ranks:
+                formats = dict(out_dtype=call.out_dtype, out_format=call.out_format)
+                lookup = partial(self._over_ranks[here].look_up, inputs, plan, out, **formats)
+            lookups.append((range(num_layers)[part], lookup))
         beside = self._table_scales if scales is None else scales
         tokens = token_ids.numel()
         work = copying(sources, inputs), (rows, beside) if self._storage else rows, kv, lookups
@@ -385,7 +384,7 @@ class Prefetcher(Generic[Read]):
 
             def look_up(lookup=lookup) -> None:
                 with torch.no_grad():  # the rows are a buffer, of trainable tables too: docs/training.md
-                    HASH_LOOKUP(*lookup)
+                    lookup()
 
             streams.run(side, look_up)
             for layer in layers:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from engram_kernels.cache.ngram import NgramCache
 from engram_kernels.geometry.kinds import AnyOf, Instance, Keyed, Text, takes
+from engram_kernels.ops.row_kernels.arguments import TableOverRanks
 from engram_kernels.tables.engram import EngramTable
 
 from .prefetch import Prefetcher
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 else:
     Collector = object  # a registry asks for no class, but its types do
 
-Measured = EngramTable | NgramCache | Prefetcher[Any]
+Measured = EngramTable | TableOverRanks | NgramCache | Prefetcher[Any]
 #: Of each class its prefix, what only rises and what does not, by the keys of ``metrics()``: texts for HELP.
 METRICS: dict[type, tuple[str, dict[str, str], dict[str, str]]] = {
     EngramTable: (
@@ -30,8 +31,20 @@ METRICS: dict[type, tuple[str, dict[str, str], dict[str, str]]] = {
             file_distinct="Distinct rows of each gather from such a file",
             file_hits="Distinct rows that were found in memory",
             file_pages="Pages of 4096 bytes read from such a file",
+            file_prefetched="Rows read from such a file ahead of their lookup",
         ),
         dict(rows="Rows of the table", nbytes="Bytes of rows and scales"),
+    ),
+    TableOverRanks: (
+        "engram_ranks",
+        dict(
+            lookups="Lookups of exact size in a table over ranks",
+            distinct="Distinct rows of other ranks that lookups asked for",
+            hits="Distinct rows that were found in the cache",
+            received="Rows received from other ranks",
+            given="Rows given to other ranks",
+        ),
+        dict(entries="Rows of other ranks that there is room for", nbytes="Bytes of the cache of such rows"),
     ),
     NgramCache: (
         "engram_cache",
@@ -68,7 +81,8 @@ SOURCES.expected = "a dict of names and tables, caches, prefetchers, or dicts of
 class MetricsCollector(Collector):
     """A collector for ``prometheus_client``, as in ``REGISTRY.register(MetricsCollector({"cache": cache}))``.
 
-    sources: by name an :class:`EngramTable`, :class:`NgramCache` or :class:`Prefetcher`, or a dict of such by layer.
+    sources: by name an :class:`EngramTable`, :class:`ShardedTable`, :class:`NgramCache` or :class:`Prefetcher`, or a
+    dict of such by layer.
     Samples have labels ``name`` and ``layer``, which is empty where none was given. They are counted when they are
     asked for: caches wait for the GPU then (:meth:`NgramCache.metrics`). It keeps the sources alive.
 

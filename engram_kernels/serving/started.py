@@ -14,7 +14,6 @@ from engram_kernels.geometry.kinds import Instance, declares, short
 from engram_kernels.launching.buffers import Buffers
 from engram_kernels.launching.launch import Kept
 from engram_kernels.launching.ranges import ranged
-from engram_kernels.ops.hash_rows import HashLookupCall
 
 from .inputs import TokenBuffers
 
@@ -52,8 +51,7 @@ class Work(NamedTuple):
     copy: Callable[..., None]  #: from the parts of the tokens that start() was given
     rows: Rows  #: ``[L, T, C, R]``, or as they are stored
     kv: torch.Tensor | None  #: ``[L, T, W]``, where the side stream projects
-    #: Layers, and (call, out, signature) of their lookup.
-    lookups: list[tuple[range, tuple[HashLookupCall, Rows, Hashable]]]
+    lookups: list[tuple[range, Callable[[], object]]]  #: of these layers
     tokens: int
     cached_tokens: int  #: of these, through the cache
 

@@ -41,9 +41,9 @@ from engram_kernels.geometry.row_format import (
 )
 
 from .editing.rows import EditableRows
-from .files import check_room, fill_table, map_table, save_table
+from .files import check_room, direct_table, fill_table, map_table, save_table
 from .memory import allocation as table_memory
-from .memory.direct import LEAST, DirectRows
+from .memory.direct import LEAST
 from .memory.mapped_files import MappedFile
 from .placement import PLACEMENTS, REGISTERED, check_placement, check_scales
 
@@ -281,7 +281,8 @@ class EngramTable(EditableRows):
         mapped: True reads rows where they lie in the file instead, for placement "cpu" and "staged"; nothing is loaded.
         memory_bytes: with mapped=True, what rows may take of memory, 64 MiB at least besides the scales, which are
         loaded: rows are read past the page cache as they are asked for, many at once, and those asked for most are
-        kept (docs/larger_than_memory.md). Such a table is not written to.
+        kept (docs/larger_than_memory.md). Parts may lie in several files. Such a table is not written to, and has no
+        ``weight``.
         options: of :meth:`empty`: scales, device, name.
         """
         where = "EngramTable.from_safetensors"
@@ -296,10 +297,12 @@ class EngramTable(EditableRows):
                         f"{where}: mapped=True needs placement 'cpu' or 'staged', whose rows a CPU reads, "
                         f"got {placement!r}"
                     )
-                table = cls.from_tensors(**map_table(checkpoint, stored), placement=placement, **options)
+                if memory_bytes is None:
+                    table = cls.from_tensors(**map_table(checkpoint, stored), placement=placement, **options)
+                else:
+                    options |= dict(reading=dict(threads=threads, progress=progress))
+                    table = cls._read_directly(checkpoint, stored, memory_bytes, placement, **options)
                 table.token_map = stored.token_map
-                if memory_bytes is not None:
-                    table._bound(memory_bytes, stored.weights[0].offset, where)
                 return table
             way_out = "free memory, or read it where it lies (placement='cpu', mapped=True)"
             check_room(stored.name, stored.nbytes, placement, where, way_out)
@@ -313,21 +316,20 @@ class EngramTable(EditableRows):
             options |= dict(placement=placement, backed=False)
             return cls._filled(read, stored.rows, stored.width, stored.format.name, **options)
 
-    def _bound(self, memory_bytes: int, offset: int, where: str) -> None:
-        """Read rows from byte ``offset`` of the file on, past the page cache, with so much memory."""
-        if not self.files:
-            raise ValueError(f"{where}: memory_bytes needs a file that can be opened again, got one that has gone")
-        scale_bytes = self.rows * self.format.scale_bytes(self.width)
-        if memory_bytes < scale_bytes + LEAST:
-            raise ValueError(
-                f"{where}: memory_bytes must be at least {scale_bytes + LEAST:,}, {scale_bytes:,} of them for scales, "
-                f"got {memory_bytes:,}"
-            )
-        if scale_bytes:
-            self._scale = self._scale.clone()
-            self._describe()
-        row_bytes = self.format.row_bytes(self.width)
-        self.direct = DirectRows(self.files[0], offset, self.rows, row_bytes, memory_bytes - scale_bytes)
+    @classmethod
+    def _read_directly(
+        cls, checkpoint: Checkpoint, stored, memory_bytes: int, placement: Placement, reading, **options
+    ) -> "EngramTable":
+        """A table whose rows are read past the page cache as they are asked for; no tensor has all of them."""
+        fmt = stored.format
+        given = dict(device=None, name=None, scales=None) | options
+        check_placement(checkpoint.where, placement, fmt, **given)
+        direct, scale = direct_table(checkpoint, stored, memory_bytes, **reading)
+        weight = torch.empty(stored.rows, fmt.row_items(stored.width), dtype=fmt.dtype, device="meta")
+        both = fmt.group and fmt.table_scale
+        table = cls(weight, scale, fmt, placement, own_scale=stored.scale if both else None)
+        table.direct, table.files = direct, direct.files
+        return table
 
     @classmethod
     def _filled(cls, fill: Callable[["EngramTable"], None], *shape, placement: Placement, **options) -> "EngramTable":

@@ -14,7 +14,8 @@ from engram_kernels.checkpoints.table_writer import Piece, TableWriter
 from engram_kernels.checkpoints.validate import StoredTable
 from engram_kernels.geometry.row_format import SCALE_DTYPES
 
-from .memory.mapped_files import map_file
+from .memory.direct import LEAST, DirectRows, Part
+from .memory.mapped_files import MappedFile, map_file
 from .memory.pages import prefer_huge
 from .memory.report import available_host_memory
 from .memory.shared import SharedMapping
@@ -43,6 +44,33 @@ def check_room(name: str, nbytes: int, placement: str, where: str, way_out: str)
         raise MemoryError(f"{where}: {name} takes {nbytes:,} bytes and {available:,} are available; {way_out}")
 
 
+def direct_table(
+    checkpoint: Checkpoint, stored: StoredTable, memory_bytes: int, **reading
+) -> tuple[DirectRows, torch.Tensor | None]:
+    """Rows that are read from the files as they are asked for, and their scales, which are loaded, of all a table.
+
+    memory_bytes: for both. reading: threads and progress, as of :func:`fill_tensors`.
+    """
+    scale_bytes = sum(tensor.nbytes for tensor in stored.scales)
+    if memory_bytes < scale_bytes + LEAST:
+        raise ValueError(
+            f"{checkpoint.where}: memory_bytes must be at least {scale_bytes + LEAST:,}, {scale_bytes:,} of them for "
+            f"scales, got {memory_bytes:,}"
+        )
+    need: dict[Path, int] = {}
+    for tensor in stored.weights:
+        need[tensor.path] = max(need.get(tensor.path, 0), tensor.offset + tensor.nbytes)
+    files = {path: MappedFile(os.dup(checkpoint.open_fd(path)), str(path), nbytes) for path, nbytes in need.items()}
+    parts = [Part(files[tensor.path], tensor.offset, tensor.shape[0]) for tensor in stored.weights if tensor.shape[0]]
+    scale = None
+    if stored.scales:
+        scale = torch.empty(stored.rows, stored.format.scale_bytes(stored.width), dtype=torch.uint8, device="cpu")
+        fill_tensors([(flat_bytes(scale), stored.scales)], checkpoint, **reading)
+    elif stored.scale is not None:
+        scale = torch.tensor(stored.scale, dtype=torch.float32, device="cpu")
+    return DirectRows(parts, stored.format.row_bytes(stored.width), memory_bytes - scale_bytes), scale
+
+
 def map_table(checkpoint: Checkpoint, stored: StoredTable) -> dict[str, torch.Tensor | float | None]:
     """What :meth:`EngramTable.from_tensors` takes, over the pages of the checkpoint's file."""
     weight = _mapped(checkpoint, stored.weights, stored.format.dtype)
@@ -59,7 +87,8 @@ def _mapped(checkpoint: Checkpoint, tensors: Sequence[StoredTensor], dtype: torc
     if any((tensor.path, tensor.offset) != (first.path, at) for tensor, at in zip(tensors, ends, strict=False)):
         raise ValueError(
             f"{where}: mapped=True needs rows that follow each other in one file, and {first.name} is one of "
-            f"{len(tensors)} parts; join them (python -m engram_kernels table convert ... --out FILE), or load them"
+            f"{len(tensors)} parts; give memory_bytes, which reads parts, join them (python -m engram_kernels table "
+            "convert ... --out FILE), or load them"
         )
     if first.offset % dtype.itemsize:
         raise ValueError(

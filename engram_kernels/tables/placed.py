@@ -2,21 +2,24 @@
 
 import struct
 from collections.abc import Callable, Sequence
+from mmap import PAGESIZE
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 
 from engram_kernels.geometry.choices import Placement, ScalePlacement
-from engram_kernels.geometry.kinds import Instance, Number, OneOf, Optional, Tensor, describe, takes
+from engram_kernels.geometry.kinds import Instance, Number, OneOf, Optional, Tensor, takes
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT, RowFormat
 from engram_kernels.launching.registry import Registry
 
+from .memory.access import host_access
 from .memory.allocation import page_bytes, report
 from .memory.direct import COUNTS, DirectRows
 from .memory.host import Mapping
 from .memory.mapped_files import MappedFile
 from .memory.report import MemoryReport, size
-from .placement import PLACEMENTS, REGISTERED
+from .placement import PLACEMENTS, REGISTERED, check_storage
 
 
 class TableDescriptor(NamedTuple):
@@ -96,18 +99,20 @@ class PlacedRows:
         scales: ScalePlacement | None = None,
         own_scale: float | None = None,
     ):
-        _check_storage(weight, scale, format, own_scale)
+        check_storage(weight, scale, format, own_scale)
         self._weight, self._scale, self._mapping = weight, scale, mapping
         self._scales = scales
         #: The one scale of a whole table, of formats "e4m3" and "nvfp4"; else None.
         self.own_scale = float(scale) if format.table_scale and not format.group else own_scale
         self.format, self.placement = format, placement
         self.rows, self.width = len(weight), format.width_of(weight)
-        #: Files that the tensors of placement "cpu" and "staged" are mapped from.
+        #: Files that rows and scales of placement "cpu" and "staged" are mapped from, or read from as they are asked
+        #: for.
         self.files: list[MappedFile] = []
         #: What launches know of this table and those read with it, by value (tables/view.py).
         self.kept_views: dict[tuple, NamedTuple] = {}
-        #: What reads the rows of such a file past the page cache, where memory is bounded (tables/memory/direct.py).
+        #: What reads rows of such files past the page cache, where memory is bounded (tables/memory/direct.py); the
+        #: tensor of rows is one without memory then, on torch's device "meta".
         self.direct: DirectRows | None = None
         #: Overlays that are applied now (tables/editing/overlay.py).
         self.overlays: list = []
@@ -132,6 +137,7 @@ class PlacedRows:
         #: start anywhere: their copies do.
         aligned = self.descriptor.weight_address % ROW_ALIGNMENT == 0 and scale_address % 8 == 0
         self.aligned = aligned or self.placement == "staged"
+        self._in_place = aligned and self.placement == "staged"
         #: Bytes of the pages that a GPU reads over PCIe or NVLink; read back from the kernel once, since
         #: ops/row_kernels/order.py asks in every call.
         self.page_bytes = page_bytes(self._mapping)
@@ -144,7 +150,16 @@ class PlacedRows:
 
     @property
     def weight(self) -> torch.Tensor:
+        return self.tensor_of_rows()
+
+    def tensor_of_rows(self) -> torch.Tensor:
+        """What ``weight`` is; ValueError where the table is closed, or has no such tensor."""
         self.check_usable("EngramTable")
+        if self.direct is not None:
+            raise ValueError(
+                f"EngramTable.weight: expected rows in memory, and those of {self!r} are read from files as they are "
+                "asked for (memory_bytes=): look them up; table convert copies files and joins them"
+            )
         # Another tensor over the same memory: what in-place operations make of its shape stays out of the table.
         return self._weight.detach()
 
@@ -213,16 +228,49 @@ class PlacedRows:
         """Whether rows are on the host and their scales in GPU memory."""
         return self._scales == "device"
 
+    def read_in_place(self, device: torch.device) -> bool:
+        """Whether kernels on a GPU read the rows of placement "staged" where they are, by the host's page tables."""
+        return (
+            self._in_place and self.direct is None and device.type == "cuda" and host_access(device.index or 0).pageable
+        )
+
+    def over_link(self, device: torch.device) -> tuple[int, int, str]:
+        """(bytes of all rows and scales, of their pages, link) where a GPU reads them on the host; (0, 0, "pcie")."""
+        if self.placement in REGISTERED:
+            return self.nbytes, self.page_bytes, self.link
+        if self.read_in_place(device):
+            return self.nbytes, PAGESIZE, host_access(device.index or 0).link
+        return 0, 0, "pcie"
+
     def memory(self, name: str) -> list[tuple[str, int, int]]:
         """(name, address, bytes) of rows and of scales of groups, as errors call them."""
         scales = self.rows * self.format.scale_bytes(self.width)
-        rows = (f"{name}.weight", self.descriptor.weight_address, self.nbytes - scales)
+        rows = (f"{name}.weight", self.descriptor.weight_address, 0 if self.direct else self.nbytes - scales)
         return [rows, (f"{name}.scale", self.descriptor.scale_address, scales)]
+
+    @takes(row_ids=Tensor(torch.int32, torch.int64))
+    def prefetch(self, row_ids: torch.Tensor) -> None:
+        """Begin to read rows of a table that is read from files; returns at once, and a lookup waits for what is left.
+
+        row_ids: int32 or int64, of any shape, best on the CPU; ids outside the table are none. A table in memory has
+        nothing to read. What fails is left to the lookup, which reads again. ValueError where the table is closed.
+        """
+        self.check_usable("EngramTable.prefetch")
+        ids = row_ids.detach().reshape(-1).cpu().long().numpy() if self.files else np.empty(0, dtype=np.int64)
+        ids = ids[(ids >= 0) & (ids < self.rows)]
+        if not len(ids):
+            return
+        if self.direct is not None:
+            self.direct.prefetch(ids)
+            return
+        for file in self.files:
+            file.read_ahead(ids)
 
     def memory_report(self) -> MemoryReport:
         """Where the bytes are, and what the machine granted: huge pages, registration, NUMA node; printable."""
         self.check_usable("EngramTable.memory_report")
-        tensors = [self._weight, self._scale] if self.format.group else [self._weight]
+        tensors = [self._weight] if self.direct is None else []
+        tensors += [self._scale] if self.format.group else []
         return report(self.placement, self.nbytes, tensors, self._mapping)
 
     def metrics(self) -> dict[str, int]:
@@ -232,8 +280,8 @@ class PlacedRows:
         link_bytes: of what these have asked for over PCIe or NVLink, and what was copied for placement "staged".
         staged_calls, staged_rows, staged_bytes, staged_waits: gathers of placement "staged", and how often one found
         that the buffer whose turn it was had still to be copied. rows, nbytes: of the table.
-        file_rows, file_distinct, file_hits, file_pages: rows asked of a file that is read with bounded memory, distinct
-        ones of each gather, of these found in memory, and pages read for the others.
+        file_rows, file_distinct, file_hits, file_pages, file_prefetched: rows asked of files that are read with bounded
+        memory, distinct ones of each gather, of these found in memory, pages read, and rows read by :meth:`prefetch`.
         docs/metrics.md says what is not counted.
         """
         rings, counts = list(self.rings.values()), list(self.counts.values())  # another thread may add to them
@@ -298,7 +346,7 @@ class PlacedRows:
         self.check_usable(where)
         scale_device = self._scale.device if self.format.group else device
         if device.type == "cpu":
-            readable = self._weight.device.type == scale_device.type == "cpu"
+            readable = self._weight.device.type in ("cpu", "meta") and scale_device.type == "cpu"
             need = "a table in CPU memory, with its scales"
         elif self.placement == "staged":
             readable, need = True, ""
@@ -331,24 +379,3 @@ class PlacedRows:
             for owned in (self._mapping, *self.files):
                 if owned is not None:
                     owned.check(where)
-
-
-def _check_storage(
-    weight: torch.Tensor, scale: torch.Tensor | None, format: RowFormat, own_scale: float | None
-) -> None:
-    """Raise ValueError unless these are rows and scales of ``format``."""
-    if weight.dim() != 2 or weight.dtype != format.dtype or not weight.is_contiguous() or not weight.numel():
-        raise ValueError(
-            f"EngramTable: weight must be contiguous {format.dtype} [rows, width], not empty, got {describe(weight)}"
-        )
-    width = format.width_of(weight)
-    format.check_width(width, "EngramTable")
-    expected = (torch.float32, []) if format.table_scale else None
-    if format.group:
-        expected = torch.uint8, [len(weight), format.scale_bytes(width)]
-    if expected != (None if scale is None else (scale.dtype, list(scale.shape))):
-        kind = "None" if expected is None else f"{expected[0]} {expected[1]}"
-        raise ValueError(f"EngramTable: scale must be {kind} for {format.name}, got {describe(scale)}")
-    if (own_scale is not None) != (format.group > 0 and format.table_scale):
-        kind = "None" if own_scale is not None else "a number"
-        raise ValueError(f"EngramTable: own_scale must be {kind} for {format.name}, got {own_scale}")

@@ -12,6 +12,7 @@ Without a GPU host and shared tables are mapped but not registered: the referenc
 
 import torch
 
+from engram_kernels.geometry.kinds import describe
 from engram_kernels.geometry.row_format import FORMATS, RowFormat
 
 PLACEMENTS = ("device", "host", "shared", "staged", "cpu")
@@ -54,3 +55,22 @@ def check_scales(where: str, placement: str, fmt: RowFormat, scales: str | None)
         )
     if not torch.cuda.is_available():
         raise ValueError(f"{where}: scales='device' needs a GPU, and torch finds none")
+
+
+def check_storage(weight: torch.Tensor, scale: torch.Tensor | None, format: RowFormat, own_scale: float | None) -> None:
+    """Raise ValueError unless these are rows and scales of ``format``."""
+    if weight.dim() != 2 or weight.dtype != format.dtype or not weight.is_contiguous() or not weight.numel():
+        raise ValueError(
+            f"EngramTable: weight must be contiguous {format.dtype} [rows, width], not empty, got {describe(weight)}"
+        )
+    width = format.width_of(weight)
+    format.check_width(width, "EngramTable")
+    expected = (torch.float32, []) if format.table_scale else None
+    if format.group:
+        expected = torch.uint8, [len(weight), format.scale_bytes(width)]
+    if expected != (None if scale is None else (scale.dtype, list(scale.shape))):
+        kind = "None" if expected is None else f"{expected[0]} {expected[1]}"
+        raise ValueError(f"EngramTable: scale must be {kind} for {format.name}, got {describe(scale)}")
+    if (own_scale is not None) != (format.group > 0 and format.table_scale):
+        kind = "None" if own_scale is not None else "a number"
+        raise ValueError(f"EngramTable: own_scale must be {kind} for {format.name}, got {own_scale}")

@@ -188,6 +188,8 @@ def stage(
         check_stageable(where)
         host_ids = row_ids.cpu()
     ids = host_ids.reshape(-1).numpy()
+    if table.direct is None:
+        table.prefetch(host_ids)
     sources: list[np.ndarray | DirectRows] = [table.direct or table.weight.view(torch.uint8).numpy()]
     if table.format.group:
         sources.append(table.scale.numpy())

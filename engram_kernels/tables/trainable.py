@@ -129,8 +129,7 @@ class TrainableRows(PlacedRows):
     def weight(self) -> torch.Tensor:
         if self.put_off is not None:
             self.take_moves()
-        self.check_usable("EngramTable")
-        return self._weight.detach()  # as of PlacedRows, whose property torch.compile does not follow through super()
+        return self.tensor_of_rows()  # torch.compile does not follow a property through super()
 
     @property
     def anchor_device(self) -> torch.device:

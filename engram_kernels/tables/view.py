@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from .placed import PlacedRows
-from .placement import REGISTERED
 
 
 class TableView(NamedTuple):
@@ -47,10 +46,7 @@ def view_tables(tables: Sequence[PlacedRows], device: torch.device) -> TableView
         # operator.index makes constants of what torch.compile takes for symbols.
         numbers = [[operator.index(number) for number in table.descriptor] for table in tables]
         descriptors = torch.tensor(numbers, dtype=torch.int64).to(device)
-        link_bytes, page_bytes, link = 0, 0, "pcie"
-        for table in tables:
-            if table.placement in REGISTERED and table.nbytes > link_bytes:
-                link_bytes, page_bytes, link = table.nbytes, table.page_bytes, table.link
         layout = first.format.name, first.width, first.placement
-        first.kept_views[key] = TableView(descriptors, *layout, link_bytes, page_bytes, link)
+        largest = max((table.over_link(device) for table in tables), key=lambda found: found[0])
+        first.kept_views[key] = TableView(descriptors, *layout, *largest)
     return first.kept_views[key]

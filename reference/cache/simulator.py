@@ -42,6 +42,15 @@ def scramble(mix: np.ndarray) -> np.ndarray:
     return word.view(np.int64)
 
 
+def scramble_tensor(mix):
+    """As :func:`scramble`, of an int64 tensor, on its device."""
+    word = mix ^ _SALT
+    for shift, factor in zip(_SHIFTS, (*_FACTORS, 1), strict=True):
+        shifted = (word >> shift) & ((1 << (64 - shift)) - 1)  # torch's shift of int64 keeps the sign
+        word = (word ^ shifted) * (factor - (1 << 64) if factor >= 1 << 63 else factor)
+    return word
+
+
 def unscramble(key: np.ndarray) -> np.ndarray:
     """The mixes of keys: the inverse of :func:`scramble`."""
     word = np.asarray(key, dtype=np.int64).view(np.uint64)

@@ -22,7 +22,7 @@ from engram_kernels.commands.demo import interpreter as demo_interpreter
 from engram_kernels.commands.demo import report as demo
 from engram_kernels.commands.demo import run as demo_run
 from engram_kernels.commands.demo import tables as demo_tables
-from engram_kernels.commands.tokenizer import load_tokenizer
+from engram_kernels.commands.demo.tokenizer import load_tokenizer
 from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]

@@ -55,8 +55,9 @@ def facts_of(capsys, *words, code=0):
 
 
 def test_size(capsys):
-    facts = facts_of(capsys, "size", "--tokens", 7, "--tokens", 8192, "--ranks", 8, "--hit-rate", 0.25, "--link", 50)
-    assert paths(facts) | {"ranks"} == documented("size")
+    words = ("--tokens", 7, "--tokens", 8192, "--ranks", 8, "--hit-rate", 0.25, "--link", 50)
+    facts = facts_of(capsys, "size", *words, "--plan", "--nodes", 4, "--ram-gib", 64)
+    assert paths(facts) | {"ranks", "plan"} == documented("size")
     assert facts["config"] == PRESETS[0] and facts["rates"] == {"link": 50, "memory": 4300, "hit_rate": 0.25}
     assert [layer["rows"] for layer in facts["layers"]] == list(V41.rows_per_layer)
     assert facts["layers"][0]["bytes"] == V41.rows_per_layer[0] * 264 and facts["layers"][0]["layer"] == 1
@@ -67,7 +68,11 @@ def test_size(capsys):
     ranks = facts["ranks"]
     assert (ranks["ranks"], ranks["tokens"], ranks["links"]) == (8, 8192, LINKS)
     assert ranks["crossovers"]["NVLink"]["most_ranks"] is None  # any number
-    assert facts_of(capsys, "size")["ranks"] is None
+    plan = facts["plan"]
+    assert (plan["nodes"], plan["ram_bytes"], plan["tokens"], plan["reads"]) == (4, 64 << 30, 8192, None)
+    assert [option["fits"] for option in plan["layers"][0]["options"][:2]] == [False, True]  # a copy, and a quarter
+    facts = facts_of(capsys, "size")
+    assert facts["ranks"] is None and facts["plan"] is None
 
 
 def test_cache(capsys, monkeypatch, tmp_path):

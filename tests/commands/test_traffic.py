@@ -36,6 +36,7 @@ def test_the_document_shows_these_numbers():
         "lookup, a copy per host": copy,
         "the same behind a cache of 1,048,576": cached,
         "lookup, sharded": cells[0][2:],
+        "the same with `cache_bytes` for 1,048,576": cells[2][2:],
         "bfloat16 gradients, sharded": sharded,
         "bfloat16 gradients, every rank a copy": copies,
     }

@@ -121,6 +121,8 @@ def sharded(**options):
     return ek.ShardedTable.from_tensors(weight, config=config(), layer=1, placement="cpu", **options)
 
 
+SHARDING = dict(split="rows", format=None, scale=1.0, fill=None, capacity=None, cache_bytes=None)
+SHARDING |= dict(node=None, replicas=None)
 OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
 OPTIMIZER |= dict(reduce="alone", group=None)
 NEW = dict(device=None, name=None, scales=None, progress=None, placement="cpu")
@@ -250,6 +252,7 @@ CALLS = {
         table().write_rows, dict(ids=torch.tensor([1, 2]), rows=torch.ones(2, 32), scales=None)
     ),
     "EngramTable.load_overlay": lambda: (table().load_overlay, dict(path=overlay().save_safetensors("r.safetensors"))),
+    "EngramTable.prefetch": lambda: (table().prefetch, dict(row_ids=torch.tensor([1]))),
     "EngramTable.rows_changed": lambda: (table().rows_changed, dict(ids=torch.tensor([1]))),
     "EngramTable.record_changes": lambda: (table().record_changes, dict(on=True)),
     "EngramTable.changed_since": lambda: (recording().changed_since, dict(version=0)),
@@ -283,10 +286,7 @@ CALLS = {
     "Prefetcher.kv": lambda: (started().kv, dict(layer=0)),
     "Started.rows": lambda: (started().start(torch.arange(4)).rows, dict(layer=0)),
     "Started.kv": lambda: (started().start(torch.arange(4)).kv, dict(layer=0)),
-    "ShardedTable": lambda: (
-        ek.ShardedTable,
-        SHARDED | dict(split="rows", format=None, scale=1.0, fill=None, capacity=None, node=None, replicas=None),
-    ),
+    "ShardedTable": lambda: (ek.ShardedTable, SHARDED | SHARDING),
     "ShardedTable.from_tensors": lambda: (
         ek.ShardedTable.from_tensors, SHARDED | dict(weight=torch.ones(config().rows_per_layer[0], 32), scale=None)
     ),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engram_kernels import RowAdagrad, ShardedTable, hash_lookup, lookup, ngram_hash
+from engram_kernels import Prefetcher, RowAdagrad, ShardedTable, hash_lookup, lookup, ngram_hash
 from tests.gpu.test_kernels import graph_of
 from tests.support.rank_cases import config_of, in_one_piece, plan_of, same, sharded, whole
 
@@ -29,12 +29,12 @@ def both(config, device, **options):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("capacity", [None, 300])
+@pytest.mark.parametrize("options", [{}, dict(capacity=300), dict(cache_bytes=10_000)], ids=str)
 @pytest.mark.parametrize("format", ["e4m3_ue8m0", "e4m3", "bfloat16", "nvfp4"])
-def test_lookups_have_the_bits_of_one_piece(group, device, format, capacity):
+def test_lookups_have_the_bits_of_one_piece(group, device, format, options):
     config = config_of("wide", format)
     plan, ids = plan_of(config).to(device), torch.randint(0, 50, (6,), device=device)
-    table, alone = both(config, device, capacity=capacity)
+    table, alone = both(config, device, **options)
     with table, alone:
         expected = hash_lookup(ids, plan.select(layers=[1]), [alone])[0]
         assert same(table.hash_lookup(ids, plan), expected)
@@ -43,6 +43,20 @@ def test_lookups_have_the_bits_of_one_piece(group, device, format, capacity):
         stored, expected = table.lookup(rows, out_format="storage"), lookup(alone, rows, out_format="storage")
         for got, want in zip(stored, expected, strict=True):
             assert got is want is None or same(got, want)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("options", [dict(cache_bytes=10_000), dict(capacity=300)], ids=str)
+def test_starts_have_the_bits_of_one_piece(group, device, options):
+    """Two in flight, read after both have begun."""
+    config = config_of("wide", "e4m3_ue8m0")
+    plan = plan_of(config).to(device).select(layers=[1])
+    table, alone = both(config, device, **options)
+    with table, alone:
+        prefetcher = Prefetcher(plan, [table], 8, depth=2)
+        ids = [torch.randint(0, 50, (count,), device=device) for count in (6, 8)]
+        for each, started in [(each, prefetcher.start(each)) for each in ids]:
+            assert same(started.rows(0), hash_lookup(each, plan, [alone])[0])
 
 
 @pytest.mark.kernel

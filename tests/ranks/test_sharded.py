@@ -169,7 +169,7 @@ def test_nodes_of_different_sizes_are_refused(four):
 def test_the_blocks_of_the_document_run(four, tmp_path, shared_name):
     """One after the other, by four ranks of one node; the step of the first is in the file it writes."""
     blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/ranks.md").read_text(), re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     config = config_of("wide", "float32")
     EngramTable.from_tensors(*whole(config, 4), placement="cpu").save_safetensors(tmp_path)
     rows = config.rows_per_layer[1]

@@ -17,7 +17,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "arguments.md"
 #: Methods that this package calls, across its rooms, and users have no use for.
 INTERNAL = {
     "EngramTable.check_readable_on", "EngramTable.check_usable", "EngramTable.memory", "HashPlan.check_memory",
-    "HashPlan.check_parts", "HashPlan.of_parts", "NgramCache.look_up", "ShardedTable.map",
+    "HashPlan.check_parts", "HashPlan.of_parts", "NgramCache.look_up", "ShardedTable.look_up", "ShardedTable.map",
+    "ShardedTable.refusing",
 }  # fmt: skip
 HEAD = """# What every argument takes
 

@@ -177,7 +177,7 @@ def test_prometheus():
         prefix = METRICS[type(each)][0]
         for key, value in each.metrics().items():
             wanted[name, layer, f"{prefix}_{key}".replace("nbytes", "bytes")] = value
-    assert found == wanted and len(families) == 12 + 12 + 7
+    assert found == wanted and len(families) == 13 + 12 + 7
     assert found["serving", "", "engram_prefetcher_tokens"] == 5 and found["draft", "", "engram_cache_asked"] > 0
 
 

@@ -63,15 +63,15 @@ def whole(config, layer):
     return tables.random_parts(config.rows_per_layer[config.layers.index(layer)], WIDTH, config.format)
 
 
-def sharded(config, **options):
+def sharded(config, layer=4, **options):
     options = dict(placement="cpu", reduce="sum") | options
-    parts = whole(config, 4)
-    return ShardedTable.from_tensors(*parts, config=config, layer=4, **tables.own_scale_of(*parts), **options)
+    parts = whole(config, layer)
+    return ShardedTable.from_tensors(*parts, config=config, layer=layer, **tables.own_scale_of(*parts), **options)
 
 
-def in_one_piece(config, **options):
-    """The whole table of layer 4."""
-    parts = whole(config, 4)
+def in_one_piece(config, layer=4, **options):
+    """The whole table of a layer."""
+    parts = whole(config, layer)
     return EngramTable.from_tensors(*parts, **tables.own_scale_of(*parts), **(dict(placement="cpu") | options))
 
 

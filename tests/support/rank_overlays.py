@@ -16,7 +16,7 @@ def edits(config, count=9, shift=0):
     return ids, weight, scale if isinstance(scale, torch.Tensor) else None
 
 
-def overlaid(kind, format, split, path, capacity=None):
+def overlaid(kind, format, split, path, capacity=None, cache_bytes=None):
     """Whether lookups before, under and after overlays have the bits of one process, and what a rank saves."""
     config = config_of(kind, format)
     alone = in_one_piece(config)
@@ -24,7 +24,7 @@ def overlaid(kind, format, split, path, capacity=None):
     row_ids = torch.cat([ngram_hash(own, plan_of(config))[:, 1].flatten(), torch.arange(alone.rows)])[:, None]
     count = min(9, alone.rows)
     given, found = edits(config, count), []
-    with sharded(config, split=split, capacity=capacity) as table:
+    with sharded(config, split=split, capacity=capacity, cache_bytes=cache_bytes) as table:
 
         def check():
             found.append(same(table.lookup(row_ids), lookup(alone, row_ids)))

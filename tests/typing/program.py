@@ -110,6 +110,7 @@ def serve(plan: HashPlan, table: EngramTable, model: nn.Module, group: ShardedTa
     assert_type(ahead, Prefetcher[Tensor])
     assert_type(ahead.start(torch.arange(4)).rows(1), Tensor)
     assert_type(ahead.rows("layer"), Tensor)
+    assert_type(Prefetcher(plan, [group, group], 8).rows(0), Tensor)
     stored = Prefetcher(plan, [table], 8, out_format="storage")
     assert_type(stored.rows(0), tuple[Tensor, Tensor | None])
     assert_type(stored.start(torch.arange(4)).rows(0), tuple[Tensor, Tensor | None])

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels.commands.tokenizer import load_tokenizer
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.token_map import build_token_map
 from engram_kernels.ops.hash_kernels.row_ids import ngram_hash_kernel
 
 from .run import Run, Stages
 from .tables import plan_tables
+from .tokenizer import load_tokenizer
 
 _KERNELS = {"ngram_hash_kernel", "lookup_kernel", "hash_lookup_kernel", "gate_residual_kernel"}
 

@@ -18,7 +18,6 @@ from engram_kernels.commands.arguments import CommandError
 from engram_kernels.commands.console import busy, gib, print_sections, track
 from engram_kernels.commands.parsers import FAULTS
 from engram_kernels.commands.presets import row_bytes
-from engram_kernels.commands.tokenizer import encode, load_tokenizer
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.token_map import build_token_map
 
@@ -26,6 +25,7 @@ from .checks import distinct_ngrams
 from .interpreter import check_interpreted, peak_memory
 from .run import GPU_CALLS, Run, Stages
 from .tables import plan_tables
+from .tokenizer import encode, load_tokenizer
 
 _DEFAULT_TEXT = "pride_and_prejudice.txt"
 #: Tokens of a window, and tokens read by default. On a CPU a token touches 0.4 MB of pages, which a window gives back.

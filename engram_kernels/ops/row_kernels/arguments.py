@@ -1,15 +1,40 @@
 """Arguments of the ops that read rows: tables that they can read, and ids as they walk them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from engram_kernels.geometry.kinds import Instance
 from engram_kernels.geometry.plan import HashPlan
 from engram_kernels.geometry.row_format import ROW_ALIGNMENT
+from engram_kernels.launching.tokens import Tokens
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.staging import stage
 from engram_kernels.tables.view import TableView, view_tables
+
+
+class TableOverRanks(ABC):
+    """A table whose rows lie on several ranks, all of which take part in a lookup: :class:`ShardedTable`.
+
+    part: the rows of this rank. rows: of the whole table.
+    """
+
+    part: EngramTable
+    rows: int
+
+    @abstractmethod
+    def metrics(self) -> dict[str, int]:
+        """What its lookups exchanged so far."""
+
+    @abstractmethod
+    def look_up(self, tokens: Tokens, plan: HashPlan, out, **options) -> None:
+        """Rows of a plan of this layer alone into ``out``; options: out_dtype and out_format of :func:`hash_lookup`."""
+
+    @abstractmethod
+    def refusing(self, ids) -> AbstractContextManager[None]:
+        """Where the block raises, peers that are in a lookup learn that this rank takes no part in it."""
 
 
 def check_tables(where: str, tables, device: torch.device) -> None:
@@ -36,18 +61,23 @@ def check_tables(where: str, tables, device: torch.device) -> None:
 
 def check_tables_of_plan(where: str, plan: HashPlan, tables) -> tuple[EngramTable, ...]:
     """``tables`` as a tuple; raises unless they are one per layer that a launch on the plan's device can read."""
+    return parts_of_plan(where, plan, tables, ())
+
+
+def parts_of_plan(where: str, plan: HashPlan, tables, over_ranks: Sequence[TableOverRanks]) -> tuple[EngramTable, ...]:
+    """As :func:`check_tables_of_plan`; the parts on this rank of ``over_ranks``, where these are the tables."""
     if not isinstance(tables, Sequence):
         raise TypeError(f"{where}: tables must be a sequence of EngramTable, got {type(tables).__name__}")
-    tables = tuple(tables)
     if len(tables) != len(plan.rows_per_layer):
         raise ValueError(
             f"{where}: tables must be one per layer of the plan, {len(plan.rows_per_layer)}, got {len(tables)}"
         )
-    check_tables(where, tables, plan.device)
+    parts = tuple(table.part for table in over_ranks) or tuple(tables)
+    check_tables(where, parts, plan.device)
     for layer, (table, rows) in enumerate(zip(tables, plan.rows_per_layer, strict=True)):
         if table.rows < rows:
             raise ValueError(f"{where}: tables[{layer}] must have at least {rows} rows, got {table.rows}")
-    return tables
+    return parts
 
 
 def identities(tables: Sequence[EngramTable]) -> tuple | None:
@@ -60,7 +90,7 @@ def identities(tables: Sequence[EngramTable]) -> tuple | None:
 
 def is_staged(table: EngramTable, device: torch.device) -> bool:
     """Whether rows for ``device`` are gathered by CPU threads."""
-    return table.placement == "staged" and device.type != "cpu"
+    return table.placement == "staged" and device.type != "cpu" and not table.read_in_place(device)
 
 
 def view_rows(table: EngramTable, row_ids: torch.Tensor, where: str) -> tuple[torch.Tensor, TableView]:

@@ -9,7 +9,9 @@ page cache, many at once and in the order of the file. The cache's policy is tha
 import mmap
 import os
 import threading
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,116 +27,182 @@ _BUFFER_PAGES = 2048
 _WORK = 24 << 20  # bytes that a gather takes for the ids which it sorts and reads at once, 256 an id, and their rows
 #: Bytes of memory that every table needs: the buffer, what a gather works on, and a cache of some rows.
 LEAST = 64 << 20
-#: What DirectRows counts: rows asked for, distinct ones of each gather, of these found in the cache, and pages read.
-COUNTS = ("rows", "distinct", "hits", "pages")
+#: What DirectRows counts: rows asked for, distinct ones of each gather, of these found in the cache, pages read, and
+#: rows read ahead of their gather.
+COUNTS = ("rows", "distinct", "hits", "pages", "prefetched")
+
+
+class Part(NamedTuple):
+    """Rows that follow each other in one file."""
+
+    file: MappedFile
+    offset: int  #: of the first, in bytes
+    rows: int
 
 
 class DirectRows:
-    """Rows ``[rows, row_bytes]`` from byte ``offset`` of a file on; any number of threads, one at a time.
+    """Rows ``[rows, row_bytes]``, parts of them in a file each; any number of threads, one at a time.
 
     nbytes: of memory, that the buffer, a gather's own arrays and the cache take together, at least LEAST.
-    ValueError where the file shrinks, OSError where the disk fails.
+    ValueError where a file shrinks, OSError where the disk fails.
+
+    Pages have numbers, by which those of one part follow those of another: ``_pages [P + 1]`` has each part's first,
+    and ``_begin [P]`` the byte, counted from page 0, where row 0 would lie if the part began with it.
     """
 
-    def __init__(self, file: MappedFile, offset: int, rows: int, row_bytes: int, nbytes: int):
-        self._file, self._offset, self._rows, self._row_bytes = file, offset, rows, row_bytes
-        self.shape = rows, row_bytes
+    def __init__(self, parts: Sequence[Part], row_bytes: int, nbytes: int):
+        self._parts, self._row_bytes = parts, row_bytes
+        self.files = list(dict.fromkeys(part.file for part in parts))
+        rows, offsets = (np.array([getattr(part, name) for part in parts]) for name in ("rows", "offset"))
+        spans = (offsets + rows * row_bytes - 1) // PAGE - offsets // PAGE + 1
+        self._rows, self._pages = (np.concatenate([[0], each.cumsum()]) for each in (rows, spans))
+        self._begin = self._pages[:-1] * PAGE + offsets % PAGE - self._rows[:-1] * row_bytes
+        #: Bytes from a page's place among all to its place in the file, and where each part ends there.
+        self._shift, self._end = offsets // PAGE * PAGE - self._pages[:-1] * PAGE, offsets + rows * row_bytes
+        self.shape = int(self._rows[-1]), row_bytes
         self._most_pages = 1 + -(-(row_bytes - 1) // PAGE)  # of a row, wherever it begins
         self._lock = threading.Lock()
         self._process = 0
-        self.rows = self.distinct = self.hits = self.pages = 0
+        self.rows = self.distinct = self.hits = self.pages = self.prefetched = 0
         self._most_ids = _WORK // (2 * row_bytes + 256)
         room = nbytes - _BUFFER_PAGES * PAGE - _WORK
         # With two ways for each row of the table hardly any set is full.
-        sets = min(max(1, room // (WAYS * (row_bytes + TAG_BYTES))), -(-2 * rows // WAYS))
+        sets = min(max(1, room // (WAYS * (row_bytes + TAG_BYTES + 1))), -(-2 * self.shape[0] // WAYS))
         self._cache = CacheSimulator(1, sets, WAYS)
         self._kept = np.empty((sets * WAYS, row_bytes), dtype=np.uint8)
+        #: Of these, which were read ahead and not asked for since.
+        self._ahead = np.zeros(sets * WAYS, dtype=bool)
+        #: The process that reads ahead, and its thread.
+        self._reading_ahead: tuple[int, Any] = (0, None)
         self.cached_rows = len(self._kept)
 
     def gather(self, ids: np.ndarray, out: np.ndarray) -> None:
         """Rows ``ids [n]``, each ``0 <= id < rows``, into ``out [n, row_bytes]``, uint8."""
+        for begin in range(0, len(ids), self._most_ids):
+            some = slice(begin, begin + self._most_ids)
+            distinct, occurrences = np.unique(ids[some], return_inverse=True)
+            rows = self._locked(distinct)
+            self.rows += len(occurrences)
+            np.take(rows, occurrences, axis=0, out=out[some], mode="clip")
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Begin to read rows ``ids [n]``, each ``0 <= id < rows``, into the cache, as far as that holds them.
+
+        An error is left to the gather that reads again.
+        """
+        process, thread = self._reading_ahead
+        if process != os.getpid():  # a thread does not survive a fork
+            thread = ThreadPoolExecutor(1, "engram_prefetch")
+            self._reading_ahead = os.getpid(), thread
+        thread.submit(self._fill, np.unique(ids))
+
+    def _fill(self, ids: np.ndarray) -> None:
+        for begin in range(0, len(ids), self._most_ids):
+            self._locked(ids[begin : begin + self._most_ids], ahead=True)
+
+    def _locked(self, ids: np.ndarray, ahead: bool = False) -> np.ndarray:
+        """Rows of distinct, ascending ids."""
         with self._lock:
-            if self._process != os.getpid():  # a fork shares its parent's queue, and may not use it
-                self._open()
+            self._check_process()
             try:
-                for begin in range(0, len(ids), self._most_ids):
-                    some = slice(begin, begin + self._most_ids)
-                    distinct, occurrences = np.unique(ids[some], return_inverse=True)
-                    self.rows += len(ids[some])
-                    np.take(self._distinct_rows(distinct), occurrences, axis=0, out=out[some])
+                return self._distinct_rows(ids, ahead)
             except BaseException:
                 self._cache.stamps[:] = 0  # empty: an interrupt may have come between a key and its row
                 raise
 
     def close(self) -> None:
         """Let the queue, its threads and the cache go."""
+        process, thread = self._reading_ahead
+        if process == os.getpid():
+            thread.shutdown(cancel_futures=True)
         with self._lock:
             if self._process == os.getpid():
                 self._reader.close()
-                self._opened.close()
+                for file in self._opened:
+                    file.close()
             self._process, self._kept = 0, np.empty((0, self._row_bytes), dtype=np.uint8)
 
-    def _open(self) -> None:
-        self._opened, self._direct = self._file.reopened()
+    def _check_process(self) -> None:
+        """Open files and a queue of this process's own: a fork shares its parent's, and may not use them."""
+        if self._process == os.getpid():
+            return
+        opened = {file: file.reopened() for file in self.files}
+        self._opened = [file for file, _ in opened.values()]
+        self._fds = np.array([opened[part.file][0].fileno() for part in self._parts])
+        self._direct = all(direct for _, direct in opened.values())
         self._reader = reader()
         self._buffer = np.frombuffer(mmap.mmap(-1, _BUFFER_PAGES * PAGE), dtype=np.uint8)
+        self._every_start = np.lib.stride_tricks.sliding_window_view(self._buffer, self._row_bytes)
         self._process = os.getpid()
 
-    def _distinct_rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of distinct, ascending ids."""
+    def _distinct_rows(self, ids: np.ndarray, ahead: bool) -> np.ndarray:
+        """Rows of distinct, ascending ids. ahead: of what is found in the cache none, and nothing counts as asked."""
         rows = np.empty((len(ids), self._row_bytes), dtype=np.uint8)
         keys = scramble(ids)
         order = np.argsort(keys)
         self._cache.clock += len(ids)
         slots = np.empty(len(ids), dtype=np.int64)
         slots[order] = self._cache.find(0, keys[order])
-        found = slots >= 0
-        rows[found] = self._kept[slots[found]]
-        self.distinct += len(ids)
-        self.hits += np.count_nonzero(found)
-        if found.all():
-            return rows
-        missed = np.flatnonzero(~found)
-        for part in self._parts(ids[missed]):
-            self._read(ids[missed[part]], rows, missed[part])
-        ascending = order[~found[order]]
-        kept = self._cache.keep(0, keys[ascending])
-        self._kept[kept[kept >= 0]] = rows[ascending[kept >= 0]]
+        found, missed = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        if ahead:
+            self.prefetched += len(missed)
+        else:
+            self.distinct += len(ids)
+            self.hits += len(found)
+        ascending = order[slots[order] < 0]
+        kept = np.empty(0, dtype=np.int64)
+
+        def meanwhile() -> None:
+            nonlocal kept
+            if len(found) and not ahead:
+                rows[found] = self._kept[slots[found]]
+                # What was read ahead is asked for once now, as what is read when it is asked for.
+                once = slots[found][self._ahead[slots[found]]]
+                self._cache.stamps.reshape(-1)[once] = self._cache.clock - self._cache.lag
+                self._ahead[once] = False
+            kept = self._cache.keep(0, keys[ascending])
+
+        most = _BUFFER_PAGES // self._most_pages  # whose pages fit the buffer, whatever rows share
+        for begin in range(0, len(missed), most):
+            places = missed[begin : begin + most]
+            self._read(ids[places], rows, places, None if begin else meanwhile)
+        if not len(missed):
+            meanwhile()
+        ascending, kept = ascending[kept >= 0], kept[kept >= 0]
+        self._kept[kept], self._ahead[kept] = rows[ascending], ahead
         return rows
 
-    def _parts(self, ids: np.ndarray):
-        """Slices of ascending ids whose pages fit the buffer, whatever rows share."""
-        most = _BUFFER_PAGES // self._most_pages
-        return (slice(begin, begin + most) for begin in range(0, len(ids), most))
-
-    def _read(self, ids: np.ndarray, rows: np.ndarray, places: np.ndarray) -> None:
-        """Rows of ascending ids into ``rows[places]``."""
-        begin = self._offset + ids * self._row_bytes
-        first, last = begin // PAGE, (begin + self._row_bytes - 1) // PAGE
+    def _read(
+        self, ids: np.ndarray, rows: np.ndarray, places: np.ndarray, meanwhile: Callable[[], None] | None
+    ) -> None:
+        """Rows of ascending ids into ``rows[places]``; calls ``meanwhile`` while the first are under way."""
+        parts = np.searchsorted(self._rows, ids, side="right") - 1 if len(self._parts) > 1 else 0
+        begin = self._begin[parts] + ids * self._row_bytes
+        first = begin // PAGE
+        last = (begin + self._row_bytes - 1) // PAGE
         pages = np.unique(np.minimum(first[:, None] + np.arange(self._most_pages), last[:, None]))
+        parts = np.searchsorted(self._pages, pages, side="right") - 1 if len(self._parts) > 1 else np.zeros_like(pages)
+        offsets = pages * PAGE + self._shift[parts]
         at = np.arange(len(pages)) * PAGE
-        results = self._reader.read(self._opened.fileno(), pages * PAGE, self._buffer, at, PAGE)
-        self._check(pages, results)
+        results = self._reader.read(self._fds[parts], offsets, self._buffer, at, PAGE, meanwhile)
+        self._check(results, parts, offsets)
         self.pages += len(pages)
         # Pages of one row follow each other in the buffer as in the file.
-        at = np.searchsorted(pages, first) * PAGE + begin % PAGE
-        every_start = np.lib.stride_tricks.sliding_window_view(self._buffer, self._row_bytes)
-        rows[places] = every_start[at]
+        rows[places] = self._every_start[np.searchsorted(pages, first) * PAGE + begin % PAGE]
         if not self._direct:  # what the page cache had to keep
-            os.posix_fadvise(self._opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for file in self._opened:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _check(self, pages: np.ndarray, results: np.ndarray) -> None:
+    def _check(self, results: np.ndarray, parts: np.ndarray, offsets: np.ndarray) -> None:
         """Raise OSError where a read failed, ValueError where the file ended."""
-        failed = results < 0
-        if failed.any():
-            code, page = int(-results[failed][0]), int(pages[failed][0])
-            text = f"EngramTable: byte {page * PAGE:,} cannot be read: {os.strerror(code)}"
-            raise OSError(code, text, self._file.path)
-        end = self._offset + self._rows * self._row_bytes
-        short = results < np.minimum(PAGE, end - pages * PAGE)
-        if short.any():
-            self._file.check("EngramTable")
-            raise OSError(f"EngramTable: {self._file.path} ended at byte {int(pages[short][0]) * PAGE:,} for a read")
+        short = np.flatnonzero(results < np.minimum(PAGE, self._end[parts] - offsets))
+        if len(short):
+            file, result, offset = self._parts[parts[short[0]]].file, int(results[short[0]]), int(offsets[short[0]])
+            if result < 0:
+                text = f"EngramTable: byte {offset:,} cannot be read: {os.strerror(-result)}"
+                raise OSError(-result, text, file.path)
+            file.check("EngramTable")
+            raise OSError(f"EngramTable: {file.path} ended at byte {offset:,} for a read")
 
 
 class LocalRows(NamedTuple):
@@ -148,26 +216,31 @@ class LocalRows(NamedTuple):
     default_out_dtype: torch.dtype
 
 
-def local_rows(table, row_ids: torch.Tensor, where: str) -> tuple[LocalRows, torch.Tensor]:
-    """The rows of a table with a ``direct`` that ``row_ids`` ask for, and their numbers there, of the shape of row_ids.
+def rows_at_hand(table, row_ids: torch.Tensor, where: str) -> tuple[Any, torch.Tensor]:
+    """What the reference is to read instead of a table whose rows lie in a file, and the ids to read there.
 
-    An id outside the table is -1. ValueError under torch.compile, which cannot hold what is done here.
+    That is the table itself, once the kernel has begun to read its pages, or where it has a ``direct`` the rows that
+    were asked for; an id outside the table is -1 then. ValueError for these under torch.compile, which cannot hold it.
     """
+    if table.direct is None:
+        if table.mapped and not torch.compiler.is_compiling():
+            table.prefetch(row_ids)
+        return table, row_ids
     if torch.compiler.is_compiling():
         raise ValueError(
             f"{where}: rows are read from a file as they are asked for (memory_bytes=), which torch.compile cannot "
             "hold; call it outside"
         )
-    flat = row_ids.reshape(-1).long()
-    inside = (flat >= 0) & (flat < table.rows)
-    distinct, places = torch.unique(flat[inside], return_inverse=True)
-    if not len(distinct):
-        distinct = torch.zeros(1, dtype=torch.int64)
+    flat = row_ids.reshape(-1).long().numpy()
+    inside = np.flatnonzero((flat >= 0) & (flat < table.rows))
+    ids, numbers = flat[inside], np.full(len(flat), -1)
+    numbers[inside] = np.arange(len(ids))
+    if not len(ids):
+        ids = np.zeros(1, dtype=np.int64)
     fmt = table.format
-    rows = torch.empty(len(distinct), fmt.row_bytes(table.width), dtype=torch.uint8)
-    table.direct.gather(distinct.numpy(), rows.numpy())
-    scale = table.scale[distinct] if fmt.group else table.scale
-    numbers = torch.full_like(flat, -1)
-    numbers[inside] = places
-    local = LocalRows(len(distinct), rows.view(fmt.dtype), scale, fmt, table.own_scale, table.default_out_dtype)
-    return local, numbers.view(row_ids.shape)
+    rows = np.empty((len(ids), fmt.row_bytes(table.width)), dtype=np.uint8)
+    table.direct.gather(ids, rows)
+    scale = table.scale.index_select(0, torch.from_numpy(ids)) if fmt.group else table.scale
+    weight = torch.from_numpy(rows).view(fmt.dtype)
+    local = LocalRows(len(ids), weight, scale, fmt, table.own_scale, table.default_out_dtype)
+    return local, torch.from_numpy(numbers).view(row_ids.shape)

@@ -16,18 +16,21 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engram_kernels.checkpoints.parallel import Progress, spans
 
 HUGE_PAGE = 2 << 20
-NOHUGEPAGE, HUGEPAGE, DONTFORK, DONTNEED = 15, 14, 10, 4
+NOHUGEPAGE, HUGEPAGE, DONTFORK, DONTNEED, WILLNEED = 15, 14, 10, 4, 3
 COLLAPSE, POPULATE_WRITE = 25, 23  # Linux 6.1 and 5.14; mmap does not name them
 _PIECE = 256 << 20  # bytes that a thread faults in or collapses at once, and the step of a progress bar
 _MAX_THREADS = 16  # zeroing pages saturates a socket's memory well before that
 _NORESERVE, _FIXED = 0x4000, 0x10
 _PREFERRED = 1
 _MBIND = {"x86_64": 237, "aarch64": 235}
+_PROCESS_MADVISE = 440  # on all architectures, from Linux 5.10 on
+_AT_ONCE = 512  # ranges that it is given, of at most 1,024
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
 _NODES = Path("/sys/devices/system/node/online")
 #: Fields of smaps that count bytes in huge pages: anonymous, shared memory, files, hugetlb.
@@ -185,6 +188,24 @@ def prefer_huge(tensor: torch.Tensor) -> None:
     nbytes = (tensor.data_ptr() + tensor.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
     if nbytes >= HUGE_PAGE:
         _advise(begin, nbytes, HUGEPAGE)
+
+
+def advise_ranges(ranges: np.ndarray, advice: int) -> None:
+    """madvise of each of ``ranges [n, 2]``, uint64 address and bytes: in few calls where the kernel and what confines
+    this process allow it, else one by one. What is refused is left.
+    """
+    libc, done, process = _libc(), 0, os.pidfd_open(os.getpid())
+    try:
+        while done < len(ranges):
+            some = np.ascontiguousarray(ranges[done : done + _AT_ONCE])
+            arguments = (process, some.ctypes.data, len(some), advice, 0)
+            if libc.syscall(*(ctypes.c_long(value) for value in (_PROCESS_MADVISE, *arguments))) < 0:
+                break
+            done += len(some)
+    finally:
+        os.close(process)
+    for address, nbytes in ranges[done:].tolist():
+        _advise(address, nbytes, advice)
 
 
 def huge_page_setting() -> str:

@@ -13,7 +13,7 @@ import io
 import mmap
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -75,21 +75,35 @@ class Ring:
         self._submissions = np.frombuffer(table, dtype=_SUBMISSION)
         self._submissions["opcode"] = _READ
 
-    def read(self, fd: int, offsets: np.ndarray, buffer: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+    def read(
+        self,
+        fds: int | np.ndarray,
+        offsets: np.ndarray,
+        buffer: np.ndarray,
+        places: np.ndarray,
+        size: int,
+        meanwhile=None,
+    ) -> np.ndarray:
         """What each read returned, int64 ``[n]``: bytes, or an error's negative number.
 
-        Reads ``size`` bytes of the file from each of ``offsets [n]`` to the same number of ``places [n]`` in
-        ``buffer``, uint8.
+        Reads ``size`` bytes of a file, or of the files ``fds [n]``, from each of ``offsets [n]`` to the same number of
+        ``places [n]`` in ``buffer``, uint8. meanwhile: called once the first are under way.
         """
         found = np.empty(len(offsets), dtype=np.int64)
-        addresses, sent = buffer.ctypes.data + places, 0
+        fds, addresses, sent = np.broadcast_to(fds, len(offsets)), buffer.ctypes.data + places, 0
         try:
             while sent < len(offsets) or self._under_way():
                 count = min(self.depth - self._under_way(), len(offsets) - sent)
                 if count:
-                    self._add(fd, offsets[sent : sent + count], addresses[sent : sent + count], size, sent)
+                    some = slice(sent, sent + count)
+                    self._add(fds[some], offsets[some], addresses[some], size, sent)
                     sent += count
-                self._enter(max(1, self._under_way() // 4))  # of calls few, and the drive has enough to do meanwhile
+                if meanwhile is not None:
+                    self._enter(0)
+                    meanwhile()
+                    meanwhile = None
+                # Of calls few, and the drive has enough to do meanwhile.
+                self._enter(self._under_way() if sent == len(offsets) else max(1, self._under_way() // 4))
                 self._take(found)
         finally:  # whatever came up, an interrupt too, nothing is written to the buffer after this
             while self._under_way():
@@ -101,9 +115,9 @@ class Ring:
         """Reads that were added and whose results were not taken. The queues alone know it, wherever a call ended."""
         return int((self._tail - self._head)[0])
 
-    def _add(self, fd: int, offsets: np.ndarray, addresses: np.ndarray, size: int, first: int) -> None:
+    def _add(self, fds: np.ndarray, offsets: np.ndarray, addresses: np.ndarray, size: int, first: int) -> None:
         at, table = (self._tail + np.arange(len(offsets))) & self._mask, self._submissions
-        table["fd"][at], table["size"][at] = fd, size
+        table["fd"][at], table["size"][at] = fds, size
         table["offset"][at], table["address"][at] = offsets, addresses
         table["number"][at] = first + np.arange(len(offsets))
         self._tail += np.uint32(len(offsets))  # the system call that follows is a barrier
@@ -149,19 +163,38 @@ class Threads:
         self.depth = threads
         self._pool = ThreadPoolExecutor(threads, "engram_reads")
 
-    def read(self, fd: int, offsets: np.ndarray, buffer: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+    def read(
+        self,
+        fds: int | np.ndarray,
+        offsets: np.ndarray,
+        buffer: np.ndarray,
+        places: np.ndarray,
+        size: int,
+        meanwhile=None,
+    ) -> np.ndarray:
         """As :meth:`Ring.read`."""
-        found, view = np.empty(len(offsets), dtype=np.int64), memoryview(buffer)
+        fds, found, view = (
+            np.broadcast_to(fds, len(offsets)),
+            np.empty(len(offsets), dtype=np.int64),
+            memoryview(buffer),
+        )
 
         def some(first: int) -> None:
             for number in range(first, len(offsets), self.depth):
                 place = int(places[number])
                 try:
-                    found[number] = os.preadv(fd, [view[place : place + size]], int(offsets[number]))
+                    found[number] = os.preadv(fds[number], [view[place : place + size]], int(offsets[number]))
                 except OSError as error:
                     found[number] = -(error.errno or errno.EIO)
 
-        list(self._pool.map(some, range(min(self.depth, len(offsets)))))
+        reading = [self._pool.submit(some, first) for first in range(min(self.depth, len(offsets)))]
+        try:
+            if meanwhile is not None:
+                meanwhile()
+            for each in reading:
+                each.result()
+        finally:
+            wait(reading)
         return found
 
     def close(self) -> None:

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, Prefetcher
+from engram_kernels.ops.row_kernels.arguments import is_staged
 from engram_kernels.ops.row_kernels.copy import rows_config
 from engram_kernels.ops.row_kernels.order import choose_order
 from engram_kernels.serving import prefetch
+from engram_kernels.tables import placed
 from engram_kernels.tables.memory import access, allocation, host
 from engram_kernels.tables.memory.access import HostAccess, host_access
 from engram_kernels.tables.memory.pages import HUGE_PAGE
@@ -192,3 +194,24 @@ def test_a_prefetcher_leaves_the_others_to_the_model(monkeypatch, reached, progr
 def test_layers_go_apart_where_a_launch_costs_less_than_their_rows():
     assert [prefetch.layers_apart(1 << 20, memory) for memory in ("host", "coherent", "device")] == [True, False, False]
     assert prefetch.layers_apart(4 << 20, "coherent") and not prefetch.layers_apart(4 << 20, "device")
+
+
+def test_mapped_rows_are_read_in_place_where_a_gpu_reads_all_memory(monkeypatch, tmp_path):
+    """By the host's page tables, through small pages; rows that no kernel can load from where they lie are gathered."""
+    with EngramTable.empty(64, 32, "e4m3_ue8m0", placement="cpu") as whole:
+        whole.save_safetensors(tmp_path / "table.safetensors")
+    gpu, cpu = torch.device("cuda", 2), torch.device("cpu")
+    options = dict(placement="staged", mapped=True)
+    with (
+        EngramTable.from_safetensors(tmp_path / "table.safetensors", **options) as made,
+        EngramTable.from_safetensors(tmp_path / "table.safetensors", memory_bytes=1 << 27, **options) as direct,
+        EngramTable.from_tensors(torch.zeros(65 * 32 + 1, dtype=torch.uint8)[1:2049].view(64, 32).view(
+            torch.float8_e4m3fn), 1.0, placement="staged") as crooked,
+        EngramTable.empty(64, 32, "e4m3_ue8m0", placement="cpu") as other,
+    ):  # fmt: skip
+        for reached in (CARD, HostAccess("unified", False), COHERENT, UNIFIED):
+            monkeypatch.setattr(placed, "host_access", {2: reached}.__getitem__)
+            assert is_staged(made, gpu) is not reached.pageable and not is_staged(made, cpu)
+            assert made.over_link(gpu) == ((made.nbytes, 4096, reached.link) if reached.pageable else (0, 0, "pcie"))
+            assert is_staged(direct, gpu) and is_staged(crooked, gpu) and not is_staged(other, gpu)
+            made.check_readable_on(gpu, "lookup")

@@ -5,6 +5,7 @@ Each test runs with io_uring, where this machine has it, and with threads.
 
 import errno
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -12,22 +13,16 @@ import torch
 
 from engram_kernels import EngramTable, NgramCache, hash_lookup, lookup
 from engram_kernels.tables.memory import direct, reads
-from engram_kernels.tables.memory.direct import LEAST, DirectRows
+from engram_kernels.tables.memory.direct import LEAST, DirectRows, Part
 from engram_kernels.tables.memory.mapped_files import MappedFile
 from engram_kernels.testing import tables
 from tests.ops.test_hashing import ragged, small_plan
 from tests.ops.test_rows import ids_around
+from tests.tables.memory.test_reads import ring_or_skip
 from tests.tables.test_staging import ROWS as STAGED_ROWS
 from tests.tables.test_staging import LateRuntime, fetched, right
 
 ROWS = 5000
-
-
-def ring_or_skip():
-    try:
-        return reads.Ring(8)
-    except OSError as error:
-        pytest.skip(f"this machine refuses io_uring: {error.strerror}")
 
 
 @pytest.fixture(params=["io_uring", "threads"])
@@ -144,7 +139,7 @@ def table_of_few(path, whole):
     """Rows of a file with a cache of one set."""
     mapped = EngramTable.from_safetensors(path, placement="cpu", mapped=True)
     (file,) = mapped.files
-    return DirectRows(file, 4096, whole.rows, 256, 0)
+    return DirectRows([Part(file, 4096, whole.rows)], 256, 0)
 
 
 def test_neighbours_share_a_page(way, saved):
@@ -154,6 +149,79 @@ def test_neighbours_share_a_page(way, saved):
         assert table.metrics()["file_pages"] == 1
         lookup(table, torch.tensor([[16, 17], [31, 16]]))
         assert table.metrics()["file_pages"] == 2
+
+
+@pytest.mark.parametrize(("name", "width"), FORMATS)
+def test_parts_in_several_files(way, tmp_path, name, width):
+    """Rows that are parts of a checkpoint, whatever their files are called and wherever they begin."""
+    whole = tables.cpu_table(ROWS, width, name)
+    whole.save_safetensors(tmp_path, shard_bytes=whole.nbytes // 5)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+    ids = ids_around(ROWS, (90, 4))
+    with opened(tmp_path, whole) as table:
+        assert len(table.files) > 4
+        for options in (dict(), dict(out_format="storage")):
+            assert same(lookup(table, ids, **options), lookup(whole, ids, **options))
+        every = torch.arange(ROWS)[:, None]
+        assert same(lookup(table, every), lookup(whole, every))
+        last = max(table.files, key=lambda file: file.path)
+        os.truncate(last.path, os.stat(last.path).st_size // 2)
+        with pytest.raises(ValueError, match=f"{last.path} shrank"):
+            lookup(table, ids)
+
+
+def test_rows_are_read_ahead(way, saved, monkeypatch):
+    """prefetch() returns while the drive has not answered; the gather that follows waits, and reads nothing more."""
+    path, whole = saved("e4m3", 256)
+    ids = torch.tensor([[-1, 7], [ROWS - 1, 7], [ROWS, 300]])
+    with opened(path, whole) as table:
+        lookup(table, torch.tensor([[4000]]))
+        read, answer = table.direct._reader.read, threading.Event()
+
+        def late(*arguments):
+            assert answer.wait(60)
+            return read(*arguments)
+
+        monkeypatch.setattr(table.direct._reader, "read", late)
+        table.prefetch(ids)
+        assert table.metrics()["file_pages"] == 1
+        answer.set()
+        assert same(lookup(table, ids), lookup(whole, ids))
+        counts = table.metrics()
+        assert counts["file_pages"] == 4 and counts["file_prefetched"] == counts["file_hits"] == 3
+        table.prefetch(torch.tensor([], dtype=torch.int32))
+    whole.prefetch(ids)  # in memory: nothing to do
+    with pytest.raises(ValueError, match="EngramTable.prefetch: the table is closed"):
+        table.prefetch(ids)
+
+
+def test_reading_ahead_counts_as_no_use(way, saved):
+    """A row that was read ahead and asked for once stays no longer than one that was asked for once."""
+    path, whole = saved("e4m3", 256)
+    ahead, plain = (table_of_few(path, whole) for _ in range(2))
+    found = np.empty((1, 256), dtype=np.uint8)
+    for row in np.random.default_rng(0).integers(0, 20, 200):
+        ids = np.array([row])
+        ahead.prefetch(ids)
+        ahead._reading_ahead[1].submit(lambda: None).result()
+        for each in (ahead, plain):
+            each.gather(ids, found)
+            assert np.array_equal(found[0], whole.weight.view(torch.uint8)[row].numpy())
+    assert ahead.hits == 200 and plain.hits < 150
+    assert abs(ahead.prefetched - (200 - plain.hits)) < 20  # its clock runs twice as fast
+    ahead.close(), plain.close()
+
+
+def test_a_read_ahead_that_fails_is_left_to_the_lookup(way, saved, monkeypatch):
+    path, whole = saved("e4m3", 256)
+    with opened(path, whole) as table:
+        lookup(table, torch.tensor([[0]]))
+        read = table.direct._reader.read
+        monkeypatch.setattr(table.direct._reader, "read", lambda *given: np.full(len(given[1]), -errno.EIO))
+        table.prefetch(torch.tensor([1]))
+        table.direct._reading_ahead[1].submit(lambda: None).result()
+        monkeypatch.setattr(table.direct._reader, "read", read)
+        assert same(lookup(table, torch.tensor([[1, 2]])), lookup(whole, torch.tensor([[1, 2]])))
 
 
 def test_more_rows_than_the_buffer_and_a_batch_hold(way, saved, monkeypatch):
@@ -173,7 +241,7 @@ def test_without_direct_io_the_page_cache_is_given_back(way, saved, monkeypatch)
     ids = ids_around(ROWS, (70, 9))
     with opened(path, whole) as table:
         assert same(lookup(table, ids), lookup(whole, ids))
-    assert given_back and set(given_back) == {os.POSIX_FADV_DONTNEED}
+    assert os.POSIX_FADV_DONTNEED in given_back
 
 
 def test_memory_is_bounded(way, saved):
@@ -258,51 +326,6 @@ def test_an_interrupt_leaves_no_key_without_its_row(way, saved, monkeypatch):
         assert same(lookup(table, ids), lookup(whole, ids))
 
 
-def test_reads_report_each_for_itself(tmp_path):
-    """Errors and short reads by the number of the read, in whichever order they come back."""
-    (tmp_path / "file").write_bytes(bytes(range(256)) * 32)
-    buffer = np.zeros(64 * 512, dtype=np.uint8)
-    offsets = np.array([0, 8000, 512, 9000, 4096])
-    with open(tmp_path / "file", "rb") as file, open(tmp_path / "file", "ab") as closed_to_reading:
-        for each in (ring_or_skip(), reads.Threads(2)):
-            found = each.read(file.fileno(), offsets, buffer, np.arange(5) * 512, 512)
-            assert found.tolist() == [512, 192, 512, 0, 512]
-            assert bytes(buffer[:512]) == bytes(range(256)) * 2 == bytes(buffer[2048:2560])
-            found = each.read(closed_to_reading.fileno(), offsets, buffer, np.arange(5) * 512, 512)
-            assert found.tolist() == [-errno.EBADF] * 5
-            each.close()
-
-
-def test_an_interrupt_leaves_no_read_under_way(tmp_path, monkeypatch):
-    """Ctrl-C as results are taken: the buffer is nobody else's afterwards, and the queue goes on."""
-    (tmp_path / "file").write_bytes(os.urandom(1 << 20))
-    ring, buffer = ring_or_skip(), np.zeros(1 << 20, dtype=np.uint8)
-    take, calls = ring._take, []
-
-    def interrupted(found):
-        take(found)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ring, "_take", interrupted)
-    places = np.arange(256) * 4096
-    with open(tmp_path / "file", "rb") as file:
-        with pytest.raises(KeyboardInterrupt):
-            ring.read(file.fileno(), places, buffer, places, 4096)
-        assert ring._under_way() == 0
-        assert (ring.read(file.fileno(), places, buffer, places, 4096) == 4096).all()
-    assert bytes(buffer) == (tmp_path / "file").read_bytes()
-
-
-def test_where_the_kernel_refuses_a_ring_threads_read(monkeypatch):
-    def refuse(*_):
-        raise PermissionError(errno.EPERM, "refused")
-
-    monkeypatch.setattr(reads.Ring, "_call", refuse)
-    assert isinstance(reads.reader(), reads.Threads)
-
-
 def test_what_does_not_go_together_is_an_error(saved):
     path, whole = saved("e4m3_ue8m0", 96)
     scales = ROWS * 3
@@ -323,6 +346,8 @@ def test_such_a_table_is_not_written_to(saved):
             lambda: table.write_rows(torch.tensor([1]), rows),
             lambda: table.overlay(torch.tensor([1]), rows),
             lambda: table.requires_row_grad_(),
+            lambda: table.weight,
+            lambda: table.save_safetensors(path),
         ):
             with pytest.raises(ValueError, match="memory_bytes="):
                 write()

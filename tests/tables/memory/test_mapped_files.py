@@ -1,7 +1,10 @@
 """Tables read straight from mapped files: found out, watched, and refused where the file was cut short."""
 
+import ctypes
 import gc
+import mmap
 import os
+import time
 
 import numpy as np
 import pytest
@@ -9,11 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engram_kernels import EngramTable, lookup, reference
+from engram_kernels import EngramTable, hash_lookup, lookup, ngram_hash, reference
+from engram_kernels.tables.memory import mapped_files, pages
 from engram_kernels.tables.memory.mapped_files import MappedFile
 from engram_kernels.testing import tables
+from tests.ops.test_hashing import ragged, small_plan
 
 ROWS = 4000
+PAGE = mmap.PAGESIZE
 
 
 def by_safetensors(path, weight, scale):
@@ -98,7 +104,7 @@ def test_what_is_watched(tmp_path):
     os.rename(tmp_path / "c", path)
     found = MappedFile.behind(scale)  # the kernel follows the rename; the name it gives means the same file
     assert found is None or found.path == str(tmp_path / "b")
-    assert MappedFile._open(str(path), os.stat(tmp_path / "b").st_ino, 1) is None  # as in a container's own root
+    assert MappedFile._open(str(path), os.stat(tmp_path / "b").st_ino) is None  # as in a container's own root
     (tmp_path / "b").unlink()
     assert MappedFile.behind(scale) is None
 
@@ -114,3 +120,72 @@ def test_watching_leaks_no_open_file(tmp_path):
         del table
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def on_disk(path):
+    """The open file, of which the page cache has nothing; skipped where it keeps all, as of a file system in memory."""
+    file = open(path, "rb")
+    os.fsync(file)
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if pages_in_memory(file):
+        pytest.skip("the page cache does not give this file's pages back")
+    return file
+
+
+def pages_in_memory(file):
+    """Numbers of the file's pages that the page cache has, which asking does not change."""
+    nbytes = os.fstat(file.fileno()).st_size
+    with mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY) as mapping:
+        first, found = (ctypes.c_char * nbytes).from_buffer(mapping), (ctypes.c_uint8 * -(-nbytes // PAGE))()
+        assert ctypes.CDLL(None).mincore(first, ctypes.c_size_t(nbytes), found) == 0
+        del first
+    return {page for page, flags in enumerate(found) if flags & 1}
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_pages_of_rows_are_asked_for_ahead(tmp_path, monkeypatch, refused):
+    """Exactly those of the rows, whether the kernel takes many at once or refuses to."""
+    if refused:
+        monkeypatch.setattr(pages, "_PROCESS_MADVISE", 1_000_000)
+    monkeypatch.setattr(pages, "_AT_ONCE", 2)
+    path = tables.cpu_table(ROWS, 80, "float32").save_safetensors(tmp_path / "table.safetensors")
+    with EngramTable.from_safetensors(path, placement="cpu", mapped=True) as table, on_disk(path) as file:
+        offset = os.fstat(file.fileno()).st_size - table.nbytes
+        ids = np.array([-1, 3999, 700, 12, 13, 700, 2000, ROWS])
+        edges = [offset + row * 320 + at for row in (3999, 700, 12, 13, 2000) for at in (0, 319)]
+        wanted = {edge // PAGE for edge in edges}
+        assert len(wanted) > 4  # some rows cross the border of two pages
+        table.prefetch(torch.from_numpy(ids))
+        waited = time.monotonic() + 60
+        while not wanted <= pages_in_memory(file):
+            assert time.monotonic() < waited
+        assert pages_in_memory(file) == wanted
+
+
+def test_lookups_ask_ahead_for_what_is_not_in_memory(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(mapped_files, "advise_ranges", lambda ranges, advice: asked.append(ranges // PAGE))
+    plan = small_plan()
+    loaded = [tables.cpu_table(rows, 96, "e4m3_ue8m0", seed) for seed, rows in enumerate(plan.rows_per_layer)]
+    paths = [each.save_safetensors(tmp_path / f"{layer}.safetensors") for layer, each in enumerate(loaded)]
+    mapped = [EngramTable.from_safetensors(path, placement="cpu", mapped=True) for path in paths]
+    token_ids, *_ = ragged(plan.vocab_size)
+    row_ids = ngram_hash(token_ids, plan)
+    files = [on_disk(path) for path in paths]
+    found = hash_lookup(token_ids, plan, mapped)
+    assert len(asked) >= len(mapped)  # of rows, and of scales that share no page with them
+    assert torch.equal(found.view(torch.int16), hash_lookup(token_ids, plan, loaded).view(torch.int16))
+    asked.clear()
+    hash_lookup(token_ids, plan, mapped)
+    lookup(mapped[0], row_ids[:, 0])
+    assert not asked  # all in memory now
+    for each in (*files, *mapped):
+        each.close()
+    files = [on_disk(path) for path in paths]
+    with EngramTable.from_safetensors(paths[1], placement="cpu", mapped=True) as table:
+        files.append(on_disk(paths[1]))  # without what its header was read with
+        asked.clear()
+        lookup(table, row_ids[:, 1])
+    assert asked
+    for file in files:
+        file.close()

@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from .arguments import CommandError
+from engram_kernels.commands.arguments import CommandError
 
 
 def load_tokenizer():
