@@ -46,6 +46,7 @@ COMMANDS = {
     "formats": "bench.training.formats",
     "cache": "bench.cache.prediction",
     "files": "bench.serving.files",
+    "loading": "bench.serving.loading",
     "layouts": "bench.cache.layouts",
     "step_model": "bench.serving.step_model",
     "sweep": "bench.ops.sweep",

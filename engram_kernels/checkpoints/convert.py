@@ -15,14 +15,14 @@ from engram_kernels.geometry.row_format import RowFormat, checked_scale, row_for
 
 from .encoding import decode_rows, encode_rows, greatest, overflows, table_scale
 from .files import Checkpoint, Paths
-from .parallel import CHUNK, Progress, run_chunks
-from .reading import RowChunk, read_chunk, row_chunks
-from .table_writer import TableWriter
+from .parallel import CHUNK, THREADS, Buffers, Progress, run_chunks
+from .reading import RowChunk, read_bytes, read_chunk, row_chunks
+from .table_writer import Piece, TableWriter
 from .validate import StoredTable, select_table
 
 #: Elements of a chunk that is decoded: float32 of it stay in a core's cache, which makes it several times faster than
 #: 16 M elements (90 against 40 M elements a second on two cores).
-_DECODED = 1 << 20
+DECODED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ def convert_table(
         target.check_width(stored.width, where)
         check_pair(stored.format, target, scale, where)
         same = target == stored.format and scale in (None, stored.scale)
-        size = stored.format.row_bytes(stored.width)
-        chunks = row_chunks(stored, max(1, CHUNK // size if same else _DECODED // stored.width))
+        chunks, buffers = row_chunks(stored, max(1, DECODED // stored.width)), Buffers()
         measures = target.table_scale and not same and scale is None
         total, done = (1 + measures) * stored.nbytes, 0
         report = None if progress is None else lambda count, _: progress(done + count, total)
-        options = dict(threads=min(16, os.cpu_count() or 1), progress=report, total=stored.nbytes)
+        # Of arithmetic a few more than processors, which have work then while chunks are on their way.
+        threads = THREADS if same else min(THREADS, (os.cpu_count() or 1) + 2)
+        options = dict(threads=threads, progress=report, total=stored.nbytes)
         if measures:
             scale, done = _measured_scale(checkpoint, stored, chunks, target, options), stored.nbytes
         elif same:
@@ -95,19 +96,24 @@ def convert_table(
         names |= dict(scale=scale, token_map=stored.token_map)
         with TableWriter(out, where, format=target, rows=stored.rows, width=stored.width, **names) as writer:
 
-            def copy(chunk: RowChunk) -> int:
-                rows, scales = read_chunk(checkpoint, chunk)
-                return writer.write(chunk.first, rows.view(target.dtype), scales)
+            def copy(piece: Piece) -> int:
+                content = buffers.take(piece.end - piece.begin)
+                tensors = stored.weights if piece.key == "weight" else stored.scales
+                read_bytes(checkpoint, tensors, piece.begin, memoryview(content))
+                return writer.write_piece(piece, torch.from_numpy(content))
 
             def convert(chunk: RowChunk) -> int:
                 values, nbytes = _decoded(checkpoint, stored, chunk)
-                rows, scales = encode_rows(values, target, where, scale=scale, nearest=nearest)
-                lost.append(overflows(values, rows, target, scale))
-                errors.append(_errors(values, decode_rows(rows, scales, target, scale), bound))
+                rows, scales, beyond, error = encoded(values, target, where, scale, nearest, bound)
+                lost.append(beyond)
+                errors.append(error)
                 writer.write(chunk.first, rows, scales)
                 return nbytes
 
-            run_chunks(chunks, copy if same else convert, **options)
+            if same:
+                run_chunks(writer.pieces(CHUNK), copy, **options)
+            else:
+                run_chunks(chunks, convert, **options)
             path = writer.commit()
         loss = None if same else _loss(errors, stored.rows, bound)
         return Conversion(path, target, stored.rows, stored.width, scale, sum(lost), loss)
@@ -123,6 +129,15 @@ def check_pair(source: RowFormat, target: RowFormat, scale: float | None, where:
         )
     if scale is not None:
         checked_scale(scale, where)
+
+
+def encoded(
+    values: torch.Tensor, target: RowFormat, where: str, scale: float | None, nearest: bool, bound: float
+) -> tuple[torch.Tensor, torch.Tensor | None, int, tuple[float, float, float, int]]:
+    """(rows, scales, overflows, errors as of a chunk) of values float32 ``[rows, R]``."""
+    rows, scales = encode_rows(values, target, where, scale=scale, nearest=nearest)
+    errors = _errors(values, decode_rows(rows, scales, target, scale), bound)
+    return rows, scales, overflows(values, rows, target, scale), errors
 
 
 def _decoded(checkpoint: Checkpoint, stored: StoredTable, chunk: RowChunk) -> tuple[torch.Tensor, int]:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from .opening import JSON_LIMIT, CheckpointError, file_of_index, naming, open_regular, parse_json, read_json, unreadable
+from .parallel import FileReads
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -60,8 +61,9 @@ class Checkpoint:
 
     def __init__(self, paths: Paths, where: str):
         self.where = where
-        #: Of the files whose header was read: the open file, tensors, and the texts in the header.
+        #: Of the files whose header was read: the open file, tensors, and the texts in the header; and reads of it.
         self._files: dict[Path, tuple[io.FileIO, dict[str, StoredTensor], dict[str, str]]] = {}
+        self._reads: dict[Path, FileReads] = {}
         self._path_of: dict[str, Path] = {}
         #: The files that were given, in a folder or by name, where no index tells which there are.
         self.given: list[Path] = []
@@ -117,18 +119,17 @@ class Checkpoint:
 
     def read_into(self, tensor: StoredTensor, start: int, view: memoryview) -> None:
         """Fill ``view`` with the tensor's bytes from ``start`` on. Any number of threads may do so."""
-        fd, offset, done = self.open_fd(tensor.path), tensor.offset + start, 0
-        while done < len(view):
-            try:
-                count = os.preadv(fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise unreadable(tensor.path, self.where, error) from None
-            if count == 0:
-                raise self.error(
-                    f"{tensor.path} ended at byte {os.fstat(fd).st_size:,} while it was read, before the end of "
-                    f"{tensor.name} at {tensor.offset + tensor.nbytes:,}: it has shrunk since its header was checked"
-                )
-            done += count
+        offset = tensor.offset + start
+        try:
+            done = self._reads[tensor.path].fill(view, offset)
+        except OSError as error:
+            raise unreadable(tensor.path, self.where, error) from None
+        if done < len(view):
+            size, end = os.fstat(self.open_fd(tensor.path)).st_size, tensor.offset + tensor.nbytes
+            raise self.error(
+                f"{tensor.path} ended at byte {size:,} while it was read, before the end of {tensor.name} at {end:,}: "
+                "it has shrunk since its header was checked"
+            )
 
     def read(self, tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
         """A small tensor as ``dtype``, which is as wide as what is stored."""
@@ -146,8 +147,9 @@ class Checkpoint:
         return CheckpointError(f"{self.where}: {text}")
 
     def close(self) -> None:
-        for file, *_ in self._files.values():
+        for file in [*self._reads.values(), *(file for file, *_ in self._files.values())]:
             file.close()
+        self._reads.clear()
         self._files.clear()
 
     def __enter__(self) -> "Checkpoint":
@@ -194,6 +196,7 @@ class Checkpoint:
             try:
                 with naming(path):
                     self._files[path] = file, *_checked_header(path, file.fileno(), self.where)
+                self._reads[path] = FileReads(file.fileno())
             except BaseException:
                 file.close()
                 raise

@@ -5,14 +5,13 @@ takes a buffer per thread on the way.
 """
 
 import itertools
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from .files import Checkpoint, StoredTensor
-from .parallel import CHUNK, THREADS, Progress, interleave, run_chunks, spans
+from .parallel import CHUNK, THREADS, Buffers, Progress, interleave, run_chunks, spans
 from .validate import StoredTable
 
 
@@ -23,23 +22,26 @@ def fill_tensors(
     threads: int = THREADS,
     progress: Progress | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
+    before: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
     """Fill each dense uint8 tensor with the bytes of the stored tensors beside it, one after the other.
 
     ranges: ``[begin, end)`` of the rows wanted, counted over the stored tensors of a target; None is all of them.
+    before: called with each part of a target on the CPU ahead of its bytes, by the thread that reads them.
     """
-    buffers = threading.local()
+    buffers = Buffers()
 
     def copy(chunk) -> int:
         tensor, begin, end, target, at = chunk
         if target.is_cpu:
-            checkpoint.read_into(tensor, begin, memoryview(target[at : at + end - begin].numpy()))
+            part = target[at : at + end - begin]
+            if before is not None:
+                before(part)
+            checkpoint.read_into(tensor, begin, memoryview(part.numpy()))
         else:
-            if not hasattr(buffers, "bytes"):
-                buffers.bytes = torch.empty(CHUNK, dtype=torch.uint8, device="cpu")
-            buffer = buffers.bytes[: end - begin]
-            checkpoint.read_into(tensor, begin, memoryview(buffer.numpy()))
-            target[at : at + end - begin].copy_(buffer)
+            buffer = buffers.take(end - begin)
+            checkpoint.read_into(tensor, begin, memoryview(buffer))
+            target[at : at + end - begin].copy_(torch.from_numpy(buffer))
         return end - begin
 
     # Of each file (tensor, begin and end in its bytes, target, byte of the target that they go to).
@@ -79,17 +81,32 @@ def row_chunks(stored: StoredTable, rows: int) -> list[RowChunk]:
     return chunks
 
 
-def read_chunk(checkpoint: Checkpoint, chunk: RowChunk) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bytes of the rows, of their scales), uint8 ``[rows, bytes]``; of no scales ``[rows, 0]``."""
+def read_chunk(
+    checkpoint: Checkpoint, chunk: RowChunk, buffers: Buffers | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bytes of the rows, of their scales), uint8 ``[rows, bytes]``; of no scales ``[rows, 0]``.
 
-    def read(tensor: StoredTensor | None) -> torch.Tensor:
-        size = 0 if tensor is None else tensor.nbytes // tensor.shape[0]
-        content = torch.empty(chunk.end - chunk.begin, size, dtype=torch.uint8, device="cpu")
+    With ``buffers`` they lie in these, until the thread reads the next chunk.
+    """
+
+    def read(tensor: StoredTensor | None, name: str) -> torch.Tensor:
+        size, rows = 0 if tensor is None else tensor.nbytes // tensor.shape[0], chunk.end - chunk.begin
+        content = (buffers or Buffers()).take(rows * size, name)
         if size:
-            checkpoint.read_into(tensor, chunk.begin * size, memoryview(content.view(-1).numpy()))
-        return content
+            checkpoint.read_into(tensor, chunk.begin * size, memoryview(content))
+        return torch.from_numpy(content).view(rows, size)
 
-    return read(chunk.weight), read(chunk.scales)
+    return read(chunk.weight, "rows"), read(chunk.scales, "scales")
+
+
+def read_bytes(checkpoint: Checkpoint, tensors: Sequence[StoredTensor], begin: int, view: memoryview) -> None:
+    """Fill ``view`` from byte ``begin`` of stored tensors on, which follow each other."""
+    end, first = begin + len(view), 0
+    for tensor in tensors:
+        low, high = max(begin, first), min(end, first + tensor.nbytes)
+        if low < high:
+            checkpoint.read_into(tensor, low - first, view[low - begin : high - begin])
+        first += tensor.nbytes
 
 
 def _byte_ranges(

@@ -6,11 +6,13 @@ checkpoint, and their names are new every time, so that the files of the old ind
 
 import io
 import json
+import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,10 +21,11 @@ from engram_kernels.geometry.row_format import RowFormat
 from .files import INDEX_SUFFIX, PART, SUFFIX, TABLE_KEY, weight_map
 from .names import FILE_SCALES, SCALE_NAMES, TABLE_SCALE_NAME, as_prefix, file_dtype, find_tables, part_of
 from .opening import CheckpointError, naming
-from .parallel import spans
+from .parallel import BLOCK, CHUNK, Buffers, interleave, spans
 from .writing import (
     DirectFile,
     NewTensor,
+    allocate,
     check_disk,
     checked_metadata,
     file_path,
@@ -53,9 +56,19 @@ class _Shard:
     file: io.FileIO | None = None  #: while it is open here, and what large writes go through
     direct: DirectFile | None = None
 
-    def opened(self, file: io.FileIO) -> None:
+    def opened(self, file: io.FileIO, buffers: Buffers) -> None:
         """Write to ``file`` from here on."""
-        self.file, self.direct = file, DirectFile(file.fileno())
+        self.file, self.direct = file, DirectFile(file.fileno(), buffers)
+
+
+class Piece(NamedTuple):
+    """Bytes ``[begin, end)`` of a table's rows ("weight") or scales ("scale"), and the byte of a file they go to."""
+
+    shard: _Shard
+    key: str
+    begin: int
+    end: int
+    offset: int
 
 
 @dataclass
@@ -70,11 +83,27 @@ class RowsFiles:
         """Bytes of a row with its scales."""
         return sum(self.sizes)
 
+    def pieces(self, nbytes: int) -> Iterator[Piece]:
+        """All bytes of rows and scales, at most ``nbytes`` in a piece, in whole blocks of their file, files in turn.
+
+        What is no whole block goes through the page cache, and such a write waits until no other is under way.
+        """
+        return interleave(self._pieces_of(shard, nbytes) for shard in self.shards)
+
+    def _pieces_of(self, shard: _Shard, nbytes: int) -> Iterator[Piece]:
+        for key, size in zip(("weight", "scale"), self.sizes, strict=True):
+            start, end = shard.offsets.get(key, 0), shard.offsets.get(key, 0) + (shard.end - shard.begin) * size
+            first = shard.begin * size - start  # from a place in the file to one among the table's bytes
+            for at in range(start - start % nbytes, end, nbytes):
+                low, high = max(at, start), min(at + nbytes, end)
+                yield Piece(shard, key, first + low, first + high, low)
+
     def open(self) -> None:
         """Open the files, in a process that did not make them; all or none."""
+        buffers = Buffers()
         try:
             for shard in self.shards:
-                shard.opened(open(shard.partial, "r+b", buffering=0))
+                shard.opened(open(shard.partial, "r+b", buffering=0), buffers)
         except BaseException:
             self.close()
             raise
@@ -92,6 +121,12 @@ class RowsFiles:
                     with naming(shard.partial):
                         shard.direct.write(rows.numpy(), shard.offsets[key] + (first - shard.begin) * size)
         return len(weight) * self.row_bytes
+
+    def write_piece(self, piece: Piece, content: torch.Tensor) -> int:
+        """Write the bytes of a piece, uint8 ``[bytes]``; returns their number."""
+        with naming(piece.shard.partial):
+            piece.shard.direct.write(content.cpu().numpy(), piece.offset)
+        return len(content)
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
@@ -144,11 +179,14 @@ class TableWriter(RowsFiles):
         self.shards = self._layout(rows, shard_bytes)
         check_disk(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
         try:
-            mode = mode_of(self._index, self._path)  # files under new names are as private as what they replace
+            buffers, mode = (
+                Buffers(),
+                mode_of(self._index, self._path),
+            )  # files under new names are as private as what they replace
             for shard in self.shards:
                 with naming(shard.partial):
-                    shard.opened(locked_file(shard.partial, mode))
-                    os.ftruncate(shard.file.fileno(), shard.nbytes)
+                    shard.opened(locked_file(shard.partial, mode), buffers)
+                    allocate(shard.file.fileno(), shard.nbytes)
                     write_all(shard.file.fileno(), shard.header, 0)
                     if "table" in shard.offsets:
                         value = torch.tensor([scale], dtype=torch.float32, device="cpu")
@@ -197,7 +235,10 @@ class TableWriter(RowsFiles):
 
     def _layout(self, rows: int, shard_bytes: int | None) -> list[_Shard]:
         count = 1 if shard_bytes is None else min(rows, -(-rows * self.row_bytes // shard_bytes))
-        pieces = list(spans(rows, -(-rows // count)))
+        each = -(-rows // count)
+        if each * self.sizes[0] >= CHUNK:  # whole blocks of rows, so that they are read straight to the table's memory
+            each += -each % (BLOCK // math.gcd(BLOCK, self.sizes[0]))
+        pieces = list(spans(rows, each))
         # Of a file or two that are missing, the rest tells.
         metadata = self._metadata | {TABLE_KEY: json.dumps(self._said | dict(parts=len(pieces)))}
         stem, token, shards = self._path.name.removesuffix(SUFFIX), secrets.token_hex(4), []

@@ -5,18 +5,17 @@ is locked for as long as it is open. The lock goes with its process, so that wha
 none, and the next writer of the same name removes it.
 """
 
+import ctypes
 import errno
 import fcntl
 import io
 import itertools
 import json
-import mmap
 import os
 import re
 import secrets
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,15 +26,13 @@ import numpy as np
 from .files import SUFFIX, Checkpoint
 from .names import check_text
 from .opening import CheckpointError, check_regular, naming, open_regular
-from .parallel import CHUNK
+from .parallel import BLOCK, CHUNK, Buffers, direct_opener
 
 Found = TypeVar("Found")
 
+_LEAST_DIRECT = 256 << 10  # bytes of a write, below which the page cache is as fast
 #: Data begins at a multiple of a page, so that a mapped table's rows start at multiples of 16 bytes.
 _PAGE = 4096
-#: Addresses, offsets and sizes of direct I/O are multiples of a disk's blocks, which are 512 or 4,096 bytes.
-BLOCK = 4096
-_LEAST_DIRECT = 1 << 20  # bytes, below which the page cache is as fast
 
 
 class NewTensor(NamedTuple):
@@ -179,6 +176,23 @@ def remove_abandoned(path: Path, others: Iterable[str] = ()) -> None:
             file.close()
 
 
+def allocate(fd: int, nbytes: int) -> None:
+    """Give a new file its length, and its place on the disk where the file system can do so ahead of the writes.
+
+    Direct writes to a file without one wait for each other on ext4, and a disk that is full is known at once. Not
+    posix_fallocate: where the file system cannot, that writes to every block.
+    """
+    os.ftruncate(fd, nbytes)
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while call(fd, 0, 0, nbytes):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
 def write_all(fd: int, content, offset: int) -> None:
     """Write all bytes of a buffer from byte ``offset`` of a file on. Any number of threads may do so."""
     view = memoryview(content).cast("B")
@@ -206,11 +220,11 @@ class DirectFile:
     for what the kernel then begins to write; straight to the disk all threads write from the first chunk on.
     """
 
-    def __init__(self, fd: int):
-        self._fd, self._buffers = fd, threading.local()
+    def __init__(self, fd: int, buffers: Buffers | None = None):
+        self._fd, self._buffers = fd, buffers or Buffers()
         self._direct: io.FileIO | None = None
         try:
-            self._direct = open(f"/proc/self/fd/{fd}", "r+b", buffering=0, opener=_direct)
+            self._direct = open(f"/proc/self/fd/{fd}", "r+b", buffering=0, opener=direct_opener)
         except OSError:  # a file system without it, or no /proc
             pass
 
@@ -231,8 +245,10 @@ class DirectFile:
             self._direct = None
 
     def _write_blocks(self, content: np.ndarray, offset: int) -> None:
-        if content.ctypes.data % BLOCK:
-            content = self._aligned(content)
+        if content.ctypes.data % BLOCK:  # by way of a buffer that begins at a page
+            aligned = self._buffers.take(len(content))
+            aligned[:] = content
+            content = aligned
         done = 0
         try:
             while done < len(content) and done % BLOCK == 0:
@@ -241,15 +257,3 @@ class DirectFile:
             if error.errno != errno.EINVAL:  # blocks of another size: then as ever
                 raise
         write_all(self._fd, content[done:], offset + done)
-
-    def _aligned(self, content: np.ndarray) -> np.ndarray:
-        """The same bytes in this thread's buffer, which begins at a page."""
-        if not hasattr(self._buffers, "bytes"):
-            self._buffers.bytes = np.frombuffer(mmap.mmap(-1, CHUNK), dtype=np.uint8)
-        buffer = self._buffers.bytes[: len(content)]
-        buffer[:] = content
-        return buffer
-
-
-def _direct(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_DIRECT)

@@ -102,11 +102,30 @@ class EngramTable(EditableRows):
         ValueError where a row is no multiple of 16 bytes, or format, placement, scales, device and name do not go
         together; RuntimeError where the machine does not give the memory.
         """
+        options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress)
+        return cls._new(rows, width, format, placement=placement, **options)
+
+    @classmethod
+    def _new(
+        cls,
+        rows: int,
+        width: int,
+        format: FormatName,
+        *,
+        placement: Placement,
+        scale: float = 1.0,
+        scales: ScalePlacement | None = None,
+        device: torch.device | str | None = None,
+        name: str | None = None,
+        progress: Progress | None = None,
+        backed: bool = True,
+    ) -> "EngramTable":
+        """As :meth:`empty`. backed: False leaves memory of a shared table to who fills it."""
         where = "EngramTable.empty"
         fmt = _checked_geometry(where, rows, width, format)
         device = check_placement(where, placement, fmt, device, name, scales)
         scale = float(checked_scale(scale, where)) if fmt.table_scale else 1.0
-        options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress)
+        options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress, backed=backed)
         memory = table_memory.allocate(rows, width, fmt, placement=placement, **options)
         return cls(*memory[:2], fmt, placement, memory.mapping, scales, memory.own_scale)
 
@@ -292,9 +311,10 @@ class EngramTable(EditableRows):
 
             def read(table: "EngramTable") -> None:
                 table.token_map = stored.token_map
-                fill_table(table, checkpoint, stored, threads=threads, progress=progress)
+                fill_table(table, checkpoint, stored, new=True, threads=threads, progress=progress)
 
-            return cls._filled(read, stored.rows, stored.width, stored.format.name, placement=placement, **options)
+            options |= dict(placement=placement, backed=False)
+            return cls._filled(read, stored.rows, stored.width, stored.format.name, **options)
 
     @classmethod
     def _read_directly(
@@ -314,7 +334,7 @@ class EngramTable(EditableRows):
     @classmethod
     def _filled(cls, fill: Callable[["EngramTable"], None], *shape, placement: Placement, **options) -> "EngramTable":
         """A new table that ``fill`` has written to, published where it is shared; closed again where that fails."""
-        table = cls.empty(*shape, placement=placement, **options)
+        table = cls._new(*shape, placement=placement, **options)
         try:
             fill(table)
             if placement == "shared":

@@ -8,27 +8,33 @@ from pathlib import Path
 import torch
 
 from engram_kernels.checkpoints.files import Checkpoint, StoredTensor
-from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks, spans
+from engram_kernels.checkpoints.parallel import CHUNK, THREADS, Progress, run_chunks
 from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
-from engram_kernels.checkpoints.table_writer import TableWriter
+from engram_kernels.checkpoints.table_writer import Piece, TableWriter
 from engram_kernels.checkpoints.validate import StoredTable
 from engram_kernels.geometry.row_format import SCALE_DTYPES
 
 from .memory.direct import LEAST, DirectRows, Part
 from .memory.mapped_files import MappedFile, map_file
+from .memory.pages import prefer_huge
 from .memory.report import available_host_memory
+from .memory.shared import SharedMapping
 from .placed import PlacedRows
 
 
-def fill_table(table: PlacedRows, checkpoint: Checkpoint, stored: StoredTable, **options) -> None:
+def fill_table(table: PlacedRows, checkpoint: Checkpoint, stored: StoredTable, *, new: bool = False, **options) -> None:
     """Write what is stored into a table of its rows, width and format.
 
+    new: nothing was written to the table's memory yet, which comes while it is filled.
     options: of :func:`fill_tensors`; ranges ``[begin, end)`` of the stored rows that the table is to hold, in order.
     """
     targets = [(flat_bytes(table.weight), stored.weights)]
     if stored.scales:
         targets.append((flat_bytes(table.scale), stored.scales))
-    fill_tensors(targets, checkpoint, **options)
+    for target in (target for target, _ in targets if new and target.is_cpu):
+        prefer_huge(target)
+    back = table._mapping.back if new and isinstance(table._mapping, SharedMapping) else None
+    fill_tensors(targets, checkpoint, before=back, **options)
 
 
 def check_room(name: str, nbytes: int, placement: str, where: str, way_out: str) -> None:
@@ -98,11 +104,11 @@ def save_table(table: PlacedRows, path: str | os.PathLike, where: str, progress:
     weight, scale, fmt = table.weight, table.scale, table.format
     shape = dict(format=fmt, rows=table.rows, width=table.width)
     with TableWriter(path, where, **shape, scale=table.own_scale, token_map=table.token_map, **writing) as writer:
+        sources = {"weight": flat_bytes(weight)} | ({"scale": flat_bytes(scale)} if fmt.group else {})
 
-        def write(chunk: tuple[int, int]) -> int:
-            begin, end = chunk
-            return writer.write(begin, weight[begin:end], scale[begin:end] if fmt.group else None)
+        def write(piece: Piece) -> int:
+            return writer.write_piece(piece, sources[piece.key][piece.begin : piece.end])
 
-        chunks = spans(table.rows, max(1, CHUNK // writer.row_bytes))
-        run_chunks(chunks, write, threads=THREADS, progress=progress, total=table.rows * writer.row_bytes)
+        total = table.rows * writer.row_bytes
+        run_chunks(writer.pieces(CHUNK), write, threads=THREADS, progress=progress, total=total)
         return writer.commit()

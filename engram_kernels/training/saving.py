@@ -21,6 +21,7 @@ from engram_kernels.checkpoints.reading import fill_tensors, flat_bytes
 from engram_kernels.checkpoints.writing import (
     DirectFile,
     NewTensor,
+    allocate,
     check_disk,
     checked_metadata,
     file_path,
@@ -153,7 +154,7 @@ def save_states(
             direct.write(content.cpu().numpy(), place)
             return len(content)
 
-        os.ftruncate(fd, places[-1])
+        allocate(fd, places[-1])
         write_all(fd, header, 0)
         run_chunks(chunks, write, threads=THREADS, progress=progress, total=places[-1] - len(header))
     return path

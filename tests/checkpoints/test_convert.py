@@ -21,7 +21,7 @@ def plain(monkeypatch):
     """Lines as they are, whatever the width of a terminal; chunks that end inside parts."""
     monkeypatch.setattr(console, "has_rich", lambda: False)
     monkeypatch.setattr(table_conversion, "CHUNK", 3000)
-    monkeypatch.setattr(table_conversion, "_DECODED", 2000)
+    monkeypatch.setattr(table_conversion, "DECODED", 2000)
 
 
 def load(path, **options):

@@ -259,7 +259,7 @@ FAULTS = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_tables(tmp_path, case, monkeypatch):
     tensors, expected, options = FAULTS[case]
-    monkeypatch.setattr(EngramTable, "empty", lambda *_, **__: pytest.fail("asked for memory"))
+    monkeypatch.setattr(EngramTable, "_new", lambda *_, **__: pytest.fail("asked for memory"))
     path = save(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ValueError, match=f"^EngramTable.from_safetensors: .*{expected}") as raised:
         load(path, placement="cpu", **options)

@@ -4,9 +4,18 @@ import os
 
 import pytest
 
+from engram_kernels.checkpoints import parallel
 from engram_kernels.checkpoints.opening import CheckpointError
 
 from .saved import KINDS
+
+
+@pytest.fixture(autouse=True, params=["through the cache", "past the cache"])
+def way(request, monkeypatch):
+    """Files are small, and were just written: past the cache go large reads of what it does not hold."""
+    if request.param == "past the cache":
+        monkeypatch.setattr(parallel, "_LEAST_DIRECT", 1)
+        monkeypatch.setattr(parallel.FileReads, "_cached", lambda *_: False)
 
 
 @pytest.fixture

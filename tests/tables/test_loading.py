@@ -1,5 +1,6 @@
 """EngramTable.from_safetensors: names of both models, bits, memory, mapped files, and files that change meanwhile."""
 
+import errno
 import gc
 import json
 import os
@@ -14,9 +15,11 @@ from engram_kernels.checkpoints import reading
 from engram_kernels.checkpoints.files import CheckpointError
 from engram_kernels.geometry.row_format import FORMATS
 from engram_kernels.tables import files as table_files
+from engram_kernels.tables.memory.pages import Pages
 from engram_kernels.testing import tables
 from tests.support import checkpoints
 from tests.support.checkpoints import E8M0, QWEN, QWEN_SCALE, V41, by_hand, raw, save
+from tests.support.processes.sharing import file_of
 
 load = EngramTable.from_safetensors
 V41_NAME = "layers.{}.engram.embed."
@@ -172,6 +175,45 @@ def test_memory_is_released_on_an_error(tmp_path, placement):
     assert memory() - before < 24 << 20 and kept.value is not None
 
 
+@pytest.mark.parametrize("where", ["progress", "disk", "memory"])
+def test_a_shared_table_that_cannot_be_filled_leaves_nothing(tmp_path, shared_name, monkeypatch, where):
+    """An interrupt, a sector that cannot be read, and memory that others take while the table is filled."""
+    path = save(tmp_path / "a.safetensors", {"weight": torch.ones(1 << 17, 64)})  # 32 MiB
+    before, held, options = memory(), len(os.listdir("/proc/self/fd")), {}
+    if where == "progress":
+        options["progress"], expected = failing(0.5), pytest.raises(KeyboardInterrupt)
+    elif where == "disk":
+        monkeypatch.setattr(reading.Checkpoint, "read_into", lambda *_: os.preadv(-1, [bytearray(1)], 0))
+        expected = pytest.raises(OSError, match="Bad file descriptor")
+    else:
+        allocate = os.posix_fallocate
+
+        def full(fd, begin, nbytes):
+            if begin > 16 << 20:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            allocate(fd, begin, nbytes)
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        expected = pytest.raises(RuntimeError, match=r"do not fit in /dev/shm \(No space left on device\), [\d,]+ are")
+    with expected as kept:
+        load(path, placement="shared", name=shared_name, **options)
+    assert not file_of(shared_name).exists() and kept.value is not None
+    assert memory() - before < 24 << 20 and len(os.listdir("/proc/self/fd")) == held
+
+
+def test_shared_memory_comes_while_the_table_is_filled(tmp_path, shared_name, monkeypatch):
+    """In huge pages at once, which are not put together when it is published; of several files as of one."""
+    weight = torch.randn(50_000, 64)
+    save_table = EngramTable.from_tensors(weight, placement="cpu").save_safetensors
+    monkeypatch.setattr(Pages, "fault_in", lambda *_, **__: pytest.fail("faulted in before it was filled"))
+    for number, shard_bytes in enumerate((None, 5_000_001)):
+        path = save_table(tmp_path / f"{number}.safetensors", shard_bytes=shard_bytes)
+        with load(path, placement="shared", name=shared_name) as table:
+            assert torch.equal(table.weight, weight)
+            report = table.memory_report()
+            assert report.resident >= table.nbytes and (report.huge >= 0.9 * (12 << 20) or report.warnings)
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = save(tmp_path / "a.safetensors", {"weight": torch.ones(1000, 64)})
     with pytest.raises(
@@ -269,7 +311,7 @@ def test_mapped_rows_have_to_lie_together(tmp_path):
 def test_a_table_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "a.safetensors", {"weight": torch.ones(1000, 64)})
     monkeypatch.setattr(table_files, "available_host_memory", lambda: 255_999)
-    monkeypatch.setattr(EngramTable, "empty", lambda *_, **__: pytest.fail("asked for memory"))
+    monkeypatch.setattr(EngramTable, "_new", lambda *_, **__: pytest.fail("asked for memory"))
     for placement in ("cpu", "host"):
         with pytest.raises(MemoryError, match=r"takes 256,000 bytes and 255,999 are available; .*mapped=True\)$"):
             load(path, placement=placement)

@@ -8,7 +8,7 @@ import torch
 from engram_kernels.geometry.row_format import RowFormat
 
 from .host import HostMapping, Mapping, RuntimeDriver
-from .pages import HUGE_PAGE, Progress
+from .pages import HUGE_PAGE, Pages, Progress
 from .report import MemoryReport, locked_limit
 from .shared import SharedMapping
 from .shared_protocol import Geometry
@@ -36,20 +36,32 @@ def allocate(
     device: torch.device,
     name: str | None,
     progress: Progress | None,
+    backed: bool,
 ) -> TableMemory:
-    """Memory for a new table; arguments checked, as for ``EngramTable.empty``."""
+    """Memory for a new table; arguments checked, as for ``EngramTable.empty``.
+
+    backed: False leaves that of a shared table to ``SharedMapping.back``.
+    """
     if placement == "shared":
         nbytes, geometry = _mapped_bytes(rows, width, fmt), _geometry(rows, width, fmt, scale)
-        mapping = SharedMapping.create(name, nbytes, geometry, _driver(), progress)
+        mapping = SharedMapping.create(name, nbytes, geometry, _driver(), progress, backed)
         return _divide(mapping, rows, width, fmt, scale)  # scales move to the GPU when all of them are there
     if placement == "host":
         mapping = HostMapping(_mapped_bytes(rows, width, fmt, scales), _driver(), progress=progress)
         return _divide(mapping, rows, width, fmt, scale, scales)
     if placement == "staged":
         return _divide(HostMapping(_mapped_bytes(rows, width, fmt), huge=True), rows, width, fmt, scale)
-    weight = torch.empty(rows, fmt.row_items(width), dtype=fmt.dtype, device=device)
+    weight = _rows(rows, width, fmt, device)
     grouped = torch.empty(rows, fmt.scale_bytes(width), dtype=torch.uint8, device=device) if fmt.group else None
     return _with_scales(fmt, scale, weight, grouped)
+
+
+def _rows(rows: int, width: int, fmt: RowFormat, device: torch.device) -> torch.Tensor:
+    """Memory of rows; on the CPU large ones begin at a page, where files are read and written past the page cache."""
+    nbytes = rows * fmt.row_bytes(width)
+    if device.type == "cpu" and nbytes >= HUGE_PAGE:
+        return Pages(nbytes).bytes.view(fmt.dtype).view(rows, fmt.row_items(width))
+    return torch.empty(rows, fmt.row_items(width), dtype=fmt.dtype, device=device)
 
 
 def attach(

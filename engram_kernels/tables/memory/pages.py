@@ -53,7 +53,7 @@ class Pages:
     """
 
     def __init__(self, nbytes: int, fd: int | None = None, offset: int = 0):
-        self.nbytes = nbytes
+        self.nbytes, self._shared = nbytes, fd is not None
         # Guards on both sides: the kernel would otherwise join neighbours of equal flags, and smaps count them as one.
         reserved = _rounded(nbytes, HUGE_PAGE) + HUGE_PAGE + 2 * mmap.PAGESIZE
         start = _map(None, reserved, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE, -1, 0)
@@ -76,16 +76,36 @@ class Pages:
         """madvise over the whole range; the name of the error where the kernel refuses, else None."""
         return _advise(self.address, self.nbytes, advice)
 
-    def fault_in(self, progress: Progress | None = None, *, touch: bool = False) -> str | None:
+    def back(self, address: int, nbytes: int) -> str | None:
+        """Give memory to the pages of some of the range's bytes; the error's name, or None.
+
+        Of a new file in huge pages: each is made of one small page, and the rest of it need not be zeroed apart and
+        copied, which takes several times as long.
+        """
+        begin = address - (address - self.address) % HUGE_PAGE
+        end = min(_rounded(address + nbytes - self.address, HUGE_PAGE), self.nbytes) + self.address
+        if self._shared:
+            for at in range(begin, end, HUGE_PAGE):
+                if (error := _advise(at, mmap.PAGESIZE, POPULATE_WRITE)) is not None:
+                    return error
+            whole = (end - begin) // HUGE_PAGE * HUGE_PAGE
+            if whole:
+                _advise(begin, whole, COLLAPSE)  # what it refuses comes in small pages
+        return _advise(begin, end - begin, POPULATE_WRITE)
+
+    def fault_in(self, progress: Progress | None = None, *, touch: bool = False, new: bool = False) -> str | None:
         """Give every page memory, by several threads; the first error's name, or None.
 
-        touch: where the kernel cannot be asked (before 5.14), write zeros instead; only for fresh private memory.
+        new: of a file in which nothing is yet. touch: where the kernel cannot be asked (before 5.14), write zeros
+        instead; only for fresh private memory.
         """
 
         errors: list[str] = []
 
         def fault(address: int, nbytes: int) -> str | None:
-            error = errors[0] if errors else _advise(address, nbytes, POPULATE_WRITE)
+            if errors:
+                return errors[0]
+            error = self.back(address, nbytes) if new else _advise(address, nbytes, POPULATE_WRITE)
             if error == "EINVAL" and touch:
                 ctypes.memset(address, 0, nbytes)
             elif error is not None:
@@ -160,6 +180,14 @@ class Pages:
                 threads.shutdown(cancel_futures=True)
                 raise
         return first
+
+
+def prefer_huge(tensor: torch.Tensor) -> None:
+    """Ask for huge pages under a dense CPU tensor that is about to be written as a whole, in half the time."""
+    begin = _rounded(tensor.data_ptr(), mmap.PAGESIZE)
+    nbytes = (tensor.data_ptr() + tensor.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+    if nbytes >= HUGE_PAGE:
+        _advise(begin, nbytes, HUGEPAGE)
 
 
 def advise_ranges(ranges: np.ndarray, advice: int) -> None:

@@ -10,6 +10,8 @@ import time
 import weakref
 from pathlib import Path
 
+import torch
+
 from . import shared_protocol
 from .host import Mapping, RuntimeDriver, ensure_huge
 from .mapped_files import check_length
@@ -37,20 +39,36 @@ class SharedMapping(Mapping):
 
     @classmethod
     def create(
-        cls, name: str, nbytes: int, geometry: Geometry, driver: RuntimeDriver | None, progress: Progress | None = None
+        cls,
+        name: str,
+        nbytes: int,
+        geometry: Geometry,
+        driver: RuntimeDriver | None,
+        progress: Progress | None = None,
+        backed: bool = True,
     ) -> "SharedMapping":
-        """A new table of that name, zero, all of it backed by memory; readers wait for :meth:`publish`."""
+        """A new table of that name, zero, all of it backed by memory; readers wait for :meth:`publish`.
+
+        backed: False leaves memory to :meth:`back`, which is called for all bytes before they are written.
+        """
         shared_protocol.check_name(name, "EngramTable.empty")
         mapping = cls(*shared_protocol.create(name, nbytes, geometry), nbytes, geometry, driver)
         try:
             mapping.prefer_node()
-            # Through the mapping pages come huge where tmpfs grants that; the reservation then finds what is missing.
-            mapping.pages.fault_in(progress)
-            shared_protocol.reserve(mapping._fd, mapping.path.parent, DATA_OFFSET + nbytes)
+            if backed:
+                # Through the mapping pages come huge; the reservation then finds what is missing.
+                mapping.pages.fault_in(progress, new=True)
+                shared_protocol.reserve(mapping._fd, mapping.path.parent, DATA_OFFSET + nbytes)
         except BaseException:
             mapping.close()
             raise
         return mapping
+
+    def back(self, part: torch.Tensor) -> None:
+        """Give memory to a part of :attr:`bytes`; RuntimeError where there is none. Any number of threads may do so."""
+        begin = part.data_ptr() - self.pages.address
+        self.pages.back(part.data_ptr(), part.nbytes)
+        shared_protocol.reserve(self._fd, self.path.parent, part.nbytes, DATA_OFFSET + begin)
 
     @classmethod
     def attach(

@@ -78,10 +78,10 @@ def create(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path]:
         raise
 
 
-def reserve(fd: int, folder: Path, nbytes: int) -> None:
-    """Give the first bytes of the file memory: a lack of it is an error here instead of a SIGBUS later."""
+def reserve(fd: int, folder: Path, nbytes: int, begin: int = 0) -> None:
+    """Give bytes of the file from ``begin`` on memory: a lack of it is an error here instead of a SIGBUS later."""
     try:
-        os.posix_fallocate(fd, 0, nbytes)
+        os.posix_fallocate(fd, begin, nbytes)
     except OSError as error:
         raise RuntimeError(
             f"EngramTable: {nbytes:,} bytes do not fit in {folder} ({error.strerror}), {_free(folder):,} are free; "

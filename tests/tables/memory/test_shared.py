@@ -10,7 +10,7 @@ from engram_kernels import EngramTable, lookup
 from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import shared as shared_memory
 from engram_kernels.tables.memory import shared_protocol
-from engram_kernels.tables.memory.pages import HUGE_PAGE, Pages
+from engram_kernels.tables.memory.pages import HUGE_PAGE, POPULATE_WRITE, Pages, _advise
 from engram_kernels.testing import tables
 from tests.support.documents import Document
 from tests.support.gpu.drivers import Accountant, FakeDriver, mapped_ranges
@@ -97,6 +97,8 @@ def test_registration_comes_with_publishing_and_attaching(shared_name, monkeypat
     driver = FakeDriver()
     monkeypatch.setattr(table_memory, "_driver", lambda: driver)
     gpu, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    # In small pages, as where no huge one was to be had when the table was made.
+    monkeypatch.setattr(Pages, "back", lambda _, *part: _advise(*part, POPULATE_WRITE))
     held, original = [], Pages.collapse
     monkeypatch.setattr(Pages, "collapse", lambda *call: held.append(len(driver.held)) or original(*call))
     with made(shared_name, (40_000, 256, "float32")) as large:

@@ -201,7 +201,7 @@ def test_no_room(shared_name, monkeypatch):
     with pytest.raises(RuntimeError, match="4,194,304 bytes do not fit in host memory, 1,048,576 are free"):
         made(shared_name)
     monkeypatch.setattr(shared_protocol, "check_fits", lambda *_: None)
-    monkeypatch.setattr(Pages, "fault_in", lambda *_: "EFAULT")
+    monkeypatch.setattr(Pages, "fault_in", lambda *_, **__: "EFAULT")
     with pytest.raises(RuntimeError, match=r"do not fit in /dev/shm \((No space left on device|File too large)\), "):
         made(shared_name, huge)
     assert not file_of(shared_name).exists()
