@@ -70,15 +70,15 @@ def simulate(ids: np.ndarray, config: EngramConfig, caches: tuple[int, ...] = CA
     for group, of_group in enumerate(keys):
         distinct, counts = np.unique(of_group[:begin], return_counts=True)
         known[group] = np.isin(of_group, distinct[counts > 1])
-        pages += np.count_nonzero(counts > 1)
+        pages += int(np.count_nonzero(counts > 1))
     index, entry = pages * INDEX_BYTES, heads * row + TAG_BYTES
     found = []
     for nbytes in caches:
         plain = missed(keys, nbytes, entry)[:, begin:]
         beside = missed(keys, max(0, nbytes - index), entry)[:, begin:]
         tokens = plain.shape[1]
-        together = np.count_nonzero(beside & known[:, begin:]) + heads * np.count_nonzero(beside & ~known[:, begin:])
-        every = np.count_nonzero(plain)
+        once, apart = (int(np.count_nonzero(beside & which)) for which in (known[:, begin:], ~known[:, begin:]))
+        together, every = once + heads * apart, int(np.count_nonzero(plain))
         found.append(Saving(nbytes, heads * every / tokens, together / tokens, every / tokens, pages * PAGE, index))
     return found
 

@@ -165,7 +165,8 @@ def measure(
         timed_rows(call, most - most // 10)
         return dict(more=resident() - before, rate=0.0)
     found = timed(call, seconds) | dict(nbytes=(bytes_read() - read) / asked, more=resident() - before)
-    return found | (dict(most=inside.most() / MIB) if inside and inside.most() else {})
+    most_used = inside.most() if inside else None
+    return found | ({} if most_used is None else dict(most=most_used / MIB))
 
 
 def timed_rows(call: Callable[[], int], rows: int) -> None:
@@ -288,4 +289,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"measure": measure, "measure_text": measure_text}[sys.argv[1]](**json.loads(sys.argv[2]))))
+    chosen = measure if sys.argv[1] == "measure" else measure_text
+    print(json.dumps(chosen(**json.loads(sys.argv[2]))))
