@@ -28,7 +28,8 @@ _SHM = Path("/dev/shm")
 _HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 #: Magic, version, state, writer, width, rows, bytes, scale, format, kept, digest (zero for none).
 _HEADER = struct.Struct("<16sIIIIQQf16sI32s")
-_MAGIC, _VERSION = b"engram_kernels\0\0", 2
+#: Another magic than version 1 had, which would remove kept files that nobody holds.
+_MAGIC, _VERSION = b"engram_kernels\0\1", 2
 _STATE_AT, _DIGEST_AT = 20, _HEADER.size - 32
 _FILLING, _COMPLETE = 1, 2
 _WRITER, _USERS = 0, 1  # bytes of the file that the locks are on
