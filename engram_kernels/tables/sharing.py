@@ -98,6 +98,6 @@ class SharedRows(EditableRows):
         """Take the name of a shared table of this user away, kept or not, and its memory when no process maps it.
 
         Processes that have it go on reading; the name may be used again at once. FileNotFoundError where there is
-        none, RuntimeError while another process fills it.
+        none, ValueError while another process fills it.
         """
         free_shared(name, "EngramTable.free")

@@ -42,7 +42,7 @@ def list_shared() -> list[SharedTable]:
 def free_shared(name: str, where: str) -> None:
     """Take a table's name away, and its memory as soon as no process maps it.
 
-    FileNotFoundError where this user has none of that name; RuntimeError while a living process fills it.
+    FileNotFoundError where this user has none of that name; ValueError while a living process fills it.
     """
     shared_protocol.check_name(name, where)
     freed = False
@@ -51,7 +51,7 @@ def free_shared(name: str, where: str) -> None:
             continue
         _, _, writer, state, _ = state
         if state == "filling":
-            raise RuntimeError(f"{where}: process {writer} is filling {path}; end it, which removes the file")
+            raise ValueError(f"{where}: process {writer} is filling {path}; end it, which removes the file")
         path.unlink(missing_ok=True)
         freed = True
     if not freed:

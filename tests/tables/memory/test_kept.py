@@ -11,6 +11,7 @@ from engram_kernels import EngramTable, RowAdagrad, lookup
 from engram_kernels.tables import engram as tables_engram
 from engram_kernels.tables.memory import kept, shared_protocol
 from tests.support.checkpoints import save
+from tests.support.documents import Document
 from tests.support.patience import HANG
 from tests.support.processes.peers import Peer
 from tests.support.processes.sharing import SHM, attach, file_of, forked_writer, made
@@ -222,7 +223,7 @@ def test_what_cannot_be_freed(name):
     with pytest.raises(FileNotFoundError, match=f"EngramTable.free: this user has no shared table '{name}'; there is"):
         EngramTable.free(name)
     with forked_writer(name) as writer:
-        with pytest.raises(RuntimeError, match=f"EngramTable.free: process {writer} is filling {file_of(name)}; end"):
+        with pytest.raises(ValueError, match=f"EngramTable.free: process {writer} is filling {file_of(name)}; end"):
             EngramTable.free(name)
     EngramTable.free(name)
     file_of(name).write_bytes(bytes(4096))
@@ -292,3 +293,15 @@ def test_files_of_later_versions_are_left_alone(path, name, monkeypatch):
     assert not shared_protocol.remove_unused(file_of(name))
     with pytest.raises(ValueError, match="has version 2 of the layout, this package reads 1"):
         attach(name, SHAPE)
+
+
+def test_the_documents_example(path, name):
+    """The line of docs/host_memory.md, at two starts."""
+    blocks = [each for each in Document("docs/host_memory.md").blocks() if "keep=True" in each]
+    (block,) = blocks
+    block = block.replace('"checkpoint/", layer=1', repr(str(path))).replace("flash-1.0-layer1", name)
+    for attached in (False, True):
+        space = dict(EngramTable=EngramTable)
+        exec(block, space)
+        assert space["table"].attached is attached
+        space["table"].close()
