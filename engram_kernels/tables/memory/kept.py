@@ -1,6 +1,7 @@
 """Shared tables of this user that have a name now: which there are, who holds them, and how a kept one is freed."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from . import shared_protocol
 from .shared_protocol import Geometry, WriterDied
 
 Table = TypeVar("Table")
+#: At a name that is taken and gone by turns; a file that cannot be removed would be so for ever.
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def attach_or_load(attach: Callable[[], Table], load: Callable[[], Table]) -> Ta
 
     Of several that come at once one loads, since a name is taken once; where it dies another of them does.
     """
+    attempts = 0
     while True:
         try:
             return attach()
@@ -72,7 +76,10 @@ def attach_or_load(attach: Callable[[], Table], load: Callable[[], Table]) -> Ta
         try:
             return load()
         except FileExistsError:
-            continue
+            attempts += 1
+            if attempts == _ATTEMPTS:
+                raise
+        time.sleep(0.01)
 
 
 def _name_of(path: Path) -> str:

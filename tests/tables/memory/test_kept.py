@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+import types
 
 import pytest
 import torch
@@ -305,3 +306,15 @@ def test_the_documents_example(path, name):
         exec(block, space)
         assert space["table"].attached is attached
         space["table"].close()
+
+
+def test_a_name_that_is_neither_there_nor_free_is_an_error_in_the_end(monkeypatch):
+    monkeypatch.setattr(kept, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+
+    def raising(error):
+        raise error
+
+    with pytest.raises(FileExistsError, match="taken"):
+        kept.attach_or_load(
+            lambda: raising(shared_protocol.WriterDied("died")), lambda: raising(FileExistsError("taken"))
+        )
