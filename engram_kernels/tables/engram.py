@@ -159,7 +159,7 @@ class EngramTable(SharedRows):
         placement: "cpu" and "staged" share the tensors' memory, which may be a mapped file; "device" does where they
         are on that device; "host" and "shared" copy, and "shared" is published then.
         scales: "device" keeps the scales of groups in GPU memory. device: the GPU of placement "device".
-        name: of placement "shared"; keep: as of :meth:`empty`. progress: called with (bytes done, all).
+        name: of placement "shared". keep: the table stays until :meth:`free`. progress: called with (bytes done, all).
         ValueError where tensors, scales and placement do not fit each other, or a row is no multiple of 16 bytes.
         """
         where = "EngramTable.from_tensors"
