@@ -1,8 +1,10 @@
 """A checkpoint's table put together from its tensors, and checked before a byte of its rows is read."""
 
+import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,6 +89,22 @@ def select_table(
     else:
         check_all_given(checkpoint, table)
     return table
+
+
+def table_digest(checkpoint: Checkpoint, table: StoredTable) -> str:
+    """SHA-256, in hex, of what says which files a table is in: their sizes and times, its tensors and its scale.
+
+    No row is read for it, and paths are left out: a folder may be mounted elsewhere.
+    """
+    paths = table.paths
+    files = [os.fstat(checkpoint.open_fd(path)) for path in paths]
+    tensors = [
+        [tensor.name, tensor.dtype, tensor.shape, tensor.offset, paths.index(tensor.path)]
+        for tensor in (*table.weights, *table.scales)
+    ]
+    facts = [table.format.name, table.width, table.scale, table.token_map, tensors]
+    facts.append([[file.st_size, file.st_mtime_ns] for file in files])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def read_table(checkpoint: Checkpoint, prefix: str, members: dict[str, str]) -> StoredTable:

@@ -328,6 +328,7 @@ def _fill_rows(table: Table, path: Path) -> None:
         stored = select_table(checkpoint, None, None, None)
         if None not in (stored.token_map, part.token_map) and stored.token_map != part.token_map:
             raise ValueError(f"{_LOAD}: tables must be of the token map that chose the saved rows, got another")
+        part.rows_changed()  # before as well: no digest may vouch for rows that an interrupt leaves half loaded
         fill_table(part, checkpoint, stored, ranges=part.shard.ranges if part.shard else None)
     part.rows_changed()
 

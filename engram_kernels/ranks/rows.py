@@ -29,7 +29,7 @@ from engram_kernels.ops.row_kernels.arguments import TableOverRanks
 from engram_kernels.tables.engram import EngramTable
 from engram_kernels.tables.gradient import RowGradient, row_gradient
 from engram_kernels.tables.placement import PLACEMENTS
-from engram_kernels.tables.shard import Shard
+from engram_kernels.tables.trainable import Shard
 
 from .kept import RankCache, check_cache
 from .sharding import SPLITS, ShardMap, shard_rows
@@ -95,6 +95,11 @@ class ShardedRows(TableOverRanks):
             if cache_bytes is not None:
                 fmt = row_format(format or config.format, _WHERE)
                 check_cache(_WHERE, cache_bytes, capacity, fmt.stored_bytes(config.row_width))
+            if options.get("keep"):
+                raise ValueError(
+                    f"{_WHERE}: parts of a table over ranks cannot be kept (keep=True): no digest says which rows they "
+                    "hold. Keep a whole copy per node (EngramTable.from_safetensors)"
+                )
             return layer_index(config, layer, _WHERE)
 
         index = groups.attempt(_WHERE, "checking its arguments", check)

@@ -9,7 +9,7 @@ import torch
 
 from engram_kernels.checkpoints.files import Checkpoint, Paths
 from engram_kernels.checkpoints.parallel import THREADS, Progress, check_threads
-from engram_kernels.checkpoints.validate import select_table
+from engram_kernels.checkpoints.validate import select_table, table_digest
 from engram_kernels.geometry.choices import FormatName, Placement, ScalePlacement
 from engram_kernels.geometry.config import EngramConfig
 from engram_kernels.geometry.kinds import (
@@ -30,29 +30,26 @@ from engram_kernels.geometry.kinds import (
 )
 from engram_kernels.geometry.kinds import Path as PathKind
 from engram_kernels.geometry.row_format import (
-    FORMATS,
-    MAX_ROW_WIDTH,
-    RowFormat,
     check_content,
     check_memory,
     checked_scale,
     format_of,
-    row_format,
 )
 
-from .editing.rows import EditableRows
 from .files import check_room, direct_table, fill_table, map_table, save_table
 from .memory import allocation as table_memory
 from .memory.direct import LEAST
+from .memory.kept import attach_or_load
 from .memory.mapped_files import MappedFile
-from .placement import PLACEMENTS, REGISTERED, check_placement, check_scales
+from .placement import PLACEMENTS, REGISTERED, check_geometry, check_placement
+from .sharing import GEOMETRY, SharedRows
 
-_GEOMETRY = dict(rows=Whole(1), width=Whole(1, MAX_ROW_WIDTH), format=OneOf(*FORMATS))
 _PLACING = dict(
     placement=OneOf(*PLACEMENTS),
     scales=Optional(OneOf("device")),
     device=Optional(Device()),
     name=Optional(Text()),
+    keep=Flag(),
     progress=Optional(Function()),
 )
 
@@ -64,7 +61,7 @@ SAVE_KINDS = dict(
 )
 
 
-class EngramTable(EditableRows):
+class EngramTable(SharedRows):
     """Rows of one layer. Make one with :meth:`empty`, :meth:`from_tensors`, :meth:`from_safetensors`, :meth:`attach`.
 
     weight: ``[rows, width]`` in the format's dtype; uint8 ``[rows, width / 2]`` for ``nvfp4`` and ``mxfp4``.
@@ -77,7 +74,7 @@ class EngramTable(EditableRows):
     """
 
     @classmethod
-    @takes(scale=AnyOf(Number(), Tensor()), **_GEOMETRY, **_PLACING)
+    @takes(scale=AnyOf(Number(), Tensor()), **GEOMETRY, **_PLACING)
     def empty(
         cls,
         rows: int,
@@ -89,6 +86,7 @@ class EngramTable(EditableRows):
         scales: ScalePlacement | None = None,
         device: torch.device | str | None = None,
         name: str | None = None,
+        keep: bool = False,
         progress: Progress | None = None,
     ) -> "EngramTable":
         """A table of ``rows`` x ``width`` elements whose content is undefined (zero for "host", "shared" and "staged").
@@ -97,12 +95,13 @@ class EngramTable(EditableRows):
         scales: "device" keeps the scales of groups in GPU memory, with placement "host" or "shared".
         device: the GPU of placement "device"; None is the current one.
         name: of placement "shared", under which other processes :meth:`attach` once this one calls :meth:`publish`;
-        FileExistsError where a table has it.
+        FileExistsError where a table has it. keep: once published it stays until :meth:`free`, also where no process
+        has it any more (docs/host_memory.md).
         progress: called with (bytes done, all) while the pages of placement "host" or "shared" are faulted in.
         ValueError where a row is no multiple of 16 bytes, or format, placement, scales, device and name do not go
         together; RuntimeError where the machine does not give the memory.
         """
-        options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress)
+        options = dict(scale=scale, scales=scales, device=device, name=name, keep=keep, progress=progress)
         return cls._new(rows, width, format, placement=placement, **options)
 
     @classmethod
@@ -117,15 +116,18 @@ class EngramTable(EditableRows):
         scales: ScalePlacement | None = None,
         device: torch.device | str | None = None,
         name: str | None = None,
+        keep: bool = False,
         progress: Progress | None = None,
+        digest: str = "",
         backed: bool = True,
     ) -> "EngramTable":
-        """As :meth:`empty`. backed: False leaves memory of a shared table to who fills it."""
+        """As :meth:`empty`. digest: of what is to fill a shared table, whose memory comes then with backed=False."""
         where = "EngramTable.empty"
-        fmt = _checked_geometry(where, rows, width, format)
-        device = check_placement(where, placement, fmt, device, name, scales)
+        fmt = check_geometry(where, rows, width, format)
+        device = check_placement(where, placement, fmt, device, name, scales, keep)
         scale = float(checked_scale(scale, where)) if fmt.table_scale else 1.0
-        options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress, backed=backed)
+        options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress)
+        options |= dict(keep=keep, digest=digest, backed=backed)
         memory = table_memory.allocate(rows, width, fmt, placement=placement, **options)
         return cls(*memory[:2], fmt, placement, memory.mapping, scales, memory.own_scale)
 
@@ -146,6 +148,7 @@ class EngramTable(EditableRows):
         scales: ScalePlacement | None = None,
         device: torch.device | str | None = None,
         name: str | None = None,
+        keep: bool = False,
         progress: Progress | None = None,
     ) -> "EngramTable":
         """A table with the rows of ``weight [rows, width]``, contiguous; the dtype and ``scale`` tell the format.
@@ -156,7 +159,7 @@ class EngramTable(EditableRows):
         placement: "cpu" and "staged" share the tensors' memory, which may be a mapped file; "device" does where they
         are on that device; "host" and "shared" copy, and "shared" is published then.
         scales: "device" keeps the scales of groups in GPU memory. device: the GPU of placement "device".
-        name: of placement "shared". progress: called with (bytes done, all).
+        name: of placement "shared". keep: the table stays until :meth:`free`. progress: called with (bytes done, all).
         ValueError where tensors, scales and placement do not fit each other, or a row is no multiple of 16 bytes.
         """
         where = "EngramTable.from_tensors"
@@ -176,7 +179,7 @@ class EngramTable(EditableRows):
         fmt.check_width(width, where)
         if weight.dtype != fmt.dtype:
             weight = weight.view(fmt.dtype)
-        device = check_placement(where, placement, fmt, device, name, scales)
+        device = check_placement(where, placement, fmt, device, name, scales, keep)
         if placement in REGISTERED:
             check_content(weight, "weight", where)
 
@@ -186,7 +189,7 @@ class EngramTable(EditableRows):
                     table._mapping.copy(table.scale, scale)
 
             value = 1.0 if own_scale is None else own_scale
-            options = dict(placement=placement, scale=value, scales=scales, name=name, progress=progress)
+            options = dict(placement=placement, scale=value, scales=scales, name=name, keep=keep, progress=progress)
             return cls._filled(copy, len(weight), width, fmt.name, **options)
         if placement != "device" and weight.device.type != "cpu":
             raise ValueError(f"{where}: placement {placement!r} needs a weight on the CPU, got {weight.device}")
@@ -201,57 +204,13 @@ class EngramTable(EditableRows):
         return table
 
     @classmethod
-    @takes(name=Text(), scale=Optional(Number()), scales=_PLACING["scales"], timeout=Number(0), **_GEOMETRY)
-    def attach(
-        cls,
-        name: str,
-        rows: int,
-        width: int,
-        format: FormatName,
-        *,
-        scale: float | None = None,
-        scales: ScalePlacement | None = None,
-        timeout: float = 600.0,
-    ) -> "EngramTable":
-        """The table that another process publishes under ``name``, in the same memory; readers must not write to it.
-
-        Waits for it: TimeoutError after ``timeout`` seconds, RuntimeError as soon as its writer has died.
-        rows, width, format: what it must have, ValueError otherwise; scale, the table's own, too unless None.
-        scales: "device" keeps this process's own copy of the scales of groups in GPU memory.
-        """
-        where = "EngramTable.attach"
-        fmt = _checked_geometry(where, rows, width, format)
-        check_scales(where, "shared", fmt, scales)
-        if scale is not None and fmt.table_scale:
-            scale = float(checked_scale(scale, where))
-        memory = table_memory.attach(name, rows, width, fmt, scale=scale, scales=scales, timeout=timeout)
-        table = cls(*memory[:2], fmt, "shared", memory.mapping, scales, memory.own_scale)
-        table.attached = True
-        return table
-
-    @takes(progress=Optional(Function()))
-    def publish(self, *, progress: Progress | None = None) -> None:
-        """Tell the processes that wait for this shared table that all of its content is there. Once.
-
-        Its pages are collapsed to huge ones first (progress: bytes done, all) and registered; kernels read it after
-        that. ValueError for a table of another placement, and for one that was attached or published before.
-        """
-        self.check_usable("EngramTable.publish")
-        if self.placement != "shared":
-            raise ValueError(f"EngramTable.publish: only placement 'shared' is published, got {self.placement!r}")
-        self._mapping.publish(progress)
-        self.rows_changed()
-        if self._scales == "device":
-            self._scale = table_memory.on_the_gpu(self._scale, self._mapping)
-        self._describe()
-
-    @classmethod
     @takes(
         placement=_PLACING["placement"],
         config=Optional(Instance(EngramConfig)),
         layer=Optional(Whole(0)),
         mapped=Flag(),
         memory_bytes=Optional(Whole(LEAST)),
+        keep=Flag(),
         **LOAD_KINDS,
     )
     def from_safetensors(
@@ -264,6 +223,7 @@ class EngramTable(EditableRows):
         prefix: str | None = None,
         mapped: bool = False,
         memory_bytes: int | None = None,
+        keep: bool = False,
         threads: int = THREADS,
         progress: Progress | None = None,
         **options,
@@ -283,6 +243,10 @@ class EngramTable(EditableRows):
         loaded: rows are read past the page cache as they are asked for, many at once, and those asked for most are
         kept (docs/larger_than_memory.md). Parts may lie in several files. Such a table is not written to, and has no
         ``weight``.
+        keep: with placement "shared" and a name, the one line of every process and of every start: where a kept table
+        of that name was made from the same files it is attached in milliseconds, and no row is read; else one process
+        loads it, and keeps it until :meth:`free`, while others wait as long as that one lives. ValueError where it is
+        of another :attr:`digest`, FileExistsError where it is not kept. The attached table is not written to.
         options: of :meth:`empty`: scales, device, name.
         """
         where = "EngramTable.from_safetensors"
@@ -297,6 +261,7 @@ class EngramTable(EditableRows):
                         f"{where}: mapped=True needs placement 'cpu' or 'staged', whose rows a CPU reads, "
                         f"got {placement!r}"
                     )
+                options |= dict(keep=keep)
                 if memory_bytes is None:
                     table = cls.from_tensors(**map_table(checkpoint, stored), placement=placement, **options)
                 else:
@@ -304,17 +269,28 @@ class EngramTable(EditableRows):
                     table = cls._read_directly(checkpoint, stored, memory_bytes, placement, **options)
                 table.token_map = stored.token_map
                 return table
-            way_out = "free memory, or read it where it lies (placement='cpu', mapped=True)"
-            check_room(stored.name, stored.nbytes, placement, where, way_out)
-            if stored.scale is not None:
-                options["scale"] = stored.scale
+            digest = table_digest(checkpoint, stored) if placement == "shared" else ""
 
             def read(table: "EngramTable") -> None:
                 table.token_map = stored.token_map
                 fill_table(table, checkpoint, stored, new=True, threads=threads, progress=progress)
 
-            options |= dict(placement=placement, backed=False)
-            return cls._filled(read, stored.rows, stored.width, stored.format.name, **options)
+            def load() -> "EngramTable":
+                way_out = "free memory, or read it where it lies (placement='cpu', mapped=True)"
+                check_room(stored.name, stored.nbytes, placement, where, way_out)
+                given = options if stored.scale is None else options | dict(scale=stored.scale)
+                given |= dict(placement=placement, keep=keep, digest=digest, backed=False)
+                return cls._filled(read, stored.rows, stored.width, stored.format.name, **given)
+
+            if not keep:
+                return load()
+            given = dict(device=None, name=None, scales=None) | options
+            check_placement(where, placement, stored.format, **given, keep=True)
+            found = dict(scale=stored.scale, scales=given["scales"], digest=digest, kept=True, where=where)
+            shape = stored.rows, stored.width, stored.format
+            table = attach_or_load(lambda: cls._attached(given["name"], *shape, timeout=None, **found), load)
+            table.token_map = stored.token_map
+            return table
 
     @classmethod
     def _read_directly(
@@ -322,7 +298,7 @@ class EngramTable(EditableRows):
     ) -> "EngramTable":
         """A table whose rows are read past the page cache as they are asked for; no tensor has all of them."""
         fmt = stored.format
-        given = dict(device=None, name=None, scales=None) | options
+        given = dict(device=None, name=None, scales=None, keep=False) | options
         check_placement(checkpoint.where, placement, fmt, **given)
         direct, scale = direct_table(checkpoint, stored, memory_bytes, **reading)
         weight = torch.empty(stored.rows, fmt.row_items(stored.width), dtype=fmt.dtype, device="meta")
@@ -370,11 +346,3 @@ class EngramTable(EditableRows):
         self.wait_for_steps()
         writing = dict(prefix=prefix, shard_bytes=shard_bytes, metadata=metadata)
         return save_table(self, path, "EngramTable.save_safetensors", progress, **writing)
-
-
-def _checked_geometry(where: str, rows: int, width: int, format: str) -> RowFormat:
-    fmt = row_format(format, where)
-    fmt.check_width(width, where)
-    if rows < 1:
-        raise ValueError(f"{where}: rows must be at least 1, got {rows}")
-    return fmt

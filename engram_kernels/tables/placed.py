@@ -202,6 +202,8 @@ class PlacedRows:
 
         ids: int32 or int64, of any shape, which rows; ids outside the table are none. None may be any row.
         """
+        if self._mapping is not None:
+            self._mapping.rows_written()
         if self.changes is None:
             self._changes += 1
             return

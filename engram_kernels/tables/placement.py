@@ -13,7 +13,7 @@ Without a GPU host and shared tables are mapped but not registered: the referenc
 import torch
 
 from engram_kernels.geometry.kinds import describe
-from engram_kernels.geometry.row_format import FORMATS, RowFormat
+from engram_kernels.geometry.row_format import FORMATS, RowFormat, row_format
 
 PLACEMENTS = ("device", "host", "shared", "staged", "cpu")
 #: Placements whose memory a GPU reads where it is.
@@ -21,14 +21,31 @@ REGISTERED = ("host", "shared")
 GROUPED = tuple(name for name, fmt in FORMATS.items() if fmt.group)
 
 
+def check_geometry(where: str, rows: int, width: int, format: str) -> RowFormat:
+    """The format of that name; ValueError where there cannot be a table of these."""
+    fmt = row_format(format, where)
+    fmt.check_width(width, where)
+    if rows < 1:
+        raise ValueError(f"{where}: rows must be at least 1, got {rows}")
+    return fmt
+
+
 def check_placement(
-    where: str, placement: str, fmt: RowFormat, device: torch.device | str | None, name: str | None, scales: str | None
+    where: str,
+    placement: str,
+    fmt: RowFormat,
+    device: torch.device | str | None,
+    name: str | None,
+    scales: str | None,
+    keep: bool,
 ) -> torch.device:
     """Raise ValueError unless the options go together; the device of the rows."""
     if placement not in PLACEMENTS:
         raise ValueError(f"{where}: placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
     if (name is not None) != (placement == "shared"):
         raise ValueError(f"{where}: placement 'shared' needs a name, and no other takes one, got {name!r}")
+    if keep and placement != "shared":
+        raise ValueError(f"{where}: keep=True is for placement 'shared', got {placement!r}")
     check_scales(where, placement, fmt, scales)
     if placement != "device":
         if device is not None:

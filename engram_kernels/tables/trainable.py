@@ -2,17 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
 from engram_kernels.geometry.kinds import Flag, Optional, Tensor, describe, takes
+from engram_kernels.launching.exchange import Ranks
 
 from .anchor import RowNorm
 from .gradient import GRAD_DTYPES, RowGradient, row_gradient
 from .placed import PlacedRows
 from .placement import REGISTERED
-from .shard import Shard
+
+
+class Shard(NamedTuple):
+    """A part's place in a table over ranks."""
+
+    ranks: Ranks  #: that hold the table together
+    rows: int  #: of the whole table
+    copies: int  #: of this part, on other ranks too (replicas), or read from one memory (node)
+    ranges: tuple[tuple[int, int], ...]  #: ``[begin, end)`` of its rows that the part holds, one after the other
 
 
 class TrainableRows(PlacedRows):

@@ -19,7 +19,11 @@ from tests.support.patience import HANG
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "info", "size", "cache", "table")
-PROGRAMS = [[], *([name] for name in COMMANDS), *(["table", name] for name in ("inspect", "verify", "convert"))]
+PROGRAMS = [
+    [],
+    *([name] for name in COMMANDS),
+    *(["table", name] for name in ("inspect", "verify", "convert", "shared")),
+]
 LIGHT = """
 import contextlib, io, json, sys
 from engram_kernels.__main__ import main
@@ -76,7 +80,7 @@ def test_without_a_command_they_are_listed_in_one_line_each():
     (code, text, errors), (table_code, table_text, _) = without_imports([], ["table"])
     assert (code, table_code, errors) == (0, 0, "")
     assert re.findall(r"^    (\w+) {3,}\w.*$", text, re.M) == [*COMMANDS]
-    assert re.findall(r"^    (\w+) {3,}\w.*$", table_text, re.M) == ["inspect", "verify", "convert"]
+    assert re.findall(r"^    (\w+) {3,}\w.*$", table_text, re.M) == ["inspect", "verify", "convert", "shared"]
     assert len(re.findall(r"^    ", text, re.M)) == len(COMMANDS)
 
 

@@ -1,12 +1,13 @@
 """``--json``: one object on stdout, with the keys that docs/commands.md has and the numbers that the text has."""
 
 import json
+import os
 import re
 
 import pytest
 import torch
 
-from engram_kernels import EngramConfig
+from engram_kernels import EngramConfig, EngramTable
 from engram_kernels.__main__ import main
 from engram_kernels.commands import cache as cache_command
 from engram_kernels.commands.presets import PRESETS
@@ -132,6 +133,22 @@ def test_verify(capsys, tmp_path):
     facts = facts_of(capsys, "table", "verify", folder, code=1)
     (check,) = facts["checks"]
     assert (check["of"], check["check"], check["holds"]) == ("files", "files", False) and "in 0 bytes" in check["says"]
+
+
+def test_shared(capsys, monkeypatch, shared_name, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = checkpoints.save(tmp_path / "a.safetensors", {"embed.weight": torch.ones(4, 64)})
+    table = EngramTable.from_safetensors(path, placement="shared", name=shared_name, keep=True)
+    facts = facts_of(capsys, "table", "shared")
+    (found,) = [each for each in facts["tables"] if each["name"] == shared_name]
+    assert (found["format"], found["rows"], found["width"], found["bytes"]) == ("float32", 4, 64, 1024)
+    assert (found["digest"], found["kept"], found["state"]) == (table.digest, True, "complete")
+    assert found["path"].endswith(f"engram-{shared_name}") and found["pids"] == [os.getpid()]
+    freed = facts_of(capsys, "table", "shared", "--free", shared_name)
+    assert freed["freed"] == [found] and shared_name not in [each["name"] for each in freed["tables"]]
+    keys = {f"{place}[].{key}" for place in ("freed", "tables") for key in found if key != "pids"}
+    assert keys | {"freed[].pids[]", "tables[].pids[]"} == documented("table shared")
+    table.close()
 
 
 def test_a_mistake_leaves_stdout_empty(capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m engram-kernels table inspect | verify`` on real files, and mistakes: what it says and returns."""
+"""``python -m engram-kernels table inspect | verify | shared``, and mistakes: what it says and returns."""
 
 import dataclasses
 import json
@@ -247,6 +247,8 @@ def test_verify_of_files_that_are_not_whole(tmp_path, capsys):
         (["convert", "TMP/t", "--out", "TMP/o", "--scale", "2"], "a scale is a positive number"),
         (["convert", "TMP/t", "--out", "TMP/linear"], "holds 2 tensors that are not one"),
         (["convert", "TMP/n", "--out", "TMP/o", "--format", "e4m3_ue8m0"], "needs a row width"),
+        (["shared", "--free", "nope"], "table shared: this user has no shared table 'nope'; there is "),
+        (["shared", "--free", "../nope"], "needs a name of 1 to 128 letters"),
         (["convert", "TMP/d", "--out", "TMP/o", "--format", "bfloat16"], "float64 rows"),
     ],
 )
@@ -274,3 +276,24 @@ def test_mistakes_take_one_line(tmp_path, capsys, words, message):
 def test_wrong_words(capsys, words, message):
     code, text, errors = run(capsys, *words)
     assert code == 2 and text == "" and message in errors and errors.count("\n") == 1
+
+
+def test_shared(capsys, monkeypatch, shared_name):
+    """What is there, who holds it, and what becomes of its memory when it is freed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    table = EngramTable.from_tensors(torch.ones(4, 64), placement="shared", name=shared_name, keep=True)
+    code, text, _ = run(capsys, "shared")
+    assert code == 0 and re.search(rf"{shared_name} .*float32, 4 rows x 64, 1,024 bytes", text)
+    assert f"engram-{shared_name}" in text and "kept until it is freed" in text and f"1 process: {os.getpid()}" in text
+    code, text, _ = run(capsys, "shared", "--free", shared_name)
+    assert code == 0 and re.search(rf"{shared_name} .*freed: 1,024 bytes", text)
+    assert f"stays until these let go of it: 1 process: {os.getpid()}" in text
+    assert table.weight.eq(1).all()
+    table.close()
+    with EngramTable.empty(4, 64, "float32", placement="shared", name=shared_name):
+        assert f"is being filled by process {os.getpid()}" in run(capsys, "shared")[1]
+        code, text, errors = run(capsys, "shared", "--free", shared_name)
+        assert (code, text) == (2, "") and f"process {os.getpid()} is filling" in errors
+    EngramTable.from_tensors(torch.ones(4, 64), placement="shared", name=shared_name, keep=True).close()
+    code, text, _ = run(capsys, "shared", "--free", shared_name)
+    assert code == 0 and "given back" in text

@@ -125,7 +125,7 @@ SHARDING = dict(split="rows", format=None, scale=1.0, fill=None, capacity=None, 
 SHARDING |= dict(node=None, replicas=None)
 OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
 OPTIMIZER |= dict(reduce="alone", group=None)
-NEW = dict(device=None, name=None, scales=None, progress=None, placement="cpu")
+NEW = dict(device=None, name=None, keep=False, scales=None, progress=None, placement="cpu")
 PROJECTING = dict(projections=[lambda rows, out: out.zero_()] * 2, kv_width=3, kv_dtype=torch.float32)
 TOKENS = dict(cu_seqlens=None, history=None, dead=None, slots=None)
 READ = dict(out=None, out_dtype=None, out_format="values", programs=None, order=None)
@@ -240,7 +240,7 @@ CALLS = {
     "EngramTable.from_safetensors": lambda: (
         ek.EngramTable.from_safetensors,
         dict(paths=table().save_safetensors("t.safetensors"), placement="cpu", config=None, layer=None, prefix=None,
-             mapped=False, threads=1, progress=None),
+             mapped=False, keep=False, threads=1, progress=None),
     ),
     "EngramTable.save_safetensors": lambda: (
         table().save_safetensors, dict(path="t.safetensors", prefix="", shard_bytes=None, metadata=None, progress=None)
@@ -264,8 +264,10 @@ CALLS = {
     "EngramTable.load_changes": lambda: (table().load_changes, dict(path=changes_file(), since=1)),
     "RowOverlay.save_safetensors": lambda: (overlay().save_safetensors, dict(path="r.safetensors", metadata=None)),
     "EngramTable.attach": lambda: (
-        ek.EngramTable.attach, dict(name="x", rows=4, width=32, format="e4m3", scale=None, scales=None, timeout=0)
+        ek.EngramTable.attach, dict(name="x", rows=4, width=32, format="e4m3", scale=None, scales=None,
+                                   digest=None, timeout=0)
     ),
+    "EngramTable.free": lambda: (ek.EngramTable.free, dict(name="x")),
     "EngramTable.publish": lambda: (table().publish, dict(progress=None)),
     "RowAdam.save_safetensors": lambda: (
         made(ek.RowAdam).save_safetensors, dict(path="o.safetensors", metadata=None, progress=None)
@@ -383,8 +385,8 @@ def test_bad_values(name, request, tmp_path, monkeypatch):
 
 
 #: Functions whose call in CALLS is no good one: it takes packages, large models, or another process.
-REFUSED = ("build_token_map", "replace_engram", "EngramTable.attach", "EngramTable.publish",
-           "EngramConfig.from_hf")  # fmt: skip
+REFUSED = ("build_token_map", "replace_engram", "EngramTable.attach", "EngramTable.free",
+           "EngramTable.publish", "EngramConfig.from_hf")  # fmt: skip
 FUNCTIONS = dict(public_functions())
 
 

@@ -1,4 +1,4 @@
-"""``engram-kernels table inspect | verify | convert``: tables in checkpoints, without loading them.
+"""``engram-kernels table inspect | verify | convert | shared``: tables in checkpoints and in shared memory, not loaded.
 
 What the actions are told is here as well; what they import, they import when they run.
 """
@@ -25,6 +25,10 @@ _ACTIONS = {
         "into another format or other files, whole or not at all",
         "Nearest values, ties to even, one rounding from float32. Without --layer and --prefix, all tables.",
     ),
+    "shared": (
+        "list and free tables that processes share, or that were kept",
+        "Tables of placement 'shared' that this user has in /dev/shm and on hugetlbfs, and who holds them.",
+    ),
 }
 
 
@@ -36,10 +40,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     parsers = {name: actions.add_parser(name, help=line, description=more) for name, (line, more) in _ACTIONS.items()}
     for name, action in parsers.items():
         action.set_defaults(run=".table.actions", action=name, where=action.prog)
-        files = "safetensors files, a folder, or an index (.json)"
-        action.add_argument("files", nargs="+", metavar="FILE", type=existing, help=files)
         if name != "convert":
             add_json(action)
+        if name == "shared":
+            continue
+        files = "safetensors files, a folder, or an index (.json)"
+        action.add_argument("files", nargs="+", metavar="FILE", type=existing, help=files)
         if name != "inspect":
             action.add_argument("--layer", metavar="N", type=int, help="the table of this model layer")
             action.add_argument("--prefix", metavar="NAME", help="the table whose rows are called NAME.weight")
@@ -47,6 +53,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     config = f"what tables have to fit: a preset ({', '.join(PRESETS)}), a config.json or a folder with one"
     add("--config", metavar="MODEL", type=model_name, help=config)
     add("--headers-only", action="store_true", help="do not read the rows")
+    text = "take this name away first; the memory goes when no process maps it. May be given several times"
+    parsers["shared"].add_argument("--free", metavar="NAME", action="append", default=[], help=text)
     add = parsers["convert"].add_argument
     add("--out", metavar="PATH", required=True, help="file (.safetensors) or folder to write, made if need be")
     add("--format", choices=FORMATS, help="default: as it is")
@@ -67,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # chunks have threads of their own, each of which would start as many again
     try:
         with errors_in_one_line():
-            return {"inspect": _inspect, "verify": _verify, "convert": _convert}[arguments.action](arguments)
+            actions = {"inspect": _inspect, "verify": _verify, "convert": _convert, "shared": _shared}
+            return actions[arguments.action](arguments)
     finally:
         torch.set_num_threads(threads)
 
@@ -118,6 +127,17 @@ def _convert(arguments: argparse.Namespace) -> int:
                 options |= dict(layer=layer, prefix=prefix, progress=progress)
                 done.append(convert_table(arguments.files, path, where, **options))
     print_sections([_converted(each) for each in done])
+    return 0
+
+
+def _shared(arguments: argparse.Namespace) -> int:
+    from .shared import free_tables, shared_facts, shared_sections
+
+    freed = free_tables(arguments.free, arguments.where)
+    if arguments.json:
+        print_json(shared_facts(freed))
+    else:
+        print_sections(shared_sections(freed))
     return 0
 
 

@@ -35,6 +35,8 @@ def allocate(
     scales: str | None,
     device: torch.device,
     name: str | None,
+    keep: bool,
+    digest: str,
     progress: Progress | None,
     backed: bool,
 ) -> TableMemory:
@@ -43,7 +45,7 @@ def allocate(
     backed: False leaves that of a shared table to ``SharedMapping.back``.
     """
     if placement == "shared":
-        nbytes, geometry = _mapped_bytes(rows, width, fmt), _geometry(rows, width, fmt, scale)
+        nbytes, geometry = _mapped_bytes(rows, width, fmt), _geometry(rows, width, fmt, scale, digest, keep)
         mapping = SharedMapping.create(name, nbytes, geometry, _driver(), progress, backed)
         return _divide(mapping, rows, width, fmt, scale)  # scales move to the GPU when all of them are there
     if placement == "host":
@@ -65,11 +67,21 @@ def _rows(rows: int, width: int, fmt: RowFormat, device: torch.device) -> torch.
 
 
 def attach(
-    name: str, rows: int, width: int, fmt: RowFormat, *, scale: float | None, scales: str | None, timeout: float
+    name: str,
+    rows: int,
+    width: int,
+    fmt: RowFormat,
+    *,
+    scale: float | None,
+    scales: str | None,
+    timeout: float | None,
+    digest: str = "",
+    kept: bool = False,
+    where: str,
 ) -> TableMemory:
     """The memory of a published table; arguments checked, as for ``EngramTable.attach``."""
-    geometry = _geometry(rows, width, fmt, scale)
-    mapping = SharedMapping.attach(name, _mapped_bytes(rows, width, fmt), geometry, _driver(), timeout)
+    geometry = _geometry(rows, width, fmt, scale, digest, kept)
+    mapping = SharedMapping.attach(name, _mapped_bytes(rows, width, fmt), geometry, _driver(), timeout, where)
     return _divide(mapping, rows, width, fmt, mapping.geometry.scale, scales)
 
 
@@ -139,8 +151,8 @@ def _driver() -> RuntimeDriver | None:
     return RuntimeDriver() if torch.cuda.is_available() else None
 
 
-def _geometry(rows: int, width: int, fmt: RowFormat, scale: float | None) -> Geometry:
-    return Geometry(rows, width, fmt.name, scale if fmt.table_scale else None)
+def _geometry(rows: int, width: int, fmt: RowFormat, scale: float | None, digest: str, kept: bool) -> Geometry:
+    return Geometry(rows, width, fmt.name, scale if fmt.table_scale else None, digest, kept)
 
 
 def _with_scales(

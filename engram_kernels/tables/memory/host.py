@@ -182,6 +182,9 @@ class Mapping:
         else:
             self.registration = Registration(self.pages, self.driver)
 
+    def rows_written(self) -> None:
+        """Hear that this process is about to write rows."""
+
     def prefer_node(self) -> None:
         """Take pages from the GPU's NUMA node where there are several and the system tells which."""
         node = self.driver.numa_node() if self.driver is not None and online_nodes() > 1 else None

@@ -16,7 +16,7 @@ from . import shared_protocol
 from .host import Mapping, RuntimeDriver, ensure_huge
 from .mapped_files import check_length
 from .pages import HUGEPAGE, Pages, Progress
-from .shared_protocol import DATA_OFFSET, Geometry
+from .shared_protocol import DATA_OFFSET, Geometry, WriterDied
 
 
 class SharedMapping(Mapping):
@@ -24,6 +24,7 @@ class SharedMapping(Mapping):
 
     def __init__(self, fd: int, path: Path, nbytes: int, geometry: Geometry, driver: RuntimeDriver | None):
         self.path, self.geometry, self._fd = path, geometry, fd
+        self.vouched = False  #: Whether this process published rows of that digest, and wrote no others since.
         # Runs at exit too, so that no file stays behind.
         self._release = weakref.finalize(self, shared_protocol.release, fd, path)
         # Locks live as long as their open file, which a mapping holds on to: it gets one of its own.
@@ -72,22 +73,26 @@ class SharedMapping(Mapping):
 
     @classmethod
     def attach(
-        cls, name: str, nbytes: int, geometry: Geometry, driver: RuntimeDriver | None, timeout: float
+        cls, name: str, nbytes: int, geometry: Geometry, driver: RuntimeDriver | None, timeout: float | None, where: str
     ) -> "SharedMapping":
-        """The published table of that name, which must have ``geometry``; waits for it, ``timeout`` seconds at most."""
-        where = "EngramTable.attach"
+        """The published table of that name, which must have ``geometry``; waits for it, ``timeout`` seconds at most.
+
+        timeout: None waits for what is being filled alone, as long as that takes; FileNotFoundError where nothing is.
+        """
         shared_protocol.check_name(name, where)
-        if not isinstance(timeout, (int, float)) or not timeout >= 0:
+        if timeout is not None and (not isinstance(timeout, (int, float)) or not timeout >= 0):
             raise ValueError(f"{where}: timeout must be a number of seconds, 0 or more, got {timeout!r}")
         start, pause, filling = time.monotonic(), 0.002, None
-        while not isinstance(found := shared_protocol.find(name, nbytes, geometry), tuple):
+        while not isinstance(found := shared_protocol.find(name, nbytes, geometry, where), tuple):
             if found is None and filling is not None:
-                raise RuntimeError(f"{where}: {filling} when that file was removed: it died or gave up")
+                raise WriterDied(f"{where}: {filling} when that file was removed: it died or gave up")
+            if found is None and timeout is None:
+                raise FileNotFoundError(f"{where}: there is no shared table {name!r}")
             filling, waited = found, time.monotonic() - start
-            if waited >= timeout:
+            if timeout is not None and waited >= timeout:
                 what = filling or f"there was no shared table {name!r}"
                 raise TimeoutError(f"{where}: {what} after {waited:.1f} s (timeout={timeout})")
-            time.sleep(min(pause, timeout - waited))
+            time.sleep(pause if timeout is None else min(pause, timeout - waited))
             pause = min(2 * pause, 0.1)
         fd, path, stored = found
         mapping = cls(fd, path, nbytes, stored, driver)
@@ -108,11 +113,22 @@ class SharedMapping(Mapping):
         self.register()
         shared_protocol.complete(self._fd)
 
+    @property
+    def digest(self) -> str | None:
+        """SHA-256, in hex, of what the rows were made from, unless they were written since; None where unknown."""
+        return shared_protocol.digest_of(self._fd) or None
+
+    def rows_written(self) -> None:
+        """Take the digest away, for good, where the process that published it is about to write rows."""
+        if self.vouched:
+            self.vouched = False
+            shared_protocol.void(self._fd)
+
     def check(self, where: str) -> None:
         """Raise ValueError where another process cut the file short."""
         check_length(self._fd, self.path, DATA_OFFSET + self.nbytes, where)
 
     def close(self) -> None:
-        """Unregister and let go of the file; the last process to do so removes it."""
+        """Unregister and let go of the file; the last process to do so removes it, unless it is kept."""
         super().close()
         self._release()

@@ -6,8 +6,8 @@ The file appears under its name with its header complete and both locks held, so
     byte 1   locked, shared, by every process that maps it: the last one to let go removes the file
 
 Locks belong to open files and go with the process, however it ends. What killed processes left behind is removed by
-the next one that creates a table, of any name. It lies on hugetlbfs where the pool has room for all of it, else in
-/dev/shm.
+the next one that creates a table, of any name. A file that is kept stays once it is complete, until it is freed
+(tables/memory/kept.py). It lies on hugetlbfs where the pool has room for all of it, else in /dev/shm.
 """
 
 import fcntl
@@ -26,9 +26,11 @@ from .report import available_host_memory
 
 _SHM = Path("/dev/shm")
 _HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-_HEADER = struct.Struct("<16sIIIIQQf16s")  # magic, version, state, writer, width, rows, bytes, scale, format
-_MAGIC, _VERSION = b"engram_kernels\0\0", 1
-_STATE_AT = 20
+#: Magic, version, state, writer, width, rows, bytes, scale, format, kept, digest (zero for none).
+_HEADER = struct.Struct("<16sIIIIQQf16sI32s")
+#: Another magic than version 1 had, which would remove kept files that nobody holds.
+_MAGIC, _VERSION = b"engram_kernels\0\1", 2
+_STATE_AT, _DIGEST_AT = 20, _HEADER.size - 32
 _FILLING, _COMPLETE = 1, 2
 _WRITER, _USERS = 0, 1  # bytes of the file that the locks are on
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -40,17 +42,26 @@ DATA_OFFSET = HUGE_PAGE
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a reader must know of a table, and be right about; scale None accepts the writer's."""
+    """What a reader must know of a table, and be right about; scale None and digest "" accept the writer's.
+
+    digest: SHA-256, in hex, of what the rows were made from. kept: of a reader, whether the table has to be a kept one.
+    """
 
     rows: int
     width: int
     format: str
     scale: float | None
+    digest: str = ""
+    kept: bool = False
+
+
+class WriterDied(RuntimeError):
+    """The process that was filling a table has ended, or has given up."""
 
 
 def create(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path]:
     """(open file, path) of a new table that is being filled; FileExistsError where a living one has the name."""
-    for leftover in [path for folder in _folders() for path in folder.glob("engram-*")]:
+    for leftover in paths():
         remove_unused(leftover)
     for taken in [folder / f"engram-{name}" for folder in _folders()]:
         if os.path.lexists(taken):
@@ -69,7 +80,8 @@ def create(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path]:
         reserve(fd, folder, DATA_OFFSET)
         header = (_MAGIC, _VERSION, _FILLING, os.getpid(), geometry.width, geometry.rows, nbytes)
         scale = 1.0 if geometry.scale is None else geometry.scale
-        _write(fd, 0, _HEADER.pack(*header, scale, geometry.format.encode()))
+        more = geometry.format.encode(), geometry.kept, bytes.fromhex(geometry.digest)
+        _write(fd, 0, _HEADER.pack(*header, scale, *more))
         _lock(fd, _WRITER, fcntl.F_WRLCK)
         _lock(fd, _USERS, fcntl.F_RDLCK)
         return fd, _link(fd, folder, name)
@@ -98,7 +110,18 @@ def complete(fd: int) -> None:
     _write(fd, _STATE_AT, struct.pack("<I", _COMPLETE))
 
 
-def find(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path, Geometry] | str | None:
+def digest_of(fd: int) -> str:
+    """What the rows were made from, in hex; "" where nothing says so, or where they were written since."""
+    digest = _read_header(fd)[10]
+    return digest.hex() if any(digest) else ""
+
+
+def void(fd: int) -> None:
+    """Take the digest away: rows are about to be others."""
+    _write(fd, _DIGEST_AT, bytes(32))
+
+
+def find(name: str, nbytes: int, geometry: Geometry, where: str) -> tuple[int, Path, Geometry] | str | None:
     """(open file, path, geometry) of the complete table called ``name``; who is filling it, in words; or None."""
     for folder in _folders():
         path = folder / f"engram-{name}"
@@ -107,12 +130,12 @@ def find(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path, Geometr
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise ValueError(f"EngramTable.attach: {path} cannot be opened: {error.strerror}") from None
+            raise ValueError(f"{where}: {path} cannot be opened: {error.strerror}") from None
         if fd is None:
-            raise ValueError(f"EngramTable.attach: {path} is no table of engram_kernels, or another user's")
+            raise ValueError(f"{where}: {path} is no table of engram_kernels, or another user's")
         found = None
         try:
-            found = _examine(fd, path, nbytes, geometry)
+            found = _examine(fd, path, nbytes, geometry, where)
             return (fd, path, found) if isinstance(found, Geometry) else found
         finally:
             if not isinstance(found, Geometry):
@@ -120,8 +143,36 @@ def find(name: str, nbytes: int, geometry: Geometry) -> tuple[int, Path, Geometr
     return None
 
 
+def paths() -> list[Path]:
+    """All files that may be tables, of any user."""
+    return [path for folder in _folders() for path in folder.glob("engram-*")]
+
+
+def state_of(path: Path) -> tuple[int, Geometry, int, str, os.stat_result] | None:
+    """(bytes of rows and scales, geometry, writer, state, stat) of a table's file; None where it is none of ours.
+
+    state: "complete", "filling", or "dead", which the next table that is created removes.
+    """
+    try:
+        fd = _open_own(path)
+    except OSError:
+        return None
+    if fd is None:
+        return None
+    try:
+        magic, version, state, writer, width, rows, nbytes, scale, name, kept, _ = _read_header(fd)
+        if magic != _MAGIC or version != _VERSION:
+            return None
+        used = _locked(fd, _USERS, fcntl.F_WRLCK) or (kept and state == _COMPLETE)
+        words = "dead" if not used else "complete" if state == _COMPLETE else "filling"
+        geometry = Geometry(rows, width, name.rstrip(b"\0").decode(errors="replace"), scale, digest_of(fd), bool(kept))
+        return nbytes, geometry, writer, words, os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
 def remove_unused(path: Path) -> bool:
-    """Remove a table's file that no process holds; False where one does, or where the file is not one of ours.
+    """Remove a table's file that no process holds; False where one does, where it is kept, or not one of ours.
 
     Any user may put any file here under any name: what is not this user's own is none of ours, and no error.
     """
@@ -134,7 +185,8 @@ def remove_unused(path: Path) -> bool:
     if fd is None:
         return False
     try:
-        if _read_header(fd)[0] != _MAGIC or not _lock(fd, _USERS, fcntl.F_WRLCK):
+        # Asked again under the lock: its writer may have published it, and ended, in between.
+        if not _removable(fd) or not _lock(fd, _USERS, fcntl.F_WRLCK) or not _removable(fd):
             return False
         if os.fstat(fd).st_nlink:
             os.unlink(path)
@@ -143,6 +195,12 @@ def remove_unused(path: Path) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def _removable(fd: int) -> bool:
+    """Whether a file that nobody holds is to go; one of a later version is left to that."""
+    magic, version, state, *_, kept, _ = _read_header(fd)
+    return magic == _MAGIC and version <= _VERSION and not (kept and state == _COMPLETE)
 
 
 def _open_own(path: Path) -> int | None:
@@ -204,7 +262,7 @@ def _write(fd: int, at: int, data: bytes) -> None:
 
 def _read_header(fd: int) -> tuple:
     raw = os.pread(fd, _HEADER.size, 0)
-    return _HEADER.unpack(raw) if len(raw) == _HEADER.size else (b"",) * 9
+    return _HEADER.unpack(raw) if len(raw) == _HEADER.size else (b"",) * 11
 
 
 def _link(fd: int, folder: Path, name: str) -> Path:
@@ -233,15 +291,32 @@ def _taken(name: str, path: Path) -> str:
     )
 
 
-def _examine(fd: int, path: Path, nbytes: int, wanted: Geometry) -> Geometry | str | None:
+def _examine(fd: int, path: Path, nbytes: int, wanted: Geometry, where: str) -> Geometry | str | None:
     """The geometry of the table in ``fd``, now locked as in use; who is filling it; None where it is going away."""
-    where = "EngramTable.attach"
-    magic, version, state, writer, width, rows, stored, scale, name = _read_header(fd)
+    magic, version, state, writer, width, rows, stored, scale, name, kept, _ = _read_header(fd)
     if magic != _MAGIC:
         raise ValueError(f"{where}: {path} is no table of engram_kernels, or another user's")
+    if wanted.kept and remove_unused(path):  # who wants a kept table makes it where a dead process left another
+        return None
     if version != _VERSION:
         raise ValueError(f"{where}: {path} has version {version} of the layout, this package reads {_VERSION}")
-    found = Geometry(rows, width, name.rstrip(b"\0").decode(errors="replace"), scale)
+    found = Geometry(rows, width, name.rstrip(b"\0").decode(errors="replace"), scale, digest_of(fd), bool(kept))
+    if wanted.kept and not found.kept:
+        raise FileExistsError(
+            f"{where}: {path} is a shared table that is not kept: it goes with the last process that has it. End "
+            "these, or choose another name"
+        )
+    if wanted.digest and wanted.digest != found.digest:
+        is_of = (
+            f"a table of digest {found.digest}"
+            if found.digest
+            else ("a table without a digest: its rows were written since it was published, or not made from files")
+        )
+        raise ValueError(
+            f"{where}: expected digest {wanted.digest}, and {path} is {is_of}. Free it (python -m engram_kernels table "
+            f"shared --free {path.name.removeprefix('engram-')}), or give each version a name of its own, as a rolling "
+            "upgrade needs, which has both for a time"
+        )
     for field in ("rows", "width", "format", "scale"):
         expected, got = getattr(wanted, field), getattr(found, field)
         if field == "scale" and expected is not None:
@@ -257,7 +332,7 @@ def _examine(fd: int, path: Path, nbytes: int, wanted: Geometry) -> Geometry | s
     if _locked(fd, _WRITER) or _read_header(fd)[2] == _COMPLETE:
         return f"process {writer} had not published the table in {path}"
     remove_unused(path)
-    raise RuntimeError(f"{where}: process {writer}, which was filling {path}, died or gave up; the file is removed")
+    raise WriterDied(f"{where}: process {writer}, which was filling {path}, died or gave up; the file is removed")
 
 
 def _lock(fd: int, byte: int, kind: int) -> bool:
@@ -269,7 +344,7 @@ def _lock(fd: int, byte: int, kind: int) -> bool:
     return True
 
 
-def _locked(fd: int, byte: int) -> bool:
-    """Whether another open file holds a lock on the byte that excludes readers."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+def _locked(fd: int, byte: int, kind: int = fcntl.F_RDLCK) -> bool:
+    """Whether another open file holds a lock on the byte that excludes one of this kind."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
     return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK

@@ -26,13 +26,13 @@ def attach(name, shape=SHAPE, timeout=0.0, **options):
 
 
 @contextlib.contextmanager
-def forked_writer(name, publish=False):
+def forked_writer(name, publish=False, **options):
     """A process that has made a table and sleeps; killed in the end, if not before."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            table = made(name)
+            table = made(name, **options)
             if publish:
                 table.publish()
             os.write(writer, b"x")

@@ -67,7 +67,7 @@ def test_a_writer_that_dies_while_readers_wait(peers, shared_name):
     answers = [peer.answer() for peer in peers]
     # Not that their time is over. The first to notice removes the file, the other finds it gone.
     for answer in answers:
-        assert re.match(f"RuntimeError: EngramTable.attach: process {writer}.* died or gave up", answer)
+        assert re.match(f"WriterDied: EngramTable.attach: process {writer}.* died or gave up", answer)
     assert not file_of(shared_name).exists()
 
 
@@ -153,8 +153,8 @@ def test_files_that_are_none_of_ours(shared_name):
 def test_other_versions_and_truncated_files(shared_name, monkeypatch):
     with made(shared_name) as table:
         table.publish()
-        monkeypatch.setattr(shared_protocol, "_VERSION", 2)
-        with pytest.raises(ValueError, match="has version 1 of the layout, this package reads 2"):
+        monkeypatch.setattr(shared_protocol, "_VERSION", 3)
+        with pytest.raises(ValueError, match="has version 2 of the layout, this package reads 3"):
             attach(shared_name)
         monkeypatch.undo()
         os.truncate(file_of(shared_name), HUGE_PAGE + 5)
