@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -52,10 +53,12 @@ def free_shared(name: str, where: str) -> None:
     for path in shared_protocol.paths():
         if _name_of(path) != name or (state := shared_protocol.state_of(path)) is None:
             continue
-        _, _, writer, state, _ = state
+        _, _, writer, state, found = state
         if state == "filling":
             raise ValueError(f"{where}: process {writer} is filling {path}; end it, which removes the file")
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if path.stat(follow_symlinks=False).st_ino == found.st_ino:  # else another table has the name by now
+                path.unlink()
         freed = True
     if not freed:
         names = ", ".join(table.name for table in list_shared()) or "none"
