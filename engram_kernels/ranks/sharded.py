@@ -55,8 +55,8 @@ class ShardedTable(ShardedRows):
     """Rows of model layer ``layer`` over the ranks of ``group`` (None: the world); the module :class:`Engram` takes it.
 
     config, layer: the :class:`EngramConfig`, and the number of one of its layers.
-    placement, scale and options: of this rank's shard ``part``, as for :meth:`EngramTable.empty`. format: None is the
-    config's.
+    placement, scale and options: of this rank's shard ``part``, as for :meth:`EngramTable.empty`, without keep. format:
+    None is the config's.
     split: "columns" gives each rank whole columns of every order, strided; "rows" a range of every column's rows, as
     does "columns" where the ranks do not divide the columns. ``sharding.split`` says which it is.
     fill: called with the shard and the ranges ``[(begin, end), ...]`` of the table's rows that it holds one after the

@@ -125,6 +125,7 @@ SHARDING = dict(split="rows", format=None, scale=1.0, fill=None, capacity=None, 
 SHARDING |= dict(node=None, replicas=None)
 OPTIMIZER = dict(lr=0.1, eps=1e-8, weight_decay=0.0, state_placement=None, stochastic_rounding=True, seed=0)
 OPTIMIZER |= dict(reduce="alone", group=None)
+ATTACH = dict(name="x", rows=4, width=32, format="e4m3", scale=None, scales=None, digest=None, timeout=0)
 NEW = dict(device=None, name=None, keep=False, scales=None, progress=None, placement="cpu")
 PROJECTING = dict(projections=[lambda rows, out: out.zero_()] * 2, kv_width=3, kv_dtype=torch.float32)
 TOKENS = dict(cu_seqlens=None, history=None, dead=None, slots=None)
@@ -263,10 +264,7 @@ CALLS = {
     ),
     "EngramTable.load_changes": lambda: (table().load_changes, dict(path=changes_file(), since=1)),
     "RowOverlay.save_safetensors": lambda: (overlay().save_safetensors, dict(path="r.safetensors", metadata=None)),
-    "EngramTable.attach": lambda: (
-        ek.EngramTable.attach, dict(name="x", rows=4, width=32, format="e4m3", scale=None, scales=None,
-                                   digest=None, timeout=0)
-    ),
+    "EngramTable.attach": lambda: (ek.EngramTable.attach, ATTACH),
     "EngramTable.free": lambda: (ek.EngramTable.free, dict(name="x")),
     "EngramTable.publish": lambda: (table().publish, dict(progress=None)),
     "RowAdam.save_safetensors": lambda: (
