@@ -92,9 +92,9 @@ class SharedRows(EditableRows):
         self.check_usable("EngramTable.digest")
         return self._mapping.digest if isinstance(self._mapping, SharedMapping) else None
 
-    @staticmethod
+    @classmethod
     @takes(name=Text())
-    def free(name: str) -> None:
+    def free(cls, name: str) -> None:
         """Take the name of a shared table of this user away, kept or not, and its memory when no process maps it.
 
         Processes that have it go on reading; the name may be used again at once. FileNotFoundError where there is

@@ -39,6 +39,7 @@ def world(tmp_path_factory):
         (dict(layer="4"), "ShardedTable.from_tensors: layer must be an int of at least 0, got '4'"),
         (dict(split=["rows"]), "ShardedTable: split must be one of 'columns', 'rows', got list"),
         (dict(capacity=True), "ShardedTable: capacity must be a positive int or None, got True"),
+        (dict(keep=True), "ShardedTable: parts of a table over ranks cannot be kept (keep=True)"),
         (dict(colour="red"), "EngramTable.empty: got an unexpected keyword argument 'colour'"),
     ],
 )
