@@ -9,7 +9,7 @@ process of its own. Cold: the page cache has nothing of the file. Parts:
     cold     lookups of random rows, by rows of a call
     warm     the same of a file that the page cache has
     limit    the same in a control group whose memory is a part of the table: what is used, and how long calls take
-    text     tokens of real text, 64 at a time, by bytes of the cache of rows
+    text     the first 65,536 tokens of real text, 64 at a time, by bytes of the cache of rows
     growth   a table of few rows a call for --rows rows: memory at the end against memory after a tenth
 """
 
@@ -46,7 +46,7 @@ PARTS = ("drive", "cold", "warm", "limit", "text")
 DEPTHS = (1, 4, 16, 32, 64, 128)
 BATCHES = (64, 1024, 16_384)  # rows of a call
 CACHES = (64 << 20, 256 << 20, 1 << 30)  # bytes of memory, besides the scales
-TOKENS = 64  # of a call
+TOKENS, TEXT = 64, 1 << 16  # of a call, of the text
 SECONDS = 3.0  # of each measurement
 GIB, MIB = 1 << 30, 1 << 20
 COLUMNS = "{:46} {:>10} {:>12} {:>9} {:>9} {:>9} {:>9}"
@@ -112,10 +112,13 @@ def drive_rates(path: Path) -> Iterator[tuple[str, float]]:
             reader.close()
 
 
-def timed(call: Callable[[], int], seconds: float) -> dict[str, float]:
-    """Rows a second of ``call() -> rows`` for so long, and milliseconds of a call: median, 99 of 100, the longest."""
+def timed(call: Callable[[], int], seconds: float, rows: int = 0) -> dict[str, float]:
+    """Rows a second of ``call() -> rows`` for so long, or for so many rows, and milliseconds of a call: median, 99 of
+    100, the longest.
+    """
     done, took, began = 0, [], time.perf_counter()
-    while (now := time.perf_counter()) - began < seconds:
+    while done < rows if rows else time.perf_counter() - began < seconds:
+        now = time.perf_counter()
         done += call()
         took.append(1e3 * (time.perf_counter() - now))
     rate = done / (time.perf_counter() - began)
@@ -160,21 +163,16 @@ def measure(
         return batch
 
     if most:
-        timed_rows(call, most // 10)
+        timed(call, 0, most // 10)
         before = resident()
-        timed_rows(call, most - most // 10)
+        timed(call, 0, most - most // 10)
         return dict(more=resident() - before, rate=0.0)
     found = timed(call, seconds) | dict(nbytes=(bytes_read() - read) / asked, more=resident() - before)
     most_used = inside.most() if inside else None
     return found | ({} if most_used is None else dict(most=most_used / MIB))
 
 
-def timed_rows(call: Callable[[], int], rows: int) -> None:
-    while rows > 0:
-        rows -= call()
-
-
-def measure_text(path: str, rows: int, nbytes: int, seconds: float) -> dict[str, float]:
+def measure_text(path: str, rows: int, nbytes: int, tokens: int) -> dict[str, float]:
     """Tokens of a text, call after call from its begin: as :func:`measure`, and the share of rows found in memory."""
     plan, ids = plan_of(rows), load_token_ids()
     give_back(Path(path))
@@ -190,7 +188,7 @@ def measure_text(path: str, rows: int, nbytes: int, seconds: float) -> dict[str,
         at = (at + TOKENS) % (len(ids) - TOKENS - 3)
         return TOKENS * plan.primes.shape[1]
 
-    found = timed(call, seconds)
+    found = timed(call, 0, tokens * plan.primes.shape[1])
     counts = table.metrics()
     shares = dict(hits=counts["file_hits"] / counts["file_distinct"], pages=counts["file_pages"] / counts["file_rows"])
     return found | shares | dict(nbytes=(bytes_read() - read) / counts["file_rows"])
@@ -261,7 +259,7 @@ def run(path: Path, rows: int, parts: list[str], limit: int, growth: int) -> Non
         except OSError as error:
             print(f"no control group with a limit can be made here: {error}")
     for nbytes in CACHES if "text" in parts else ():
-        found = apart(measure_text, path=str(path), rows=rows, nbytes=nbytes, seconds=5 * SECONDS)
+        found = apart(measure_text, path=str(path), rows=rows, nbytes=nbytes, tokens=TEXT)
         tell(f"text, {nbytes // MIB:,} MiB: {found['hits']:.0%} of distinct rows in memory", found)
     if growth:
         found = apart(measure, way="memory_bytes", batch=BATCHES[1], most=growth, **common)

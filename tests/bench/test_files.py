@@ -21,6 +21,7 @@ def test_every_way_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "DEPTHS", (1, 8))
     monkeypatch.setattr(files, "BATCHES", (64, 128))
     monkeypatch.setattr(files, "CACHES", (files.LEAST,))
+    monkeypatch.setattr(files, "TEXT", 200)
     monkeypatch.setattr(files, "apart", lambda function, **arguments: function(**arguments))
     parts = ["drive", "cold", "warm", "text"]
     assert main(["files", "--gib", "0.01", "--folder", str(tmp_path), "--rows", "1000", "--only", *parts]) == 0
