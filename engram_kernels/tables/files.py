@@ -62,13 +62,15 @@ def direct_table(
         need[tensor.path] = max(need.get(tensor.path, 0), tensor.offset + tensor.nbytes)
     files = {path: MappedFile(os.dup(checkpoint.open_fd(path)), str(path), nbytes) for path, nbytes in need.items()}
     parts = [Part(files[tensor.path], tensor.offset, tensor.shape[0]) for tensor in stored.weights if tensor.shape[0]]
-    scale = None
+    direct, scale = DirectRows(parts, stored.format.row_bytes(stored.width), memory_bytes - scale_bytes), None
+    # What may come to be written, and is not yet.
+    check_room(f"memory_bytes={memory_bytes:,}", scale_bytes + direct.nbytes, "cpu", checkpoint.where, "give less")
     if stored.scales:
         scale = torch.empty(stored.rows, stored.format.scale_bytes(stored.width), dtype=torch.uint8, device="cpu")
         fill_tensors([(flat_bytes(scale), stored.scales)], checkpoint, **reading)
     elif stored.scale is not None:
         scale = torch.tensor(stored.scale, dtype=torch.float32, device="cpu")
-    return DirectRows(parts, stored.format.row_bytes(stored.width), memory_bytes - scale_bytes), scale
+    return direct, scale
 
 
 def map_table(checkpoint: Checkpoint, stored: StoredTable) -> dict[str, torch.Tensor | float | None]:

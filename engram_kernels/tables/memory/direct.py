@@ -76,6 +76,11 @@ class DirectRows:
         self._reading_ahead: tuple[int, Any] = (0, None)
         self.cached_rows = len(self._kept)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes in the end."""
+        return _BUFFER_PAGES * PAGE + _WORK + self.cached_rows * (self._row_bytes + TAG_BYTES + 1)
+
     def gather(self, ids: np.ndarray, out: np.ndarray) -> None:
         """Rows ``ids [n]``, each ``0 <= id < rows``, into ``out [n, row_bytes]``, uint8."""
         for begin in range(0, len(ids), self._most_ids):

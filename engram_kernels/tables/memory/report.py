@@ -3,6 +3,15 @@
 import os
 import resource
 from dataclasses import dataclass
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+#: Of a container, by versions 2 and 1 of the kernel's control groups: its limit, and what counts towards that and is
+#: not given up for others, as the page cache is.
+_LIMITS = (
+    ("memory.max", "memory.stat", ("anon", "shmem")),
+    ("memory/memory.limit_in_bytes", "memory/memory.stat", ("total_rss", "total_shmem")),
+)
 
 
 @dataclass(frozen=True)
@@ -69,15 +78,13 @@ def available_host_memory() -> int:
     """Bytes that can be committed: what the kernel calls available, or less where a container has a limit."""
     with open("/proc/meminfo") as lines:
         available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
-    folder = "/sys/fs/cgroup"
-    try:
-        with open(f"{folder}/memory.max") as most, open(f"{folder}/memory.stat") as stat:
-            # Page cache counts towards the limit but is given up for others; shared memory is not.
-            fields = dict(line.split() for line in stat)
-            used = int(fields["anon"]) + int(fields["shmem"])
-            available = min(available, max(0, int(most.read()) - used))
-    except (OSError, KeyError, ValueError):  # no such file, or "max": no limit
-        pass
+    for most, stat, counted in _LIMITS:
+        try:
+            fields = dict(line.split() for line in (_CGROUP / stat).read_text().splitlines())
+            used = sum(int(fields[name]) for name in counted)
+            available = min(available, max(0, int((_CGROUP / most).read_text()) - used))
+        except (OSError, KeyError, ValueError):  # no such file, or "max": no limit
+            pass
     return available
 
 

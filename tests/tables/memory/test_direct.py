@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engram_kernels import EngramTable, NgramCache, hash_lookup, lookup
+from engram_kernels.tables import files as table_files
 from engram_kernels.tables.memory import direct, reads
 from engram_kernels.tables.memory.direct import LEAST, DirectRows, Part
 from engram_kernels.tables.memory.mapped_files import MappedFile
@@ -336,6 +337,18 @@ def test_what_does_not_go_together_is_an_error(saved):
     ):
         with pytest.raises(ValueError, match=message):
             EngramTable.from_safetensors(path, placement="cpu", **options)
+
+
+def test_memory_that_is_not_there_is_an_error(saved, monkeypatch):
+    """Before anything is read; what a small table cannot use is not asked for."""
+    path, whole = saved("e4m3_ue8m0", 96)
+    monkeypatch.setattr(table_files, "available_host_memory", lambda: 36_000_000)
+    opened(path, whole, 1 << 40).close()
+    monkeypatch.setattr(table_files, "available_host_memory", lambda: 30_000_000)
+    with pytest.raises(
+        MemoryError, match=r"memory_bytes=67,123,864 takes 3[\d,]+ bytes and 30,000,000 are available; give"
+    ):
+        opened(path, whole)
 
 
 def test_such_a_table_is_not_written_to(saved):

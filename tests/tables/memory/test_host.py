@@ -12,6 +12,7 @@ import torch
 from engram_kernels import EngramTable
 from engram_kernels.tables.memory import allocation as table_memory
 from engram_kernels.tables.memory import host as host_memory
+from engram_kernels.tables.memory import report as memory_report
 from engram_kernels.tables.memory.host import HostMapping
 from engram_kernels.tables.memory.pages import HUGE_PAGE
 from engram_kernels.tables.memory.report import MemoryReport
@@ -280,3 +281,24 @@ def test_a_report_in_words():
     )
     short = MemoryReport("cpu", 384, locked_limit=8)
     assert str(short) == "cpu: 384 bytes; not registered; locked-memory limit 8 bytes"
+
+
+@pytest.mark.parametrize(
+    ("most", "stat", "content"),
+    [
+        ("memory.max", "memory.stat", "anon 3000\nfile 70000\nshmem 500\n"),
+        ("memory/memory.limit_in_bytes", "memory/memory.stat", "rss 1\ntotal_rss 3000\ntotal_shmem 500\n"),
+    ],
+)
+def test_a_container_has_no_more_than_its_limit(tmp_path, monkeypatch, most, stat, content):
+    """What the page cache has of it is given up for others."""
+    monkeypatch.setattr(memory_report, "_CGROUP", tmp_path)
+    everything = memory_report.available_host_memory()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / stat).write_text(content)
+    (tmp_path / most).write_text("10000\n")
+    assert memory_report.available_host_memory() == 6500 < everything
+    (tmp_path / most).write_text("2000\n")
+    assert memory_report.available_host_memory() == 0
+    (tmp_path / most).write_text("max\n")
+    assert memory_report.available_host_memory() > 6500
