@@ -4,7 +4,8 @@
     device      GPU memory                                              kernels, ordinary loads
     host        exact-size mapping, registered with the driver          kernels, over UVA
     shared      one mapping for all processes of a node, registered     kernels, over UVA
-    staged      ordinary memory or a mapped file                        CPU threads, which copy what a kernel reads
+    staged      ordinary memory or a mapped file                        CPU threads, which copy what a kernel reads;
+                                                                        kernels, where a GPU reads all host memory
     cpu         ordinary memory or a mapped file                        the reference
 
 Without a GPU host and shared tables are mapped but not registered: the reference reads them.
