@@ -66,6 +66,9 @@ def view_tables(tables: Sequence[PlacedRows], device: torch.device) -> TableView
         numbers = [[operator.index(number) for number in table.descriptor] for table in tables]
         descriptors = torch.tensor(numbers, dtype=torch.int64).to(device)
         layout = first.format.name, first.width, first.placement
-        largest = max((over_link(table, device) for table in tables), key=lambda found: found[0])
+        largest = 0, 0, "pcie"
+        for table in tables:  # max() is more than Dynamo follows
+            found = over_link(table, device)
+            largest = found if found[0] > largest[0] else largest
         first.kept_views[key] = TableView(descriptors, *layout, *largest)
     return first.kept_views[key]
