@@ -167,20 +167,23 @@ class DirectRows:
                 self._ahead[once] = False
             kept = self._cache.keep(0, keys[ascending])
 
-        most = _BUFFER_PAGES // self._most_pages  # whose pages fit the buffer, whatever rows share
-        for begin in range(0, len(missed), most):
+        # Rows whose pages fit half of the buffer, whatever they share; those in the other half are copied meanwhile.
+        most, work = _BUFFER_PAGES // 2 // self._most_pages, meanwhile
+        for number, begin in enumerate(range(0, len(missed), most)):
             places = missed[begin : begin + most]
-            self._read(ids[places], rows, places, None if begin else meanwhile)
-        if not len(missed):
-            meanwhile()
+            work = self._read(ids[places], rows, places, number % 2, work)
+        work()
         ascending, kept = ascending[kept >= 0], kept[kept >= 0]
         self._kept[kept], self._ahead[kept] = rows[ascending], ahead
         return rows
 
     def _read(
-        self, ids: np.ndarray, rows: np.ndarray, places: np.ndarray, meanwhile: Callable[[], None] | None
-    ) -> None:
-        """Rows of ascending ids into ``rows[places]``; calls ``meanwhile`` while the first are under way."""
+        self, ids: np.ndarray, rows: np.ndarray, places: np.ndarray, half: int, meanwhile: Callable[[], None]
+    ) -> Callable[[], None]:
+        """Read the pages of ascending ids into half of the buffer; what is returned copies them to ``rows[places]``.
+
+        meanwhile: called while the first are under way.
+        """
         parts = np.searchsorted(self._rows, ids, side="right") - 1 if len(self._parts) > 1 else 0
         begin = self._begin[parts] + ids * self._row_bytes
         first = begin // PAGE
@@ -188,15 +191,20 @@ class DirectRows:
         pages = np.unique(np.minimum(first[:, None] + np.arange(self._most_pages), last[:, None]))
         parts = np.searchsorted(self._pages, pages, side="right") - 1 if len(self._parts) > 1 else np.zeros_like(pages)
         offsets = pages * PAGE + self._shift[parts]
-        at = np.arange(len(pages)) * PAGE
+        base = half * (_BUFFER_PAGES // 2) * PAGE
+        at = base + np.arange(len(pages)) * PAGE
         results = self._reader.read(self._fds[parts], offsets, self._buffer, at, PAGE, meanwhile)
         self._check(results, parts, offsets)
         self.pages += len(pages)
-        # Pages of one row follow each other in the buffer as in the file.
-        rows[places] = self._every_start[np.searchsorted(pages, first) * PAGE + begin % PAGE]
         if not self._direct:  # what the page cache had to keep
             for file in self._opened:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        def copy() -> None:
+            # Pages of one row follow each other in the buffer as in the file.
+            rows[places] = self._every_start[base + np.searchsorted(pages, first) * PAGE + begin % PAGE]
+
+        return copy
 
     def _check(self, results: np.ndarray, parts: np.ndarray, offsets: np.ndarray) -> None:
         """Raise OSError where a read failed, ValueError where the file ended."""
