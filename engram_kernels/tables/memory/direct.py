@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ class DirectRows:
         # With two ways for each row of the table hardly any set is full.
         sets = min(max(1, room // (WAYS * (row_bytes + TAG_BYTES + 1))), -(-2 * self.shape[0] // WAYS))
         self._cache = CacheSimulator(1, sets, WAYS)
-        self._kept = np.empty((sets * WAYS, row_bytes), dtype=np.uint8)
+        self._kept = _small_pages(sets * WAYS, row_bytes)
         #: Of these, which were read ahead and not asked for since.
         self._ahead = np.zeros(sets * WAYS, dtype=bool)
         #: The process that reads ahead, and its thread.
@@ -216,6 +217,14 @@ class DirectRows:
                 raise OSError(-result, text, file.path)
             file.check("EngramTable")
             raise OSError(f"EngramTable: {file.path} ended at byte {offset:,} for a read")
+
+
+def _small_pages(rows: int, row_bytes: int) -> np.ndarray:
+    """Memory for rows that come in no order. Huge pages would nearly all be zeroed in the first call, 1 s for 1 GiB."""
+    memory = mmap.mmap(-1, rows * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8).reshape(rows, row_bytes)
 
 
 class LocalRows(NamedTuple):

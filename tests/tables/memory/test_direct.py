@@ -5,6 +5,7 @@ Each test runs with io_uring, where this machine has it, and with threads.
 
 import errno
 import os
+import re
 import threading
 
 import numpy as np
@@ -257,6 +258,19 @@ def test_memory_is_bounded(way, saved):
         for _ in range(10):
             lookup(table, torch.randint(0, rows, (500, 8)))
         assert table.direct._kept.nbytes <= kept
+
+
+def test_the_cache_takes_memory_as_rows_come(way, saved):
+    """Not a huge page for each: the first call would have most of them zeroed, and take as long as all that follow."""
+    rows = 60_000
+    path, whole = saved("e4m3", 1024, rows)
+    with opened(path, whole, 40 << 20) as table:
+        lookup(table, torch.randint(0, rows, (300, 1)))
+        begin = table.direct._kept.ctypes.data
+        with open("/proc/self/smaps") as lines:
+            text = lines.read()
+        resident = re.search(rf"^{begin:x}-.*?^Rss: +(\d+) kB", text, re.M | re.S)
+        assert resident is not None and 0 < int(resident[1]) << 10 <= 2 * 300 * 4096
 
 
 def test_a_fork_has_a_queue_of_its_own(way, saved):
