@@ -166,10 +166,10 @@ def measure(
         timed(call, 0, most // 10)
         before = resident()
         timed(call, 0, most - most // 10)
-        return dict(more=resident() - before, rate=0.0)
+        return dict(more=resident() - before)
     found = timed(call, seconds) | dict(nbytes=(bytes_read() - read) / asked, more=resident() - before)
-    most_used = inside.most() if inside else None
-    return found | ({} if most_used is None else dict(most=most_used / MIB))
+    peak = inside.most() if inside else None
+    return found if peak is None else found | dict(peak=peak / MIB)
 
 
 def measure_text(path: str, rows: int, nbytes: int, tokens: int) -> dict[str, float]:
@@ -256,6 +256,8 @@ def run(path: Path, rows: int, parts: list[str], limit: int, growth: int) -> Non
                     options = common | dict(seconds=5 * SECONDS, nbytes=limit // 4, group=str(inside.folder))
                     found = apart(measure, way=way, batch=BATCHES[1], **options)
                     tell(f"limit of {limit / GIB:g} GiB, {way}, {BATCHES[1]:,} rows a call", found)
+                    if "peak" in found:
+                        print(f"    process and page cache together: {found['peak']:,.0f} MiB at most")
         except OSError as error:
             print(f"no control group with a limit can be made here: {error}")
     for nbytes in CACHES if "text" in parts else ():

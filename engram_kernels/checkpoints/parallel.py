@@ -21,7 +21,7 @@ Chunk = TypeVar("Chunk")
 CHUNK = 4 << 20
 #: Addresses, offsets and sizes of direct I/O are multiples of a disk's blocks, which are 512 or 4,096 bytes.
 BLOCK = 4096
-_LEAST_DIRECT = 256 << 10  # bytes of a read, below which the page cache is as fast
+LEAST_DIRECT = 256 << 10  # bytes of a read or write, below which the page cache is as fast
 _SAMPLES = 16  # pages of a read, by which it is told whether the page cache holds it
 _HUGE_PAGE = _PIECE = 2 << 20  # bytes that come by way of a buffer at once: still in a cache when they are copied on
 #: Chunks under way at once, what a drive of several GB/s needs, and threads that wait for the processor to zero new
@@ -150,7 +150,7 @@ class FileReads:
 
     def fill(self, view: memoryview, offset: int) -> int:
         """Fill ``view`` from byte ``offset`` on; returns the bytes read, fewer only where the file ends."""
-        direct = len(view) >= _LEAST_DIRECT and self._opened() and not self._cached(offset, len(view))
+        direct = len(view) >= LEAST_DIRECT and self._opened() and not self._cached(offset, len(view))
         target, done = np.frombuffer(view, dtype=np.uint8), 0
         while done < len(target):
             read = self._past_the_cache if direct and not self._refused else self._through_the_cache

@@ -179,10 +179,8 @@ class TableWriter(RowsFiles):
         self.shards = self._layout(rows, shard_bytes)
         check_disk(self._path.parent, sum(shard.nbytes for shard in self.shards), where)
         try:
-            buffers, mode = (
-                Buffers(),
-                mode_of(self._index, self._path),
-            )  # files under new names are as private as what they replace
+            buffers = Buffers()
+            mode = mode_of(self._index, self._path)  # files under new names are as private as what they replace
             for shard in self.shards:
                 with naming(shard.partial):
                     shard.opened(locked_file(shard.partial, mode), buffers)

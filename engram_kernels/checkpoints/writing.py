@@ -26,11 +26,10 @@ import numpy as np
 from .files import SUFFIX, Checkpoint
 from .names import check_text
 from .opening import CheckpointError, check_regular, naming, open_regular
-from .parallel import BLOCK, CHUNK, Buffers, direct_opener
+from .parallel import BLOCK, CHUNK, LEAST_DIRECT, Buffers, direct_opener
 
 Found = TypeVar("Found")
 
-_LEAST_DIRECT = 256 << 10  # bytes of a write, below which the page cache is as fast
 #: Data begins at a multiple of a page, so that a mapped table's rows start at multiples of 16 bytes.
 _PAGE = 4096
 
@@ -231,7 +230,7 @@ class DirectFile:
     def write(self, content: np.ndarray, offset: int) -> None:
         """Write uint8 ``[bytes]`` from byte ``offset`` of the file on; OSError where that fails."""
         begin, end = -(-offset // BLOCK) * BLOCK, (offset + len(content)) // BLOCK * BLOCK
-        if self._direct is None or end - begin < _LEAST_DIRECT:
+        if self._direct is None or end - begin < LEAST_DIRECT:
             write_all(self._fd, content, offset)
             return
         write_all(self._fd, content[: begin - offset], offset)

@@ -59,6 +59,8 @@ LOAD_KINDS = dict(paths=PATHS, prefix=Optional(Text()), threads=Whole(1), progre
 SAVE_KINDS = dict(
     path=PathKind(), prefix=Text(), shard_bytes=Optional(Whole(1)), metadata=Optional(Keyed(Text(), Text()))
 )
+#: Of EngramTable.empty's options, and of those that loading has besides.
+_DEFAULTS = dict(scale=1.0, scales=None, device=None, name=None, keep=False, progress=None, digest="", backed=True)
 
 
 class EngramTable(SharedRows):
@@ -105,31 +107,15 @@ class EngramTable(SharedRows):
         return cls._new(rows, width, format, placement=placement, **options)
 
     @classmethod
-    def _new(
-        cls,
-        rows: int,
-        width: int,
-        format: FormatName,
-        *,
-        placement: Placement,
-        scale: float = 1.0,
-        scales: ScalePlacement | None = None,
-        device: torch.device | str | None = None,
-        name: str | None = None,
-        keep: bool = False,
-        progress: Progress | None = None,
-        digest: str = "",
-        backed: bool = True,
-    ) -> "EngramTable":
+    def _new(cls, rows: int, width: int, format: FormatName, *, placement: Placement, **options) -> "EngramTable":
         """As :meth:`empty`. digest: of what is to fill a shared table, whose memory comes then with backed=False."""
-        where = "EngramTable.empty"
+        where, given = "EngramTable.empty", _DEFAULTS | options
         fmt = check_geometry(where, rows, width, format)
-        device = check_placement(where, placement, fmt, device, name, scales, keep)
-        scale = float(checked_scale(scale, where)) if fmt.table_scale else 1.0
-        options = dict(scale=scale, scales=scales, device=device, name=name, progress=progress)
-        options |= dict(keep=keep, digest=digest, backed=backed)
-        memory = table_memory.allocate(rows, width, fmt, placement=placement, **options)
-        return cls(*memory[:2], fmt, placement, memory.mapping, scales, memory.own_scale)
+        placing = (given[name] for name in ("device", "name", "scales", "keep"))
+        given["device"] = check_placement(where, placement, fmt, *placing)
+        given["scale"] = float(checked_scale(given["scale"], where)) if fmt.table_scale else 1.0
+        memory = table_memory.allocate(rows, width, fmt, placement=placement, **given)
+        return cls(*memory[:2], fmt, placement, memory.mapping, given["scales"], memory.own_scale)
 
     @classmethod
     @takes(

@@ -14,7 +14,7 @@ from .saved import KINDS
 def way(request, monkeypatch):
     """Files are small, and were just written: past the cache go large reads of what it does not hold."""
     if request.param == "past the cache":
-        monkeypatch.setattr(parallel, "_LEAST_DIRECT", 1)
+        monkeypatch.setattr(parallel, "LEAST_DIRECT", 1)
         monkeypatch.setattr(parallel.FileReads, "_cached", lambda *_: False)
 
 

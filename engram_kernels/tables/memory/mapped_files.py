@@ -17,7 +17,7 @@ import torch
 
 from .pages import WILLNEED, advise_ranges
 
-_SAMPLE = 32  # pages that are looked at before any are asked for
+_SAMPLE = 16  # pages that are looked at before any are asked for
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.12
 _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ (\d+) *(.*)")
 
@@ -126,13 +126,15 @@ class MappedFile:
         A read of the mapping waits for its page, some 80 us, where a drive answers hundreds in little more. It costs
         0.3 us a page: most of a lookup from memory, which is why a sample is looked at.
         """
+        sample = self._begin + ids[:: max(1, len(ids) // _SAMPLE)] * self._nbytes
+        if all(map(self._in_memory, (sample // mmap.PAGESIZE).tolist())):
+            return
         first = self._begin + np.unique(ids) * self._nbytes
         first, end = first // mmap.PAGESIZE, (first + self._nbytes - 1) // mmap.PAGESIZE + 1
         fresh = np.ones(len(first), dtype=bool)  # rows that lie in the same pages ask for them once
         fresh[1:] = (first[1:] != first[:-1]) | (end[1:] != end[:-1])
         first, end = first[fresh], end[fresh]
-        if not all(map(self._in_memory, first[:: max(1, len(first) // _SAMPLE)].tolist())):
-            advise_ranges(np.stack([first, end - first], axis=1).astype(np.uint64) * mmap.PAGESIZE, WILLNEED)
+        advise_ranges(np.stack([first, end - first], axis=1).astype(np.uint64) * mmap.PAGESIZE, WILLNEED)
 
     def _in_memory(self, page: int) -> bool:
         """Whether the page cache has a page of the mapping, number of its address.

@@ -307,11 +307,9 @@ def _examine(fd: int, path: Path, nbytes: int, wanted: Geometry, where: str) -> 
             "these, or choose another name"
         )
     if wanted.digest and wanted.digest != found.digest:
-        is_of = (
-            f"a table of digest {found.digest}"
-            if found.digest
-            else ("a table without a digest: its rows were written since it was published, or not made from files")
-        )
+        is_of = f"a table of digest {found.digest}"
+        if not found.digest:
+            is_of = "a table without a digest: its rows were written since it was published, or not made from files"
         raise ValueError(
             f"{where}: expected digest {wanted.digest}, and {path} is {is_of}. Free it (python -m engram_kernels table "
             f"shared --free {path.name.removeprefix('engram-')}), or give each version a name of its own, as a rolling "
